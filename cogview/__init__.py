@@ -1,0 +1,1 @@
+"""CogView: text-to-image generation with one transformer over text and image tokens."""

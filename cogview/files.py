@@ -1,0 +1,88 @@
+"""Files that are either the old version or the new one, never half of the new one."""
+
+import contextlib
+import errno
+import fcntl
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Replace `path` by what the block writes to the yielded path, or leave it untouched.
+
+    The yielded path is `.{stem}.partial{suffix}` in the folder of `path`, empty at first; writers that choose a
+    format by the suffix therefore work. When the block ends, the file is flushed to disk and renamed.
+    When the block raises, the temporary is removed. After `kill -9` or a power cut the temporary stays
+    behind, and the next write to the same target starts it afresh. A lock on it, which the system
+    drops when its owner dies, keeps two live processes apart.
+
+    Use `open(temporary, "wb")` for writers such as `torch.save` that report a full disk as an
+    OSError only through a Python file.
+
+    Args:
+        path: target file; missing folders are created.
+
+    Yields:
+        the temporary path to write to.
+
+    Raises:
+        OSError: the file cannot be written (full disk, no permission, is a directory, another process
+            is writing it); the message names the target and says that the previous file is intact.
+    """
+    target = Path(path)
+    temporary = target.with_name(f".{target.stem}.partial{target.suffix}")
+    try:
+        if target.is_dir():
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        lock = _create_locked(temporary)
+    except OSError as error:
+        raise _not_saved(target, error) from error
+    try:
+        yield temporary
+        # The writer may have put another inode there: sync what is going to be renamed.
+        with open(temporary, "rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+        _fsync_folder(target.parent)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _not_saved(target, error) from error
+        raise
+    finally:
+        os.close(lock)
+
+
+def _create_locked(temporary: Path) -> int:
+    """Create an empty `temporary`, whatever a dead process left there, and return its locked descriptor."""
+    descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        # Between open and flock the previous owner may have renamed this inode to the target: not ours then.
+        if not (temporary.exists() and os.path.samestat(os.fstat(descriptor), os.stat(temporary))):
+            raise BlockingIOError
+        os.ftruncate(descriptor, 0)
+    except BaseException as error:
+        os.close(descriptor)
+        if isinstance(error, BlockingIOError):
+            raise OSError(errno.EBUSY, "another process is writing it") from None
+        raise
+    return descriptor
+
+
+def _fsync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _not_saved(target: Path, error: OSError) -> OSError:
+    intact = "; the previous file is intact" if target.is_file() else ""
+    reason = error.strerror or str(error)
+    # OSError picks the subclass (PermissionError, ...) from errno by itself.
+    return OSError(error.errno or errno.EIO, f"{target}: not saved: {reason}{intact}")

@@ -1,0 +1,436 @@
+"""Images to codes and back: CogView's VQVAE, generalised in size, channels and quantisation rule.
+
+    encoder    num_downsamples x [Conv2d 4x4 stride 2, ReLU], Conv2d 1x1 to codebook_dim
+    quantise   nearest of codebook_size vectors (see `QUANTIZERS`)
+    decoder    num_downsamples x [ConvTranspose2d 4x4 stride 2, ReLU], Conv2d 1x1 to the channels
+
+With the defaults (256x256 RGB, 32x32 codes out of 8192) it is CogView's tokenizer: 19 034 883 parameters, the
+codebook of 8192 x 256 apart, which is a buffer there, and the same names in the state dict.
+"""
+
+import math
+import os
+import pickle
+from dataclasses import asdict, dataclass
+from typing import NamedTuple, Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cogview.files import atomic_write
+
+QUANTIZERS = ("moving_average", "straight_through", "gumbel", "fixed")
+
+
+@dataclass
+class ImageTokenizerConfig:
+    """Shape and training rule of an image tokenizer; the defaults are CogView's.
+
+    Attributes:
+        image_size: side of the square images in pixels, a multiple of `2**num_downsamples`.
+        channels: 3 for RGB, 1 for grey.
+        hidden: channels of the inner convolutions.
+        num_downsamples: halvings; codes are a square of side `image_size / 2**num_downsamples`.
+        codebook_size: number of codes.
+        codebook_dim: length of a code vector.
+        quantizer: how the codebook is trained.
+            `moving_average`: nearest code; a code follows the mean of the vectors it stands for.
+            `straight_through`: nearest code; codes are trained by gradient towards their vectors.
+            `gumbel`: codes are sampled in training, with a straight-through gradient to logits and codes.
+            `fixed`: nearest code of a random codebook that never changes; the encoder does the moving.
+        decay: of the moving average of code usage (and of the codes, with `moving_average`).
+        commitment: weight of the loss that keeps encoder outputs near their codes.
+        kl_weight: `gumbel` only, weight of KL(code distribution || uniform).
+        restart_below: `moving_average` and `straight_through` only: a code whose moving usage count falls
+            below this is dead and restarts at a random encoder output of the batch; 0 turns this off.
+            A code that is never used falls below 0.01 after 460 steps at decay 0.99.
+        mean, std: normalisation per channel; empty: CogView's for RGB, 0.5 and 0.5 otherwise.
+    """
+
+    image_size: int = 256
+    channels: int = 3
+    hidden: int = 512
+    num_downsamples: int = 3
+    codebook_size: int = 8192
+    codebook_dim: int = 256
+    quantizer: str = "moving_average"
+    decay: float = 0.99
+    commitment: float = 0.25
+    kl_weight: float = 1e-4
+    restart_below: float = 0.01
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("image_size", "channels", "hidden", "num_downsamples", "codebook_size", "codebook_dim"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        if self.image_size % 2**self.num_downsamples:
+            raise ValueError(
+                f"image_size: expected a multiple of 2**num_downsamples = {2**self.num_downsamples}, got {self.image_size}"
+            )
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(f"quantizer: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay: expected a number between 0 and 1, got {self.decay}")
+        rgb = self.channels == 3
+        self.mean = tuple(self.mean) or ((0.79093, 0.76271, 0.75340) if rgb else (0.5,) * self.channels)
+        self.std = tuple(self.std) or ((0.30379, 0.32279, 0.32800) if rgb else (0.5,) * self.channels)
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(f"{name}: expected one value for each of {self.channels} channels, got {getattr(self, name)}")
+
+    @property
+    def code_size(self) -> int:
+        """Side of the square of codes."""
+        return self.image_size // 2**self.num_downsamples
+
+
+class ImageTokenizerOutput(NamedTuple):
+    """One forward pass in training."""
+
+    reconstruction: Tensor  # (B, C, H, W) in the range of the images, not clamped
+    codes: Tensor  # (B, h, w) int64
+    loss: Tensor  # scalar, what to minimise
+    reconstruction_loss: Tensor  # scalar, mean squared error in normalised units
+    codebook_loss: Tensor  # scalar, the rest of `loss`, weighted
+
+
+class Images(Protocol):
+    """What the tokenizer trains on: a tensor, or anything that loads a batch by its indices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: list[int], /) -> Tensor: ...
+
+
+class Quantizer(nn.Module):
+    """The codebook. `embed` is (codebook_dim, codebook_size) as in CogView's checkpoints."""
+
+    embed: Tensor
+    cluster_size: Tensor
+    embed_avg: Tensor
+
+    def __init__(self, config: ImageTokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.temperature = 1.0  # of gumbel sampling, annealed by the training loop
+        embed = torch.empty(config.codebook_dim, config.codebook_size)
+        nn.init.xavier_uniform_(embed, gain=nn.init.calculate_gain("tanh"))
+        if config.quantizer in ("straight_through", "gumbel"):
+            self.embed = nn.Parameter(embed)
+        else:
+            self.register_buffer("embed", embed)
+        # From 1: with 0, the first update would divide the codes that are not used by almost nothing.
+        self.register_buffer("cluster_size", torch.ones(config.codebook_size))
+        self.register_buffer("embed_avg", embed.detach().clone())
+
+    def nearest(self, vectors: Tensor) -> Tensor:
+        """(N, codebook_dim) -> (N,) int64."""
+        return self._distances(vectors.detach()).argmin(1)
+
+    def lookup(self, codes: Tensor) -> Tensor:
+        """(...) int64 -> (..., codebook_dim)."""
+        return F.embedding(codes, self.embed.t())
+
+    def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Quantise `vectors` (N, codebook_dim); in training mode also update the codebook's statistics.
+
+        Returns:
+            quantised (N, codebook_dim), with the gradient of the rule; codes (N,) int64; codebook loss, a scalar.
+        """
+        config = self.config
+        if config.quantizer == "gumbel" and self.training:
+            return self._sample(vectors)
+        codes = self.nearest(vectors)
+        quantised = self.lookup(codes)
+        loss = config.commitment * F.mse_loss(vectors, quantised.detach())
+        if config.quantizer == "straight_through":
+            loss = loss + F.mse_loss(quantised, vectors.detach())
+        if self.training and config.quantizer != "gumbel":
+            self._update(vectors.detach(), codes)
+        return vectors + (quantised - vectors).detach(), codes, loss
+
+    def _distances(self, vectors: Tensor) -> Tensor:
+        """Squared distance to each code less |vector|^2: (N, codebook_size)."""
+        return self.embed.pow(2).sum(0) - 2 * vectors @ self.embed
+
+    def _sample(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        logits = -(self._distances(vectors) + vectors.pow(2).sum(1, keepdim=True))
+        one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True)
+        log_prob = logits.log_softmax(1)
+        divergence = (log_prob.exp() * (log_prob + math.log(self.config.codebook_size))).sum(1).mean()
+        loss = self.config.kl_weight * divergence
+        return one_hot @ self.embed.t(), one_hot.argmax(1), loss
+
+    @torch.no_grad()
+    def _update(self, vectors: Tensor, codes: Tensor) -> None:
+        config = self.config
+        one_hot = F.one_hot(codes, config.codebook_size).to(vectors.dtype)  # its products are deterministic on a GPU too
+        self.cluster_size.lerp_(one_hot.sum(0), 1 - config.decay)
+        if config.quantizer == "moving_average":
+            self.embed_avg.lerp_(vectors.t() @ one_hot, 1 - config.decay)
+            self.embed.copy_(self.embed_avg / self.cluster_size.clamp_min(1e-5))
+        if config.quantizer != "fixed" and config.restart_below > 0:
+            dead = (self.cluster_size < config.restart_below).nonzero().squeeze(1)
+            self.restart(dead, vectors)
+
+    @torch.no_grad()
+    def restart(self, codes: Tensor, vectors: Tensor) -> None:
+        """Put `codes` (K,) at random rows of `vectors` (N, codebook_dim), with the usage count of a new code."""
+        rows = torch.randint(len(vectors), (len(codes),), device=vectors.device)
+        self.embed[:, codes] = vectors[rows].t()
+        self.embed_avg[:, codes] = vectors[rows].t()
+        self.cluster_size[codes] = 1.0
+
+
+class _Encoder(nn.Module):
+    def __init__(self, config: ImageTokenizerConfig):
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for i in range(config.num_downsamples):
+            in_channels = config.hidden if i else config.channels
+            blocks += [nn.Conv2d(in_channels, config.hidden, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+        self.blocks = nn.Sequential(*blocks, nn.Conv2d(config.hidden, config.codebook_dim, 1))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.blocks(images)
+
+
+class _Decoder(nn.Module):
+    def __init__(self, config: ImageTokenizerConfig):
+        super().__init__()
+        blocks: list[nn.Module] = []
+        for i in range(config.num_downsamples):
+            in_channels = config.hidden if i else config.codebook_dim
+            blocks += [nn.ConvTranspose2d(in_channels, config.hidden, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+        self.blocks = nn.Sequential(*blocks, nn.Conv2d(config.hidden, config.channels, 1))
+
+    def forward(self, vectors: Tensor) -> Tensor:
+        return self.blocks(vectors)
+
+
+class ImageTokenizer(nn.Module):
+    """VQVAE between images (B, C, H, W) in [0, 1] and codes (B, h, w)."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, config: ImageTokenizerConfig):
+        super().__init__()
+        self.config = config
+        self.enc_b = _Encoder(config)
+        self.quantize_t = Quantizer(config)
+        self.dec = _Decoder(config)
+        self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
+        self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
+        """Codes of images.
+
+        Args:
+            images: (B, C, H, W) floating point in [0, 1], or uint8.
+            batch_size: images encoded at a time; bounds the memory, not the result.
+
+        Returns:
+            (B, h, w) int64 on the device of the tokenizer.
+
+        Raises:
+            ValueError: wrong shape, or an image holds NaN or infinity.
+            TypeError: wrong dtype.
+        """
+        size = self.config.code_size
+        codes = torch.empty(len(images), size, size, dtype=torch.int64, device=self.mean.device)
+        for start in range(0, len(images), batch_size):
+            vectors = self._vectors(self._checked(images[start : start + batch_size]))
+            codes[start : start + batch_size] = self.quantize_t.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
+        return codes
+
+    @torch.no_grad()
+    def decode(self, codes: Tensor, batch_size: int = 64) -> Tensor:
+        """Images of codes.
+
+        Args:
+            codes: (B, h, w) integers in `[0, codebook_size)`.
+            batch_size: images decoded at a time.
+
+        Returns:
+            (B, C, H, W) float32 in [0, 1].
+
+        Raises:
+            ValueError: wrong shape, or a code out of range.
+        """
+        config = self.config
+        if codes.ndim != 3 or codes.shape[1:] != (config.code_size, config.code_size):
+            raise ValueError(f"codes: expected (B, {config.code_size}, {config.code_size}), got {tuple(codes.shape)}")
+        if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < config.codebook_size:
+            raise ValueError(
+                f"codes: expected 0 to {config.codebook_size - 1}, got {int(codes.min())} to {int(codes.max())}"
+            )
+        images = self.mean.new_empty(len(codes), config.channels, config.image_size, config.image_size)
+        for start in range(0, len(codes), batch_size):
+            vectors = self.quantize_t.lookup(codes[start : start + batch_size].to(self.mean.device, torch.int64))
+            images[start : start + batch_size] = self._images(vectors).clamp(0, 1)
+        return images
+
+    def forward(self, images: Tensor) -> ImageTokenizerOutput:
+        """Reconstruct `images` (B, C, H, W), with the losses; in training mode the codebook is updated."""
+        images = self._checked(images)
+        vectors = self._vectors(images)  # (B, h, w, codebook_dim)
+        quantised, codes, codebook_loss = self.quantize_t(vectors.flatten(0, 2))
+        reconstruction = self._images(quantised.view_as(vectors))
+        reconstruction_loss = F.mse_loss(reconstruction / self.std, images / self.std)
+        return ImageTokenizerOutput(
+            reconstruction,
+            codes.view(vectors.shape[:3]),
+            reconstruction_loss + codebook_loss,
+            reconstruction_loss,
+            codebook_loss,
+        )
+
+    def _vectors(self, images: Tensor) -> Tensor:
+        return self.enc_b((images - self.mean) / self.std).permute(0, 2, 3, 1)
+
+    def _images(self, vectors: Tensor) -> Tensor:
+        return self.dec(vectors.permute(0, 3, 1, 2)) * self.std + self.mean
+
+    def _checked(self, images: Tensor) -> Tensor:
+        config = self.config
+        expected = (config.channels, config.image_size, config.image_size)
+        if images.ndim != 4 or images.shape[1:] != expected:
+            raise ValueError(f"images: expected (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+        if images.dtype == torch.uint8:
+            return images.to(self.mean.device).float() / 255
+        if not images.is_floating_point():
+            raise TypeError(f"images: expected floating point or uint8, got {images.dtype}")
+        images = images.to(self.mean.device, torch.float32)
+        finite = images.isfinite().flatten(1).all(1)
+        if not finite.all():
+            raise ValueError(f"images: image {int((~finite).nonzero()[0])} of the batch holds NaN or infinity")
+        return images
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save configuration and weights; an existing file is replaced atomically."""
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            torch.save({"config": asdict(self.config), "model": self.state_dict()}, file)
+
+    @classmethod
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        config: ImageTokenizerConfig | None = None,
+        device: str | torch.device = "cpu",
+    ) -> "ImageTokenizer":
+        """Load a saved tokenizer, or a bare state dict such as CogView's (keys may start with `module.`).
+
+        Args:
+            path: the file.
+            config: for a bare state dict, its configuration (default: CogView's).
+            device: where to put the tokenizer.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated or corrupt, or does not fit the configuration.
+        """
+        try:
+            saved = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(error.errno, "image tokenizer: no such file", str(path)) from None
+        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+            raise ValueError(f"{path}: expected a saved image tokenizer, got a corrupt or truncated file ({error})") from error
+        try:
+            if "config" in saved:
+                config, saved = ImageTokenizerConfig(**saved["config"]), saved["model"]
+            tokenizer = cls(config or ImageTokenizerConfig())
+            tokenizer.load_state_dict({name.removeprefix("module."): value for name, value in saved.items()})
+        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path}: not the weights of this image tokenizer: {error}") from error
+        return tokenizer.eval().to(device)
+
+
+def train_image_tokenizer(
+    config: ImageTokenizerConfig,
+    images: Tensor | Images,
+    *,
+    steps: int,
+    batch_size: int = 32,
+    learning_rate: float = 3e-4,
+    seed: int = 0,
+    device: str | torch.device = "cpu",
+    progress: bool = True,
+) -> tuple[ImageTokenizer, list[dict[str, float]]]:
+    """Train a tokenizer with AdamW and a cosine learning rate; the same arguments give the same weights.
+
+    With a trainable codebook, codes start at random encoder outputs of the first batch.
+    Gumbel sampling is annealed from temperature 1 to 1/16.
+
+    Args:
+        config: the tokenizer.
+        images: (N, C, H, W) in [0, 1] or uint8, or an object that returns such a batch for a list of indices.
+        steps: optimizer steps.
+        batch_size: images a step, drawn without replacement within each epoch.
+        learning_rate: at the start.
+        seed: of weights, data order and sampling. The caller's random state is left alone.
+        device: where to train.
+        progress: show a progress bar.
+
+    Returns:
+        the tokenizer in evaluation mode, and per step `step`, `loss`, `reconstruction_loss` (mean squared error,
+        normalised units), `codebook_loss`, `codes_used` (different codes in the batch) and `learning_rate`.
+
+    Raises:
+        ValueError: no images, fewer than one step, wrong shapes, NaN or infinity in an image, or a loss
+            that is not finite.
+    """
+    if len(images) == 0:
+        raise ValueError("images: expected at least one image to train on, got none")
+    if steps < 1 or batch_size < 1:
+        raise ValueError(f"expected steps and batch_size of 1 or more, got {steps} and {batch_size}")
+    device = torch.device(device)
+    batch_size = min(batch_size, len(images))
+    metrics: list[dict[str, float]] = []
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        tokenizer = ImageTokenizer(config).to(device).train()
+        optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=learning_rate, weight_decay=0.0)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+        order: list[int] = []
+        bar = tqdm(range(steps), desc="image tokenizer", unit="step", disable=not progress)
+        for step in bar:
+            if len(order) < batch_size:
+                order = torch.randperm(len(images)).tolist()
+            indices, order = order[:batch_size], order[batch_size:]
+            batch = images[indices]
+            if step == 0:
+                _start_codebook(tokenizer, batch)
+            tokenizer.quantize_t.temperature = 16.0 ** (-step / steps)
+            output = tokenizer(batch)
+            if not output.loss.isfinite():
+                raise ValueError(f"image tokenizer: loss is {output.loss.item()} at step {step}; lower the learning rate")
+            optimizer.zero_grad(set_to_none=True)
+            output.loss.backward()
+            optimizer.step()
+            metrics.append(
+                {
+                    "step": step,
+                    "loss": output.loss.item(),
+                    "reconstruction_loss": output.reconstruction_loss.item(),
+                    "codebook_loss": output.codebook_loss.item(),
+                    "codes_used": len(output.codes.unique()),
+                    "learning_rate": schedule.get_last_lr()[0],
+                }
+            )
+            schedule.step()
+            bar.set_postfix(loss=f"{metrics[-1]['loss']:.4f}", codes=int(metrics[-1]["codes_used"]), refresh=False)
+    return tokenizer.eval(), metrics
+
+
+@torch.no_grad()
+def _start_codebook(tokenizer: ImageTokenizer, batch: Tensor) -> None:
+    if tokenizer.config.quantizer == "fixed":
+        return
+    vectors = tokenizer._vectors(tokenizer._checked(batch)).flatten(0, 2)
+    tokenizer.quantize_t.restart(torch.arange(tokenizer.config.codebook_size, device=vectors.device), vectors)

@@ -1,0 +1,143 @@
+"""Text to piece ids and back: a SentencePiece model, trained from a corpus or loaded."""
+
+import io
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import sentencepiece
+
+from cogview.files import atomic_write
+
+
+class TextTokenizer:
+    """SentencePiece pieces, numbered from 0 (the unknown piece); no begin, end or padding piece.
+
+    The sequence layout has its own command tokens and shifts piece ids behind the image codes.
+    """
+
+    def __init__(self, model_proto: bytes):
+        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+
+    @classmethod
+    def train(
+        cls,
+        corpus: Iterable[str],
+        path: str | os.PathLike[str],
+        vocab_size: int,
+        *,
+        model_type: str = "unigram",
+        character_coverage: float = 0.9995,
+        byte_fallback: bool = False,
+        max_sentences: int = 1_000_000,
+    ) -> "TextTokenizer":
+        """Train on a corpus and save the model; the same corpus gives the same model.
+
+        Args:
+            corpus: captions; blank ones are skipped.
+            path: where to save the `.model` file, replaced atomically.
+            vocab_size: number of pieces, the unknown piece included (CogView: 50 000).
+            model_type: `unigram`, `bpe`, `word` or `char`.
+            character_coverage: share of the characters of the corpus that get a piece of their own.
+            byte_fallback: spell unknown characters as bytes (256 further pieces, within `vocab_size`)
+                instead of mapping them to the unknown piece.
+            max_sentences: train on at most this many captions.
+
+        Returns:
+            the trained tokenizer.
+
+        Raises:
+            TypeError: the corpus holds something that is not a string.
+            ValueError: the corpus is empty, or `vocab_size` does not fit it (the message says what does).
+            OSError: the model cannot be saved.
+        """
+        captions = _checked(corpus, max_sentences)
+        if not captions:
+            raise ValueError(f"{path}: the corpus holds no caption to train a text tokenizer on")
+        model = io.BytesIO()
+        try:
+            sentencepiece.SentencePieceTrainer.train(
+                sentence_iterator=iter(captions),
+                model_writer=model,
+                vocab_size=vocab_size,
+                model_type=model_type,
+                character_coverage=character_coverage,
+                byte_fallback=byte_fallback,
+                unk_id=0,
+                bos_id=-1,
+                eos_id=-1,
+                pad_id=-1,
+                num_threads=1,
+                minloglevel=2,
+            )
+        except (RuntimeError, OSError) as error:
+            # "Internal: src/trainer.cc(n) [condition] reason": the reason is what a user can act on.
+            reason = str(error).rpartition("] ")[2].strip() or str(error)
+            raise ValueError(
+                f"text tokenizer: vocab_size={vocab_size} does not fit the corpus of {len(captions)} captions: {reason}"
+            ) from error
+        with atomic_write(path) as temporary:
+            temporary.write_bytes(model.getvalue())
+        return cls(model.getvalue())
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TextTokenizer":
+        """Load a `.model` file, trained here or by SentencePiece itself.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is not a SentencePiece model, or is cut short.
+        """
+        try:
+            model = Path(path).read_bytes()
+        except FileNotFoundError as error:
+            raise FileNotFoundError(error.errno, "text tokenizer: no such file", str(path)) from None
+        try:
+            tokenizer = cls(model)
+        except (RuntimeError, OSError) as error:
+            raise ValueError(f"{path}: expected a SentencePiece model, got a corrupt or truncated file") from error
+        return tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self._processor.get_piece_size()
+
+    def encode(self, text: str) -> list[int]:
+        """Piece ids in `[0, vocab_size)` of a caption.
+
+        Raises:
+            TypeError: `text` is not a string.
+            ValueError: `text` is empty or blank.
+        """
+        if not isinstance(text, str):
+            raise TypeError(f"caption: expected a string, got {type(text).__name__}")
+        ids = self._processor.encode(text)
+        if not ids:
+            raise ValueError(f"caption: expected some text, got {text!r}")
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of piece ids; unknown pieces read as U+2047.
+
+        Raises:
+            ValueError: an id is outside `[0, vocab_size)`.
+        """
+        ids = [int(i) for i in ids]
+        for i in ids:
+            if not 0 <= i < self.vocab_size:
+                raise ValueError(f"text ids: expected 0 to {self.vocab_size - 1}, got {i}")
+        return self._processor.decode(ids)
+
+
+def _checked(corpus: Iterable[str], max_sentences: int) -> list[str]:
+    def captions() -> Iterator[str]:
+        for number, caption in enumerate(corpus):
+            if not isinstance(caption, str):
+                raise TypeError(f"corpus[{number}]: expected a string, got {type(caption).__name__}")
+            caption = " ".join(caption.split())  # SentencePiece takes one line a caption
+            if caption:
+                yield caption
+
+    if isinstance(corpus, str):
+        raise TypeError("corpus: expected an iterable of captions, got one string")
+    return [caption for _, caption in zip(range(max_sentences), captions(), strict=False)]
