@@ -1,0 +1,149 @@
+"""Pictures of a run: labelled samples, reconstructions, curves. Each is written atomically."""
+
+import math
+import os
+import textwrap
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from cogview.files import atomic_write
+
+
+def save_grid(
+    images: Tensor,
+    captions: Sequence[str],
+    path: str | os.PathLike[str],
+    *,
+    right: Sequence[bool] | None = None,
+    title: str = "",
+    columns: int = 4,
+) -> None:
+    """Save images in a grid, each under its caption.
+
+    Args:
+        images: (N, C, H, W) in [0, 1], C of 1 (shown as ink on paper) or 3.
+        captions: N texts; long ones are wrapped.
+        path: PNG file.
+        right: whether each image shows its caption; titles are then green or red.
+        title: over the whole picture.
+        columns: images a row.
+
+    Raises:
+        ValueError: no images, or not one caption (or `right`) for each.
+    """
+    if len(images) == 0:
+        raise ValueError("images: expected at least one image, got none")
+    for name, per_image in (("captions", captions), ("right", right)):
+        if per_image is not None and len(per_image) != len(images):
+            raise ValueError(f"{name}: expected one for each of {len(images)} images, got {len(per_image)}")
+    columns = min(columns, len(images))
+    rows = math.ceil(len(images) / columns)
+    figure = Figure(figsize=(2.2 * columns, 2.75 * rows + 0.4), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for i, (axis, image, caption) in enumerate(zip(axes, images, captions, strict=False)):
+        _show(axis, image)
+        colour = "black" if right is None else ("darkgreen" if right[i] else "firebrick")
+        axis.set_title(textwrap.fill(caption, 26), fontsize=8.5, color=colour)
+    if title:
+        figure.suptitle(title, fontsize=11)
+    _save(figure, path)
+
+
+def save_reconstructions(originals: Tensor, reconstructions: Tensor, path: str | os.PathLike[str]) -> None:
+    """Save pairs of original (upper row) and reconstruction (lower row), up to eight a line.
+
+    Args:
+        originals: (N, C, H, W) in [0, 1].
+        reconstructions: the same shape.
+        path: PNG file.
+
+    Raises:
+        ValueError: no images, or different shapes.
+    """
+    if len(originals) == 0 or originals.shape != reconstructions.shape:
+        raise ValueError(
+            f"reconstructions: expected {tuple(originals.shape)} with 1 image or more, got {tuple(reconstructions.shape)}"
+        )
+    columns = min(8, len(originals))
+    lines = math.ceil(len(originals) / columns)
+    figure = Figure(figsize=(1.4 * columns + 0.4, 2.9 * lines), layout="constrained")
+    axes = figure.subplots(2 * lines, columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_xticks([])
+        axis.set_yticks([])
+        axis.set_frame_on(False)
+    for i, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True)):
+        line, column = divmod(i, columns)
+        _show(axes[2 * line, column], original)
+        _show(axes[2 * line + 1, column], reconstruction)
+    for line in range(lines):
+        axes[2 * line, 0].set_ylabel("original", fontsize=9)
+        axes[2 * line + 1, 0].set_ylabel("reconstruction", fontsize=9)
+    _save(figure, path)
+
+
+def save_curves(
+    metrics: Mapping[str, Sequence[Mapping[str, float]]],
+    path: str | os.PathLike[str],
+    units: Mapping[str, str] | None = None,
+) -> None:
+    """Save training curves, one panel for each run and quantity, over `step`.
+
+    Args:
+        metrics: per run (say `image tokenizer`) its metrics log: records with `step` and numbers. Records may
+            lack some of the numbers; losses are drawn on a logarithmic scale where all are positive.
+        path: PNG file.
+        units: axis label of a quantity, such as `{"loss": "loss (nats per token)"}`; default: its name.
+
+    Raises:
+        ValueError: no records.
+    """
+    curves = [(run, name, *_curve(records, name)) for run, records in metrics.items() for name in _quantities(records)]
+    if not curves:
+        raise ValueError("metrics: expected records with `step` and at least one number, got none")
+    columns = min(3, len(curves))
+    rows = math.ceil(len(curves) / columns)
+    figure = Figure(figsize=(4.2 * columns, 3.0 * rows), layout="constrained")
+    axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
+    for axis in axes[len(curves) :]:
+        axis.set_axis_off()
+    for axis, (run, name, steps, values) in zip(axes, curves, strict=False):
+        axis.plot(steps, values, linewidth=1.2, marker="." if len(steps) < 20 else None)
+        if "loss" in name and values.min() > 0 and values.max() > 10 * values.min():
+            axis.set_yscale("log")
+        axis.set_title(run, fontsize=10)
+        axis.set_xlabel("step")
+        axis.set_ylabel((units or {}).get(name, name.replace("_", " ")))
+        axis.grid(alpha=0.3)
+    _save(figure, path)
+
+
+def _quantities(records: Sequence[Mapping[str, float]]) -> list[str]:
+    names = dict.fromkeys(name for record in records for name in record if name != "step")
+    return [name for name in names if any(isinstance(record.get(name), int | float) for record in records)]
+
+
+def _curve(records: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
+    points = [(record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)]
+    steps, values = np.array(points, dtype=np.float64).T
+    return steps, values
+
+
+def _show(axis, image: Tensor) -> None:
+    pixels = image.detach().cpu().float().clamp(0, 1)
+    if len(pixels) == 1:
+        axis.imshow(pixels[0], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
+    else:
+        axis.imshow(pixels.permute(1, 2, 0), interpolation="nearest")
+
+
+def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
+    FigureCanvasAgg(figure)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
