@@ -1,0 +1,18 @@
+"""CUDA kernels for CogView's three-region sparse attention and PB-relax LayerNorm."""
+
+from cogview_kernels.attention import three_region_attention
+from cogview_kernels.backends import KernelUnavailable
+from cogview_kernels.layer_norm import PBRelaxLayerNorm, pb_relax_layer_norm, sandwich_residual
+from cogview_kernels.layout import ThreeRegionLayout, sample_pivots
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "KernelUnavailable",
+    "PBRelaxLayerNorm",
+    "ThreeRegionLayout",
+    "pb_relax_layer_norm",
+    "sample_pivots",
+    "sandwich_residual",
+    "three_region_attention",
+]

@@ -1,0 +1,73 @@
+"""Checks of arguments, and the words of their errors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def describe(value: Any) -> str:
+    """What came, for an error message."""
+    if isinstance(value, Tensor):
+        dtype = str(value.dtype).removeprefix("torch.")
+        return f"a {dtype} tensor {tuple(value.shape)} on {value.device}"
+    return f"{type(value).__name__} {value!r}"
+
+
+def check_int(name: str, value: Any, minimum: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name}: expected an int, got {describe(value)}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def check_float(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a float, got {describe(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+def check_tensor(name: str, value: Any) -> Tensor:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating-point tensor, got {describe(value)}")
+    return value
+
+
+def check_like(name: str, value: Tensor, other_name: str, other: Tensor) -> None:
+    """``value`` has the dtype and lies on the device of ``other``."""
+    if value.dtype != other.dtype:
+        raise TypeError(f"{name}: expected dtype {other.dtype} as {other_name}, got {value.dtype}")
+    if value.device != other.device:
+        raise ValueError(
+            f"{name}: expected device {other.device} as {other_name}, got {value.device}"
+        )
+
+
+def check_last_dim_contiguous(name: str, value: Tensor) -> None:
+    if value.shape[-1] > 1 and value.stride(-1) != 1:
+        raise ValueError(
+            f"{name}: expected a contiguous last dimension, got strides {value.stride()} for shape "
+            f"{tuple(value.shape)}; call .contiguous()"
+        )
+
+
+def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def values_readable(value: Any) -> bool:
+    """Whether values can be checked without a device synchronisation: not a tensor, or a real
+    (not traced, fake or batched) tensor on the CPU."""
+    if not isinstance(value, Tensor):
+        return True
+    if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+        return False
+    return value.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(value)

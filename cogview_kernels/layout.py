@@ -1,0 +1,309 @@
+"""What a query may attend to: text prefix, pivots and local window of each sample."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import torch
+from torch import Tensor
+
+from cogview_kernels._checks import check_float, check_int, describe, values_readable
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ThreeRegionLayout:
+    """The three regions of CogView's sparse attention, shared by all heads of a call.
+
+    A query at position ``i`` of block ``c = i // query_window`` attends to
+
+    * window: ``start <= j <= i`` with ``start = max(0, (c - key_window_times + 1) * query_window)``,
+    * text: ``j < min(text_len, start)``,
+    * pivots: the entries ``p`` of ``pivot_idx`` with ``text_len <= p < start``.
+
+    The regions are disjoint and the query itself always stands in its window.
+
+    Args:
+        text_len: length of the text prefix in tokens, one ``int`` for all samples or an int32
+            tensor ``(B,)``; not negative. A length beyond the sequence means "all of it".
+        pivot_idx: int32 ``(B, P)``, positions of the pivots, ascending and unique in each row, or
+            ``None`` for no pivots. Entries outside ``[text_len, k_len)`` are padding and ignored,
+            so ragged counts need no second tensor. One row serves a batch of any size.
+        query_window: block size ``w`` in tokens, any positive integer.
+        key_window_times: number of blocks ``n`` in the local window, the query's own included.
+        text_bias: added to the logit of every text key, in nats.
+        pivot_bias: added to the logit of every pivot key, in nats.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, shape or device. Values of
+            tensors (negative lengths, unsorted or repeated pivots) are read and checked when the
+            tensors are on the CPU; on a GPU that would cost a synchronisation, so call
+            :meth:`validate` there while debugging. Whatever the values, the attention never
+            touches memory outside its tensors.
+
+    Source: CogView (arXiv 2105.13290), section 4.1 of the appendix and its released
+    ``sparse_attention``.
+    """
+
+    text_len: int | Tensor
+    pivot_idx: Tensor | None
+    query_window: int = 128
+    key_window_times: int = 2
+    text_bias: float = 0.0
+    pivot_bias: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_int("query_window", self.query_window, minimum=1)
+        check_int("key_window_times", self.key_window_times, minimum=1)
+        object.__setattr__(self, "text_bias", check_float("text_bias", self.text_bias))
+        object.__setattr__(self, "pivot_bias", check_float("pivot_bias", self.pivot_bias))
+        if isinstance(self.text_len, Tensor):
+            _check_index_tensor("text_len", self.text_len, 1, "(B,)")
+        else:
+            check_int("text_len", self.text_len, minimum=0)
+        if self.pivot_idx is not None:
+            if not isinstance(self.pivot_idx, Tensor):
+                raise TypeError(
+                    "pivot_idx: expected an int32 tensor (B, P) or None, "
+                    f"got {describe(self.pivot_idx)}"
+                )
+            _check_index_tensor("pivot_idx", self.pivot_idx, 2, "(B, P)")
+            if isinstance(self.text_len, Tensor):
+                if self.text_len.device != self.pivot_idx.device:
+                    raise ValueError(
+                        f"text_len: expected device {self.pivot_idx.device} as pivot_idx, "
+                        f"got {self.text_len.device}"
+                    )
+                sizes = {self.text_len.shape[0], self.pivot_idx.shape[0]} - {1}
+                if len(sizes) > 1:
+                    raise ValueError(
+                        f"text_len: expected ({self.pivot_idx.shape[0]},) to match the batch of "
+                        f"pivot_idx, got {tuple(self.text_len.shape)}"
+                    )
+        self._check_values_if_readable(k_len=None)
+
+    @classmethod
+    def from_cogview(
+        cls,
+        pivot_idx: Tensor,
+        text_len: int | Tensor,
+        query_window: int,
+        key_window_times: int,
+        seqlen: int,
+    ) -> ThreeRegionLayout:
+        """CogView's training setting from CogView's own pivot list.
+
+        CogView lists the text positions together with the random ones and adds
+        ``log(seqlen // num_pivots)`` to the logit of every listed key, ``num_pivots`` being the
+        length of that list.
+
+        Args:
+            pivot_idx: int32 or int64 ``(B, num_pivots)`` in any order, text positions included;
+                a position may appear once per row.
+            text_len: length of the text prefix, ``int`` or int32/int64 ``(B,)``.
+            query_window, key_window_times: as in :class:`ThreeRegionLayout`.
+            seqlen: the training sequence length ``S``; at least ``num_pivots``.
+        """
+        check_int("seqlen", seqlen, minimum=1)
+        if not isinstance(pivot_idx, Tensor):
+            raise TypeError(
+                f"pivot_idx: expected an integer tensor (B, P), got {describe(pivot_idx)}"
+            )
+        _check_index_tensor("pivot_idx", pivot_idx, 2, "(B, P)", (torch.int32, torch.int64))
+        num_pivots = pivot_idx.shape[1]
+        if not 1 <= num_pivots <= seqlen:
+            raise ValueError(
+                f"pivot_idx: expected between 1 and seqlen = {seqlen} pivots per row, "
+                f"got shape {tuple(pivot_idx.shape)}"
+            )
+        if isinstance(text_len, Tensor):
+            _check_index_tensor("text_len", text_len, 1, "(B,)", (torch.int32, torch.int64))
+            text_len = text_len.to(torch.int32)
+        bias = math.log(seqlen // num_pivots)
+        ordered = pivot_idx.clamp(-1, seqlen).sort(dim=1).values.to(torch.int32)
+        layout = cls(text_len, ordered, query_window, key_window_times, bias, bias)
+        layout._check_values_if_readable(k_len=seqlen)
+        return layout
+
+    @property
+    def batch_size(self) -> int | None:
+        """Number of samples described, ``None`` where the layout serves a batch of any size."""
+        sizes = [t.shape[0] for t in (self.text_len, self.pivot_idx) if isinstance(t, Tensor)]
+        return next((size for size in sizes if size != 1), None)
+
+    def tensors(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """``text_len (batch,)`` and ``pivot_idx (batch, P)``, both int32 on ``device``.
+
+        Raises:
+            ValueError: the layout describes another batch size or lies on another device.
+        """
+        for name, tensor in (("text_len", self.text_len), ("pivot_idx", self.pivot_idx)):
+            if not isinstance(tensor, Tensor):
+                continue
+            if tensor.shape[0] not in (1, batch):
+                expected = (batch, *tensor.shape[1:])
+                raise ValueError(
+                    f"layout.{name}: expected {expected} to match the batch, "
+                    f"got {tuple(tensor.shape)}"
+                )
+            if tensor.device != device:
+                raise ValueError(
+                    f"layout.{name}: expected device {device} as the queries, got {tensor.device}"
+                )
+        if isinstance(self.text_len, Tensor):
+            text_len = self.text_len.expand(batch)
+        else:
+            text_len = torch.full(
+                (batch,), min(self.text_len, 2**31 - 1), dtype=torch.int32, device=device
+            )
+        if self.pivot_idx is None:
+            return text_len, torch.empty(batch, 0, dtype=torch.int32, device=device)
+        return text_len, self.pivot_idx.expand(batch, -1)
+
+    def validate(self, k_len: int) -> None:
+        """Read the tensors' values and check them for keys of length ``k_len``.
+
+        Synchronises with the device. Raises ``ValueError`` for a negative text length and for
+        pivots that are not ascending or not unique among the entries that count.
+        """
+        check_int("k_len", k_len, minimum=0)
+        self._check_values(k_len)
+
+    def _check_values_if_readable(self, k_len: int | None) -> None:
+        if values_readable(self.text_len) and values_readable(self.pivot_idx):
+            self._check_values(k_len)
+
+    def _check_values(self, k_len: int | None) -> None:
+        text_len = self.text_len
+        if isinstance(text_len, Tensor):
+            negative = text_len < 0
+            if negative.any():
+                sample = int(negative.nonzero()[0])
+                raise ValueError(
+                    "text_len: expected lengths that are not negative, "
+                    f"got {int(text_len[sample])} in sample {sample}"
+                )
+            text_len = text_len.unsqueeze(1)
+        if self.pivot_idx is None or self.pivot_idx.numel() == 0:
+            return
+        # Every counted entry must lie above the largest counted entry before it. With k_len
+        # unknown the largest entry of a row may be padding (k_len itself), so it may repeat.
+        pivots = self.pivot_idx.long()
+        counts = (pivots >= text_len) & (pivots >= 0)
+        if k_len is not None:
+            counts &= pivots < k_len
+        running = torch.where(counts, pivots, -1).cummax(dim=1).values
+        previous = torch.nn.functional.pad(running, (1, 0), value=-1)[:, :-1]
+        repeated = pivots == previous
+        if k_len is None:
+            repeated &= pivots < pivots.amax(dim=1, keepdim=True)
+        wrong = counts & ((pivots < previous) | repeated)
+        if wrong.any():
+            sample, column = wrong.nonzero()[0].tolist()
+            value, before = int(pivots[sample, column]), int(previous[sample, column])
+            what = "unique" if value == before else "sorted ascending"
+            raise ValueError(
+                f"pivot_idx: expected {what} positions in each row, got {value} after {before} "
+                f"in sample {sample}, column {column}"
+            )
+
+    def regions(self, batch: int, q_len: int, k_len: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The disjoint masks ``(window, text, pivot)``, each bool ``(B, Sq, Sk)``; dense."""
+        check_int("batch", batch, minimum=0)
+        check_int("q_len", q_len, minimum=0)
+        check_int("k_len", k_len, minimum=0)
+        if q_len > k_len:
+            raise ValueError(f"q_len: expected at most k_len = {k_len}, got {q_len}")
+        device = next(
+            (t.device for t in (self.text_len, self.pivot_idx) if isinstance(t, Tensor)),
+            torch.device("cpu"),
+        )
+        text_len, pivot_idx = self.tensors(batch, device)
+        i = torch.arange(k_len - q_len, k_len, device=device).view(1, -1, 1)
+        j = torch.arange(k_len, device=device).view(1, 1, -1)
+        start = window_start(i, self.query_window, self.key_window_times)
+        prefix = text_len.view(-1, 1, 1)
+
+        counts = (pivot_idx >= prefix[:, 0]) & (pivot_idx >= 0) & (pivot_idx < k_len)
+        column = torch.where(counts, pivot_idx, k_len).long()
+        is_pivot = torch.zeros(batch, k_len + 1, dtype=torch.bool, device=device)
+        is_pivot = is_pivot.scatter(1, column, True)[:, None, :k_len]
+
+        window = ((start <= j) & (j <= i)).expand(batch, -1, -1)
+        return window, (j < prefix) & (j < start), is_pivot & (j < start)
+
+    def dense_mask(self, batch: int, q_len: int, k_len: int) -> Tensor:
+        """Which keys each query may attend to: bool ``(B, Sq, Sk)``, ``True`` where it may.
+
+        For people and tests; the attention itself never builds it (``reference`` apart).
+        """
+        window, text, pivot = self.regions(batch, q_len, k_len)
+        return window | text | pivot
+
+
+def window_start(position: Tensor, query_window: int, key_window_times: int) -> Tensor:
+    """First key of the local window of queries at ``position`` (same shape)."""
+    block = torch.div(position, query_window, rounding_mode="floor")
+    return ((block - (key_window_times - 1)) * query_window).clamp_min(0)
+
+
+def sample_pivots(
+    text_len: int | Tensor,
+    seqlen: int,
+    num_pivots: int,
+    generator: torch.Generator | None = None,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """Draw random pivots behind the text, uniformly and without replacement.
+
+    Never synchronises with the device, so it can be captured in a CUDA graph.
+
+    Args:
+        text_len: length of the text prefix, ``int`` (one sample) or an integer tensor ``(B,)``.
+        seqlen: sequence length; pivots lie in ``[text_len, seqlen)``.
+        num_pivots: pivots per sample. Where fewer positions exist, the row ends in padding
+            (``seqlen``).
+        generator: source of randomness, on ``device``.
+        device: where the result lies; default: the generator's, else ``text_len``'s, else the CPU.
+
+    Returns:
+        int32 ``(B, num_pivots)``, ascending and unique in each row, padding last.
+    """
+    check_int("seqlen", seqlen, minimum=0)
+    check_int("num_pivots", num_pivots, minimum=0)
+    if isinstance(text_len, Tensor):
+        _check_index_tensor("text_len", text_len, 1, "(B,)", (torch.int32, torch.int64))
+        if values_readable(text_len) and bool((text_len < 0).any()):
+            raise ValueError(f"text_len: expected no negative length, got {int(text_len.min())}")
+    else:
+        check_int("text_len", text_len, minimum=0)
+    if device is None:
+        if generator is not None:
+            device = generator.device
+        else:
+            device = text_len.device if isinstance(text_len, Tensor) else torch.device("cpu")
+    if isinstance(text_len, Tensor):
+        prefix = text_len.to(device).unsqueeze(1)
+    else:
+        prefix = torch.full((1, 1), min(text_len, seqlen), device=device)
+    # Random keys in [0, 1) for positions that may be drawn, 2 for text: the smallest win.
+    keys = torch.rand(prefix.shape[0], seqlen, generator=generator, device=device)
+    keys = keys.masked_fill(torch.arange(seqlen, device=device) < prefix, 2.0)
+    drawn, position = keys.topk(min(num_pivots, seqlen), dim=1, largest=False, sorted=False)
+    pivots = torch.where(drawn < 1.5, position, seqlen).sort(dim=1).values
+    pivots = torch.nn.functional.pad(pivots, (0, num_pivots - pivots.shape[1]), value=seqlen)
+    return pivots.to(torch.int32)
+
+
+def _check_index_tensor(
+    name: str,
+    tensor: Tensor,
+    ndim: int,
+    shape: str,
+    dtypes: tuple[torch.dtype, ...] = (torch.int32,),
+) -> None:
+    if tensor.dtype not in dtypes:
+        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise TypeError(f"{name}: expected dtype {expected}, got {describe(tensor)}")
+    if tensor.ndim != ndim:
+        raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

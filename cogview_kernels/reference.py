@@ -1,0 +1,80 @@
+"""The dense definitions, in float64: what every other backend is held against.
+
+Written to be read beside the formulas, not to be fast: memory grows with ``Sq x Sk``.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cogview_kernels.layout import ThreeRegionLayout
+
+
+def three_region_attention(
+    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, softmax_scale: float
+) -> tuple[Tensor, Tensor]:
+    """Joint softmax over the three regions. Shapes as the public function; see there.
+
+    A key that no region holds has no influence, NaN and infinity included.
+    """
+    batch, num_heads, q_len, _ = q.shape
+    num_kv_heads, k_len = k.shape[1:3]
+    q64, k64, v64 = q.double(), k.double(), v.double()
+    group = num_heads // num_kv_heads
+    k64, v64 = (t.repeat_interleave(group, dim=1) for t in (k64, v64))
+
+    window, text, pivot = (
+        region.to(q.device).unsqueeze(1) for region in layout.regions(batch, q_len, k_len)
+    )
+    visible = window | text | pivot
+    bias = layout.text_bias * text + layout.pivot_bias * pivot
+
+    logits = visible_matmul(q64, torch.ones_like(q64, dtype=torch.bool), k64.mT)
+    logits = (logits * softmax_scale + bias).masked_fill(~visible, float("-inf"))
+    lse = logits.logsumexp(-1)
+    weights = (logits - lse.unsqueeze(-1)).exp()
+    out = visible_matmul(weights.masked_fill(~visible, 0.0), visible, v64)
+    return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()
+
+
+def visible_matmul(left: Tensor, visible: Tensor, right: Tensor) -> Tensor:
+    """``left @ right``, summed over the visible pairs alone, ``visible`` broadcasting to ``left``.
+
+    ``left`` must be zero where it is not visible. A plain product would let a NaN or infinity in
+    ``right`` through a zero of ``left``; here it reaches exactly the sums that it is part of.
+    """
+    finite = right.isfinite()
+    product = left @ right.masked_fill(~finite, 0.0)
+    with torch.no_grad():
+        kind = product.dtype
+        positive, negative = (visible & (left > 0)).to(kind), (visible & (left < 0)).to(kind)
+        plus_inf, minus_inf = (right == float("inf")).to(kind), (right == float("-inf")).to(kind)
+        plus = positive @ plus_inf + negative @ minus_inf > 0
+        minus = positive @ minus_inf + negative @ plus_inf > 0
+        nan = visible.to(kind) @ right.isnan().to(kind) > 0
+        nan |= (visible & (left == 0)).to(kind) @ (plus_inf + minus_inf) > 0
+        nan |= plus & minus
+    product = torch.where(plus, float("inf"), torch.where(minus, float("-inf"), product))
+    return product.masked_fill(nan, float("nan"))
+
+
+def pb_relax_layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: str | None
+) -> Tensor:
+    """``(x - mean) / sqrt(var + eps c^2) * weight + bias`` with ``c = max|x| / 8`` detached."""
+    x64 = x.double()
+    if relax == "row":
+        peak = x64.detach().abs().amax(-1, keepdim=True)
+    elif relax == "tensor" and x.numel() > 0:
+        peak = x64.detach().abs().amax()
+    else:
+        peak = torch.full((), 8.0, dtype=torch.float64, device=x.device)
+    c = torch.where(peak == 0, 8.0, peak) / 8  # all zero: any c gives 0, so that y = bias
+    centred = x64 / c - (x64 / c).mean(-1, keepdim=True)
+    y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
+    if weight is not None:
+        y = y * weight.double()
+    if bias is not None:
+        y = y + bias.double()
+    return y.to(x.dtype)
