@@ -1,9 +1,9 @@
 """Scenes of real handwriting: four digits on a canvas, described by a caption.
 
-The handwriting is the UCI set that ships inside scikit-learn (1797 digits of 8x8 pixels). A scene is a
-64x64 canvas with one digit in each quarter; "a seven and a three above a two and a nine" names them in
-reading order. Nothing that is evaluated was seen in training: the handwritten images *and* the
-combinations of four digits are split.
+The handwriting is the UCI set that ships inside scikit-learn (1797 digits of 8x8 pixels). A scene
+is a 64x64 canvas with one digit in each quarter; "a seven and a three above a two and a nine" names
+them in reading order. Nothing that is evaluated was seen in training: the handwritten images *and*
+the combinations of four digits are split.
 
     split      handwriting    combinations
     train      half           those not held out
@@ -22,7 +22,12 @@ from sklearn.datasets import load_digits
 
 CANVAS_SIZE = 64
 CELL_SIZE = 32
-CELLS = ((0, 0), (0, CELL_SIZE), (CELL_SIZE, 0), (CELL_SIZE, CELL_SIZE))  # (top, left), reading order
+CELLS = (
+    (0, 0),
+    (0, CELL_SIZE),
+    (CELL_SIZE, 0),
+    (CELL_SIZE, CELL_SIZE),
+)  # (top, left), reading order
 DIGIT_SIZES = (26, 27, 28)  # pixels of the scaled 8x8 original
 SPLITS = ("train", "reader", "test")
 
@@ -44,7 +49,7 @@ def caption_of(digits: tuple[int, ...] | list[int] | np.ndarray) -> str:
 
 
 def is_held_out(digits: tuple[int, ...] | list[int] | np.ndarray) -> bool:
-    """Whether this combination of four digits is kept for the test split: one in ten, by a fixed hash."""
+    """Whether this combination of digits is kept for the test split: one in ten, by a fixed hash."""
     return zlib.crc32(bytes(int(digit) for digit in digits)) % 10 == 0
 
 
@@ -55,8 +60,8 @@ def make_scenes(split: str, num: int, seed: int, jitter: int = 2) -> Scenes:
         split: `train`, `reader` or `test`, see the table above.
         num: number of scenes.
         seed: of the digits, the handwriting and the jitter.
-        jitter: largest shift of a digit from the middle of its cell, in pixels and each direction (at
-            most 2: larger digits would leave their cell).
+        jitter: largest shift of a digit from the middle of its cell, in pixels and each direction
+            (at most 2: larger digits would leave their cell).
 
     Raises:
         ValueError: unknown split, negative `num`, or jitter out of range.
@@ -77,7 +82,11 @@ def make_scenes(split: str, num: int, seed: int, jitter: int = 2) -> Scenes:
             glyphs = handwriting[digit][size_idx]
             glyph = glyphs[rng.integers(len(glyphs))]
             size = DIGIT_SIZES[size_idx]
-            top, left = np.array([cell_top, cell_left]) + (CELL_SIZE - size) // 2 + rng.integers(-jitter, jitter + 1, 2)
+            top, left = (
+                np.array([cell_top, cell_left])
+                + (CELL_SIZE - size) // 2
+                + rng.integers(-jitter, jitter + 1, 2)
+            )
             image[top : top + size, left : left + size] = glyph
     return Scenes(
         torch.from_numpy(images).unsqueeze(1),
@@ -102,14 +111,14 @@ def _held_out_combinations() -> np.ndarray:
 
 @functools.cache
 def _handwriting(split: str) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Per digit and digit size, the glyphs of a split: `(num_glyphs, size, size)` float32 in [0, 1]."""
+    """Per digit and digit size, the glyphs of a split: (num_glyphs, size, size) float32 in [0, 1]."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     originals, labels = load_digits(return_X_y=True)
     originals = originals.reshape(-1, 8, 8).astype(np.float32) / 16
     bounds = np.cumsum((0.0, *_SHARES))
     which = SPLITS.index(split)
-    rng = np.random.default_rng(0)  # which image belongs to which split is fixed, not a matter of the seed
+    rng = np.random.default_rng(0)  # the split of the handwriting is fixed
     glyphs = []
     for digit in range(10):
         order = rng.permutation(np.flatnonzero(labels == digit))
@@ -119,5 +128,8 @@ def _handwriting(split: str) -> tuple[tuple[np.ndarray, ...], ...]:
 
 
 def _scaled(images: np.ndarray, size: int) -> np.ndarray:
-    resized = [np.asarray(Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC)) for i in images]
+    resized = [
+        np.asarray(Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC))
+        for i in images
+    ]
     return np.clip(np.stack(resized), 0.0, 1.0)

@@ -1,5 +1,6 @@
-"""Reading drawn digits back: a classifier of handwriting, and how often a drawing shows its caption."""
+"""Reading drawn digits back: a classifier, and how often a drawing shows its caption."""
 
+import numpy as np
 import torch
 from sklearn.svm import SVC
 from torch import Tensor
@@ -10,8 +11,8 @@ from cogview.digits import CANVAS_SIZE, CELL_SIZE, CELLS, make_scenes
 class DigitReader:
     """A support vector machine that reads the four digits of a scene.
 
-    It is trained on the handwriting of the `reader` split, which neither the image tokenizer nor the
-    transformer sees, drawn on the same canvas with the same jitter.
+    It is trained on the handwriting of the `reader` split, which neither the image tokenizer nor
+    the transformer sees, drawn on the same canvas with the same jitter.
     """
 
     def __init__(self, num_scenes: int = 1500, seed: int = 0):
@@ -32,7 +33,9 @@ class DigitReader:
             ValueError: wrong shape, or NaN or infinity.
         """
         if images.ndim != 4 or images.shape[1:] != (1, CANVAS_SIZE, CANVAS_SIZE):
-            raise ValueError(f"images: expected (N, 1, {CANVAS_SIZE}, {CANVAS_SIZE}), got {tuple(images.shape)}")
+            raise ValueError(
+                f"images: expected (N, 1, {CANVAS_SIZE}, {CANVAS_SIZE}), got {tuple(images.shape)}"
+            )
         if not images.isfinite().all():
             raise ValueError("images: expected finite values, got NaN or infinity")
         if len(images) == 0:
@@ -55,13 +58,21 @@ def caption_accuracy(read: Tensor, labels: Tensor) -> dict[str, float]:
         ValueError: different shapes, or no drawings.
     """
     if read.shape != labels.shape or read.numel() == 0:
-        raise ValueError(f"read: expected the shape of labels, {tuple(labels.shape)}, and not empty, got {tuple(read.shape)}")
+        raise ValueError(
+            f"read: expected the shape of labels, {tuple(labels.shape)}, and not empty, "
+            f"got {tuple(read.shape)}"
+        )
     right = (read.cpu() == labels.cpu()).float()
-    return {"digit_accuracy": right.mean().item(), "whole_caption_accuracy": right.amin(1).mean().item()}
+    return {
+        "digit_accuracy": right.mean().item(),
+        "whole_caption_accuracy": right.amin(1).mean().item(),
+    }
 
 
-def _features(images: Tensor):
+def _features(images: Tensor) -> np.ndarray:
     """Cells at half resolution: (N, 1, 64, 64) -> (4 N, 256) numpy."""
     images = images.detach().cpu().float()
-    cells = torch.stack([images[:, 0, top : top + CELL_SIZE, left : left + CELL_SIZE] for top, left in CELLS], dim=1)
+    cells = torch.stack(
+        [images[:, 0, top : top + CELL_SIZE, left : left + CELL_SIZE] for top, left in CELLS], dim=1
+    )
     return torch.nn.functional.avg_pool2d(cells.flatten(0, 1).unsqueeze(1), 2).flatten(1).numpy()

@@ -12,11 +12,11 @@ from pathlib import Path
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Replace `path` by what the block writes to the yielded path, or leave it untouched.
 
-    The yielded path is `.{stem}.partial{suffix}` in the folder of `path`, empty at first; writers that choose a
-    format by the suffix therefore work. When the block ends, the file is flushed to disk and renamed.
-    When the block raises, the temporary is removed. After `kill -9` or a power cut the temporary stays
-    behind, and the next write to the same target starts it afresh. A lock on it, which the system
-    drops when its owner dies, keeps two live processes apart.
+    The yielded path is `.{stem}.partial{suffix}` in the folder of `path`, empty at first; writers
+    that choose a format by the suffix therefore work. When the block ends, the file is flushed to
+    disk and renamed. When the block raises, the temporary is removed. After `kill -9` or a power
+    cut the temporary stays behind, and the next write to the same target starts it afresh. A lock
+    on it, which the system drops when its owner dies, keeps two live processes apart.
 
     Use `open(temporary, "wb")` for writers such as `torch.save` that report a full disk as an
     OSError only through a Python file.
@@ -28,8 +28,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         the temporary path to write to.
 
     Raises:
-        OSError: the file cannot be written (full disk, no permission, is a directory, another process
-            is writing it); the message names the target and says that the previous file is intact.
+        OSError: the file cannot be written (full disk, no permission, is a directory, another
+            process is writing it); the message names the target and says that the previous file is
+            intact.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.stem}.partial{target.suffix}")
@@ -57,11 +58,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _create_locked(temporary: Path) -> int:
-    """Create an empty `temporary`, whatever a dead process left there, and return its locked descriptor."""
+    """Create `temporary` empty, whatever a dead process left there; returns a locked descriptor."""
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between open and flock the previous owner may have renamed this inode to the target: not ours then.
+        # Between open and flock the previous owner may have renamed this inode to the target: not
+        # ours then.
         if not (temporary.exists() and os.path.samestat(os.fstat(descriptor), os.stat(temporary))):
             raise BlockingIOError
         os.ftruncate(descriptor, 0)

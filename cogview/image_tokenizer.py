@@ -4,8 +4,9 @@
     quantise   nearest of codebook_size vectors (see `QUANTIZERS`)
     decoder    num_downsamples x [ConvTranspose2d 4x4 stride 2, ReLU], Conv2d 1x1 to the channels
 
-With the defaults (256x256 RGB, 32x32 codes out of 8192) it is CogView's tokenizer: 19 034 883 parameters, the
-codebook of 8192 x 256 apart, which is a buffer there, and the same names in the state dict.
+With the defaults (256x256 RGB, 32x32 codes out of 8192) it is CogView's tokenizer: 19 034 883
+parameters, the codebook of 8192 x 256 apart, which is a buffer there, and the same names in the
+state dict.
 """
 
 import math
@@ -38,14 +39,17 @@ class ImageTokenizerConfig:
         quantizer: how the codebook is trained.
             `moving_average`: nearest code; a code follows the mean of the vectors it stands for.
             `straight_through`: nearest code; codes are trained by gradient towards their vectors.
-            `gumbel`: codes are sampled in training, with a straight-through gradient to logits and codes.
-            `fixed`: nearest code of a random codebook that never changes; the encoder does the moving.
+            `gumbel`: codes are sampled in training, with a straight-through gradient to logits and
+                codes.
+            `fixed`: nearest code of a random codebook that never changes; the encoder does the
+                moving.
         decay: of the moving average of code usage (and of the codes, with `moving_average`).
         commitment: weight of the loss that keeps encoder outputs near their codes.
         kl_weight: `gumbel` only, weight of KL(code distribution || uniform).
-        restart_below: `moving_average` and `straight_through` only: a code whose moving usage count falls
-            below this is dead and restarts at a random encoder output of the batch; 0 turns this off.
-            A code that is never used falls below 0.1 after 230 steps at decay 0.99, after 22 at 0.9.
+        restart_below: `moving_average` and `straight_through` only: a code whose moving usage count
+            falls below this is dead and restarts at a random encoder output of the batch; 0 turns
+            this off. A code that is never used falls below 0.1 after 230 steps at decay 0.99, after
+            22 at 0.9.
         mean, std: normalisation per channel; empty: CogView's for RGB, 0.5 and 0.5 otherwise.
     """
 
@@ -64,23 +68,40 @@ class ImageTokenizerConfig:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in ("image_size", "channels", "hidden", "num_downsamples", "codebook_size", "codebook_dim"):
+        for name in (
+            "image_size",
+            "channels",
+            "hidden",
+            "num_downsamples",
+            "codebook_size",
+            "codebook_dim",
+        ):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if self.image_size % 2**self.num_downsamples:
             raise ValueError(
-                f"image_size: expected a multiple of 2**num_downsamples = {2**self.num_downsamples}, got {self.image_size}"
+                f"image_size: expected a multiple of 2**num_downsamples = "
+                f"{2**self.num_downsamples}, got {self.image_size}"
             )
         if self.quantizer not in QUANTIZERS:
-            raise ValueError(f"quantizer: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}")
+            raise ValueError(
+                f"quantizer: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}"
+            )
         if not 0 < self.decay < 1:
             raise ValueError(f"decay: expected a number between 0 and 1, got {self.decay}")
         rgb = self.channels == 3
-        self.mean = tuple(self.mean) or ((0.79093, 0.76271, 0.75340) if rgb else (0.5,) * self.channels)
-        self.std = tuple(self.std) or ((0.30379, 0.32279, 0.32800) if rgb else (0.5,) * self.channels)
+        self.mean = tuple(self.mean) or (
+            (0.79093, 0.76271, 0.75340) if rgb else (0.5,) * self.channels
+        )
+        self.std = tuple(self.std) or (
+            (0.30379, 0.32279, 0.32800) if rgb else (0.5,) * self.channels
+        )
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
-                raise ValueError(f"{name}: expected one value for each of {self.channels} channels, got {getattr(self, name)}")
+                raise ValueError(
+                    f"{name}: expected one value for each of {self.channels} channels, "
+                    f"got {getattr(self, name)}"
+                )
 
     @property
     def code_size(self) -> int:
@@ -123,7 +144,8 @@ class Quantizer(nn.Module):
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
-        # From 1: with 0, the first update would divide the codes that are not used by almost nothing.
+        # From 1: with 0, the first update would divide the codes that are not used by almost
+        # nothing.
         self.register_buffer("cluster_size", torch.ones(config.codebook_size))
         self.register_buffer("embed_avg", embed.detach().clone())
 
@@ -136,10 +158,12 @@ class Quantizer(nn.Module):
         return F.embedding(codes, self.embed.t())
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise `vectors` (N, codebook_dim); in training mode also update the codebook's statistics.
+        """Quantise `vectors` (N, codebook_dim); in training mode also update the codebook's
+        statistics.
 
         Returns:
-            quantised (N, codebook_dim), with the gradient of the rule; codes (N,) int64; codebook loss, a scalar.
+            quantised (N, codebook_dim), with the gradient of the rule; codes (N,) int64; codebook
+            loss, a scalar.
         """
         config = self.config
         if config.quantizer == "gumbel" and self.training:
@@ -161,14 +185,18 @@ class Quantizer(nn.Module):
         logits = -(self._distances(vectors) + vectors.pow(2).sum(1, keepdim=True))
         one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True)
         log_prob = logits.log_softmax(1)
-        divergence = (log_prob.exp() * (log_prob + math.log(self.config.codebook_size))).sum(1).mean()
+        divergence = (
+            (log_prob.exp() * (log_prob + math.log(self.config.codebook_size))).sum(1).mean()
+        )
         loss = self.config.kl_weight * divergence
         return one_hot @ self.embed.t(), one_hot.argmax(1), loss
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, codes: Tensor) -> None:
         config = self.config
-        one_hot = F.one_hot(codes, config.codebook_size).to(vectors.dtype)  # its products are deterministic on a GPU too
+        one_hot = F.one_hot(codes, config.codebook_size).to(
+            vectors.dtype
+        )  # its products are deterministic on a GPU too
         self.cluster_size.lerp_(one_hot.sum(0), 1 - config.decay)
         if config.quantizer == "moving_average":
             self.embed_avg.lerp_(vectors.t() @ one_hot, 1 - config.decay)
@@ -179,7 +207,7 @@ class Quantizer(nn.Module):
 
     @torch.no_grad()
     def restart(self, codes: Tensor, vectors: Tensor) -> None:
-        """Put `codes` (K,) at random rows of `vectors` (N, codebook_dim), with the usage count of a new code."""
+        """Put `codes` (K,) at random rows of `vectors` (N, codebook_dim), as if they were new."""
         rows = torch.randint(len(vectors), (len(codes),), device=vectors.device)
         self.embed[:, codes] = vectors[rows].t()
         self.embed_avg[:, codes] = vectors[rows].t()
@@ -192,7 +220,10 @@ class _Encoder(nn.Module):
         blocks: list[nn.Module] = []
         for i in range(config.num_downsamples):
             in_channels = config.hidden if i else config.channels
-            blocks += [nn.Conv2d(in_channels, config.hidden, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+            blocks += [
+                nn.Conv2d(in_channels, config.hidden, 4, stride=2, padding=1),
+                nn.ReLU(inplace=True),
+            ]
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(config.hidden, config.codebook_dim, 1))
 
     def forward(self, images: Tensor) -> Tensor:
@@ -205,7 +236,10 @@ class _Decoder(nn.Module):
         blocks: list[nn.Module] = []
         for i in range(config.num_downsamples):
             in_channels = config.hidden if i else config.codebook_dim
-            blocks += [nn.ConvTranspose2d(in_channels, config.hidden, 4, stride=2, padding=1), nn.ReLU(inplace=True)]
+            blocks += [
+                nn.ConvTranspose2d(in_channels, config.hidden, 4, stride=2, padding=1),
+                nn.ReLU(inplace=True),
+            ]
         self.blocks = nn.Sequential(*blocks, nn.Conv2d(config.hidden, config.channels, 1))
 
     def forward(self, vectors: Tensor) -> Tensor:
@@ -246,7 +280,9 @@ class ImageTokenizer(nn.Module):
         codes = torch.empty(len(images), size, size, dtype=torch.int64, device=self.mean.device)
         for start in range(0, len(images), batch_size):
             vectors = self._vectors(self._checked(images[start : start + batch_size]))
-            codes[start : start + batch_size] = self.quantize_t.nearest(vectors.flatten(0, 2)).view(vectors.shape[:3])
+            codes[start : start + batch_size] = self.quantize_t.nearest(vectors.flatten(0, 2)).view(
+                vectors.shape[:3]
+            )
         return codes
 
     @torch.no_grad()
@@ -265,19 +301,27 @@ class ImageTokenizer(nn.Module):
         """
         config = self.config
         if codes.ndim != 3 or codes.shape[1:] != (config.code_size, config.code_size):
-            raise ValueError(f"codes: expected (B, {config.code_size}, {config.code_size}), got {tuple(codes.shape)}")
+            raise ValueError(
+                f"codes: expected (B, {config.code_size}, {config.code_size}), "
+                f"got {tuple(codes.shape)}"
+            )
         if codes.numel() and not 0 <= int(codes.min()) <= int(codes.max()) < config.codebook_size:
             raise ValueError(
-                f"codes: expected 0 to {config.codebook_size - 1}, got {int(codes.min())} to {int(codes.max())}"
+                f"codes: expected 0 to {config.codebook_size - 1}, "
+                f"got {int(codes.min())} to {int(codes.max())}"
             )
-        images = self.mean.new_empty(len(codes), config.channels, config.image_size, config.image_size)
+        images = self.mean.new_empty(
+            len(codes), config.channels, config.image_size, config.image_size
+        )
         for start in range(0, len(codes), batch_size):
-            vectors = self.quantize_t.lookup(codes[start : start + batch_size].to(self.mean.device, torch.int64))
+            vectors = self.quantize_t.lookup(
+                codes[start : start + batch_size].to(self.mean.device, torch.int64)
+            )
             images[start : start + batch_size] = self._images(vectors).clamp(0, 1)
         return images
 
     def forward(self, images: Tensor) -> ImageTokenizerOutput:
-        """Reconstruct `images` (B, C, H, W), with the losses; in training mode the codebook is updated."""
+        """Reconstruct `images` (B, C, H, W); in training mode the codebook is updated too."""
         images = self._checked(images)
         vectors = self._vectors(images)  # (B, h, w, codebook_dim)
         quantised, codes, codebook_loss = self.quantize_t(vectors.flatten(0, 2))
@@ -301,7 +345,9 @@ class ImageTokenizer(nn.Module):
         config = self.config
         expected = (config.channels, config.image_size, config.image_size)
         if images.ndim != 4 or images.shape[1:] != expected:
-            raise ValueError(f"images: expected (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}")
+            raise ValueError(
+                f"images: expected (B, {', '.join(map(str, expected))}), got {tuple(images.shape)}"
+            )
         if images.dtype == torch.uint8:
             return images.to(self.mean.device).float() / 255
         if not images.is_floating_point():
@@ -309,7 +355,9 @@ class ImageTokenizer(nn.Module):
         images = images.to(self.mean.device, torch.float32)
         finite = images.isfinite().flatten(1).all(1)
         if not finite.all():
-            raise ValueError(f"images: image {int((~finite).nonzero()[0])} of the batch holds NaN or infinity")
+            raise ValueError(
+                f"images: image {int((~finite).nonzero()[0])} of the batch holds NaN or infinity"
+            )
         return images
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -324,7 +372,8 @@ class ImageTokenizer(nn.Module):
         config: ImageTokenizerConfig | None = None,
         device: str | torch.device = "cpu",
     ) -> "ImageTokenizer":
-        """Load a saved tokenizer, or a bare state dict such as CogView's (keys may start with `module.`).
+        """Load a saved tokenizer, or a bare state dict such as CogView's (keys may start with
+        `module.`).
 
         Args:
             path: the file.
@@ -338,14 +387,21 @@ class ImageTokenizer(nn.Module):
         try:
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
-            raise FileNotFoundError(error.errno, "image tokenizer: no such file", str(path)) from None
+            raise FileNotFoundError(
+                error.errno, "image tokenizer: no such file", str(path)
+            ) from None
         except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
-            raise ValueError(f"{path}: expected a saved image tokenizer, got a corrupt or truncated file ({error})") from error
+            raise ValueError(
+                f"{path}: expected a saved image tokenizer, "
+                f"got a corrupt or truncated file ({error})"
+            ) from error
         try:
             if "config" in saved:
                 config, saved = ImageTokenizerConfig(**saved["config"]), saved["model"]
             tokenizer = cls(config or ImageTokenizerConfig())
-            tokenizer.load_state_dict({name.removeprefix("module."): value for name, value in saved.items()})
+            tokenizer.load_state_dict(
+                {name.removeprefix("module."): value for name, value in saved.items()}
+            )
         except (RuntimeError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not the weights of this image tokenizer: {error}") from error
         return tokenizer.eval().to(device)
@@ -362,14 +418,16 @@ def train_image_tokenizer(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> tuple[ImageTokenizer, list[dict[str, float]]]:
-    """Train a tokenizer with AdamW and a cosine learning rate; the same arguments give the same weights.
+    """Train a tokenizer with AdamW and a cosine learning rate; the same arguments give the same
+    weights.
 
     With a trainable codebook, codes start at random encoder outputs of the first batch.
     Gumbel sampling is annealed from temperature 1 to 1/16.
 
     Args:
         config: the tokenizer.
-        images: (N, C, H, W) in [0, 1] or uint8, or an object that returns such a batch for a list of indices.
+        images: (N, C, H, W) in [0, 1] or uint8, or an object that returns such a batch for a list
+            of indices.
         steps: optimizer steps.
         batch_size: images a step, drawn without replacement within each epoch.
         learning_rate: at the start.
@@ -378,17 +436,20 @@ def train_image_tokenizer(
         progress: show a progress bar, where standard error is a terminal.
 
     Returns:
-        the tokenizer in evaluation mode, and per step `step`, `loss`, `reconstruction_loss` (mean squared error,
-        normalised units), `codebook_loss`, `codes_used` (different codes in the batch) and `learning_rate`.
+        the tokenizer in evaluation mode, and per step `step`, `loss`, `reconstruction_loss` (mean
+        squared error, normalised units), `codebook_loss`, `codes_used` (different codes in the
+        batch) and `learning_rate`.
 
     Raises:
-        ValueError: no images, fewer than one step, wrong shapes, NaN or infinity in an image, or a loss
-            that is not finite.
+        ValueError: no images, fewer than one step, wrong shapes, NaN or infinity in an image, or a
+            loss that is not finite.
     """
     if len(images) == 0:
         raise ValueError("images: expected at least one image to train on, got none")
     if steps < 1 or batch_size < 1:
-        raise ValueError(f"expected steps and batch_size of 1 or more, got {steps} and {batch_size}")
+        raise ValueError(
+            f"expected steps and batch_size of 1 or more, got {steps} and {batch_size}"
+        )
     device = torch.device(device)
     batch_size = min(batch_size, len(images))
     metrics: list[dict[str, float]] = []
@@ -398,7 +459,9 @@ def train_image_tokenizer(
         optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
         order: list[int] = []
-        bar = tqdm(range(steps), desc="image tokenizer", unit="step", disable=None if progress else True)
+        bar = tqdm(
+            range(steps), desc="image tokenizer", unit="step", disable=None if progress else True
+        )
         for step in bar:
             if len(order) < batch_size:
                 order = torch.randperm(len(images)).tolist()
@@ -409,7 +472,10 @@ def train_image_tokenizer(
             tokenizer.quantize_t.temperature = 16.0 ** (-step / steps)
             output = tokenizer(batch)
             if not output.loss.isfinite():
-                raise ValueError(f"image tokenizer: loss is {output.loss.item()} at step {step}; lower the learning rate")
+                raise ValueError(
+                    f"image tokenizer: loss is {output.loss.item()} at step {step}; "
+                    "lower the learning rate"
+                )
             optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
             optimizer.step()
@@ -420,11 +486,15 @@ def train_image_tokenizer(
                     "reconstruction_loss": output.reconstruction_loss.item(),
                     "codebook_loss": output.codebook_loss.item(),
                     "codes_used": len(output.codes.unique()),
-                    "learning_rate": schedule.get_last_lr()[0],
+                    "learning_rate": optimizer.param_groups[0]["lr"],
                 }
             )
             schedule.step()
-            bar.set_postfix(loss=f"{metrics[-1]['loss']:.4f}", codes=int(metrics[-1]["codes_used"]), refresh=False)
+            bar.set_postfix(
+                loss=f"{metrics[-1]['loss']:.4f}",
+                codes=int(metrics[-1]["codes_used"]),
+                refresh=False,
+            )
     return tokenizer.eval(), metrics
 
 
@@ -433,4 +503,6 @@ def _start_codebook(tokenizer: ImageTokenizer, batch: Tensor) -> None:
     if tokenizer.config.quantizer == "fixed":
         return
     vectors = tokenizer._vectors(tokenizer._checked(batch)).flatten(0, 2)
-    tokenizer.quantize_t.restart(torch.arange(tokenizer.config.codebook_size, device=vectors.device), vectors)
+    tokenizer.quantize_t.restart(
+        torch.arange(tokenizer.config.codebook_size, device=vectors.device), vectors
+    )

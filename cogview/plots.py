@@ -6,6 +6,7 @@ import textwrap
 from collections.abc import Mapping, Sequence
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from torch import Tensor
@@ -39,12 +40,14 @@ def save_grid(
         raise ValueError("images: expected at least one image, got none")
     for name, per_image in (("captions", captions), ("right", right)):
         if per_image is not None and len(per_image) != len(images):
-            raise ValueError(f"{name}: expected one for each of {len(images)} images, got {len(per_image)}")
+            raise ValueError(
+                f"{name}: expected one for each of {len(images)} images, got {len(per_image)}"
+            )
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(2.2 * columns, 2.75 * rows + 0.4), layout="constrained")
     axes = np.atleast_1d(figure.subplots(rows, columns, squeeze=False)).ravel()
-    for axis in axes:
+    for axis in axes[len(images) :]:
         axis.set_axis_off()
     for i, (axis, image, caption) in enumerate(zip(axes, images, captions, strict=False)):
         _show(axis, image)
@@ -55,7 +58,9 @@ def save_grid(
     _save(figure, path)
 
 
-def save_reconstructions(originals: Tensor, reconstructions: Tensor, path: str | os.PathLike[str]) -> None:
+def save_reconstructions(
+    originals: Tensor, reconstructions: Tensor, path: str | os.PathLike[str]
+) -> None:
     """Save pairs of original (upper row) and reconstruction (lower row), up to eight a line.
 
     Args:
@@ -68,16 +73,15 @@ def save_reconstructions(originals: Tensor, reconstructions: Tensor, path: str |
     """
     if len(originals) == 0 or originals.shape != reconstructions.shape:
         raise ValueError(
-            f"reconstructions: expected {tuple(originals.shape)} with 1 image or more, got {tuple(reconstructions.shape)}"
+            f"reconstructions: expected {tuple(originals.shape)} with 1 image or more, "
+            f"got {tuple(reconstructions.shape)}"
         )
     columns = min(8, len(originals))
     lines = math.ceil(len(originals) / columns)
     figure = Figure(figsize=(1.4 * columns + 0.4, 2.9 * lines), layout="constrained")
     axes = figure.subplots(2 * lines, columns, squeeze=False)
-    for axis in axes.ravel():
-        axis.set_xticks([])
-        axis.set_yticks([])
-        axis.set_frame_on(False)
+    for axis in axes.ravel():  # what stays empty; _show turns its own on
+        axis.set_axis_off()
     for i, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True)):
         line, column = divmod(i, columns)
         _show(axes[2 * line, column], original)
@@ -96,15 +100,21 @@ def save_curves(
     """Save training curves, one panel for each run and quantity, over `step`.
 
     Args:
-        metrics: per run (say `image tokenizer`) its metrics log: records with `step` and numbers. Records may
-            lack some of the numbers; losses are drawn on a logarithmic scale where all are positive.
+        metrics: per run (say `image tokenizer`) its metrics log: records with `step` and numbers.
+            Records may lack some of the numbers; losses are drawn on a logarithmic scale where all
+            are positive.
         path: PNG file.
-        units: axis label of a quantity, such as `{"loss": "loss (nats per token)"}`; default: its name.
+        units: axis label of a quantity, such as `{"loss": "loss (nats per token)"}`; default: its
+            name.
 
     Raises:
         ValueError: no records.
     """
-    curves = [(run, name, *_curve(records, name)) for run, records in metrics.items() for name in _quantities(records)]
+    curves = [
+        (run, name, *_curve(records, name))
+        for run, records in metrics.items()
+        for name in _quantities(records)
+    ]
     if not curves:
         raise ValueError("metrics: expected records with `step` and at least one number, got none")
     columns = min(3, len(curves))
@@ -126,16 +136,29 @@ def save_curves(
 
 def _quantities(records: Sequence[Mapping[str, float]]) -> list[str]:
     names = dict.fromkeys(name for record in records for name in record if name != "step")
-    return [name for name in names if any(isinstance(record.get(name), int | float) for record in records)]
+    return [
+        name
+        for name in names
+        if any(isinstance(record.get(name), int | float) for record in records)
+    ]
 
 
 def _curve(records: Sequence[Mapping[str, float]], name: str) -> tuple[np.ndarray, np.ndarray]:
-    points = [(record["step"], record[name]) for record in records if isinstance(record.get(name), int | float)]
+    points = [
+        (record["step"], record[name])
+        for record in records
+        if isinstance(record.get(name), int | float)
+    ]
     steps, values = np.array(points, dtype=np.float64).T
     return steps, values
 
 
-def _show(axis, image: Tensor) -> None:
+def _show(axis: Axes, image: Tensor) -> None:
+    axis.set_axis_on()
+    axis.set_xticks([])
+    axis.set_yticks([])
+    for spine in axis.spines.values():
+        spine.set_color("lightgrey")
     pixels = image.detach().cpu().float().clamp(0, 1)
     if len(pixels) == 1:
         axis.imshow(pixels[0], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")

@@ -39,8 +39,8 @@ class TextTokenizer:
             vocab_size: number of pieces, the unknown piece included (CogView: 50 000).
             model_type: `unigram`, `bpe`, `word` or `char`.
             character_coverage: share of the characters of the corpus that get a piece of their own.
-            byte_fallback: spell unknown characters as bytes (256 further pieces, within `vocab_size`)
-                instead of mapping them to the unknown piece.
+            byte_fallback: spell unknown characters as bytes (256 further pieces, within
+                `vocab_size`) instead of mapping them to the unknown piece.
             max_sentences: train on at most this many captions.
 
         Returns:
@@ -48,7 +48,8 @@ class TextTokenizer:
 
         Raises:
             TypeError: the corpus holds something that is not a string.
-            ValueError: the corpus is empty, or `vocab_size` does not fit it (the message says what does).
+            ValueError: the corpus is empty, or `vocab_size` does not fit it (the message says what
+                does).
             OSError: the model cannot be saved.
         """
         captions = _checked(corpus, max_sentences)
@@ -71,10 +72,12 @@ class TextTokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            # "Internal: src/trainer.cc(n) [condition] reason": the reason is what a user can act on.
+            # "Internal: src/trainer.cc(n) [condition] reason": the reason is what a user can act
+            # on.
             reason = str(error).rpartition("] ")[2].strip() or str(error)
             raise ValueError(
-                f"text tokenizer: vocab_size={vocab_size} does not fit the corpus of {len(captions)} captions: {reason}"
+                f"text tokenizer: vocab_size={vocab_size} does not fit the corpus of "
+                f"{len(captions)} captions: {reason}"
             ) from error
         with atomic_write(path) as temporary:
             temporary.write_bytes(model.getvalue())
@@ -91,11 +94,15 @@ class TextTokenizer:
         try:
             model = Path(path).read_bytes()
         except FileNotFoundError as error:
-            raise FileNotFoundError(error.errno, "text tokenizer: no such file", str(path)) from None
+            raise FileNotFoundError(
+                error.errno, "text tokenizer: no such file", str(path)
+            ) from None
         try:
             tokenizer = cls(model)
         except (RuntimeError, OSError) as error:
-            raise ValueError(f"{path}: expected a SentencePiece model, got a corrupt or truncated file") from error
+            raise ValueError(
+                f"{path}: expected a SentencePiece model, got a corrupt or truncated file"
+            ) from error
         return tokenizer
 
     @property
@@ -133,7 +140,9 @@ def _checked(corpus: Iterable[str], max_sentences: int) -> list[str]:
     def captions() -> Iterator[str]:
         for number, caption in enumerate(corpus):
             if not isinstance(caption, str):
-                raise TypeError(f"corpus[{number}]: expected a string, got {type(caption).__name__}")
+                raise TypeError(
+                    f"corpus[{number}]: expected a string, got {type(caption).__name__}"
+                )
             caption = " ".join(caption.split())  # SentencePiece takes one line a caption
             if caption:
                 yield caption

@@ -1,0 +1,406 @@
+"""A user's captioned images, and the tokens that training reads.
+
+    folder/captions.tsv     path<TAB>caption, one record a line, or
+    folder/captions.csv     path,caption, quoted as usual, or
+    folder/captions.jsonl   {"path": "cat.png", "caption": "a cat"}
+    folder/...              the images, in any format that Pillow reads
+
+Paths are relative to the folder. A first line `path<TAB>caption` or `path,caption` is a header.
+"""
+
+import csv
+import functools
+import json
+import os
+import warnings
+import zipfile
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from cogview.files import atomic_write
+from cogview.image_tokenizer import Images, ImageTokenizer
+from cogview.text_tokenizer import TextTokenizer
+
+CAPTION_FILES = ("captions.tsv", "captions.csv", "captions.jsonl")
+
+
+class CaptionedImages:
+    """The records of a folder; `images[[0, 7]]` reads two of them: (2, C, H, W) uint8.
+
+    Every image is decoded once at the start, so that a corrupt one is found before training and not
+    in the middle of it.
+
+    Args:
+        folder: see the top of this module.
+        image_size: side in pixels; images are cropped around their centre to a square and resized.
+        channels: 3 for RGB, 1 for grey.
+        skip_bad: leave out records that cannot be used, with one warning that counts them.
+        progress: show a progress bar, where standard error is a terminal.
+
+    Attributes:
+        paths: list of N paths.
+        captions: list of N captions.
+
+    Raises:
+        FileNotFoundError: no folder or no captions file; a missing image, unless `skip_bad`.
+        ValueError: a corrupt image, an empty caption or a malformed record, named by file and line
+            (unless `skip_bad`); several captions files; no usable record at all.
+    """
+
+    def __init__(
+        self,
+        folder: str | os.PathLike[str],
+        image_size: int,
+        channels: int = 3,
+        *,
+        skip_bad: bool = False,
+        progress: bool = True,
+    ):
+        if channels not in (1, 3):
+            raise ValueError(f"channels: expected 1 or 3, got {channels}")
+        self.image_size = image_size
+        self.channels = channels
+        self.paths: list[Path] = []
+        self.captions: list[str] = []
+
+        records_file = _records_file(Path(folder))
+        checks: list[tuple[Path, str] | ValueError | OSError] = []
+        with ThreadPoolExecutor() as pool:
+            results = pool.map(self._check, _records(records_file))
+            for result in tqdm(
+                results, desc="images", unit="image", disable=None if progress else True
+            ):
+                checks.append(result)
+                if isinstance(result, Exception) and not skip_bad:
+                    pool.shutdown(cancel_futures=True)
+                    raise result
+        bad = [result for result in checks if isinstance(result, Exception)]
+        for result in checks:
+            if not isinstance(result, Exception):
+                self.paths.append(result[0])
+                self.captions.append(result[1])
+        if not self.paths:
+            reason = f"; the first of {len(bad)} bad ones: {bad[0]}" if bad else ""
+            raise ValueError(
+                f"{records_file}: expected at least one usable record, got none{reason}"
+            )
+        if bad:
+            warnings.warn(
+                f"{records_file}: skipped {len(bad)} of {len(checks)} records; the first: {bad[0]}",
+                stacklevel=2,
+            )
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return torch.stack(
+            [read_image(self.paths[i], self.image_size, self.channels) for i in indices]
+        )
+
+    def _check(self, record: "_Record") -> tuple[Path, str] | ValueError | OSError:
+        if record.error is not None:
+            return ValueError(f"{record.place}: {record.error}")
+        if not record.caption.strip():
+            return ValueError(
+                f"{record.place}: expected a caption for {record.path}, got an empty one"
+            )
+        try:
+            read_image(record.path, self.image_size, self.channels)
+        except FileNotFoundError:
+            return FileNotFoundError(2, f"{record.place}: no such image", str(record.path))
+        except (ValueError, OSError) as error:
+            return error
+        return record.path, record.caption.strip()
+
+
+def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3) -> Tensor:
+    """Read an image, crop it around its centre to a square, and resize it.
+
+    Transparent pixels become white; 16-bit grey is scaled to 8 bits; the orientation of the camera
+    is applied.
+
+    Returns:
+        (channels, image_size, image_size) uint8.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is not an image, or is corrupt or truncated.
+    """
+    try:
+        with Image.open(path) as opened:
+            image = ImageOps.exif_transpose(opened)
+            if image.mode.startswith(("I", "F")):
+                pixels = np.asarray(image, dtype=np.float32)
+                image = Image.fromarray((pixels / 257).clip(0, 255).round().astype(np.uint8))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            image = image.convert("L" if channels == 1 else "RGB")
+            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
+    except FileNotFoundError:
+        raise
+    # What Pillow's decoders raise on damaged files; DecompressionBombError is none of the built-in
+    # errors.
+    except (
+        OSError,
+        ValueError,
+        SyntaxError,
+        EOFError,
+        IndexError,
+        Image.DecompressionBombError,
+    ) as error:
+        raise ValueError(
+            f"{path}: expected an image, got a corrupt or unsupported file ({error})"
+        ) from error
+    return (
+        torch.from_numpy(np.array(image).reshape(image_size, image_size, channels))
+        .permute(2, 0, 1)
+        .contiguous()
+    )
+
+
+@dataclass
+class TokenDataset:
+    """Tokenised pairs of caption and image.
+
+    Attributes:
+        text_ids: (total text length,) int32, the captions' piece ids one after the other.
+        text_offsets: (N + 1,) int64, caption `i` is `text_ids[text_offsets[i]:text_offsets[i +
+            1]]`.
+        codes: (N, h, w) int16 where the codebook allows, else int32.
+        text_vocab_size: every piece id is below this.
+        codebook_size: every code is below this.
+    """
+
+    text_ids: np.ndarray
+    text_offsets: np.ndarray
+    codes: np.ndarray
+    text_vocab_size: int
+    codebook_size: int
+
+    def __post_init__(self) -> None:
+        offsets, num = self.text_offsets, len(self.codes)
+        if self.codes.ndim != 3:
+            raise ValueError(f"codes: expected (N, h, w), got {self.codes.shape}")
+        if offsets.shape != (num + 1,) or offsets[0] != 0 or offsets[-1] != len(self.text_ids):
+            raise ValueError(
+                f"text_offsets: expected {num + 1} from 0 to {len(self.text_ids)}, "
+                f"got shape {offsets.shape}"
+            )
+        if num and (empty := np.diff(offsets) <= 0).any():
+            raise ValueError(f"text_ids: caption {int(empty.argmax())} is empty")
+        for name, ids, limit in (
+            ("text_ids", self.text_ids, self.text_vocab_size),
+            ("codes", self.codes, self.codebook_size),
+        ):
+            if ids.size and not 0 <= ids.min() <= ids.max() < limit:
+                raise ValueError(
+                    f"{name}: expected 0 to {limit - 1}, got {ids.min()} to {ids.max()}"
+                )
+
+    @classmethod
+    def tokenize(
+        cls,
+        captions: Sequence[str],
+        images: Tensor | Images,
+        text_tokenizer: TextTokenizer,
+        image_tokenizer: ImageTokenizer,
+        *,
+        batch_size: int = 64,
+        progress: bool = True,
+    ) -> "TokenDataset":
+        """Tokenise captions and images, a batch of images in memory at a time.
+
+        Args:
+            captions: N captions.
+            images: N images, as a tensor (N, C, H, W) or as `CaptionedImages`.
+
+        Raises:
+            ValueError: not one caption for each image; an empty caption.
+        """
+        if len(captions) != len(images):
+            raise ValueError(
+                f"captions: expected one for each of {len(images)} images, got {len(captions)}"
+            )
+        texts = [text_tokenizer.encode(caption) for caption in captions]
+        codebook_size, side = image_tokenizer.config.codebook_size, image_tokenizer.config.code_size
+        codes = np.empty(
+            (len(images), side, side), np.int16 if codebook_size <= 2**15 else np.int32
+        )
+        starts = range(0, len(images), batch_size)
+        for start in tqdm(
+            starts, desc="image codes", unit="batch", disable=None if progress else True
+        ):
+            indices = list(range(start, min(start + batch_size, len(images))))
+            codes[indices] = image_tokenizer.encode(images[indices], batch_size).cpu().numpy()
+        return cls(
+            np.fromiter((i for text in texts for i in text), np.int32),
+            np.cumsum([0, *map(len, texts)], dtype=np.int64),
+            codes,
+            text_tokenizer.vocab_size,
+            codebook_size,
+        )
+
+    def __len__(self) -> int:
+        return len(self.codes)
+
+    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
+        """Piece ids (text length,) and codes (h, w) of pair `i`."""
+        return self.text_ids[self.text_offsets[i] : self.text_offsets[i + 1]], self.codes[i]
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Save as one `.npz`; an existing file is replaced atomically."""
+        with atomic_write(path) as temporary, open(temporary, "wb") as file:
+            np.savez(file, **vars(self))
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> "TokenDataset":
+        """Load a saved data set.
+
+        Raises:
+            FileNotFoundError: there is no such file.
+            ValueError: the file is truncated, corrupt or not a token data set.
+        """
+        try:
+            with np.load(path, allow_pickle=False) as saved:
+                arrays = {name: saved[name] for name in saved.files}
+            text_vocab_size, codebook_size = (
+                int(arrays.pop(n)) for n in ("text_vocab_size", "codebook_size")
+            )
+            return cls(**arrays, text_vocab_size=text_vocab_size, codebook_size=codebook_size)
+        except FileNotFoundError as error:
+            raise FileNotFoundError(
+                error.errno, "token data set: no such file", str(path)
+            ) from None
+        except (
+            ValueError,
+            KeyError,
+            TypeError,
+            AttributeError,
+            EOFError,
+            OSError,
+            zipfile.BadZipFile,
+        ) as error:
+            raise ValueError(
+                f"{path}: expected a token data set, got a corrupt or truncated file ({error})"
+            ) from error
+
+
+def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
+    """Which examples a training step reads: a pure function, so that resuming needs no iterator
+    state.
+
+    Every epoch is a fresh permutation of all examples, and the steps cut the sequence of epochs
+    into batches; a batch may span epochs, and no example is left out.
+
+    Returns:
+        (batch_size,) int64 in `[0, num_examples)`.
+
+    Raises:
+        ValueError: a negative step, or no batch or examples.
+    """
+    if step < 0 or batch_size < 1 or num_examples < 1:
+        raise ValueError(
+            "expected step >= 0, batch_size >= 1 and num_examples >= 1, "
+            f"got step={step}, batch_size={batch_size}, num_examples={num_examples}"
+        )
+    positions = np.arange(step * batch_size, (step + 1) * batch_size)
+    epochs, places = np.divmod(positions, num_examples)
+    indices = np.empty(batch_size, dtype=np.int64)
+    for epoch in np.unique(epochs):
+        here = epochs == epoch
+        indices[here] = _permutation(seed, int(epoch), num_examples)[places[here]]
+    return indices
+
+
+@functools.lru_cache(maxsize=2)
+def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(num_examples)
+
+
+@dataclass
+class _Record:
+    place: str  # file and line, for messages
+    path: Path = Path()
+    caption: str = ""
+    error: str | None = None
+
+
+def _records_file(folder: Path) -> Path:
+    if not folder.is_dir():
+        raise FileNotFoundError(2, "image folder: no such folder", str(folder))
+    found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
+    if not found:
+        raise FileNotFoundError(
+            2, f"image folder: expected {' or '.join(CAPTION_FILES)} in it", str(folder)
+        )
+    if len(found) > 1:
+        raise ValueError(
+            f"{folder}: expected one captions file, got {', '.join(path.name for path in found)}"
+        )
+    return found[0]
+
+
+def _records(records_file: Path) -> Iterator[_Record]:
+    try:
+        text = records_file.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{records_file}: expected UTF-8 text ({error})") from error
+    rows = (
+        _json_rows(text)
+        if records_file.suffix == ".jsonl"
+        else _table_rows(text, records_file.suffix)
+    )
+    for line, row in rows:
+        place = f"{records_file}:{line}"
+        if isinstance(row, str):
+            yield _Record(place, error=row)
+        elif line > 1 or row != ["path", "caption"]:
+            yield _Record(place, records_file.parent / row[0], row[1])
+
+
+def _table_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Line number and [path, caption], or what is wrong with the line."""
+    if suffix == ".tsv":  # no quoting: a caption may hold any character but tab and newline
+        rows = csv.reader(text.splitlines(keepends=True), delimiter="\t", quoting=csv.QUOTE_NONE)
+    else:
+        rows = csv.reader(text.splitlines(keepends=True), strict=True)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            yield rows.line_num, str(error)
+            continue
+        if row:
+            yield (
+                rows.line_num,
+                row if len(row) == 2 else f"expected 2 columns, path and caption, got {len(row)}",
+            )
+
+
+def _json_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Line number and [path, caption], or what is wrong with the line."""
+    for line, row in enumerate(text.split("\n"), 1):
+        if not row.strip():
+            continue
+        try:
+            record = json.loads(row)
+        except json.JSONDecodeError as error:
+            yield line, f"expected a JSON object ({error})"
+            continue
+        match record:
+            case {"path": str(path), "caption": str(caption)}:
+                yield line, [path, caption]
+            case _:
+                yield line, 'expected {"path": ..., "caption": ...} with two strings'
