@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 import torch
@@ -26,10 +27,20 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogview.files import atomic_write
-from cogview.image_tokenizer import Images, ImageTokenizer
 from cogview.text_tokenizer import TextTokenizer
 
+if TYPE_CHECKING:
+    from cogview.image_tokenizer import ImageTokenizer
+
 CAPTION_FILES = ("captions.tsv", "captions.csv", "captions.jsonl")
+
+
+class Images(Protocol):
+    """A tensor of images (N, C, H, W), or anything that loads a batch of them by indices."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, indices: list[int], /) -> Tensor: ...
 
 
 class CaptionedImages:
@@ -213,7 +224,7 @@ class TokenDataset:
         captions: Sequence[str],
         images: Tensor | Images,
         text_tokenizer: TextTokenizer,
-        image_tokenizer: ImageTokenizer,
+        image_tokenizer: "ImageTokenizer",
         *,
         batch_size: int = 64,
         progress: bool = True,

@@ -22,12 +22,7 @@ from sklearn.datasets import load_digits
 
 CANVAS_SIZE = 64
 CELL_SIZE = 32
-CELLS = (
-    (0, 0),
-    (0, CELL_SIZE),
-    (CELL_SIZE, 0),
-    (CELL_SIZE, CELL_SIZE),
-)  # (top, left), reading order
+CELLS = ((0, 0), (0, CELL_SIZE), (CELL_SIZE, 0), (CELL_SIZE, CELL_SIZE))  # top, left
 DIGIT_SIZES = (26, 27, 28)  # pixels of the scaled 8x8 original
 SPLITS = ("train", "reader", "test")
 
@@ -49,7 +44,7 @@ def caption_of(digits: tuple[int, ...] | list[int] | np.ndarray) -> str:
 
 
 def is_held_out(digits: tuple[int, ...] | list[int] | np.ndarray) -> bool:
-    """Whether this combination of digits is kept for the test split: one in ten, by a fixed hash."""
+    """Whether a combination of digits is kept for the test split: one in ten, by a fixed hash."""
     return zlib.crc32(bytes(int(digit) for digit in digits)) % 10 == 0
 
 
@@ -82,11 +77,8 @@ def make_scenes(split: str, num: int, seed: int, jitter: int = 2) -> Scenes:
             glyphs = handwriting[digit][size_idx]
             glyph = glyphs[rng.integers(len(glyphs))]
             size = DIGIT_SIZES[size_idx]
-            top, left = (
-                np.array([cell_top, cell_left])
-                + (CELL_SIZE - size) // 2
-                + rng.integers(-jitter, jitter + 1, 2)
-            )
+            margins = (CELL_SIZE - size) // 2 + rng.integers(-jitter, jitter + 1, 2)
+            top, left = cell_top + margins[0], cell_left + margins[1]
             image[top : top + size, left : left + size] = glyph
     return Scenes(
         torch.from_numpy(images).unsqueeze(1),
@@ -111,7 +103,7 @@ def _held_out_combinations() -> np.ndarray:
 
 @functools.cache
 def _handwriting(split: str) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Per digit and digit size, the glyphs of a split: (num_glyphs, size, size) float32 in [0, 1]."""
+    """Per digit and digit size, a split's glyphs: (num_glyphs, size, size) float32 in [0, 1]."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     originals, labels = load_digits(return_X_y=True)
@@ -128,8 +120,6 @@ def _handwriting(split: str) -> tuple[tuple[np.ndarray, ...], ...]:
 
 
 def _scaled(images: np.ndarray, size: int) -> np.ndarray:
-    resized = [
-        np.asarray(Image.fromarray(i).resize((size, size), Image.Resampling.BICUBIC))
-        for i in images
-    ]
+    bicubic = Image.Resampling.BICUBIC
+    resized = [np.asarray(Image.fromarray(image).resize((size, size), bicubic)) for image in images]
     return np.clip(np.stack(resized), 0.0, 1.0)

@@ -13,13 +13,14 @@ import math
 import os
 import pickle
 from dataclasses import asdict, dataclass
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cogview.data import Images, batch_indices
 from cogview.files import atomic_write
 
 QUANTIZERS = ("moving_average", "straight_through", "gumbel", "fixed")
@@ -68,14 +69,7 @@ class ImageTokenizerConfig:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        for name in (
-            "image_size",
-            "channels",
-            "hidden",
-            "num_downsamples",
-            "codebook_size",
-            "codebook_dim",
-        ):
+        for name in "image_size channels hidden num_downsamples codebook_size codebook_dim".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
         if self.image_size % 2**self.num_downsamples:
@@ -90,12 +84,9 @@ class ImageTokenizerConfig:
         if not 0 < self.decay < 1:
             raise ValueError(f"decay: expected a number between 0 and 1, got {self.decay}")
         rgb = self.channels == 3
-        self.mean = tuple(self.mean) or (
-            (0.79093, 0.76271, 0.75340) if rgb else (0.5,) * self.channels
-        )
-        self.std = tuple(self.std) or (
-            (0.30379, 0.32279, 0.32800) if rgb else (0.5,) * self.channels
-        )
+        halves = (0.5,) * self.channels
+        self.mean = tuple(self.mean) or ((0.79093, 0.76271, 0.75340) if rgb else halves)
+        self.std = tuple(self.std) or ((0.30379, 0.32279, 0.32800) if rgb else halves)
         for name in ("mean", "std"):
             if len(getattr(self, name)) != self.channels:
                 raise ValueError(
@@ -119,14 +110,6 @@ class ImageTokenizerOutput(NamedTuple):
     codebook_loss: Tensor  # scalar, the rest of `loss`, weighted
 
 
-class Images(Protocol):
-    """What the tokenizer trains on: a tensor, or anything that loads a batch by its indices."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: list[int], /) -> Tensor: ...
-
-
 class Quantizer(nn.Module):
     """The codebook. `embed` is (codebook_dim, codebook_size) as in CogView's checkpoints."""
 
@@ -144,8 +127,7 @@ class Quantizer(nn.Module):
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
-        # From 1: with 0, the first update would divide the codes that are not used by almost
-        # nothing.
+        # From 1: with 0, the first update would divide unused codes by almost nothing.
         self.register_buffer("cluster_size", torch.ones(config.codebook_size))
         self.register_buffer("embed_avg", embed.detach().clone())
 
@@ -158,8 +140,7 @@ class Quantizer(nn.Module):
         return F.embedding(codes, self.embed.t())
 
     def forward(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Quantise `vectors` (N, codebook_dim); in training mode also update the codebook's
-        statistics.
+        """Quantise `vectors` (N, codebook_dim); in training mode also update the codebook.
 
         Returns:
             quantised (N, codebook_dim), with the gradient of the rule; codes (N,) int64; codebook
@@ -185,22 +166,20 @@ class Quantizer(nn.Module):
         logits = -(self._distances(vectors) + vectors.pow(2).sum(1, keepdim=True))
         one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True)
         log_prob = logits.log_softmax(1)
-        divergence = (
-            (log_prob.exp() * (log_prob + math.log(self.config.codebook_size))).sum(1).mean()
-        )
-        loss = self.config.kl_weight * divergence
-        return one_hot @ self.embed.t(), one_hot.argmax(1), loss
+        log_uniform = -math.log(self.config.codebook_size)
+        divergence = (log_prob.exp() * (log_prob - log_uniform)).sum(1).mean()
+        return one_hot @ self.embed.t(), one_hot.argmax(1), self.config.kl_weight * divergence
 
     @torch.no_grad()
     def _update(self, vectors: Tensor, codes: Tensor) -> None:
         config = self.config
-        one_hot = F.one_hot(codes, config.codebook_size).to(
-            vectors.dtype
-        )  # its products are deterministic on a GPU too
+        # Sums through a one-hot product: deterministic on a GPU too, unlike a scatter.
+        one_hot = F.one_hot(codes, config.codebook_size).to(vectors.dtype)
         self.cluster_size.lerp_(one_hot.sum(0), 1 - config.decay)
         if config.quantizer == "moving_average":
             self.embed_avg.lerp_(vectors.t() @ one_hot, 1 - config.decay)
-            self.embed.copy_(self.embed_avg / self.cluster_size.clamp_min(1e-5))
+            mean = self.embed_avg / self.cluster_size
+            self.embed.copy_(torch.where(self.cluster_size > 1e-5, mean, self.embed))
         if config.quantizer != "fixed" and config.restart_below > 0:
             dead = (self.cluster_size < config.restart_below).nonzero().squeeze(1)
             self.restart(dead, vectors)
@@ -280,9 +259,8 @@ class ImageTokenizer(nn.Module):
         codes = torch.empty(len(images), size, size, dtype=torch.int64, device=self.mean.device)
         for start in range(0, len(images), batch_size):
             vectors = self._vectors(self._checked(images[start : start + batch_size]))
-            codes[start : start + batch_size] = self.quantize_t.nearest(vectors.flatten(0, 2)).view(
-                vectors.shape[:3]
-            )
+            nearest = self.quantize_t.nearest(vectors.flatten(0, 2))
+            codes[start : start + batch_size] = nearest.view(vectors.shape[:3])
         return codes
 
     @torch.no_grad()
@@ -310,13 +288,11 @@ class ImageTokenizer(nn.Module):
                 f"codes: expected 0 to {config.codebook_size - 1}, "
                 f"got {int(codes.min())} to {int(codes.max())}"
             )
-        images = self.mean.new_empty(
-            len(codes), config.channels, config.image_size, config.image_size
-        )
+        size = config.image_size
+        images = self.mean.new_empty(len(codes), config.channels, size, size)
         for start in range(0, len(codes), batch_size):
-            vectors = self.quantize_t.lookup(
-                codes[start : start + batch_size].to(self.mean.device, torch.int64)
-            )
+            batch = codes[start : start + batch_size].to(self.mean.device, torch.int64)
+            vectors = self.quantize_t.lookup(batch)
             images[start : start + batch_size] = self._images(vectors).clamp(0, 1)
         return images
 
@@ -372,8 +348,9 @@ class ImageTokenizer(nn.Module):
         config: ImageTokenizerConfig | None = None,
         device: str | torch.device = "cpu",
     ) -> "ImageTokenizer":
-        """Load a saved tokenizer, or a bare state dict such as CogView's (keys may start with
-        `module.`).
+        """Load a saved tokenizer, or a bare state dict such as CogView's.
+
+        Keys of a state dict may start with `module.`, as wrappers leave them.
 
         Args:
             path: the file.
@@ -418,18 +395,18 @@ def train_image_tokenizer(
     device: str | torch.device = "cpu",
     progress: bool = True,
 ) -> tuple[ImageTokenizer, list[dict[str, float]]]:
-    """Train a tokenizer with AdamW and a cosine learning rate; the same arguments give the same
-    weights.
+    """Train a tokenizer with AdamW and a cosine learning rate.
 
-    With a trainable codebook, codes start at random encoder outputs of the first batch.
-    Gumbel sampling is annealed from temperature 1 to 1/16.
+    The same arguments give the same weights on one machine. Unless the codebook is fixed, codes
+    start at random encoder outputs of the first batch. Gumbel sampling is annealed from temperature
+    1 to 1/16.
 
     Args:
         config: the tokenizer.
         images: (N, C, H, W) in [0, 1] or uint8, or an object that returns such a batch for a list
             of indices.
         steps: optimizer steps.
-        batch_size: images a step, drawn without replacement within each epoch.
+        batch_size: images a step; every epoch is a fresh permutation of all images.
         learning_rate: at the start.
         seed: of weights, data order and sampling. The caller's random state is left alone.
         device: where to train.
@@ -451,22 +428,16 @@ def train_image_tokenizer(
             f"expected steps and batch_size of 1 or more, got {steps} and {batch_size}"
         )
     device = torch.device(device)
-    batch_size = min(batch_size, len(images))
     metrics: list[dict[str, float]] = []
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         tokenizer = ImageTokenizer(config).to(device).train()
         optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        order: list[int] = []
-        bar = tqdm(
-            range(steps), desc="image tokenizer", unit="step", disable=None if progress else True
-        )
+        quiet = None if progress else True  # None: where standard error is no terminal
+        bar = tqdm(range(steps), desc="image tokenizer", unit="step", disable=quiet)
         for step in bar:
-            if len(order) < batch_size:
-                order = torch.randperm(len(images)).tolist()
-            indices, order = order[:batch_size], order[batch_size:]
-            batch = images[indices]
+            batch = images[batch_indices(seed, step, batch_size, len(images)).tolist()]
             if step == 0:
                 _start_codebook(tokenizer, batch)
             tokenizer.quantize_t.temperature = 16.0 ** (-step / steps)
@@ -490,11 +461,7 @@ def train_image_tokenizer(
                 }
             )
             schedule.step()
-            bar.set_postfix(
-                loss=f"{metrics[-1]['loss']:.4f}",
-                codes=int(metrics[-1]["codes_used"]),
-                refresh=False,
-            )
+            bar.set_postfix_str(f"loss {metrics[-1]['loss']:.4f}", refresh=False)
     return tokenizer.eval(), metrics
 
 
@@ -503,6 +470,5 @@ def _start_codebook(tokenizer: ImageTokenizer, batch: Tensor) -> None:
     if tokenizer.config.quantizer == "fixed":
         return
     vectors = tokenizer._vectors(tokenizer._checked(batch)).flatten(0, 2)
-    tokenizer.quantize_t.restart(
-        torch.arange(tokenizer.config.codebook_size, device=vectors.device), vectors
-    )
+    every_code = torch.arange(tokenizer.config.codebook_size, device=vectors.device)
+    tokenizer.quantize_t.restart(every_code, vectors)
