@@ -18,8 +18,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
     cut the temporary stays behind, and the next write to the same target starts it afresh. A lock
     on it, which the system drops when its owner dies, keeps two live processes apart.
 
-    Use `open(temporary, "wb")` for writers such as `torch.save` that report a full disk as an
-    OSError only through a Python file.
+    Give `torch.save` an `open(temporary, "wb")`, not the path: it turns a full disk into a
+    RuntimeError, from which the OSError can be recovered only where a Python file raised it.
 
     Args:
         path: target file; missing folders are created.
@@ -50,8 +50,9 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         _fsync_folder(target.parent)
     except BaseException as error:
         temporary.unlink(missing_ok=True)
-        if isinstance(error, OSError):
-            raise _not_saved(target, error) from error
+        disk_error = _disk_error(error)
+        if disk_error is not None:
+            raise _not_saved(target, disk_error) from error
         raise
     finally:
         os.close(lock)
@@ -81,6 +82,15 @@ def _fsync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _disk_error(error: BaseException) -> OSError | None:
+    """The OSError that `error` is, or that a writer was handling when it raised its own error."""
+    if isinstance(error, OSError):
+        return error
+    if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
+        return error.__context__
+    return None
 
 
 def _not_saved(target: Path, error: OSError) -> OSError:
