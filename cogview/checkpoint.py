@@ -1,0 +1,125 @@
+"""Checkpoints of a training run: one file a checkpoint, whole or not there.
+
+A checkpoint is a dictionary of tensors and plain values, with the model's weights under "model" and the step under
+"step". It is written to a temporary file and renamed, so a crash, `kill -9` or a full disk leaves the earlier ones
+untouched; checksums tell a damaged file from a good one when it is read.
+"""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+import warnings
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from cogview.files import atomic_write
+
+FORMAT = "cogview-checkpoint-1"
+
+
+def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
+    """Where the checkpoint of a step is kept."""
+    return Path(folder) / f"step_{step:08d}.pt"
+
+
+def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
+    """The checkpoints in a folder, the newest first; none if there is no such folder."""
+    found = [path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d{8,}", path.stem)]
+    return sorted(found, key=lambda path: int(path.stem.removeprefix("step_")), reverse=True)
+
+
+def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
+    """Writes `state` to `path`; a file that is there already is replaced only by a complete new one.
+
+    Raises:
+        ValueError: a weight under "model" is NaN or infinite, which would replace a good checkpoint by a useless one.
+        OSError: it cannot be written; what was there before is intact.
+    """
+    _check_finite(state["model"], path)
+    with atomic_write(path) as temporary, open(temporary, "wb") as file:
+        torch.save({"format": FORMAT, **state}, file)
+
+
+def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads a checkpoint to the CPU. Only tensors and plain values are read, never code.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: the file is truncated, damaged or no checkpoint of this program, or a weight is NaN or infinite.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"{path}: no such checkpoint")
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
+            damaged = archive.testzip()
+        if damaged is not None:
+            raise ValueError(f"wrong checksum of {damaged}")
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
+        raise ValueError(f"{path}: truncated or damaged checkpoint: {str(error).splitlines()[0]}") from error
+    if not isinstance(state, dict) or state.get("format") != FORMAT:
+        raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got another kind of file")
+    _check_finite(state["model"], path)
+    return state
+
+
+def load_latest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Reads the newest checkpoint of a folder that can be read, with a warning for each one that cannot.
+
+    Returns:
+        the checkpoint, or None if the folder has none.
+
+    Raises:
+        ValueError: there are checkpoints, but none can be read.
+    """
+    paths = list_checkpoints(folder)
+    for path in paths:
+        try:
+            return load_checkpoint(path)
+        except ValueError as error:
+            warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
+    if paths:
+        raise ValueError(f"{folder}: none of the {len(paths)} checkpoints can be read; move them away to start afresh")
+    return None
+
+
+def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
+    """Deletes all checkpoints of a folder but the newest `keep`."""
+    for path in list_checkpoints(folder)[keep:]:
+        path.unlink(missing_ok=True)
+
+
+def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """Copies weights into a model.
+
+    Args:
+        source: where they come from, for messages.
+
+    Raises:
+        ValueError: missing or unknown names, or different shapes; the message lists them, and nothing is copied.
+    """
+    own = model.state_dict()
+    problems = [f"missing {name}" for name in own if name not in weights]
+    problems += [f"unknown {name}" for name in weights if name not in own]
+    problems += [
+        f"{name}: expected {tuple(own[name].shape)}, got {tuple(weights[name].shape)}"
+        for name in own
+        if name in weights and own[name].shape != weights[name].shape
+    ]
+    if problems:
+        more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise ValueError(f"{source}: the weights do not fit the model: {'; '.join(problems[:5])}{more}")
+    model.load_state_dict(weights)
+
+
+def _check_finite(weights: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
+    for name, weight in weights.items():
+        if weight.is_floating_point() and not torch.isfinite(weight).all():
+            raise ValueError(f"{path}: {name} holds NaN or infinity; a checkpoint must be finite")

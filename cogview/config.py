@@ -1,0 +1,223 @@
+"""Settings: dataclasses, presets in YAML (`cogview/presets/`), and `key=value` overrides.
+
+The defaults are those of the published 4-billion-parameter model.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
+from cogview.files import atomic_write
+from cogview.image_tokenizer import ImageTokenizerConfig
+from cogview.sequence import Vocabulary
+
+PRESETS = Path(__file__).parent / "presets"
+
+
+@dataclass
+class TextTokenizerConfig:
+    vocab_size: int = 50000  # SentencePiece pieces
+    character_coverage: float = 0.9995  # share of the corpus's characters that get a piece of their own
+
+    def __post_init__(self) -> None:
+        _expect("text_tokenizer.vocab_size", self.vocab_size, self.vocab_size >= 1, "1 or more")
+
+
+@dataclass
+class ImageTrainingConfig:
+    steps: int = 100_000
+    batch_size: int = 64
+    learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        _expect("image_training.steps", self.steps, self.steps >= 1, "1 or more")
+        _expect("image_training.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
+        _expect("image_training.learning_rate", self.learning_rate, self.learning_rate > 0, "more than 0")
+
+
+@dataclass
+class ModelConfig:
+    num_layers: int = 48
+    hidden_size: int = 2560
+    num_heads: int = 40
+    max_positions: int = 1089  # learned positions; a sequence has at most as many
+    dropout: float = 0.1  # of the embeddings and of each branch
+    norm: Literal["sandwich", "pre"] = "sandwich"
+    relax: Literal["row", "tensor", "none"] = "row"  # PB-relax LayerNorm: maximum by row or (released weights) tensor
+    layernorm_eps: float = 1e-5
+    attention: Literal["three_region", "dense"] = "three_region"
+    query_window: int = 128  # block size of the local window, in tokens
+    key_window_times: int = 6  # blocks in the window, the query's own included
+    num_pivots: int = 768  # random image positions that every query may see, per layer and step
+    pivot_bias: Literal["none", "cogview"] = "none"  # cogview: log(S // num_pivots) on text and pivots, in training
+    embedding_gradient_scale: float = 0.1  # shrink of the embedding's gradient; 1 turns it off
+    activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, more time
+
+    def __post_init__(self) -> None:
+        for name in ("num_layers", "hidden_size", "num_heads", "max_positions", "query_window", "key_window_times"):
+            _expect(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        divides = self.hidden_size % self.num_heads == 0
+        _expect("model.hidden_size", self.hidden_size, divides, f"a multiple of num_heads = {self.num_heads}")
+        _expect("model.num_pivots", self.num_pivots, self.num_pivots >= 0, "0 or more")
+        biased = self.pivot_bias == "cogview"
+        _expect("model.num_pivots", self.num_pivots, not biased or self.num_pivots >= 1, "1 or more with pivot_bias")
+        _expect("model.dropout", self.dropout, 0 <= self.dropout < 1, "0 or more, and less than 1")
+        scale = self.embedding_gradient_scale
+        _expect("model.embedding_gradient_scale", scale, 0 <= scale <= 1, "0 to 1")
+
+
+@dataclass
+class TrainingConfig:
+    task: Literal["text_to_image", "captioning"] = "text_to_image"
+    steps: int = 144_000
+    batch_size: int = 6144  # sequences a step
+    micro_batch_size: int = 0  # sequences a pass, whose gradients are summed to a step; 0: all in one pass
+    learning_rate: float = 3e-4  # at the end of the warm-up
+    final_learning_rate: float = 3e-5  # at the end of the cosine
+    warmup_steps: int = 2880
+    weight_decay: float = 0.04  # of matrices; not of biases, norms and embeddings
+    clip_grad_norm: float = 1.0
+    text_weight: float = 1.0  # of text tokens in the loss
+    image_weight: float = 1.0  # of image tokens in the loss
+    held_out_fraction: float = 0.01  # of the data, for the held-out loss
+    eval_every: int = 1000  # steps between measurements of the held-out loss
+    eval_examples: int = 512  # at most, for one measurement
+    save_every: int = 1000  # steps between checkpoints
+    keep_checkpoints: int = 3  # older ones are deleted
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "batch_size", "eval_every", "eval_examples", "save_every", "keep_checkpoints"):
+            _expect(f"training.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        for name in ("warmup_steps", "micro_batch_size", "final_learning_rate", "weight_decay", "text_weight"):
+            _expect(f"training.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
+        for name in ("learning_rate", "clip_grad_norm", "image_weight"):
+            _expect(f"training.{name}", getattr(self, name), getattr(self, name) > 0, "more than 0")
+        fraction = self.held_out_fraction
+        _expect("training.held_out_fraction", fraction, 0 < fraction < 1, "between 0 and 1")
+
+
+@dataclass
+class SamplingConfig:
+    temperature: float = 1.0  # 0: always the likeliest token
+    top_k: int = 200  # only the k likeliest tokens; 0 turns it off
+    top_p: float = 1.0  # only the likeliest tokens that make up this probability; 1 turns it off
+    batch_size: int = 16  # sequences drawn at a time
+
+    def __post_init__(self) -> None:
+        _expect("sampling.temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
+        _expect("sampling.top_k", self.top_k, self.top_k >= 0, "0 or more")
+        _expect("sampling.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
+        _expect("sampling.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
+
+
+@dataclass
+class Config:
+    """All settings of one model, from its tokenizers to how it draws."""
+
+    seed: int = 0  # of weights, data order, dropout, pivots and drawings
+    device: str = "auto"  # auto: cuda if there is one, else cpu
+    text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
+    image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
+    image_training: ImageTrainingConfig = field(default_factory=ImageTrainingConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        _expect("seed", self.seed, self.seed >= 0, "0 or more")
+        needed = f"at least {self.num_codes + 5} ({self.num_codes} image codes, 4 command tokens, and text)"
+        _expect("model.max_positions", self.model.max_positions, self.max_text_len >= 1, needed)
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        return Vocabulary(self.image_tokenizer.codebook_size, self.text_tokenizer.vocab_size)
+
+    @property
+    def num_codes(self) -> int:
+        """Codes of one image."""
+        return self.image_tokenizer.code_size**2
+
+    @property
+    def max_text_len(self) -> int:
+        """Text pieces that fit beside an image and its four command tokens; longer captions are clipped."""
+        return self.model.max_positions - self.num_codes - 4
+
+
+def _expect(name: str, value: Any, condition: bool, expected: str) -> None:
+    if not condition:
+        raise ValueError(f"{name}: expected {expected}, got {value}")
+
+
+def preset_names() -> list[str]:
+    """Names of the presets, the smallest model first."""
+    return sorted((path.stem for path in PRESETS.glob("*.yaml")), key=lambda name: load_config(name).model.hidden_size)
+
+
+def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
+    """Reads a preset or a YAML file, and applies overrides.
+
+    Args:
+        source: name of a preset (`digits`, ..., `cogview-4b`) or path of a YAML file; what it leaves out has the
+            default of the dataclass.
+        overrides: such as `["training.steps=500", "model.attention=dense"]`.
+
+    Raises:
+        FileNotFoundError: neither a preset nor a file.
+        ValueError: not YAML, an unknown key, a wrong type, or a value out of range; the message names the key.
+    """
+    path = PRESETS / f"{source}.yaml"
+    if not path.is_file():
+        path = Path(source)
+    if not path.is_file():
+        names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
+        raise FileNotFoundError(f"config: {str(source)!r} is neither a preset ({names}) nor a file")
+    for override in overrides:
+        if "=" not in override:
+            raise ValueError(f"override: expected key=value, got {override!r}")
+    config = OmegaConf.structured(Config)
+    for section in dataclasses.fields(Config):
+        if section.default_factory is not dataclasses.MISSING:
+            # From the class, not from an instance: __post_init__ is to see the final values alone.
+            config[section.name] = OmegaConf.structured(section.default_factory)
+    try:
+        loaded = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not YAML: {error}") from None
+    config = _merge(config, loaded, str(path))
+    config = _merge(config, OmegaConf.from_dotlist(list(overrides)), "override")
+    result = OmegaConf.to_object(config)
+    assert isinstance(result, Config)
+    return result
+
+
+def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
+    if not isinstance(other, DictConfig):
+        raise ValueError(f"{where}: expected a mapping of settings, got a list or a scalar")
+    try:
+        merged = OmegaConf.merge(config, other)
+    except ConfigKeyError as error:
+        parent, _, key = str(error.full_key).rpartition(".")
+        known = ", ".join(OmegaConf.select(config, parent) if parent else config)
+        raise ValueError(f"{where}: unknown key {key!r} in {parent or 'the settings'}; known: {known}") from None
+    except OmegaConfBaseException as error:
+        key = f"{error.full_key}: " if error.full_key else ""
+        raise ValueError(f"{where}: {key}{str(error).splitlines()[0]}") from None
+    assert isinstance(merged, DictConfig)
+    return merged
+
+
+def save_config(config: Config, path: str | os.PathLike[str]) -> None:
+    """Writes all settings as YAML; `load_config` reads them back."""
+    with atomic_write(path) as temporary:
+        OmegaConf.save(OmegaConf.structured(config), temporary)

@@ -1,0 +1,242 @@
+"""The CogView GPT, whole in this file.
+
+Features:
+- Sandwich-LN: `h + LN(f(LN(h)))` around attention and MLP (or plain Pre-LN, for comparison)
+- PB-relax LayerNorm: the input is divided by its largest magnitude first, so that float16 does not overflow
+- three-region sparse attention: all text, random pivots (drawn anew for each layer and step), a block-wise local window
+  (or dense causal attention, for comparison)
+- tanh-GELU MLP of four times the width, learned positions, output head tied to the embedding
+- embedding-gradient shrink: `e * a + e.detach() * (1 - a)`
+- initialisation N(0, 0.02), and 0.02 / sqrt(2 L) for the projections that write to the residual stream
+- decoding with a preallocated key/value cache
+- parameter names and shapes of the released CogView checkpoints
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import cogview_kernels as ck
+from cogview.config import ModelConfig
+
+
+class KVCache:
+    """Keys and values of every layer, and how many positions are filled.
+
+    Args:
+        batch, length: room for `batch` sequences of `length` tokens.
+        dtype, device: of the keys and values the model computes.
+    """
+
+    def __init__(
+        self,
+        config: ModelConfig,
+        batch: int,
+        length: int,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        head_dim = config.hidden_size // config.num_heads
+        shape = (config.num_layers, 2, batch, config.num_heads, length, head_dim)
+        self.keys_values = torch.empty(shape, dtype=dtype, device=device)
+        self.length = length
+        self.filled = 0
+
+    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes keys and values (B, H, Sq, D) behind the filled positions; returns views of all of them so far."""
+        end = self.filled + k.shape[2]
+        if end > self.length:
+            raise ValueError(f"cache: expected at most {self.length} tokens, got {end}")
+        k_cache, v_cache = self.keys_values[layer]
+        k_cache[:, :, self.filled : end] = k
+        v_cache[:, :, self.filled : end] = v
+        return k_cache[:, :, :end], v_cache[:, :, :end]
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # rows Q; K; V
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(
+        self, z: torch.Tensor, layout: ck.ThreeRegionLayout | None, cache: KVCache | None, layer: int
+    ) -> torch.Tensor:
+        batch, length, hidden = z.shape
+        qkv = self.query_key_value(z).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, S, D), a view of the packed projection
+        if cache is not None:
+            k, v = cache.extend(layer, k, v)
+        if layout is not None:
+            out = ck.three_region_attention(q, k, v, layout)
+        elif q.shape[2] == k.shape[2]:
+            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        else:  # the queries are the last positions
+            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.tril(k.shape[2] - q.shape[2]))
+        return self.dropout(self.dense(out.transpose(1, 2).reshape(batch, length, hidden)))
+
+
+class MLP(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
+        self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, z: torch.Tensor) -> torch.Tensor:
+        return self.dropout(self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(z), approximate="tanh")))
+
+
+class Layer(nn.Module):
+    """Two sub-layers. It takes and returns the residual stream `h` and its normalised form `z`, input of the next
+    sub-layer, because the fused kernel makes both in one pass: the last norm of a layer is the first of the next."""
+
+    def __init__(self, config: ModelConfig, index: int) -> None:
+        super().__init__()
+        self.index = index
+        self.input_layernorm = _layer_norm(config)
+        self.attention = SelfAttention(config)
+        self.post_attention_layernorm = _layer_norm(config)
+        self.mlp = MLP(config)
+        self.third_layernorm = _layer_norm(config) if config.norm == "sandwich" else None  # after attention
+        self.fourth_layernorm = _layer_norm(config) if config.norm == "sandwich" else None  # after the MLP
+
+    def forward(
+        self,
+        h: torch.Tensor,
+        z: torch.Tensor,
+        next_norm: ck.PBRelaxLayerNorm,
+        layout: ck.ThreeRegionLayout | None,
+        cache: KVCache | None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        f = self.attention(z, layout, cache, self.index)
+        h, z = _add_and_norm(f, h, self.third_layernorm, self.post_attention_layernorm)
+        return _add_and_norm(self.mlp(z), h, self.fourth_layernorm, next_norm)
+
+
+def _layer_norm(config: ModelConfig) -> ck.PBRelaxLayerNorm:
+    relax = None if config.relax == "none" else config.relax
+    return ck.PBRelaxLayerNorm(config.hidden_size, eps=config.layernorm_eps, relax=relax)
+
+
+def _add_and_norm(
+    f: torch.Tensor, h: torch.Tensor, post: ck.PBRelaxLayerNorm | None, pre: ck.PBRelaxLayerNorm
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sandwich-LN `h + post(f)`, or Pre-LN `h + f` without `post`; and `pre` of the sum.
+
+    Under autocast f comes in half precision, and the residual stream stays float32.
+    """
+    if post is None:
+        h = h + f
+        return h, pre(h)
+    return ck.sandwich_residual(f, h, post.weight, post.bias, pre.weight, pre.bias, eps=pre.eps, relax=pre.relax)
+
+
+class Transformer(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
+        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
+        self.final_layernorm = _layer_norm(config)
+
+
+class GPT(nn.Module):
+    """The model. See the top of the file for its features, `ModelConfig` for its settings.
+
+    Raises:
+        ValueError: settings that contradict each other (from `ModelConfig`).
+    """
+
+    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
+        self.transformer = Transformer(config)
+        self.dropout = nn.Dropout(config.dropout)
+        self.apply(_init_weights)
+        for name, parameter in self.named_parameters():
+            if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")):
+                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_layers))
+
+    def sample_layouts(
+        self, text_len: torch.Tensor, length: int, generator: torch.Generator | None = None
+    ) -> list[ck.ThreeRegionLayout | None]:
+        """Draws the pivots of every layer.
+
+        Args:
+            text_len: int32 (B,): tokens before the first image code.
+            length: tokens of the whole sequence, those that are still to be generated included.
+            generator: on the device of `text_len`.
+
+        Returns:
+            One layout a layer; None for dense attention.
+        """
+        config = self.config
+        if config.attention == "dense":
+            return [None] * config.num_layers
+        layouts: list[ck.ThreeRegionLayout | None] = []
+        for _ in range(config.num_layers):
+            pivots = ck.sample_pivots(
+                text_len, length, config.num_pivots, generator=generator, device=text_len.device
+            )
+            window, times = config.query_window, config.key_window_times
+            if config.pivot_bias == "cogview" and self.training:  # CogView's inference adds no bias
+                layout = ck.ThreeRegionLayout.from_cogview(pivots, text_len, window, times, length)
+            else:
+                layout = ck.ThreeRegionLayout(text_len, pivots, query_window=window, key_window_times=times)
+            layouts.append(layout)
+        return layouts
+
+    def forward(
+        self,
+        tokens: torch.Tensor,
+        positions: torch.Tensor,
+        layouts: list[ck.ThreeRegionLayout | None],
+        cache: KVCache | None = None,
+    ) -> torch.Tensor:
+        """The final hidden states; `logits` turns those that are needed into scores.
+
+        Args:
+            tokens, positions: int64 (B, S). With a cache, those that follow the cached ones.
+            layouts: from `sample_layouts`.
+            cache: is extended by this call.
+
+        Returns:
+            (B, S, hidden_size)
+        """
+        alpha = self.config.embedding_gradient_scale
+        h = self.word_embeddings(tokens) + self.transformer.position_embeddings(positions)
+        if alpha != 1.0:
+            h = h * alpha + h.detach() * (1.0 - alpha)
+        h = self.dropout(h)
+        layers: list[Layer] = list(self.transformer.layers)  # type: ignore[arg-type]
+        norms = [layer.input_layernorm for layer in layers] + [self.transformer.final_layernorm]
+        z = norms[0](h)
+        for layer, next_norm, layout in zip(layers, norms[1:], layouts, strict=True):
+            if self.config.activation_checkpointing and torch.is_grad_enabled():
+                h, z = checkpoint(layer, h, z, next_norm, layout, cache, use_reentrant=False)
+            else:
+                h, z = layer(h, z, next_norm, layout, cache)
+        if cache is not None:
+            cache.filled += tokens.shape[1]
+        return z
+
+    def logits(self, z: torch.Tensor) -> torch.Tensor:
+        """Scores of every token id: (..., hidden_size) to (..., vocab_size), with the embedding as the head."""
+        return F.linear(z, self.word_embeddings.weight)
+
+
+def _init_weights(module: nn.Module) -> None:
+    if isinstance(module, (nn.Linear, nn.Embedding)):
+        nn.init.normal_(module.weight, std=0.02)
+    if isinstance(module, nn.Linear):
+        nn.init.zeros_(module.bias)

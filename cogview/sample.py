@@ -1,0 +1,190 @@
+"""Drawing from the GPT: batched, with a key/value cache, temperature, top-k, top-p and token-type masks."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from tqdm import tqdm
+
+from cogview.config import Config, SamplingConfig
+from cogview.model import GPT, KVCache
+from cogview.sequence import TokenSequence, captioning, collate, text_to_image
+
+
+def sample_tokens(
+    logits: torch.Tensor,
+    allowed: torch.Tensor,
+    sampling: SamplingConfig,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Draws one token a row.
+
+    Args:
+        logits: (B, V), any floating dtype.
+        allowed: bool (V,): the token type mask; no other id is ever drawn.
+        sampling: temperature (0: the likeliest token), top-k, then top-p of what top-k left.
+        generator: on the device of the logits.
+
+    Returns:
+        int64 (B,)
+    """
+    logits = logits.float().masked_fill(~allowed, float("-inf"))
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    logits, ids = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    if sampling.top_k:
+        logits[:, sampling.top_k :] = float("-inf")
+    probabilities = logits.softmax(-1)
+    if sampling.top_p < 1.0:
+        before = probabilities.cumsum(-1) - probabilities  # the likeliest token always stays
+        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+    return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
+
+
+@torch.inference_mode()
+def generate(
+    model: GPT,
+    config: Config,
+    prompts: Sequence[TokenSequence],
+    num_new: Sequence[int],
+    allowed: torch.Tensor,
+    generator: torch.Generator | None = None,
+    stop_token: int | None = None,
+    progress: tqdm | None = None,
+) -> list[list[int]]:
+    """Continues prompts of different lengths side by side.
+
+    Every layer's pivots are drawn once, for the whole sequence; a token then reads text, pivots and window from the cache.
+
+    Args:
+        model: in evaluation mode; its device and dtype are used.
+        prompts: beginnings of sequences.
+        num_new: tokens to add to each.
+        allowed: bool (vocabulary,): ids that may be drawn.
+        generator: on the device of the model.
+        stop_token: ends a sequence early; it is the last of the returned ids.
+        progress: is advanced by one a token position.
+
+    Returns:
+        the new ids of each prompt.
+
+    Raises:
+        ValueError: a sequence would have more positions than the model.
+    """
+    device, dtype = model.word_embeddings.weight.device, model.word_embeddings.weight.dtype
+    starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    ends = starts + torch.tensor(list(num_new), device=device)
+    length = int(ends.max())
+    batch = collate(config.vocabulary, prompts, length).to(device)
+    index = torch.arange(length, device=device)
+    last = torch.tensor([prompt.positions[-1] for prompt in prompts], device=device)
+    positions = torch.where(index < starts[:, None], batch.positions, last[:, None] + 1 + index - starts[:, None])
+    positions = torch.where(index < ends[:, None], positions, 0)
+    if int(positions.max()) >= config.model.max_positions:
+        raise ValueError(
+            f"prompt: expected a sequence of at most {config.model.max_positions} positions in all, "
+            f"got {int(positions.max()) + 1}; shorten the text"
+        )
+    layouts = model.sample_layouts(batch.text_len, length, generator)
+    cache = KVCache(config.model, len(prompts), length, dtype, device)
+    allowed = allowed.to(device)
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+
+    begin, end = 0, int(starts.min())
+    while end < length:
+        z = model(batch.tokens[:, begin:end], positions[:, begin:end], layouts, cache)
+        drawn = sample_tokens(model.logits(z[:, -1]), allowed, config.sampling, generator)
+        # Longer prompts go on with their own token, finished sequences with padding.
+        writes = (end >= starts) & (end < ends) & ~done
+        batch.tokens[:, end] = torch.where(writes, drawn, batch.tokens[:, end])
+        if stop_token is not None:
+            done |= writes & (drawn == stop_token)
+            if bool((done | (end + 1 >= ends)).all()):
+                break
+        begin, end = end, end + 1
+        if progress is not None:
+            progress.update()
+    rows = [row[s:e] for row, s, e in zip(batch.tokens.tolist(), starts.tolist(), ends.tolist(), strict=True)]
+    if stop_token is not None:
+        rows = [row[: row.index(stop_token) + 1] if stop_token in row else row for row in rows]
+    return rows
+
+
+def draw_images(
+    model: GPT,
+    config: Config,
+    texts: Sequence[Sequence[int]],
+    seed: int = 0,
+    beginnings: Sequence[Sequence[int]] | None = None,
+    progress: bool = True,
+) -> torch.Tensor:
+    """Draws one image for each text.
+
+    Args:
+        texts: text pieces, numbered from 0.
+        seed: the same one gives the same images, on the same device with the same batch size.
+        beginnings: for each text the first codes of its image, row by row, which are kept; the rest is drawn.
+        progress: show a progress bar, where standard error is a terminal.
+
+    Returns:
+        int64 (N, h, w) codes, on the CPU.
+
+    Raises:
+        ValueError: an empty text or one that is too long, too many codes, or an id out of range.
+    """
+    vocab, num_codes, side = config.vocabulary, config.num_codes, config.image_tokenizer.code_size
+    beginnings = [()] * len(texts) if beginnings is None else beginnings
+    prompts = []
+    for text, codes in zip(texts, beginnings, strict=True):
+        if len(text) > config.max_text_len:
+            raise ValueError(f"text: expected at most {config.max_text_len} pieces beside an image, got {len(text)}")
+        prompts.append(text_to_image(vocab, text, codes, num_codes))
+    num_new = [num_codes - len(codes) for codes in beginnings]
+    drawn = _in_batches(model, config, prompts, num_new, vocab.image_mask(), seed, None, progress, "drawing")
+    rows = [[*codes, *new] for codes, new in zip(beginnings, drawn, strict=True)]
+    return torch.tensor(rows, dtype=torch.int64).view(-1, side, side)
+
+
+def write_captions(
+    model: GPT, config: Config, codes: torch.Tensor, seed: int = 0, max_len: int = 20, progress: bool = True
+) -> list[list[int]]:
+    """Writes a caption for each image, with a model that was trained for the task `captioning`.
+
+    Args:
+        codes: int (N, h, w).
+        seed: as for `draw_images`.
+        max_len: text pieces at most.
+
+    Returns:
+        text pieces of each caption, numbered from 0.
+    """
+    vocab = config.vocabulary
+    prompts = [captioning(vocab, image) for image in codes]
+    num_new = [min(max_len, config.max_text_len)] * len(prompts)
+    sep = vocab.command("SEP")
+    rows = _in_batches(model, config, prompts, num_new, vocab.text_mask(), seed, sep, progress, "captions")
+    return [[token - vocab.codebook_size for token in row if token != sep] for row in rows]
+
+
+def _in_batches(
+    model: GPT,
+    config: Config,
+    prompts: list[TokenSequence],
+    num_new: list[int],
+    allowed: torch.Tensor,
+    seed: int,
+    stop_token: int | None,
+    progress: bool,
+    what: str,
+) -> list[list[int]]:
+    size = config.sampling.batch_size
+    generator = torch.Generator(model.word_embeddings.weight.device).manual_seed(seed)
+    rows: list[list[int]] = []
+    batches = range(0, len(prompts), size)
+    for start in batches:
+        chosen = slice(start, start + size)
+        description = f"{what} {start // size + 1}/{len(batches)}"
+        with tqdm(total=max(num_new[chosen]), desc=description, unit="token", disable=None if progress else True) as bar:
+            rows += generate(model, config, prompts[chosen], num_new[chosen], allowed, generator, stop_token, bar)
+    return rows

@@ -1,0 +1,348 @@
+"""Training of the GPT on token sequences.
+
+AdamW, linear warm-up and cosine decay, gradient clipping, held-out loss, a metrics log, checkpoints.
+
+Nothing random outlives a step: data order, pivots and dropout are functions of (seed, step), so a checkpoint needs no
+generator states, and a run that is resumed continues bit for bit like one that was never interrupted.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from tqdm import tqdm
+
+from cogview.checkpoint import checkpoint_path, load_latest, load_weights, prune_checkpoints, save_checkpoint
+from cogview.config import Config
+from cogview.data import TokenDataset, batch_indices
+from cogview.files import atomic_write
+from cogview.model import GPT
+from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
+
+MAX_SKIPPED_STEPS = 50  # in a row, under float16's loss scaler, before training gives up
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of a name such as `cpu` or `cuda:1`; `auto` is CUDA where there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: no such device here.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # what torch raises differs from build to build
+        raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+    return device
+
+
+def learning_rate(config: Config, step: int) -> float:
+    """Linear warm-up to `learning_rate`, then a cosine down to `final_learning_rate` at the last step."""
+    training = config.training
+    if step < training.warmup_steps:
+        return training.learning_rate * (step + 1) / training.warmup_steps
+    progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return training.final_learning_rate + (training.learning_rate - training.final_learning_rate) * cosine
+
+
+def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> TokenSequence:
+    """The training sequence of one pair; captions that do not fit are clipped."""
+    text = text[: config.max_text_len]
+    if config.training.task == "captioning":
+        return captioning(config.vocabulary, codes, text)
+    return text_to_image(config.vocabulary, text, codes)
+
+
+class Trainer:
+    """One training run in a folder: `metrics.jsonl` and `checkpoints/`. `run` continues where the folder ends.
+
+    Args:
+        config: all settings.
+        run_folder: is created if need be.
+        train_data: token pairs to learn from.
+        held_out_data: token pairs for the held-out loss.
+        progress: show a progress bar, where standard error is a terminal.
+
+    Attributes:
+        model: the GPT, on the device.
+        step: optimizer steps done.
+
+    Raises:
+        ValueError: data that does not fit the configuration, a checkpoint that does not fit the model, or checkpoints
+            of which none can be read.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        run_folder: str | os.PathLike[str],
+        train_data: TokenDataset,
+        held_out_data: TokenDataset,
+        progress: bool = True,
+    ) -> None:
+        for name, data in (("training data", train_data), ("held-out data", held_out_data)):
+            _check_data(name, data, config)
+        self.config = config
+        self.train_data = train_data
+        self.held_out_data = held_out_data
+        self.progress = progress
+        self.metrics_path = Path(run_folder) / "metrics.jsonl"
+        self.checkpoints = Path(run_folder) / "checkpoints"
+        self.device = choose_device(config.device)
+        self.dtype = _compute_dtype(config, self.device)
+        with torch.random.fork_rng(_cuda_devices(self.device)):
+            torch.manual_seed(config.seed)
+            self.model = GPT(config.model, config.vocabulary.padded_size).to(self.device)
+        self.optimizer = _optimizer(self.model, config)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
+        self.step = 0
+        self.skipped_steps = 0  # without an update, in a row
+        self._resume()
+
+    def run(self) -> GPT:
+        """Trains up to `config.training.steps`.
+
+        Returns:
+            the model, in evaluation mode.
+
+        Raises:
+            FloatingPointError: the loss or a gradient is not finite; names the step. Under float16, such a step is
+                skipped and counted instead, and only a long row of them is an error.
+            OSError: a checkpoint or the metrics cannot be written; earlier checkpoints are intact.
+        """
+        training = self.config.training
+        self.metrics_path.parent.mkdir(parents=True, exist_ok=True)
+        saved = self.step
+        bar = tqdm(
+            initial=self.step,
+            total=training.steps,
+            desc="gpt",
+            unit="step",
+            disable=None if self.progress else True,
+        )
+        devices = _cuda_devices(self.device)
+        with bar, torch.random.fork_rng(devices), open(self.metrics_path, "a", encoding="utf-8") as log:
+            while self.step < training.steps:
+                metrics = self._train_step()
+                last = self.step == training.steps
+                if last or self.step % training.eval_every == 0:
+                    metrics |= {f"held_out_{name}": value for name, value in self.evaluate().items()}
+                log.write(json.dumps(metrics) + "\n")
+                log.flush()
+                if last or self.step % training.save_every == 0:
+                    self._save()
+                    saved = self.step
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", saved=saved, refresh=False)
+                bar.update()
+        return self.model.eval()
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, float]:
+        """Held-out `loss`, `text_loss` and `image_loss` (nats per token), on the same examples and pivots each time."""
+        training = self.config.training
+        count = min(training.eval_examples, len(self.held_out_data))
+        size = training.micro_batch_size or training.batch_size
+        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        self.model.eval()
+        totals = _Totals()
+        for start in range(0, count, size):
+            batch = self._batch(self.held_out_data, np.arange(start, min(start + size, count)))
+            totals.add(*self._losses(batch, generator))
+        self.model.train()
+        return totals.means()
+
+    def _train_step(self) -> dict[str, float]:
+        config, training = self.config, self.config.training
+        started = time.perf_counter()
+        seed = _step_seed(config.seed, self.step)
+        torch.manual_seed(seed)  # dropout
+        generator = torch.Generator(self.device).manual_seed(seed)  # pivots
+        rate = learning_rate(config, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        self.model.train()
+        indices = batch_indices(config.seed, self.step, training.batch_size, len(self.train_data))
+        size = training.micro_batch_size or training.batch_size
+        parts = [self._batch(self.train_data, indices[at : at + size]) for at in range(0, len(indices), size)]
+        total_weight = torch.stack([self._weights(part).sum() for part in parts]).sum()
+        totals = _Totals()
+        self.optimizer.zero_grad(set_to_none=True)
+        for part in parts:
+            losses, weights, targets = self._losses(part, generator)
+            self.scaler.scale((losses * weights).sum() / total_weight).backward()
+            totals.add(losses.detach(), weights, targets)
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm).item()
+        means = totals.means()
+        self._check_finite(means["loss"], grad_norm)
+        self.scaler.step(self.optimizer)  # skips the update where a gradient is not finite
+        self.scaler.update()
+        self.step += 1
+        metrics = {"step": self.step, **means, "learning_rate": rate, "grad_norm": grad_norm}
+        if self.scaler.is_enabled():
+            metrics |= {"loss_scale": self.scaler.get_scale(), "skipped_steps": self.skipped_steps}
+        return metrics | {"seconds": time.perf_counter() - started}
+
+    def _check_finite(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.skipped_steps = 0
+            return
+        self.skipped_steps += 1
+        if self.scaler.is_enabled() and self.skipped_steps <= MAX_SKIPPED_STEPS:
+            return
+        what = f"loss {loss} and gradient norm {grad_norm} at step {self.step + 1}"
+        if self.scaler.is_enabled():
+            what += f", the {self.skipped_steps}th in a row that is not finite"
+        raise FloatingPointError(
+            f"training stopped: {what}; the checkpoints in {self.checkpoints} are of before. Try a lower learning rate, a "
+            "longer warm-up, model.norm=sandwich with model.relax=row, or training.precision=bfloat16"
+        )
+
+    def _batch(self, data: TokenDataset, indices: np.ndarray) -> Batch:
+        sequences = [build_sequence(self.config, *data[int(index)]) for index in indices]
+        return collate(self.config.vocabulary, sequences).to(self.device)
+
+    def _weights(self, batch: Batch) -> torch.Tensor:
+        """Loss weight of every target, (B, S - 1)."""
+        training = self.config.training
+        return loss_weights(
+            self.config.vocabulary, batch.tokens[:, 1:], training.text_weight, training.image_weight
+        )
+
+    def _losses(
+        self, batch: Batch, generator: torch.Generator
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """Cross entropy and weight of every target, (B, S - 1); and which targets are text, and which image."""
+        vocab = self.config.vocabulary
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        layouts = self.model.sample_layouts(batch.text_len, inputs.shape[1], generator)
+        with self._autocast():
+            z = self.model(inputs, batch.positions[:, :-1], layouts)
+            logits = self.model.logits(z)
+        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+        image = targets < vocab.codebook_size
+        text = ~image & (targets < vocab.first_command)
+        return losses, self._weights(batch), {"text": text, "image": image}
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(self.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "config": dataclasses.asdict(self.config),
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped_steps": self.skipped_steps,
+        }
+        save_checkpoint(checkpoint_path(self.checkpoints, self.step), state)
+        prune_checkpoints(self.checkpoints, self.config.training.keep_checkpoints)
+
+    def _resume(self) -> None:
+        state = load_latest(self.checkpoints)
+        if state is None:
+            self.metrics_path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            return
+        load_weights(self.model, state["model"], f"{self.checkpoints}, step {state['step']}")
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            if not state["scaler"]:
+                raise ValueError(f"{self.checkpoints}: written by a run that was not float16; keep training.precision")
+            self.scaler.load_state_dict(state["scaler"])
+        self.step = state["step"]
+        self.skipped_steps = state["skipped_steps"]
+        # The log may be ahead of the checkpoint, and its last line may be cut short.
+        kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= self.step]
+        with atomic_write(self.metrics_path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a metrics log up to the first line that is damaged; none if there is no such file."""
+    rows: list[dict[str, float]] = []
+    if not Path(path).is_file():
+        return rows
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class _Totals:
+    """Sums of losses and weights over several batches."""
+
+    def __init__(self) -> None:
+        self.sums: dict[str, list[torch.Tensor]] = {"loss": [], "text_loss": [], "image_loss": []}
+
+    def add(self, losses: torch.Tensor, weights: torch.Tensor, targets: dict[str, torch.Tensor]) -> None:
+        pairs = {"loss": weights, "text_loss": targets["text"], "image_loss": targets["image"]}
+        for name, weight in pairs.items():
+            # where, not times: a loss that is not finite must not leak out of positions that do not count
+            counted = torch.where(weight > 0, losses * weight, 0.0).sum()
+            self.sums[name].append(torch.stack([counted, weight.sum().float()]))
+
+    def means(self) -> dict[str, float]:
+        means = {}
+        for name, sums in self.sums.items():
+            total, weight = torch.stack(sums).double().sum(0).tolist()
+            if weight:
+                means[name] = total / weight
+        return means
+
+
+def _optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
+    """AdamW with weight decay on the matrices of the layers alone."""
+    decayed, others = [], []
+    for name, parameter in model.named_parameters():
+        is_matrix = parameter.ndim == 2 and "embeddings" not in name
+        (decayed if is_matrix else others).append(parameter)
+    groups = [
+        {"params": decayed, "weight_decay": config.training.weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.training.learning_rate, betas=(0.9, 0.95))
+
+
+def _check_data(name: str, data: TokenDataset, config: Config) -> None:
+    if not len(data):
+        raise ValueError(f"{name}: expected at least one pair of caption and image, got none")
+    for what, have, expected in (
+        ("pieces of text", data.text_vocab_size, config.text_tokenizer.vocab_size),
+        ("image codes", data.codebook_size, config.image_tokenizer.codebook_size),
+        ("codes an image", int(np.prod(data.codes.shape[1:])), config.num_codes),
+    ):
+        if have != expected:
+            raise ValueError(f"{name}: expected {expected} {what} as in the configuration, got {have}; encode it again")
+
+
+def _compute_dtype(config: Config, device: torch.device) -> torch.dtype:
+    precision = config.training.precision
+    if precision == "auto":
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+
+
+def _step_seed(seed: int, step: int) -> int:
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+def _cuda_devices(device: torch.device) -> list[torch.device]:
+    return [device] if device.type == "cuda" else []
