@@ -98,9 +98,7 @@ def three_region_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_inputs(
-    q: Any, k: Any, v: Any, layout: Any, softmax_scale: float | None
-) -> float:
+def _check_inputs(q: Any, k: Any, v: Any, layout: Any, softmax_scale: float | None) -> float:
     """Check everything before any work; the softmax scale to use."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_tensor(name, tensor)

@@ -1,11 +1,14 @@
-"""``pb_relax_layer_norm`` and ``sandwich_residual``: the public functions and their module."""
+"""``pb_relax_layer_norm`` and ``sandwich_residual``: the public functions, their module, and the
+operator that reaches the CUDA kernel."""
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogview_kernels import portable, reference
+from cogview_kernels import extension, portable, reference
 from cogview_kernels._checks import (
     check_choice,
     check_float,
@@ -15,9 +18,9 @@ from cogview_kernels._checks import (
     describe,
     values_readable,
 )
-from cogview_kernels.backends import BACKENDS, KernelUnavailable
+from cogview_kernels.backends import BACKENDS, KernelUnavailable, warn_once
 
-RELAX = ("row", "tensor", None)
+RELAX = (None, "row", "tensor")  # numbered as in csrc/pb_relax_layer_norm
 
 
 def pb_relax_layer_norm(
@@ -58,8 +61,7 @@ def pb_relax_layer_norm(
     check_choice("relax", relax, RELAX)
     eps = _check_eps(eps)
     _check_input("x", x)
-    _check_parameter("weight", weight, "x", x)
-    _check_parameter("bias", bias, "x", x)
+    _check_parameters("x", x, weight=weight, bias=bias)
     return _normalise(x, weight, bias, eps, relax, backend)
 
 
@@ -84,7 +86,8 @@ def sandwich_residual(
         eps, relax, backend: as there; both norms share them.
 
     Returns:
-        ``(h, z)``, each with the shape and dtype of ``residual``; ``z`` is the norm of the rounded ``h``.
+        ``(h, z)``, each with the shape and dtype of ``residual``; ``z`` is the norm of the rounded
+        ``h``.
 
     Differentiable in all tensors. Raises as :func:`pb_relax_layer_norm`.
     Source: CogView, arXiv 2105.13290, "Sandwich LayerNorm".
@@ -96,13 +99,8 @@ def sandwich_residual(
     _check_input("residual", residual)
     if residual.shape != f.shape:
         raise ValueError(f"residual: expected {tuple(f.shape)} as f, got {tuple(residual.shape)}")
-    for name, parameter in (
-        ("post_weight", post_weight),
-        ("post_bias", post_bias),
-        ("pre_weight", pre_weight),
-        ("pre_bias", pre_bias),
-    ):
-        _check_parameter(name, parameter, "f", f)
+    _check_parameters("f", f, post_weight=post_weight, post_bias=post_bias)
+    _check_parameters("f", f, pre_weight=pre_weight, pre_bias=pre_bias)
     if residual.dtype not in (f.dtype, torch.float32):
         raise TypeError(f"residual: expected dtype {f.dtype} or float32, got {residual.dtype}")
     if residual.device != f.device:
@@ -152,7 +150,26 @@ def _normalise(
 ) -> Tensor:
     if backend == "reference":
         return reference.pb_relax_layer_norm(x, weight, bias, eps, relax)
+    if backend == "host_model":
+        raise KernelUnavailable("backend='host_model': this installation has no host model")
+    if backend == "cuda" or (backend == "auto" and x.device.type == "cuda"):
+        reason = _why_no_kernel(x)
+        if reason is None:
+            rows = x.reshape(-1, x.shape[-1])
+            y, _, _ = torch.ops.cogview_kernels.pb_relax_layer_norm(
+                rows, weight, bias, eps, RELAX.index(relax)
+            )
+            return y.view(x.shape)
+        if backend == "cuda":
+            raise KernelUnavailable(f"backend='cuda': {reason}")
+        warn_once(f"pb_relax_layer_norm: using backend='portable': {reason}")
     return portable.layer_norm(x, weight, bias, eps, relax)
+
+
+def _why_no_kernel(x: Tensor) -> str | None:
+    if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernel takes float32, float16 and bfloat16, got {x.dtype}"
+    return extension.why_not_on(x.device)
 
 
 def _check_eps(eps: float) -> float:
@@ -166,6 +183,17 @@ def _check_input(name: str, tensor: Tensor) -> None:
     if tensor.ndim == 0 or tensor.shape[-1] == 0:
         raise ValueError(f"{name}: expected shape (..., hidden), got {tuple(tensor.shape)}")
     check_last_dim_contiguous(name, tensor)
+
+
+def _check_parameters(x_name: str, x: Tensor, **parameters: Tensor | None) -> None:
+    """A norm's weight and bias, under the names that the user knows them by."""
+    for name, parameter in parameters.items():
+        _check_parameter(name, parameter, x_name, x)
+    (weight_name, weight), (bias_name, bias) = parameters.items()
+    if weight is not None and bias is not None and weight.dtype != bias.dtype:
+        raise TypeError(
+            f"{bias_name}: expected dtype {weight.dtype} as {weight_name}, got {bias.dtype}"
+        )
 
 
 def _check_parameter(name: str, parameter: Tensor | None, x_name: str, x: Tensor) -> None:
@@ -185,3 +213,115 @@ def _check_parameter(name: str, parameter: Tensor | None, x_name: str, x: Tensor
         raise ValueError(f"{name}: expected device {x.device} as {x_name}, got {parameter.device}")
     if values_readable(parameter) and bool(parameter.isnan().any()):
         raise ValueError(f"{name}: expected numbers, got NaN")
+
+
+# The operator, on rows: forward keeps mean and rstd for the backward. Outputs and workspace are
+# allocated here, so that running out of memory stays torch.OutOfMemoryError.
+
+
+@torch.library.custom_op(
+    "cogview_kernels::pb_relax_layer_norm",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, int relax)"
+    " -> (Tensor y, Tensor mean, Tensor rstd)",
+)
+def _forward(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    y, mean, rstd = _forward_fake(x, weight, bias, eps, relax)
+    peak = None
+    if RELAX[relax] == "tensor" and x.numel() > 0:
+        peak = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1)
+    if x.shape[0] > 0:
+        torch.ops.cogview_kernels.pb_relax_layer_norm_forward_out(
+            x, weight, bias, peak, eps, relax, y, mean, rstd
+        )
+    return y, mean, rstd
+
+
+@torch.library.custom_op(
+    "cogview_kernels::pb_relax_layer_norm_backward",
+    mutates_args=(),
+    device_types="cuda",
+    schema="(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, ScalarType? parameters)"
+    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
+)
+def _backward_rows(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    parameters: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dweight, dbias = _backward_fake(dy, x, weight, mean, rstd, parameters)
+    rows, hidden = x.shape
+    if rows == 0:
+        return dx, dweight.zero_(), dbias.zero_()
+    # Workers whose partial sums of dweight and dbias are added at the end: two blocks for each
+    # multiprocessor; four workers share a block where a warp holds a row.
+    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+    num_partials = min(rows, 2 * num_sms * (4 if hidden <= 512 else 1))
+    partial = x.new_empty(2, num_partials, hidden, dtype=torch.float32)
+    wanted = (None, None) if parameters is None else (dweight, dbias)
+    torch.ops.cogview_kernels.pb_relax_layer_norm_backward_out(
+        dy, x, weight, mean, rstd, dx, partial, *wanted
+    )
+    return dx, dweight, dbias
+
+
+_forward.register_kernel("cpu")(portable.layer_norm_rows)
+_backward_rows.register_kernel("cpu")(portable.layer_norm_rows_backward)
+
+
+@_forward.register_fake
+def _forward_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistic = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+@_backward_rows.register_fake
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    parameters: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = 0 if parameters is None else x.shape[1]
+    dweight = x.new_empty(size, dtype=parameters or torch.float32)
+    return x.new_empty(x.shape), dweight, torch.empty_like(dweight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, bias, _, _ = inputs
+    _, mean, rstd = output
+    ctx.save_for_backward(x, weight, mean, rstd)
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.parameter_dtype = next((t.dtype for t in (weight, bias) if t is not None), None)
+
+
+def _backward(
+    ctx: Any, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None
+) -> tuple[Tensor | None, ...]:
+    x, weight, mean, rstd = ctx.saved_tensors
+    parameters = ctx.parameter_dtype if any(ctx.needs_input_grad[1:3]) else None
+    if dy.stride(-1) != 1:
+        dy = dy.contiguous()
+    dx, dweight, dbias = torch.ops.cogview_kernels.pb_relax_layer_norm_backward(
+        dy, x, weight, mean, rstd, parameters
+    )
+    return (
+        dx,
+        dweight if ctx.needs_input_grad[1] else None,
+        dbias if ctx.needs_input_grad[2] else None,
+        None,
+        None,
+    )
+
+
+_forward.register_autograd(_backward, setup_context=_setup_context)

@@ -17,7 +17,7 @@ class ThreeRegionLayout:
 
     A query at position ``i`` of block ``c = i // query_window`` attends to
 
-    * window: ``start <= j <= i`` with ``start = max(0, (c - key_window_times + 1) * query_window)``,
+    * window: ``start <= j <= i``, ``start = max(0, (c - key_window_times + 1) * query_window)``,
     * text: ``j < min(text_len, start)``,
     * pivots: the entries ``p`` of ``pivot_idx`` with ``text_len <= p < start``.
 

@@ -15,6 +15,7 @@ sums are float32 (float64 for float64 inputs); out, dq, dk and dv are rounded on
 
 from __future__ import annotations
 
+import itertools
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class _FarKeys(NamedTuple):
 
     position: Tensor  # (B, L) int64, padded with k_len, which no window starts behind
     bias: Tensor  # (B, L)
-    count: list[int]  # per tile: how many columns can be visible to one of its rows
+    num_visible: list[int]  # per tile: how many columns can be visible to one of its rows
 
 
 class _Problem(NamedTuple):
@@ -71,24 +72,25 @@ def _plan(
         rows = min(query_window, _MAX_TILE_ROWS)
     first = k_len - q_len
     edges = [first, *range((first // rows + 1) * rows, k_len, rows), k_len]
-    tiles = list(zip(edges[:-1], edges[1:], strict=True)) if q_len else []
+    tiles = list(itertools.pairwise(edges))
     starts = [_first_key(end - 1, query_window, key_window_times) for _, end in tiles]
-    last = starts[-1] if tiles else 0
+    last = starts[-1]
 
     # Text first, then pivots; whatever no row can see becomes padding and sorts to the right.
     prefix = text_len.long().clamp(0, last).unsqueeze(1)
-    text = torch.arange(int(prefix.max()) if prefix.numel() else 0, device=q.device)
+    text = torch.arange(int(prefix.max()), device=q.device)
     text = torch.where(text < prefix, text, k_len)
     pivots = pivot_idx.long()
-    pivots = torch.where((pivots >= text_len.clamp_min(0)[:, None]) & (pivots < last), pivots, k_len)
+    counts = (pivots >= text_len.clamp_min(0).unsqueeze(1)) & (pivots < last)
+    pivots = torch.where(counts, pivots, k_len)
     position = torch.cat([text, pivots], dim=1).sort(dim=1).values
     bound = torch.tensor(starts, device=q.device).expand(position.shape[0], -1).contiguous()
     visible = torch.searchsorted(position, bound)
-    count = visible.amax(dim=0).tolist() if visible.numel() else [0] * len(tiles)
-    position = position[:, : max(count, default=0)]
+    num_visible = visible.amax(dim=0).tolist()
+    position = position[:, : max(num_visible)]
     dtype = _accumulate_dtype(q.dtype)
     bias = torch.where(position < prefix, text_bias, pivot_bias).to(dtype)
-    far = _FarKeys(position, bias, count)
+    far = _FarKeys(position, bias, num_visible)
     return _Problem(q_len, k_len, query_window, key_window_times, far, tiles)
 
 
@@ -103,7 +105,7 @@ def _gather(tensor: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
 def _tile_bias(problem: _Problem, tile: int, first_key: int) -> Tensor:
     """What is added to a tile's logits: ``(B, 1, rows, keys)``, ``-inf`` where not visible."""
     begin, end = problem.tiles[tile]
-    position, bias, count = problem.far
+    position, bias, num_visible = problem.far
     device = position.device
     i = torch.arange(begin, end, device=device).unsqueeze(1)
     start = window_start(i, problem.query_window, problem.key_window_times)
@@ -111,8 +113,8 @@ def _tile_bias(problem: _Problem, tile: int, first_key: int) -> Tensor:
     hidden = float("-inf")
     window = torch.zeros(end - begin, end - first_key, dtype=bias.dtype, device=device)
     window = window.masked_fill((j < start) | (j > i), hidden)
-    far = bias[:, None, : count[tile]].expand(-1, end - begin, -1)
-    far = far.masked_fill(position[:, None, : count[tile]] >= start, hidden)
+    far = bias[:, None, : num_visible[tile]].expand(-1, end - begin, -1)
+    far = far.masked_fill(position[:, None, : num_visible[tile]] >= start, hidden)
     return torch.cat([far, window.expand(far.shape[0], -1, -1)], dim=2).unsqueeze(1)
 
 
@@ -160,7 +162,7 @@ def attention_forward(
     for tile, (begin, end) in enumerate(problem.tiles):
         rows = slice(begin - (k_len - q_len), end - (k_len - q_len))
         first_key = _first_key(begin, query_window, key_window_times)
-        count = problem.far.count[tile]
+        count = problem.far.num_visible[tile]
         keys = torch.cat([far_k[:, :, :count], k[:, :, first_key:end].to(dtype)], dim=2)
         values = torch.cat([far_v[:, :, :count], v[:, :, first_key:end].to(dtype)], dim=2)
         queries = q[:, :, rows].to(dtype).reshape(*grouped[:2], -1, head_dim) * softmax_scale
@@ -201,11 +203,10 @@ def attention_backward(
     num_kv_heads, k_len = k.shape[1:3]
     dtype = _accumulate_dtype(q.dtype)
     dq = q.new_empty(q.shape)
-    # One row more than there are keys: padding of the far list is added there and cut off.
-    dk = k.new_zeros(batch, num_kv_heads, k_len + 1, head_dim, dtype=dtype)
+    dk = k.new_zeros(k.shape, dtype=dtype)
     dv = torch.zeros_like(dk)
     if out.numel() == 0:
-        return dq, dk[:, :, :k_len].to(k.dtype), dv[:, :, :k_len].to(v.dtype)
+        return dq, dk.to(k.dtype), dv.to(v.dtype)
     problem = _plan(
         q, k, text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
     )
@@ -216,7 +217,7 @@ def attention_backward(
     for tile, (begin, end) in enumerate(problem.tiles):
         rows = slice(begin - (k_len - q_len), end - (k_len - q_len))
         first_key = _first_key(begin, query_window, key_window_times)
-        count = problem.far.count[tile]
+        count = problem.far.num_visible[tile]
         keys = torch.cat([far_k[:, :, :count], k[:, :, first_key:end].to(dtype)], dim=2)
         values = torch.cat([far_v[:, :, :count], v[:, :, first_key:end].to(dtype)], dim=2)
         bias = _tile_bias(problem, tile, first_key)
@@ -248,11 +249,12 @@ def attention_backward(
         dk[:, :, first_key:end] += tile_dk[:, :, count:]
         dv[:, :, first_key:end] += tile_dv[:, :, count:]
 
-    # Positions are unique in each row but for the padding, so this adds each key's two parts.
-    index = problem.far.position[:, None, :, None].expand_as(far_dk)
-    dk.scatter_(2, index, dk.gather(2, index) + far_dk)
-    dv.scatter_(2, index, dv.gather(2, index) + far_dv)
-    return dq, dk[:, :, :k_len].to(k.dtype), dv[:, :, :k_len].to(v.dtype)
+    # Positions are unique in each row, so every key gets one addition, and the last key also
+    # zeros from the padding: the order of additions does not matter.
+    index = problem.far.position.clamp_max(k_len - 1)[:, None, :, None].expand_as(far_dk)
+    dk.scatter_add_(2, index, far_dk)
+    dv.scatter_add_(2, index, far_dv)
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
 def layer_norm(
@@ -260,18 +262,56 @@ def layer_norm(
 ) -> Tensor:
     """PB-relax LayerNorm; see the public function. Ordinary differentiable PyTorch.
 
-    With ``u = x / max|x|``, ``LN(x / c) = LN(8 u)`` and ``var(8 u) + eps = 64 (var(u) + eps / 64)``:
+    With ``u = x / max|x|`` the norm is ``LN(8 u)``, and ``var(8 u) + eps = 64 (var(u) + eps / 64)``:
     one division keeps everything in range, denormal rows included.
     """
     dtype = _accumulate_dtype(x.dtype)
-    u, eps = _relaxed(x.to(dtype), eps, relax)
+    u, eps, _ = _relaxed(x.to(dtype), eps, relax)
     weight, bias = (None if t is None else t.to(dtype) for t in (weight, bias))
     return torch.nn.functional.layer_norm(u, u.shape[-1:], weight, bias, eps).to(x.dtype)
 
 
-def _relaxed(x: Tensor, eps: float, relax: str | None) -> tuple[Tensor, float]:
+def _relaxed(x: Tensor, eps: float, relax: str | None) -> tuple[Tensor, float, Tensor]:
+    """``u``, the eps that belongs to it, and by what ``x`` was divided."""
     if relax is None or x.numel() == 0:
-        return x, eps
+        return x, eps, x.new_ones(())
     dim = (-1,) if relax == "row" else None
     peak = torch.linalg.vector_norm(x.detach(), float("inf"), dim=dim, keepdim=True)
-    return x / peak.masked_fill(peak == 0, 1.0), eps / 64
+    peak = peak.masked_fill(peak == 0, 8.0)
+    return x / peak, eps / 64, peak
+
+
+def layer_norm_rows(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The operator ``cogview_kernels::pb_relax_layer_norm`` on the CPU, where programs exported
+    from a GPU may run: ``y``, ``mean``, ``rstd`` of rows."""
+    wide = x.to(_accumulate_dtype(x.dtype))
+    u, scaled_eps, divisor = _relaxed(wide, eps, (None, "row", "tensor")[relax])
+    var, mean = torch.var_mean(u, dim=-1, correction=0, keepdim=True)
+    rstd = (var + scaled_eps).rsqrt()
+    y = (u - mean) * rstd
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    mean, rstd = mean * divisor, (rstd / divisor).clamp_max(torch.finfo(torch.float32).max)
+    return y.to(x.dtype), mean.squeeze(-1).float(), rstd.squeeze(-1).float()
+
+
+def layer_norm_rows_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    parameters: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of :func:`layer_norm_rows`; ``parameters`` is the dtype of dweight and dbias."""
+    wide = x.to(_accumulate_dtype(x.dtype))
+    dy = dy.to(wide.dtype)
+    xhat = (wide - mean.unsqueeze(1)) * rstd.unsqueeze(1)
+    g = dy if weight is None else dy * weight
+    dx = g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)
+    dx = (dx * rstd.unsqueeze(1)).to(x.dtype)
+    if parameters is None:
+        return dx, x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+    return dx, (dy * xhat).sum(0).to(parameters), dy.sum(0).to(parameters)

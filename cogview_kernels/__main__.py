@@ -1,0 +1,47 @@
+"""``python -m cogview_kernels``: what was built, and what can be used here."""
+
+from __future__ import annotations
+
+import platform
+
+import torch
+
+import cogview_kernels
+from cogview_kernels import extension
+
+
+def main() -> None:
+    reason = extension.why_not_usable()
+    built = ", ".join(extension.architectures())
+    facts = {
+        "cogview_kernels": cogview_kernels.__version__,
+        "python": platform.python_version(),
+        "torch": f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})",
+        "kernels built for": built or f"nothing: {extension.why_not_built()}",
+        "built against torch": extension.torch_built_with() or "-",
+        "CUDA kernels here": "usable" if reason is None else f"not usable: {reason}",
+        "portable path": "usable on every device",
+    }
+    if reason is None:
+        for index in range(torch.cuda.device_count()):
+            device = torch.device("cuda", index)
+            problem = extension.why_not_on(device)
+            facts[f"device {index}"] = torch.cuda.get_device_name(device) + (
+                f": {problem}" if problem else ""
+            )
+    for name, value in facts.items():
+        print(f"{name:<20} {value}")
+
+    rows = extension.kernel_resources()
+    if rows:
+        print(f"\n{'kernel':<66} {'arch':<8} {'registers':>9} {'smem':>6} {'spills':>6}")
+    for row in sorted(rows, key=lambda row: row["kernel"]):
+        spills = row["spill_store_bytes"] + row["spill_load_bytes"]
+        print(
+            f"{row['kernel']:<66} {row['architecture']:<8} {row['registers']:>9} "
+            f"{row['static_smem_bytes']:>6} {spills:>6}"
+        )
+
+
+if __name__ == "__main__":
+    main()

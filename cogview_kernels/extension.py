@@ -1,0 +1,87 @@
+"""The compiled module: whether it is there, what is in it, and why it cannot be used here."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import torch
+
+_C: Any
+try:
+    from cogview_kernels import _C  # type: ignore[attr-defined, no-redef]
+except ImportError as error:
+    _C = None
+    _IMPORT_ERROR: ImportError | None = error
+else:
+    _IMPORT_ERROR = None
+
+HOW_TO_BUILD = (
+    "install a CUDA toolkit with nvcc (12.4 or later), then "
+    "`COGVIEW_KERNELS_CUDA=1 pip install --force-reinstall --no-deps cogview-kernels`"
+)
+
+
+def architectures() -> tuple[str, ...]:
+    """The architectures that kernels were built for, such as ``("8.0", "9.0a", "12.0+PTX")``."""
+    built: str = _C.cuda_architectures if _C is not None else ""
+    return tuple(built.split(",")) if built else ()
+
+
+def why_not_built() -> str | None:
+    """Why this installation has no CUDA kernels, in one sentence; ``None`` if it has them."""
+    if _C is None and not isinstance(_IMPORT_ERROR, ModuleNotFoundError):
+        return f"the compiled module cannot be loaded ({_IMPORT_ERROR}); rebuild it: {HOW_TO_BUILD}"
+    if not architectures():
+        return f"the CUDA kernels were not built; {HOW_TO_BUILD}"
+    return None
+
+
+def why_not_usable() -> str | None:
+    """Why no CUDA kernel can run in this process, in one sentence; ``None`` if they can."""
+    reason = why_not_built()
+    if reason is not None:
+        return reason
+    if not torch.backends.cuda.is_built():
+        return f"torch {torch.__version__} is a build without CUDA"
+    problem: str = _C.cuda_problem()
+    return f"no CUDA device can be used: {problem}" if problem else None
+
+
+def why_not_on(device: torch.device) -> str | None:
+    """Why no kernel can run on tensors of ``device``; ``None`` if they can."""
+    reason = why_not_built()
+    if reason is not None:
+        return reason
+    if device.type != "cuda":
+        return f"the tensors lie on {device}, not on a CUDA device"
+    major, minor = torch.cuda.get_device_capability(device)
+    if not any(_runs_on(entry, major, minor) for entry in architectures()):
+        return (
+            f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and "
+            f"kernels were built for {', '.join(architectures())}; rebuild with "
+            f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
+    return None
+
+
+def _runs_on(architecture: str, major: int, minor: int) -> bool:
+    """Machine code runs on its major version from its minor version up (and 9.0a on 9.0 alone);
+    PTX on everything from its version up."""
+    number = architecture.removesuffix("+PTX")
+    built = tuple(int(part) for part in number.rstrip("af").split("."))
+    if architecture.endswith("+PTX") and number[-1].isdigit() and (major, minor) >= built:
+        return True
+    if number.endswith("a"):
+        return built == (major, minor)
+    return built[0] == major and built[1] <= minor
+
+
+def kernel_resources() -> list[dict[str, Any]]:
+    """Registers, shared memory and spills of each kernel and architecture, as ptxas reported."""
+    return json.loads(_C.kernel_resources) if _C is not None else []
+
+
+def torch_built_with() -> str | None:
+    """The torch whose headers the operators were compiled against."""
+    return _C.torch_built_with if architectures() else None
