@@ -44,13 +44,12 @@ class ImageTokenizerConfig:
                 codes.
             `fixed`: nearest code of a random codebook that never changes; the encoder does the
                 moving.
-        decay: of the moving average of code usage (and of the codes, with `moving_average`).
+        decay: of the moving averages of code usage and, with `moving_average`, of the codes.
         commitment: weight of the loss that keeps encoder outputs near their codes.
         kl_weight: `gumbel` only, weight of KL(code distribution || uniform).
-        restart_below: `moving_average` and `straight_through` only: a code whose moving usage count
-            falls below this is dead and restarts at a random encoder output of the batch; 0 turns
-            this off. A code that is never used falls below 0.1 after 230 steps at decay 0.99, after
-            22 at 0.9.
+        restart_below: `moving_average` only: a code whose moving usage count falls below this is
+            dead and restarts at a random encoder output of the batch; 0 turns this off. A code that
+            is never used falls below 0.1 after 230 steps at decay 0.99, after 22 at 0.9.
         mean, std: normalisation per channel; empty: CogView's for RGB, 0.5 and 0.5 otherwise.
     """
 
@@ -63,7 +62,7 @@ class ImageTokenizerConfig:
     quantizer: str = "moving_average"
     decay: float = 0.99
     commitment: float = 0.25
-    kl_weight: float = 1e-4
+    kl_weight: float = 0.0
     restart_below: float = 0.1
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
@@ -163,7 +162,7 @@ class Quantizer(nn.Module):
         return self.embed.pow(2).sum(0) - 2 * vectors @ self.embed
 
     def _sample(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        logits = -(self._distances(vectors) + vectors.pow(2).sum(1, keepdim=True))
+        logits = -self._distances(vectors)  # a softmax ignores |vector|^2
         one_hot = F.gumbel_softmax(logits, tau=self.temperature, hard=True)
         log_prob = logits.log_softmax(1)
         log_uniform = -math.log(self.config.codebook_size)
@@ -180,7 +179,6 @@ class Quantizer(nn.Module):
             self.embed_avg.lerp_(vectors.t() @ one_hot, 1 - config.decay)
             mean = self.embed_avg / self.cluster_size
             self.embed.copy_(torch.where(self.cluster_size > 1e-5, mean, self.embed))
-        if config.quantizer != "fixed" and config.restart_below > 0:
             dead = (self.cluster_size < config.restart_below).nonzero().squeeze(1)
             self.restart(dead, vectors)
 

@@ -9,6 +9,10 @@ import sentencepiece
 
 from cogview.files import atomic_write
 
+# Fields of SentencePiece's ModelProto; the pieces come before them.
+_TRAINER_SPEC = 2
+_NORMALIZER_SPEC = 3
+
 
 class TextTokenizer:
     """SentencePiece pieces, numbered from 0 (the unknown piece); no begin, end or padding piece.
@@ -17,7 +21,8 @@ class TextTokenizer:
     """
 
     def __init__(self, model_proto: bytes):
-        self._processor = sentencepiece.SentencePieceProcessor(model_proto=model_proto)
+        self._processor = sentencepiece.SentencePieceProcessor()
+        self._processor.LoadFromSerializedProto(model_proto)
 
     @classmethod
     def train(
@@ -100,9 +105,10 @@ class TextTokenizer:
         try:
             tokenizer = cls(model)
         except (RuntimeError, OSError) as error:
-            raise ValueError(
-                f"{path}: expected a SentencePiece model, got a corrupt or truncated file"
-            ) from error
+            raise ValueError(f"{path}: expected a SentencePiece model, got {error}") from error
+        # SentencePiece accepts a model cut between two fields, and then works with what is there.
+        if not {_TRAINER_SPEC, _NORMALIZER_SPEC} <= _fields(model):
+            raise ValueError(f"{path}: expected a whole SentencePiece model, got a truncated one")
         return tokenizer
 
     @property
@@ -150,3 +156,25 @@ def _checked(corpus: Iterable[str], max_sentences: int) -> list[str]:
     if isinstance(corpus, str):
         raise TypeError("corpus: expected an iterable of captions, got one string")
     return [caption for _, caption in zip(range(max_sentences), captions(), strict=False)]
+
+
+def _fields(message: bytes) -> set[int]:
+    """Numbers of the fields of a valid protobuf message whose fields are all length-delimited."""
+    numbers, position = set(), 0
+
+    def varint() -> int:
+        nonlocal position
+        value = shift = 0
+        while True:
+            byte = message[position]
+            position += 1
+            value |= (byte & 0x7F) << shift
+            shift += 7
+            if byte < 0x80:
+                return value
+
+    while position < len(message):
+        numbers.add(varint() >> 3)
+        length = varint()
+        position += length
+    return numbers

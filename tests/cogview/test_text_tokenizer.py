@@ -1,0 +1,107 @@
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogview.digits import caption_of, make_scenes
+from cogview.text_tokenizer import TextTokenizer
+
+
+@pytest.fixture(scope="module")
+def corpus() -> list[str]:
+    return make_scenes("train", 500, seed=0).captions
+
+
+@pytest.fixture(scope="module")
+def tokenizer(corpus: list[str], tmp_path_factory: pytest.TempPathFactory) -> TextTokenizer:
+    return TextTokenizer.train(corpus, tmp_path_factory.mktemp("text") / "digits.model", 32)
+
+
+@settings(max_examples=50, deadline=None)
+@given(digits=st.tuples(*[st.integers(0, 9)] * 4))
+def test_round_trip_of_captions_never_seen(
+    tokenizer: TextTokenizer, digits: tuple[int, ...]
+) -> None:
+    caption = caption_of(digits)
+    ids = tokenizer.encode(caption)
+    assert all(0 < i < tokenizer.vocab_size for i in ids)  # nothing is unknown
+    assert tokenizer.decode(ids) == caption
+
+
+def test_vocab_size(tokenizer: TextTokenizer) -> None:
+    assert tokenizer.vocab_size == 32
+
+
+def test_training_is_deterministic_and_loading_gives_the_same(
+    corpus: list[str], tmp_path: Path
+) -> None:
+    first = TextTokenizer.train(corpus, tmp_path / "a.model", 32)
+    TextTokenizer.train(iter(corpus), tmp_path / "b.model", 32)
+    assert (tmp_path / "a.model").read_bytes() == (tmp_path / "b.model").read_bytes()
+    assert TextTokenizer.load(tmp_path / "b.model").encode(corpus[0]) == first.encode(corpus[0])
+
+
+def test_training_prints_nothing(
+    corpus: list[str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    TextTokenizer.train(corpus, tmp_path / "a.model", 32)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_unknown_characters(corpus: list[str], tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    assert 0 in tokenizer.encode("a χ")
+    spelled = TextTokenizer.train(
+        corpus, tmp_path / "a.model", 300, byte_fallback=True, model_type="bpe"
+    )
+    assert spelled.decode(spelled.encode("a χ above")) == "a χ above"
+
+
+@pytest.mark.parametrize("text", ["", "  \t\n"])
+def test_empty_caption(tokenizer: TextTokenizer, text: str) -> None:
+    with pytest.raises(ValueError, match="caption: expected some text"):
+        tokenizer.encode(text)
+
+
+def test_wrong_types(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="caption: expected a string, got NoneType"):
+        tokenizer.encode(None)  # type: ignore[arg-type]
+    with pytest.raises(TypeError, match=r"corpus\[1\]: expected a string, got int"):
+        TextTokenizer.train(["a one", 1], tmp_path / "a.model", 8)  # type: ignore[list-item]
+    with pytest.raises(TypeError, match="got one string"):
+        TextTokenizer.train("a one", tmp_path / "a.model", 8)
+
+
+def test_ids_out_of_range(tokenizer: TextTokenizer) -> None:
+    for wrong in (-1, 32):
+        with pytest.raises(ValueError, match=f"expected 0 to 31, got {wrong}"):
+            tokenizer.decode([1, wrong])
+
+
+def test_vocabulary_that_does_not_fit_the_corpus(corpus: list[str], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vocab_size=5000 does not fit.*500 captions.*<= \d+"):
+        TextTokenizer.train(corpus, tmp_path / "a.model", 5000)
+    with pytest.raises(ValueError, match="vocab_size=3 does not fit"):
+        TextTokenizer.train(corpus, tmp_path / "a.model", 3)
+    assert not (tmp_path / "a.model").exists()
+
+
+def test_empty_corpus(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no caption"):
+        TextTokenizer.train(["", "  "], tmp_path / "a.model", 8)
+
+
+def test_bad_model_files(corpus: list[str], tmp_path: Path) -> None:
+    path = tmp_path / "a.model"
+    with pytest.raises(FileNotFoundError, match=r"no such file.*a\.model"):
+        TextTokenizer.load(path)
+    TextTokenizer.train(corpus, path, 32)
+    model = path.read_bytes()
+    path.write_bytes(b"not a model at all")
+    with pytest.raises(ValueError, match=r"a\.model: expected a SentencePiece model"):
+        TextTokenizer.load(path)
+    # Cut anywhere, also between two pieces, where SentencePiece itself notices nothing.
+    for length in [*range(600), len(model) // 2, len(model) - 1]:
+        path.write_bytes(model[:length])
+        with pytest.raises(ValueError, match=r"a\.model: expected a .*SentencePiece model"):
+            TextTokenizer.load(path)
