@@ -1,0 +1,60 @@
+# `make demo` and `make test` need Python 3.11 or later, make and a C++ compiler; nvcc if the CUDA
+# kernels are to be built. Everything else is installed into .venv.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+
+.PHONY: help demo test lint format types bench check-install clean
+
+help:
+	@echo "make demo           train a small CogView on handwritten digits and draw captions"
+	@echo "make test           build, lint, check types and run every test that needs no GPU"
+	@echo "make bench          time the attention against dense attention on this machine"
+	@echo "make check-install  pip install in fresh environments, every way that is supported"
+	@echo "make format         format Python and C++"
+	@echo "make clean          remove what was built"
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $(PYTHON) is older than 3.11; set PYTHON to a newer one"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install -q -c constraints.txt setuptools ninja pybind11 torch
+	COGVIEW_KERNELS_CUDA=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cogview,dev]'
+	@touch $@
+
+# In place and incremental; kernels where nvcc is found. Fails on register spills.
+$(VENV)/.built: $(VENV)/.installed setup.py build_backend.py $(SOURCES)
+	$(BIN)/python setup.py -q build_ext --inplace
+	@touch $@
+
+demo: $(VENV)/.built
+	$(BIN)/cogview demo --out results/demo
+
+test: $(VENV)/.built lint types
+	$(BIN)/python -m cogview_kernels
+	$(BIN)/pytest --junit-xml=results/test.xml
+	@echo "test report: results/test.xml"
+
+lint: $(VENV)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(SOURCES)
+
+types: $(VENV)/.installed
+	$(BIN)/mypy
+
+format: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(SOURCES)
+
+bench: $(VENV)/.built
+	$(BIN)/python benchmarks/attention_cpu.py
+
+check-install: $(VENV)/.installed
+	$(PYTHON) tests/check_install.py
+
+clean:
+	rm -rf build dist *.egg-info cogview_kernels/*.so $(VENV)/.built
