@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -20,23 +19,25 @@ def describe(value: Any) -> str:
 def check_int(name: str, value: Any, minimum: int) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
         raise TypeError(f"{name}: expected an int, got {describe(value)}")
-    if value < minimum:
-        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if not minimum <= value < 2**63:
+        raise ValueError(f"{name}: expected at least {minimum} and an int64, got {value}")
 
 
 def check_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {describe(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value}")
+    if not abs(value) <= torch.finfo(torch.float32).max:
+        raise ValueError(f"{name}: expected a number that is finite in float32, got {value}")
     return float(value)
 
 
 def check_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    if not value.is_floating_point():
-        raise TypeError(f"{name}: expected a floating-point tensor, got {describe(value)}")
+    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+        raise TypeError(
+            f"{name}: expected float64, float32, bfloat16 or float16, got {describe(value)}"
+        )
     return value
 
 

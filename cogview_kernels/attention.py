@@ -70,9 +70,10 @@ def three_region_attention(
     """
     check_choice("backend", backend, BACKENDS)
     softmax_scale = _check_inputs(q, k, v, layout, softmax_scale)
-    device_type = q.device.type
-    if torch.is_autocast_enabled(device_type) and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device_type)
+    device = q.device.type
+    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if autocast and q.dtype != torch.float64:
+        dtype = torch.get_autocast_dtype(device)
         q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
 
     if backend in ("cuda", "host_model"):
@@ -80,7 +81,7 @@ def three_region_attention(
     if backend == "reference":
         out, lse = reference.three_region_attention(q, k, v, layout, softmax_scale)
     else:
-        if backend == "auto" and device_type == "cuda":
+        if backend == "auto" and device == "cuda":
             warn_once(f"using backend='portable': {_WHY_NO_KERNEL}")
         text_len, pivot_idx = layout.tensors(q.shape[0], q.device)
         out, lse = torch.ops.cogview_kernels.three_region_attention_portable(

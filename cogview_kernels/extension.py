@@ -55,6 +55,8 @@ def why_not_on(device: torch.device) -> str | None:
         return reason
     if device.type != "cuda":
         return f"the tensors lie on {device}, not on a CUDA device"
+    if not torch.cuda.is_available():  # fake tensors, while tracing for another machine
+        return why_not_usable()
     major, minor = torch.cuda.get_device_capability(device)
     if not any(_runs_on(entry, major, minor) for entry in architectures()):
         return (

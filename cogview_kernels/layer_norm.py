@@ -173,8 +173,8 @@ def _why_no_kernel(x: Tensor) -> str | None:
 
 
 def _check_eps(eps: float) -> float:
-    if check_float("eps", eps) <= 0:
-        raise ValueError(f"eps: expected a positive number, got {eps}")
+    if check_float("eps", eps) < 1e-30:  # eps / 64 must not vanish in float32
+        raise ValueError(f"eps: expected at least 1e-30, got {eps}")
     return float(eps)
 
 

@@ -244,7 +244,7 @@ class ThreeRegionLayout:
 def window_start(position: Tensor, query_window: int, key_window_times: int) -> Tensor:
     """First key of the local window of queries at ``position`` (same shape)."""
     block = torch.div(position, query_window, rounding_mode="floor")
-    return ((block - (key_window_times - 1)) * query_window).clamp_min(0)
+    return (block - (key_window_times - 1)).clamp_min(0) * query_window
 
 
 def sample_pivots(
@@ -287,7 +287,8 @@ def sample_pivots(
     else:
         prefix = torch.full((1, 1), min(text_len, seqlen), device=device)
     # Random keys in [0, 1) for positions that may be drawn, 2 for text: the smallest win.
-    keys = torch.rand(prefix.shape[0], seqlen, generator=generator, device=device)
+    shape = prefix.shape[0], seqlen
+    keys = torch.rand(shape, generator=generator, dtype=torch.float32, device=device)
     keys = keys.masked_fill(torch.arange(seqlen, device=device) < prefix, 2.0)
     drawn, position = keys.topk(min(num_pivots, seqlen), dim=1, largest=False, sorted=False)
     pivots = torch.where(drawn < 1.5, position, seqlen).sort(dim=1).values

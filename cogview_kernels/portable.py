@@ -89,7 +89,8 @@ def _plan(
     num_visible = visible.amax(dim=0).tolist()
     position = position[:, : max(num_visible)]
     dtype = _accumulate_dtype(q.dtype)
-    bias = torch.where(position < prefix, text_bias, pivot_bias).to(dtype)
+    bias = torch.full(position.shape, pivot_bias, dtype=dtype, device=q.device)
+    bias.masked_fill_(position < prefix, text_bias)
     far = _FarKeys(position, bias, num_visible)
     return _Problem(q_len, k_len, query_window, key_window_times, far, tiles)
 
@@ -262,7 +263,7 @@ def layer_norm(
 ) -> Tensor:
     """PB-relax LayerNorm; see the public function. Ordinary differentiable PyTorch.
 
-    With ``u = x / max|x|`` the norm is ``LN(8 u)``, and ``var(8 u) + eps = 64 (var(u) + eps / 64)``:
+    With ``u = x / max|x|`` the norm is ``LN(8 u)``, and ``var(8 u) + eps = 64 (var(u) + eps/64)``:
     one division keeps everything in range, denormal rows included.
     """
     dtype = _accumulate_dtype(x.dtype)

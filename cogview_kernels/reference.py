@@ -28,7 +28,7 @@ def three_region_attention(
         region.to(q.device).unsqueeze(1) for region in layout.regions(batch, q_len, k_len)
     )
     visible = window | text | pivot
-    bias = layout.text_bias * text + layout.pivot_bias * pivot
+    bias = layout.text_bias * text.double() + layout.pivot_bias * pivot.double()
 
     logits = visible_matmul(q64, torch.ones_like(q64, dtype=torch.bool), k64.mT)
     logits = (logits * softmax_scale + bias).masked_fill(~visible, float("-inf"))
