@@ -11,8 +11,9 @@ state dict.
 
 import math
 import os
-import pickle
+import zipfile
 from dataclasses import asdict, dataclass
+from pickle import UnpicklingError
 from typing import NamedTuple
 
 import torch
@@ -24,6 +25,8 @@ from cogview.data import Images, batch_indices
 from cogview.files import atomic_write
 
 QUANTIZERS = ("moving_average", "straight_through", "gumbel", "fixed")
+
+_DAMAGED = (UnpicklingError, zipfile.BadZipFile)
 
 
 @dataclass
@@ -360,12 +363,19 @@ class ImageTokenizer(nn.Module):
             ValueError: the file is truncated or corrupt, or does not fit the configuration.
         """
         try:
+            if zipfile.is_zipfile(path):  # torch.load does not compare the checksums
+                with zipfile.ZipFile(path) as archive:
+                    if damaged := archive.testzip():
+                        raise ValueError(f"wrong checksum of {damaged}")
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 error.errno, "image tokenizer: no such file", str(path)
             ) from None
-        except (RuntimeError, EOFError, pickle.UnpicklingError, KeyError, ValueError) as error:
+        except (PermissionError, IsADirectoryError):
+            raise
+        # A truncated file is a RuntimeError or an OSError (EINVAL) by where it ends.
+        except (RuntimeError, OSError, EOFError, KeyError, ValueError, *_DAMAGED) as error:
             raise ValueError(
                 f"{path}: expected a saved image tokenizer, "
                 f"got a corrupt or truncated file ({error})"
@@ -377,7 +387,7 @@ class ImageTokenizer(nn.Module):
             tokenizer.load_state_dict(
                 {name.removeprefix("module."): value for name, value in saved.items()}
             )
-        except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(f"{path}: not the weights of this image tokenizer: {error}") from error
         return tokenizer.eval().to(device)
 

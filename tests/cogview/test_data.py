@@ -1,0 +1,242 @@
+import json
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from PIL import Image
+
+from cogview.data import CaptionedImages, TokenDataset, batch_indices, read_image
+from cogview.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
+from cogview.text_tokenizer import TextTokenizer
+
+COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name, colour in COLOURS.items():
+        Image.new("RGB", (40, 30), colour).save(tmp_path / f"{name}.png")
+    write_tsv(tmp_path, *[(f"{name}.png", f"a {name} card") for name in COLOURS])
+    return tmp_path
+
+
+def write_tsv(folder: Path, *rows: tuple[str, ...]) -> None:
+    (folder / "captions.tsv").write_text("".join("\t".join(row) + "\n" for row in rows))
+
+
+def load(folder: Path, **options: bool) -> CaptionedImages:
+    return CaptionedImages(folder, 16, progress=False, **options)
+
+
+def test_reads_captions_and_images(folder: Path) -> None:
+    images = load(folder)
+    assert images.captions == ["a red card", "a green card", "a blue card"]
+    batch = images[[2, 0]]
+    assert batch.shape == (2, 3, 16, 16) and batch.dtype == torch.uint8
+    assert batch[:, :, 8, 8].tolist() == [[0, 0, 255], [255, 0, 0]]
+
+
+def test_the_three_formats_agree(folder: Path) -> None:
+    rows = [("red.png", 'a "red" card, large'), ("green.png", "ein grünes Blatt")]
+    tsv, jsonl = folder / "captions.tsv", folder / "captions.jsonl"
+    write_tsv(folder, ("path", "caption"), *rows)
+    expected = load(folder).captions
+    assert expected == [caption for _, caption in rows]
+    tsv.unlink()
+    jsonl.write_text("".join(json.dumps({"path": p, "caption": c}) + "\n" for p, c in rows))
+    assert load(folder).captions == expected
+    jsonl.unlink()
+    (folder / "captions.csv").write_text(
+        'path,caption\nred.png,"a ""red"" card, large"\n\ngreen.png,ein grünes Blatt\n'
+    )
+    assert load(folder).captions == expected
+
+
+def test_crops_the_centre(tmp_path: Path) -> None:
+    image = Image.new("L", (60, 20), 0)
+    image.paste(255, (20, 0, 40, 20))  # only the middle third is white
+    image.save(tmp_path / "a.png")
+    assert (read_image(tmp_path / "a.png", 20, 1) == 255).all()
+
+
+@pytest.mark.parametrize(
+    ("image", "expected"),
+    [
+        (Image.new("RGBA", (8, 8), (255, 0, 0, 0)), [255, 255, 255]),
+        (Image.new("L", (8, 8), 128), [128, 128, 128]),
+        (Image.new("1", (8, 8), 1), [255, 255, 255]),
+        (Image.fromarray(np.full((8, 8), 65535 // 2, np.uint16)), [127, 127, 127]),
+    ],
+    ids=["transparent", "grey", "black and white", "16 bit"],
+)
+def test_kinds_of_images(tmp_path: Path, image: Image.Image, expected: list[int]) -> None:
+    image.save(tmp_path / "a.png")
+    assert read_image(tmp_path / "a.png", 8)[:, 4, 4].tolist() == expected
+
+
+def test_a_corrupt_image_is_named(folder: Path) -> None:
+    noise = np.random.default_rng(0).integers(0, 255, (64, 64, 3), np.uint8)
+    Image.fromarray(noise).save(folder / "green.png")
+    data = (folder / "green.png").read_bytes()
+    for broken in (b"", b"no image", data[:10], data[: len(data) // 2]):
+        (folder / "green.png").write_bytes(broken)
+        with pytest.raises(ValueError, match=r"green\.png: expected an image, got a corrupt"):
+            load(folder)
+
+
+def test_a_missing_image_is_named(folder: Path) -> None:
+    (folder / "green.png").unlink()
+    with pytest.raises(FileNotFoundError, match=r"captions\.tsv:2: no such image.*green\.png"):
+        load(folder)
+
+
+def test_an_empty_caption_is_named(folder: Path) -> None:
+    write_tsv(folder, ("red.png", "a red card"), ("blue.png", "  "))
+    with pytest.raises(ValueError, match=r"captions\.tsv:2: expected a caption for .*blue\.png"):
+        load(folder)
+
+
+def test_a_malformed_record_is_named(folder: Path) -> None:
+    write_tsv(folder, ("red.png", "a red card"), ("blue.png",))
+    with pytest.raises(ValueError, match=r"captions\.tsv:2: expected 2 columns.*got 1"):
+        load(folder)
+    (folder / "captions.tsv").unlink()
+    for wrong in ("{", "[]", '{"path": "red.png"}', '{"path": "red.png", "caption": 3}'):
+        (folder / "captions.jsonl").write_text(f"\n{wrong}\n")
+        with pytest.raises(ValueError, match=r"captions\.jsonl:2: expected"):
+            load(folder)
+    (folder / "captions.jsonl").write_bytes(b"\xff\xfe\xff")
+    with pytest.raises(ValueError, match=r"captions\.jsonl: expected UTF-8"):
+        load(folder)
+
+
+def test_skipping_bad_records_warns_with_a_count(folder: Path) -> None:
+    write_tsv(
+        folder,
+        ("red.png", "a red card"),
+        ("gone.png", "a lost card"),
+        ("green.png", ""),
+        ("green.png",),
+        ("captions.tsv", "a text"),
+        ("blue.png", "a blue card"),
+    )
+    with pytest.warns(UserWarning, match=r"skipped 4 of 6 records.*captions\.tsv:2"):
+        images = load(folder, skip_bad=True)
+    assert images.captions == ["a red card", "a blue card"]
+    assert [path.name for path in images.paths] == ["red.png", "blue.png"]
+    write_tsv(folder, ("gone.png", "a lost card"))
+    with pytest.raises(ValueError, match=r"at least one usable record.*gone\.png"):
+        load(folder, skip_bad=True)
+
+
+def test_no_warning_without_bad_records(folder: Path) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert len(load(folder, skip_bad=True)) == 3
+
+
+def test_folders(folder: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no such folder.*nowhere"):
+        load(folder / "nowhere")
+    (folder / "captions.csv").write_text("red.png,a red card\n")
+    with pytest.raises(ValueError, match=r"got captions\.tsv, captions\.csv"):
+        load(folder)
+    (folder / "captions.csv").unlink()
+    (folder / "captions.tsv").unlink()
+    with pytest.raises(FileNotFoundError, match=r"expected captions\.tsv or captions\.csv or"):
+        load(folder)
+
+
+@pytest.fixture
+def dataset(folder: Path) -> TokenDataset:
+    images = load(folder)
+    text = TextTokenizer.train(images.captions, folder / "text.model", 14)
+    torch.manual_seed(0)
+    config = ImageTokenizerConfig(16, 3, 8, 2, codebook_size=50, codebook_dim=4)
+    image = ImageTokenizer(config).eval()
+    dataset = TokenDataset.tokenize(
+        images.captions, images, text, image, batch_size=2, progress=False
+    )
+    assert torch.equal(torch.from_numpy(dataset.codes).long(), image.encode(images[[0, 1, 2]]))
+    assert [text.decode(dataset[i][0]) for i in range(3)] == images.captions
+    return dataset
+
+
+def test_token_data_set(dataset: TokenDataset, tmp_path: Path) -> None:
+    assert len(dataset) == 3
+    assert dataset.codes.shape == (3, 4, 4) and dataset.codes.dtype == np.int16
+    dataset.save(tmp_path / "tokens.npz")
+    loaded = TokenDataset.load(tmp_path / "tokens.npz")
+    assert (loaded.text_vocab_size, loaded.codebook_size) == (14, 50)
+    for i in range(3):
+        for mine, theirs in zip(dataset[i], loaded[i], strict=True):
+            assert mine.dtype == theirs.dtype
+            np.testing.assert_array_equal(mine, theirs)
+
+
+def test_damaged_token_data_sets(dataset: TokenDataset, tmp_path: Path) -> None:
+    path = tmp_path / "tokens.npz"
+    with pytest.raises(FileNotFoundError, match=r"no such file.*tokens\.npz"):
+        TokenDataset.load(path)
+    dataset.save(path)
+    data = path.read_bytes()
+    flipped = bytearray(data)
+    flipped[data.index(b"codes.npy") + 140] ^= 0xFF  # one byte of the array: the checksum tells
+    for damaged in (b"", b"text", data[: len(data) // 2], data[:-1], bytes(flipped)):
+        path.write_bytes(damaged)
+        with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set, got"):
+            TokenDataset.load(path)
+    np.savez(path, codes=dataset.codes)
+    with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set"):
+        TokenDataset.load(path)
+
+
+def test_inconsistent_token_data_sets() -> None:
+    codes = np.zeros((2, 2, 2), np.int16)
+    ids, offsets = np.array([1, 2, 3], np.int32), np.array([0, 1, 3])
+    TokenDataset(ids, offsets, codes, 4, 1)
+    with pytest.raises(ValueError, match="text_ids: expected 0 to 2, got 1 to 3"):
+        TokenDataset(ids, offsets, codes, 3, 1)
+    with pytest.raises(ValueError, match="codes: expected 0 to 0, got 1 to 1"):
+        TokenDataset(ids, offsets, codes + 1, 4, 1)
+    with pytest.raises(ValueError, match="text_offsets: expected 3 from 0 to 3"):
+        TokenDataset(ids, offsets[:2], codes, 4, 1)
+    with pytest.raises(ValueError, match="caption 1 is empty"):
+        TokenDataset(ids, np.array([0, 3, 3]), codes, 4, 1)
+
+
+@given(
+    seed=st.integers(0, 2**31),
+    batch_size=st.integers(1, 12),
+    num_examples=st.integers(1, 9),
+    num_epochs=st.integers(1, 3),
+)
+def test_batches_are_a_sequence_of_permutations(
+    seed: int, batch_size: int, num_examples: int, num_epochs: int
+) -> None:
+    steps = -(-num_epochs * num_examples // batch_size)
+    batches = [batch_indices(seed, step, batch_size, num_examples) for step in range(steps)]
+    stream = np.concatenate(batches)[: num_epochs * num_examples]
+    for epoch in stream.reshape(num_epochs, num_examples):
+        assert sorted(epoch) == list(range(num_examples))
+    # Pure: any step alone, in any order, after anything else.
+    batch_indices(seed + 1, 0, batch_size, num_examples)
+    for step in reversed(range(steps)):
+        np.testing.assert_array_equal(
+            batch_indices(seed, step, batch_size, num_examples), batches[step]
+        )
+
+
+def test_epochs_and_seeds_differ() -> None:
+    first, second = batch_indices(0, 0, 100, 100), batch_indices(0, 1, 100, 100)
+    assert (first != second).any() and (first != batch_indices(1, 0, 100, 100)).any()
+
+
+def test_impossible_batches() -> None:
+    for step, batch_size, num_examples in ((-1, 1, 1), (0, 0, 1), (0, 1, 0)):
+        with pytest.raises(ValueError, match=f"got step={step}, batch_size={batch_size}"):
+            batch_indices(0, step, batch_size, num_examples)
