@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+RECORD = attention-$(shell uname -m)-$(shell date +%Y-%m-%d)-$(shell git rev-parse --short HEAD)
 SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: help demo test lint format types bench check-install clean
@@ -51,7 +52,9 @@ format: $(VENV)/.installed
 	$(BIN)/clang-format -i $(SOURCES)
 
 bench: $(VENV)/.built
-	$(BIN)/python benchmarks/attention_cpu.py
+	$(BIN)/pytest benchmarks/bench_attention.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
+	  --benchmark-json=benchmarks/results/$(RECORD).json
+	$(BIN)/python benchmarks/report.py
 
 check-install: $(VENV)/.installed
 	$(PYTHON) tests/check_install.py

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -24,6 +24,31 @@ _WHY_NO_KERNEL = (
     "three_region_attention has no CUDA kernel in this version of cogview_kernels; "
     "backend='portable' computes the same function on every device"
 )
+
+
+@overload
+def three_region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThreeRegionLayout,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def three_region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThreeRegionLayout,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
 
 
 def three_region_attention(
