@@ -159,11 +159,11 @@ def _show(axis: Axes, image: Tensor) -> None:
     axis.set_yticks([])
     for spine in axis.spines.values():
         spine.set_color("lightgrey")
-    pixels = image.detach().cpu().float().clamp(0, 1)
+    pixels = image.detach().cpu().float().clamp(0, 1).numpy()
     if len(pixels) == 1:
         axis.imshow(pixels[0], cmap="gray_r", vmin=0, vmax=1, interpolation="nearest")
     else:
-        axis.imshow(pixels.permute(1, 2, 0), interpolation="nearest")
+        axis.imshow(pixels.transpose(1, 2, 0), interpolation="nearest")
 
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:

@@ -1,0 +1,52 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from cogview.plots import save_curves, save_grid, save_reconstructions
+
+
+def ink(path: Path) -> float:
+    """Share of the picture that is not white."""
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        grey = torch.tensor(list(image.convert("L").tobytes()), dtype=torch.float32)
+    return (grey < 250).float().mean().item()
+
+
+@pytest.mark.parametrize(("num", "channels"), [(1, 1), (6, 3)])
+def test_grid(tmp_path: Path, num: int, channels: int) -> None:
+    images, captions = torch.rand(num, channels, 8, 8), ["a caption that is long enough"] * num
+    save_grid(images, captions, tmp_path / "a.png", right=[True] * num, title="samples")
+    assert ink(tmp_path / "a.png") > 0.3
+    save_grid(torch.zeros(num, 1, 8, 8), captions, tmp_path / "b.png")
+    assert ink(tmp_path / "b.png") < 0.2  # a blank drawing is blank paper
+
+
+def test_reconstructions(tmp_path: Path) -> None:
+    images = torch.rand(11, 1, 8, 8)
+    save_reconstructions(images, images, tmp_path / "a.png")
+    assert ink(tmp_path / "a.png") > 0.3
+
+
+def test_curves(tmp_path: Path) -> None:
+    log = [{"step": i, "loss": 1 / (i + 1)} for i in range(50)]
+    log[10]["validation_loss"] = 0.5
+    save_curves({"transformer": log}, tmp_path / "a.png", {"loss": "loss (nats per token)"})
+    assert 0.005 < ink(tmp_path / "a.png") < 0.3
+
+
+def test_nothing_to_draw(tmp_path: Path) -> None:
+    images = torch.zeros(2, 1, 8, 8)
+    with pytest.raises(ValueError, match="images: expected at least one image"):
+        save_grid(images[:0], [], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="captions: expected one for each of 2 images, got 1"):
+        save_grid(images, ["one"], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="right: expected one for each of 2 images, got 1"):
+        save_grid(images, ["one", "two"], tmp_path / "a.png", right=[True])
+    with pytest.raises(ValueError, match="reconstructions: expected"):
+        save_reconstructions(images, images[:1], tmp_path / "a.png")
+    with pytest.raises(ValueError, match="metrics: expected records"):
+        save_curves({"transformer": []}, tmp_path / "a.png")
+    assert not list(tmp_path.iterdir())
