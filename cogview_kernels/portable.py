@@ -16,6 +16,7 @@ sums are float32 (float64 for float64 inputs); out, dq, dk and dv are rounded on
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -33,18 +34,19 @@ class _FarKeys(NamedTuple):
 
     position: Tensor  # (B, L) int64, padded with k_len, which no window starts behind
     bias: Tensor  # (B, L)
-    num_visible: list[int]  # per tile: how many columns can be visible to one of its rows
+    num_visible: list[int]  # per tile: how many columns may be visible to one of its rows
 
 
-class _Problem(NamedTuple):
-    """One call's geometry, shared by forward and backward."""
+class _Tile(NamedTuple):
+    """Some query rows of one call and the keys that they may attend to."""
 
-    q_len: int
-    k_len: int
-    query_window: int
-    key_window_times: int
-    far: _FarKeys
-    tiles: list[tuple[int, int]]  # query positions [begin, end) of each tile
+    rows: slice  # of q
+    window: slice  # of k: the window's keys
+    num_far: int  # the first columns are far keys, the others the window
+    queries: Tensor  # (B, G, R * rows, D), the R heads of a group below each other, scaled
+    keys: Tensor  # (B, G, columns, D)
+    values: Tensor  # (B, G, columns, D)
+    bias: Tensor  # (B, 1, rows, columns), -inf where not visible
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -55,44 +57,42 @@ def _first_key(position: int, query_window: int, key_window_times: int) -> int:
     return max(0, (position // query_window - key_window_times + 1) * query_window)
 
 
-def _plan(
-    q: Tensor,
-    k: Tensor,
+def _far_keys(
+    k_len: int,
     text_len: Tensor,
     pivot_idx: Tensor,
-    query_window: int,
-    key_window_times: int,
+    starts: list[int],
     text_bias: float,
     pivot_bias: float,
-) -> _Problem:
-    q_len, k_len = q.shape[2], k.shape[2]
+    dtype: torch.dtype,
+) -> _FarKeys:
+    """``starts``: for each tile, ascending, where the window of its last row begins."""
+    # Text first, then pivots; whatever no row can see becomes padding and sorts to the right.
+    device, last = text_len.device, starts[-1]
+    prefix = text_len.long().clamp(0, last).unsqueeze(1)
+    text = torch.arange(int(prefix.max()), device=device)
+    text = torch.where(text < prefix, text, k_len)
+    pivots = pivot_idx.long()
+    counts = (pivots >= text_len.clamp_min(0).unsqueeze(1)) & (pivots < last)
+    pivots = torch.where(counts, pivots, k_len)
+    position = torch.cat([text, pivots], dim=1).sort(dim=1).values
+    bound = torch.tensor(starts, device=device).expand(position.shape[0], -1).contiguous()
+    num_visible = torch.searchsorted(position, bound).amax(dim=0).tolist()
+    position = position[:, : max(num_visible)]
+    bias = torch.full(position.shape, pivot_bias, dtype=dtype, device=device)
+    bias.masked_fill_(position < prefix, text_bias)
+    return _FarKeys(position, bias, num_visible)
+
+
+def _tile_edges(q_len: int, k_len: int, query_window: int) -> list[tuple[int, int]]:
+    """Query positions [begin, end) of each tile: whole blocks where they are small."""
     if query_window < _TILE_ROWS:
         rows = query_window * (_TILE_ROWS // query_window)
     else:
         rows = min(query_window, _MAX_TILE_ROWS)
     first = k_len - q_len
     edges = [first, *range((first // rows + 1) * rows, k_len, rows), k_len]
-    tiles = list(itertools.pairwise(edges))
-    starts = [_first_key(end - 1, query_window, key_window_times) for _, end in tiles]
-    last = starts[-1]
-
-    # Text first, then pivots; whatever no row can see becomes padding and sorts to the right.
-    prefix = text_len.long().clamp(0, last).unsqueeze(1)
-    text = torch.arange(int(prefix.max()), device=q.device)
-    text = torch.where(text < prefix, text, k_len)
-    pivots = pivot_idx.long()
-    counts = (pivots >= text_len.clamp_min(0).unsqueeze(1)) & (pivots < last)
-    pivots = torch.where(counts, pivots, k_len)
-    position = torch.cat([text, pivots], dim=1).sort(dim=1).values
-    bound = torch.tensor(starts, device=q.device).expand(position.shape[0], -1).contiguous()
-    visible = torch.searchsorted(position, bound)
-    num_visible = visible.amax(dim=0).tolist()
-    position = position[:, : max(num_visible)]
-    dtype = _accumulate_dtype(q.dtype)
-    bias = torch.full(position.shape, pivot_bias, dtype=dtype, device=q.device)
-    bias.masked_fill_(position < prefix, text_bias)
-    far = _FarKeys(position, bias, num_visible)
-    return _Problem(q_len, k_len, query_window, key_window_times, far, tiles)
+    return list(itertools.pairwise(edges))
 
 
 def _gather(tensor: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
@@ -103,20 +103,53 @@ def _gather(tensor: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
     return tensor.gather(2, index).to(dtype)
 
 
-def _tile_bias(problem: _Problem, tile: int, first_key: int) -> Tensor:
-    """What is added to a tile's logits: ``(B, 1, rows, keys)``, ``-inf`` where not visible."""
-    begin, end = problem.tiles[tile]
-    position, bias, num_visible = problem.far
-    device = position.device
+def _tile_bias(
+    begin: int, end: int, window: slice, far: _FarKeys, tile: int, w: int, n: int
+) -> Tensor:
+    """What is added to the logits of a tile."""
+    device, hidden = far.position.device, float("-inf")
     i = torch.arange(begin, end, device=device).unsqueeze(1)
-    start = window_start(i, problem.query_window, problem.key_window_times)
-    j = torch.arange(first_key, end, device=device)
-    hidden = float("-inf")
-    window = torch.zeros(end - begin, end - first_key, dtype=bias.dtype, device=device)
-    window = window.masked_fill((j < start) | (j > i), hidden)
-    far = bias[:, None, : num_visible[tile]].expand(-1, end - begin, -1)
-    far = far.masked_fill(position[:, None, : num_visible[tile]] >= start, hidden)
-    return torch.cat([far, window.expand(far.shape[0], -1, -1)], dim=2).unsqueeze(1)
+    start = window_start(i, w, n)
+    j = torch.arange(window.start, window.stop, device=device)
+    local = torch.zeros(end - begin, len(j), dtype=far.bias.dtype, device=device)
+    local = local.masked_fill((j < start) | (j > i), hidden)
+    position, bias = (t[:, None, : far.num_visible[tile]] for t in (far.position, far.bias))
+    distant = bias.expand(-1, end - begin, -1).masked_fill(position >= start, hidden)
+    return torch.cat([distant, local.expand(distant.shape[0], -1, -1)], dim=2).unsqueeze(1)
+
+
+def _tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far: _FarKeys,
+    edges: list[tuple[int, int]],
+    query_window: int,
+    key_window_times: int,
+    softmax_scale: float,
+) -> Iterator[_Tile]:
+    dtype = far.bias.dtype
+    far_k, far_v = (_gather(t, far.position, dtype) for t in (k, v))
+    first_row = k.shape[2] - q.shape[2]
+    for tile, (begin, end) in enumerate(edges):
+        rows = slice(begin - first_row, end - first_row)
+        window = slice(_first_key(begin, query_window, key_window_times), end)
+        num_far = far.num_visible[tile]
+        yield _Tile(
+            rows,
+            window,
+            num_far,
+            _by_group(q, rows, k.shape[1], dtype) * softmax_scale,
+            torch.cat([far_k[:, :, :num_far], k[:, :, window].to(dtype)], dim=2),
+            torch.cat([far_v[:, :, :num_far], v[:, :, window].to(dtype)], dim=2),
+            _tile_bias(begin, end, window, far, tile, query_window, key_window_times),
+        )
+
+
+def _by_group(tensor: Tensor, rows: slice, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """Rows of ``(B, H, Sq, D)``, or of ``(B, H, Sq)`` as one column: ``(B, G, R * rows, D)``."""
+    last = tensor.shape[3] if tensor.ndim == 4 else 1
+    return tensor[:, :, rows].to(dtype).reshape(tensor.shape[0], num_kv_heads, -1, last)
 
 
 def _tile_logits(q: Tensor, keys: Tensor, bias: Tensor, exact: bool) -> Tensor:
@@ -134,6 +167,12 @@ def _tile_logits(q: Tensor, keys: Tensor, bias: Tensor, exact: bool) -> Tensor:
     return logits
 
 
+def _visible(tile: _Tile) -> Tensor:
+    """Which logits of the tile are visible, ``(B, 1, R * rows, columns)``."""
+    heads_per_group = tile.queries.shape[2] // tile.bias.shape[2]
+    return (tile.bias > float("-inf")).repeat(1, 1, heads_per_group, 1)
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -147,39 +186,29 @@ def attention_forward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
-    batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, k_len = k.shape[1:3]
     dtype = _accumulate_dtype(q.dtype)
-    out = q.new_empty(batch, num_heads, q_len, head_dim)
-    lse = q.new_empty(batch, num_heads, q_len, dtype=dtype)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
     if out.numel() == 0:
         return out, lse
-    problem = _plan(
-        q, k, text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
-    )
-    far_k, far_v = (_gather(t, problem.far.position, dtype) for t in (k, v))
-    grouped = (batch, num_kv_heads, num_heads // num_kv_heads)
-
-    for tile, (begin, end) in enumerate(problem.tiles):
-        rows = slice(begin - (k_len - q_len), end - (k_len - q_len))
-        first_key = _first_key(begin, query_window, key_window_times)
-        count = problem.far.num_visible[tile]
-        keys = torch.cat([far_k[:, :, :count], k[:, :, first_key:end].to(dtype)], dim=2)
-        values = torch.cat([far_v[:, :, :count], v[:, :, first_key:end].to(dtype)], dim=2)
-        queries = q[:, :, rows].to(dtype).reshape(*grouped[:2], -1, head_dim) * softmax_scale
-        bias = _tile_bias(problem, tile, first_key)
-
-        logits = _tile_logits(queries, keys, bias, exact=False)
-        tile_lse = logits.logsumexp(-1, keepdim=True)
-        tile_out = logits.sub_(tile_lse).exp_() @ values
-        if tile_out.isnan().any():
-            logits = _tile_logits(queries, keys, bias, exact=True)
+    edges = _tile_edges(q.shape[2], k.shape[2], query_window)
+    starts = [_first_key(end - 1, query_window, key_window_times) for _, end in edges]
+    far = _far_keys(k.shape[2], text_len, pivot_idx, starts, text_bias, pivot_bias, dtype)
+    window = (query_window, key_window_times)
+    for exact in (False, True):
+        for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
+            logits = _tile_logits(tile.queries, tile.keys, tile.bias, exact)
             tile_lse = logits.logsumexp(-1, keepdim=True)
-            visible = (bias > float("-inf")).repeat(1, 1, grouped[2], 1)
-            weights = (logits - tile_lse).exp().masked_fill(~visible, 0.0)
-            tile_out = visible_matmul(weights, visible, values)
-        out[:, :, rows] = tile_out.view(batch, num_heads, -1, head_dim)
-        lse[:, :, rows] = tile_lse.view(batch, num_heads, -1)
+            p = logits.sub_(tile_lse).exp_()
+            if exact:
+                visible = _visible(tile)
+                tile_out = visible_matmul(p.masked_fill_(~visible, 0.0), visible, tile.values)
+            else:
+                tile_out = p @ tile.values
+            out[:, :, tile.rows] = tile_out.view(*q.shape[:2], -1, q.shape[3])
+            lse[:, :, tile.rows] = tile_lse.view(*q.shape[:2], -1)
+        if not out.isnan().any():
+            break
     return out, lse
 
 
@@ -200,61 +229,46 @@ def attention_backward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic."""
-    batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, k_len = k.shape[1:3]
     dtype = _accumulate_dtype(q.dtype)
     dq = q.new_empty(q.shape)
-    dk = k.new_zeros(k.shape, dtype=dtype)
-    dv = torch.zeros_like(dk)
+    dk, dv = k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
     if out.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
-    problem = _plan(
-        q, k, text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
-    )
-    far_k, far_v = (_gather(t, problem.far.position, dtype) for t in (k, v))
-    far_dk, far_dv = torch.zeros_like(far_k), torch.zeros_like(far_v)
-    grouped = (batch, num_kv_heads, num_heads // num_kv_heads)
-
-    for tile, (begin, end) in enumerate(problem.tiles):
-        rows = slice(begin - (k_len - q_len), end - (k_len - q_len))
-        first_key = _first_key(begin, query_window, key_window_times)
-        count = problem.far.num_visible[tile]
-        keys = torch.cat([far_k[:, :, :count], k[:, :, first_key:end].to(dtype)], dim=2)
-        values = torch.cat([far_v[:, :, :count], v[:, :, first_key:end].to(dtype)], dim=2)
-        bias = _tile_bias(problem, tile, first_key)
-
-        def by_group(tensor: Tensor, rows: slice = rows) -> Tensor:
-            last = tensor.shape[3:] or (1,)
-            return tensor[:, :, rows].to(dtype).reshape(*grouped[:2], -1, *last)
-
-        queries = by_group(q) * softmax_scale
-        tile_dout = by_group(dout)
-        delta = (tile_dout * by_group(out)).sum(-1, keepdim=True) - by_group(dlse)
-        tile_lse = by_group(lse)
-
-        p = _tile_logits(queries, keys, bias, exact=False).sub_(tile_lse).exp_()
-        ds = (tile_dout @ values.mT).sub_(delta).mul_(p)
-        tile_dq, tile_dk, tile_dv = ds @ keys, ds.mT @ queries, p.mT @ tile_dout
-        if (tile_dq.isnan().any() | tile_dk.isnan().any() | tile_dv.isnan().any()).item():
-            visible = (bias > float("-inf")).repeat(1, 1, grouped[2], 1)
-            p = (_tile_logits(queries, keys, bias, exact=True) - tile_lse).exp()
-            p = p.masked_fill(~visible, 0.0)
-            ds = (p * (tile_dout @ values.mT - delta)).masked_fill(~visible, 0.0)
-            tile_dq = visible_matmul(ds, visible, keys)
-            tile_dk = visible_matmul(ds.mT, visible.mT, queries)
-            tile_dv = visible_matmul(p.mT, visible.mT, tile_dout)
-
-        dq[:, :, rows] = (tile_dq * softmax_scale).view(batch, num_heads, -1, head_dim)
-        far_dk[:, :, :count] += tile_dk[:, :, :count]
-        far_dv[:, :, :count] += tile_dv[:, :, :count]
-        dk[:, :, first_key:end] += tile_dk[:, :, count:]
-        dv[:, :, first_key:end] += tile_dv[:, :, count:]
-
-    # Positions are unique in each row, so every key gets one addition, and the last key also
-    # zeros from the padding: the order of additions does not matter.
-    index = problem.far.position.clamp_max(k_len - 1)[:, None, :, None].expand_as(far_dk)
-    dk.scatter_add_(2, index, far_dk)
-    dv.scatter_add_(2, index, far_dv)
+    edges = _tile_edges(q.shape[2], k.shape[2], query_window)
+    starts = [_first_key(end - 1, query_window, key_window_times) for _, end in edges]
+    far = _far_keys(k.shape[2], text_len, pivot_idx, starts, text_bias, pivot_bias, dtype)
+    window = (query_window, key_window_times)
+    # Positions are unique in each row; padding has zeros for whichever key it is added to.
+    far_index = far.position.clamp_max(k.shape[2] - 1)[:, None, :, None]
+    far_index = far_index.expand(-1, k.shape[1], -1, k.shape[3])
+    for exact in (False, True):
+        far_dk, far_dv = (dk.new_zeros(far_index.shape) for _ in range(2))
+        for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
+            tile_dout, tile_out, tile_dlse, tile_lse = (
+                _by_group(tensor, tile.rows, k.shape[1], dtype) for tensor in (dout, out, dlse, lse)
+            )
+            delta = (tile_dout * tile_out).sum(-1, keepdim=True) - tile_dlse
+            p = _tile_logits(tile.queries, tile.keys, tile.bias, exact).sub_(tile_lse).exp_()
+            ds = (tile_dout @ tile.values.mT).sub_(delta).mul_(p)
+            if exact:
+                visible = _visible(tile)
+                p, ds = p.masked_fill_(~visible, 0.0), ds.masked_fill_(~visible, 0.0)
+                tile_dq = visible_matmul(ds, visible, tile.keys)
+                tile_dk = visible_matmul(ds.mT, visible.mT, tile.queries)
+                tile_dv = visible_matmul(p.mT, visible.mT, tile_dout)
+            else:
+                tile_dq, tile_dk, tile_dv = ds @ tile.keys, ds.mT @ tile.queries, p.mT @ tile_dout
+            dq[:, :, tile.rows] = (tile_dq * softmax_scale).view(*q.shape[:2], -1, q.shape[3])
+            far_dk[:, :, : tile.num_far] += tile_dk[:, :, : tile.num_far]
+            far_dv[:, :, : tile.num_far] += tile_dv[:, :, : tile.num_far]
+            dk[:, :, tile.window] += tile_dk[:, :, tile.num_far :]
+            dv[:, :, tile.window] += tile_dv[:, :, tile.num_far :]
+        dk.scatter_add_(2, far_index, far_dk)
+        dv.scatter_add_(2, far_index, far_dv)
+        if exact or not (dq.isnan().any() | dk.isnan().any() | dv.isnan().any()):
+            break
+        dk.zero_()
+        dv.zero_()
     return dq, dk.to(k.dtype), dv.to(v.dtype)
 
 
