@@ -27,6 +27,7 @@ PRESETS = Path(__file__).parent / "presets"
 @dataclass
 class TextTokenizerConfig:
     vocab_size: int = 50000  # SentencePiece pieces
+    model_type: Literal["unigram", "bpe"] = "unigram"  # of SentencePiece
     character_coverage: float = 0.9995  # share of the corpus's characters that get a piece of their own
 
     def __post_init__(self) -> None:

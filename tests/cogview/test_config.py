@@ -1,0 +1,71 @@
+import dataclasses
+import re
+
+import pytest
+
+from cogview.config import Config, load_config, preset_names, save_config
+
+
+def test_every_preset_loads_and_the_smallest_comes_first():
+    names = preset_names()
+    assert names[0] == "digits" and names[-1] == "cogview-4b"
+    for name in names:
+        assert isinstance(load_config(name), Config)
+
+
+def test_cogview_4b_has_the_sizes_of_the_published_model():
+    config = load_config("cogview-4b")
+    assert config.vocabulary.padded_size == 58240
+    assert config.num_codes == 1024
+    model = config.model
+    assert (model.num_layers, model.hidden_size, model.num_heads, model.max_positions) == (48, 2560, 40, 1089)
+
+
+def test_overrides_win_over_the_preset():
+    config = load_config("digits", ["training.steps=7", "model.attention=dense", "training.learning_rate=1e-5"])
+    assert (config.training.steps, config.model.attention, config.training.learning_rate) == (7, "dense", 1e-5)
+    assert config.model.hidden_size == load_config("digits").model.hidden_size
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("training.stepz=1", "unknown key 'stepz' in training; known: task, steps"),
+        ("stepz=1", "unknown key 'stepz' in the settings; known: seed"),
+        ("training.steps=many", "training.steps.*'many'"),
+        ("training.steps=0", "training.steps: expected 1 or more, got 0"),
+        ("training=3", "TrainingConfig"),
+        ("training.steps", "expected key=value, got 'training.steps'"),
+        ("model.norm=post", "model.norm.*'post'"),
+        ("model.num_heads=3", "model.hidden_size: expected a multiple of num_heads = 3"),
+        ("model.max_positions=260", re.escape("model.max_positions: expected at least 261 (256 image codes")),
+        ("sampling.top_p=0", "sampling.top_p: expected more than 0"),
+        ("image_tokenizer.image_size=63", "image_size"),
+    ],
+)
+def test_a_wrong_override_is_named(override, message):
+    with pytest.raises(ValueError, match=message):
+        load_config("digits", [override])
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("a: [", "not YAML"), ("- 1\n", "expected a mapping"), ("modle: {}\n", "unknown key 'modle'")],
+)
+def test_a_wrong_file_is_named(tmp_path, text, message):
+    path = tmp_path / "broken.yaml"
+    path.write_text(text)
+    with pytest.raises(ValueError, match=message) as raised:
+        load_config(path)
+    assert "broken.yaml" in str(raised.value)
+
+
+def test_a_missing_file_names_the_presets():
+    with pytest.raises(FileNotFoundError, match="'digit' is neither a preset .*digits.* nor a file"):
+        load_config("digit")
+
+
+def test_saving_and_loading_gives_the_same_settings(tmp_path):
+    config = load_config("digits", ["seed=3"])
+    save_config(config, tmp_path / "config.yaml")
+    assert dataclasses.asdict(load_config(tmp_path / "config.yaml")) == dataclasses.asdict(config)

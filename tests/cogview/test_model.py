@@ -1,0 +1,157 @@
+import dataclasses
+
+import pytest
+import torch
+
+from cogview.config import ModelConfig, load_config
+from cogview.model import GPT, KVCache
+
+VOCAB = 96
+TINY = ModelConfig(
+    num_layers=3,
+    hidden_size=32,
+    num_heads=4,
+    max_positions=80,
+    dropout=0.0,
+    query_window=8,
+    key_window_times=2,
+    num_pivots=6,
+)
+
+
+def make(seed=0, **changes):
+    torch.manual_seed(seed)
+    return GPT(dataclasses.replace(TINY, **changes), VOCAB)
+
+
+def inputs(batch=2, length=64, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(VOCAB, (batch, length), generator=generator)
+    positions = torch.arange(length).expand(batch, -1)
+    text_len = torch.tensor([7, 11, 3][:batch], dtype=torch.int32)
+    return tokens, positions, text_len
+
+
+def test_parameters_of_cogview_4b():
+    config = load_config("cogview-4b")
+    with torch.device("meta"):
+        model = GPT(config.model, config.vocabulary.padded_size)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 3_928_849_920
+    shapes = {name: tuple(parameter.shape) for name, parameter in model.state_dict().items()}
+    assert shapes["word_embeddings.weight"] == (58240, 2560)
+    assert shapes["transformer.position_embeddings.weight"] == (1089, 2560)
+    assert shapes["transformer.layers.47.attention.query_key_value.weight"] == (7680, 2560)
+    norms = ("input_layernorm", "post_attention_layernorm", "third_layernorm", "fourth_layernorm")
+    linears = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
+    layer = {f"transformer.layers.0.{part}.{kind}" for part in norms + linears for kind in ("weight", "bias")}
+    final = {"transformer.final_layernorm.weight", "transformer.final_layernorm.bias"}
+    first = {name for name in shapes if not name.startswith("transformer.layers.") or ".layers.0." in name}
+    assert first == layer | final | {"word_embeddings.weight", "transformer.position_embeddings.weight"}
+
+
+def test_initialisation():
+    model = make(hidden_size=256, num_layers=8)
+    layer = model.transformer.layers[5]
+    assert layer.attention.query_key_value.weight.std().item() == pytest.approx(0.02, rel=0.02)
+    assert layer.attention.dense.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    assert layer.mlp.dense_4h_to_h.weight.std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    assert layer.mlp.dense_h_to_4h.bias.abs().max() == 0
+
+
+@pytest.mark.parametrize("attention", ["three_region", "dense"])
+@pytest.mark.parametrize("chunks", [[1] * 64, [13, 1, 1, 20, 29]])
+def test_decoding_with_a_cache_equals_the_full_forward(attention, chunks):
+    model = make(attention=attention).double().eval()
+    tokens, positions, text_len = inputs()
+    layouts = model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        full = model.logits(model(tokens, positions, layouts))
+        cache = KVCache(model.config, 2, 64, torch.float64)
+        parts = []
+        for t, p in zip(tokens.split(chunks, 1), positions.split(chunks, 1), strict=True):
+            parts.append(model.logits(model(t, p, layouts, cache)))
+    assert cache.filled == 64
+    torch.testing.assert_close(torch.cat(parts, 1), full, rtol=1e-10, atol=1e-12)
+    with pytest.raises(ValueError, match="cache: expected at most 64 tokens, got 65"):
+        model(tokens[:, :1], positions[:, :1], layouts, cache)
+
+
+@pytest.mark.parametrize("attention", ["three_region", "dense"])
+def test_a_later_token_does_not_change_earlier_ones(attention):
+    model = make(attention=attention).eval()
+    tokens, positions, text_len = inputs()
+    layouts = model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))
+    changed = tokens.clone()
+    changed[:, 40] = (changed[:, 40] + 1) % VOCAB
+    before, after = model(tokens, positions, layouts), model(changed, positions, layouts)
+    assert torch.equal(before[:, :40], after[:, :40])
+    assert not torch.equal(before[:, 40], after[:, 40])
+
+
+def test_a_window_over_everything_is_dense_attention():
+    sparse, dense = make(query_window=64).eval(), make(attention="dense").eval()
+    tokens, positions, text_len = inputs()
+    ours = sparse(tokens, positions, sparse.sample_layouts(text_len, 64))
+    theirs = dense(tokens, positions, dense.sample_layouts(text_len, 64))
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+
+
+def test_far_image_tokens_are_out_of_sight_unless_they_are_pivots():
+    model = make(num_pivots=0, num_layers=1).eval()
+    tokens, positions, text_len = inputs(batch=1)
+    layouts = model.sample_layouts(text_len, 64)
+    for place, seen in ((3, True), (20, False), (50, True)):  # text, far image, window of the last token
+        changed = tokens.clone()
+        changed[:, place] = (changed[:, place] + 1) % VOCAB
+        same = torch.equal(model(tokens, positions, layouts)[:, -1], model(changed, positions, layouts)[:, -1])
+        assert same != seen
+
+
+def test_pivots_differ_between_layers_and_draws_and_follow_the_generator():
+    model = make()
+    _, _, text_len = inputs()
+    one = [layout.pivot_idx for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))]
+    again = [layout.pivot_idx for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))]
+    other = [layout.pivot_idx for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(2))]
+    assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
+    assert not torch.equal(one[0], one[1]) and not torch.equal(one[0], other[0])
+    assert (one[0] >= text_len[:, None]).all()
+
+
+def test_pivot_bias_of_cogview_is_for_training_only():
+    model = make(pivot_bias="cogview")
+    _, _, text_len = inputs()
+    assert model.train().sample_layouts(text_len, 64)[0].pivot_bias == pytest.approx(2.302585)  # log(64 // 6)
+    assert model.eval().sample_layouts(text_len, 64)[0].pivot_bias == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"norm": "pre"}, {"relax": "tensor"}, {"relax": "none"}, {"attention": "dense"}])
+def test_every_parameter_learns(changes):
+    model = make(**changes)
+    tokens, positions, text_len = inputs()
+    model.logits(model(tokens, positions, model.sample_layouts(text_len, 64))).logsumexp(-1).sum().backward()
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
+    assert ("third_layernorm" in str(model)) == ("norm" not in changes)
+
+
+def test_the_embedding_gradient_is_shrunk():
+    tokens, positions, text_len = inputs()
+    grads = []
+    for scale in (1.0, 0.1):
+        model = make(embedding_gradient_scale=scale, num_pivots=0)
+        model(tokens, positions, model.sample_layouts(text_len, 64)).sum(-1).square().sum().backward()
+        grads.append(model.transformer.position_embeddings.weight.grad)
+    torch.testing.assert_close(grads[1], 0.1 * grads[0], rtol=1e-3, atol=1e-7)
+
+
+def test_activation_checkpointing_changes_nothing():
+    tokens, positions, text_len = inputs()
+    grads = []
+    for checkpointing in (False, True):
+        model = make(activation_checkpointing=checkpointing, dropout=0.1)
+        layouts = model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))
+        torch.manual_seed(2)
+        model.logits(model(tokens, positions, layouts)).logsumexp(-1).sum().backward()
+        grads.append([parameter.grad for parameter in model.parameters()])
+    assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
