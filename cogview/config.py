@@ -155,6 +155,19 @@ class Config:
         return self.model.max_positions - self.num_codes - 4
 
 
+class RunFolder:
+    """Where a run keeps what: one folder holds everything that training and drawing need."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = Path(path)
+        self.config = self.path / "config.yaml"
+        self.text_tokenizer = self.path / "text_tokenizer.model"
+        self.image_tokenizer = self.path / "image_tokenizer.pt"
+        self.tokens = self.path / "tokens.npz"
+        self.checkpoints = self.path / "checkpoints"
+        self.metrics = self.path / "metrics.jsonl"
+
+
 def _expect(name: str, value: Any, condition: bool, expected: str) -> None:
     if not condition:
         raise ValueError(f"{name}: expected {expected}, got {value}")

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cogview.checkpoint import checkpoint_path, load_latest, load_weights, prune_checkpoints, save_checkpoint
-from cogview.config import Config
+from cogview.config import Config, RunFolder
 from cogview.data import TokenDataset, batch_indices
 from cogview.files import atomic_write
 from cogview.model import GPT
@@ -66,6 +66,26 @@ def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> Token
     return text_to_image(config.vocabulary, text, codes)
 
 
+def split_data(data: TokenDataset, config: Config) -> tuple[TokenDataset, TokenDataset]:
+    """Training and held-out data: a random split that depends on the seed alone.
+
+    Raises:
+        ValueError: fewer than two pairs.
+    """
+    if len(data) < 2:
+        raise ValueError(f"data: expected at least 2 pairs, one of them to hold out, got {len(data)}")
+    order = np.random.default_rng(config.seed).permutation(len(data))
+    num_held_out = min(len(data) - 1, max(1, round(config.training.held_out_fraction * len(data))))
+
+    def part(indices: np.ndarray) -> TokenDataset:
+        texts = [data[int(index)][0] for index in indices]
+        offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
+        codes = data.codes[indices]
+        return TokenDataset(np.concatenate(texts), offsets, codes, data.text_vocab_size, data.codebook_size)
+
+    return part(np.sort(order[num_held_out:])), part(np.sort(order[:num_held_out]))
+
+
 class Trainer:
     """One training run in a folder: `metrics.jsonl` and `checkpoints/`. `run` continues where the folder ends.
 
@@ -99,8 +119,8 @@ class Trainer:
         self.train_data = train_data
         self.held_out_data = held_out_data
         self.progress = progress
-        self.metrics_path = Path(run_folder) / "metrics.jsonl"
-        self.checkpoints = Path(run_folder) / "checkpoints"
+        self.metrics_path = RunFolder(run_folder).metrics
+        self.checkpoints = RunFolder(run_folder).checkpoints
         self.device = choose_device(config.device)
         self.dtype = _compute_dtype(config, self.device)
         with torch.random.fork_rng(_cuda_devices(self.device)):

@@ -1,0 +1,208 @@
+"""The main job, whole: handwriting to tokenizers to transformer to drawings of captions nobody has drawn before.
+
+Real handwritten digits are composed to scenes with captions. A text tokenizer, an image tokenizer and the GPT are
+trained on them; then the GPT draws captions whose combination of digits it has never seen, and a classifier, trained on
+handwriting that no other part has seen, reads the digits back.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import cogview_kernels as ck
+from cogview.checkpoint import prune_checkpoints
+from cogview.config import Config, RunFolder, save_config
+from cogview.data import TokenDataset
+from cogview.digits import make_scenes
+from cogview.evaluate import DigitReader, caption_accuracy
+from cogview.files import atomic_write
+from cogview.image_tokenizer import train_image_tokenizer
+from cogview.plots import save_curves, save_grid, save_reconstructions
+from cogview.sample import draw_images
+from cogview.text_tokenizer import TextTokenizer
+from cogview.train import Trainer, choose_device, read_metrics
+
+NUM_TRAIN_SCENES = 8000
+NUM_TEST_SCENES = 128  # four digits each; all of them are drawn
+NUM_SHOWN = 16
+
+UNITS = {
+    "loss": "loss",
+    "text_loss": "text loss (nats per token)",
+    "image_loss": "image loss (nats per token)",
+    "held_out_text_loss": "held-out text loss (nats per token)",
+    "held_out_image_loss": "held-out image loss (nats per token)",
+    "reconstruction_loss": "mean squared error (normalised)",
+    "learning_rate": "learning rate",
+}
+
+
+def run_demo(config: Config, folder: str | os.PathLike[str], progress: bool = True) -> dict[str, Any]:
+    """Trains everything, draws held-out captions, reads them back, and writes it all to `folder`.
+
+    An earlier demonstration in the same folder is replaced; `cogview sample --run FOLDER` draws more with the result.
+
+    Args:
+        config: such as the preset `digits`.
+        folder: gets samples.png, reconstructions.png, curves.png, metrics.json, config.yaml, the tokenizers and the
+            checkpoints.
+        progress: show progress bars, where standard error is a terminal.
+
+    Returns:
+        what metrics.json holds.
+
+    Raises:
+        ValueError: the configuration does not fit the scenes (64x64 pixels, one channel).
+        OSError: the folder cannot be written.
+    """
+    run = RunFolder(folder)
+    device = choose_device(config.device)
+    seconds: dict[str, float] = {}
+    run.path.mkdir(parents=True, exist_ok=True)
+    save_config(config, run.config)
+    prune_checkpoints(run.checkpoints, keep=0)
+    print(f"CogView on handwriting, on {device}, to {run.path}", flush=True)
+
+    with _stage("scenes", seconds):
+        train = make_scenes("train", NUM_TRAIN_SCENES, config.seed)
+        test = make_scenes("test", NUM_TEST_SCENES, config.seed)
+    with _stage("text tokenizer", seconds):
+        text = config.text_tokenizer
+        text_tokenizer = TextTokenizer.train(
+            train.captions,
+            run.text_tokenizer,
+            text.vocab_size,
+            model_type=text.model_type,
+            character_coverage=text.character_coverage,
+        )
+    with _stage("image tokenizer", seconds):
+        image_tokenizer, image_metrics = train_image_tokenizer(
+            config.image_tokenizer,
+            train.images,
+            steps=config.image_training.steps,
+            batch_size=config.image_training.batch_size,
+            learning_rate=config.image_training.learning_rate,
+            seed=config.seed,
+            device=device,
+            progress=progress,
+        )
+        image_tokenizer.save(run.image_tokenizer)
+    with _stage("image codes", seconds):
+        train_data, test_data = (
+            TokenDataset.tokenize(
+                scenes.captions, scenes.images, text_tokenizer, image_tokenizer, progress=progress
+            )
+            for scenes in (train, test)
+        )
+        reconstructions = image_tokenizer.decode(torch.from_numpy(test_data.codes)).cpu()
+    with _stage("gpt", seconds):
+        trainer = Trainer(config, run.path, train_data, test_data, progress=progress)
+        model = trainer.run()
+    with _stage("drawing", seconds):
+        texts = [text_tokenizer.encode(caption) for caption in test.captions]
+        codes = draw_images(model, config, texts, seed=config.seed, progress=progress)
+        drawings = image_tokenizer.decode(codes).cpu()
+    with _stage("reading back", seconds):
+        reader = DigitReader(seed=config.seed)
+        read = {
+            "real": reader.read(test.images),
+            "reconstructed": reader.read(reconstructions),
+            "drawn": reader.read(drawings),
+        }
+        accuracy = {name: caption_accuracy(digits, test.labels) for name, digits in read.items()}
+
+    gpt_metrics = read_metrics(run.metrics)
+    result: dict[str, Any] = {
+        "caption_accuracy": accuracy["drawn"]["digit_accuracy"],
+        "chance": 0.1,
+        "accuracy": accuracy,
+        "num_drawings": len(drawings),
+        "held_out_image_loss": gpt_metrics[-1]["held_out_image_loss"],
+        "reconstruction_error": float((reconstructions - test.images).square().mean()),
+        "codes_used": int(torch.from_numpy(test_data.codes).unique().numel()),
+        "sampling": {
+            "temperature": config.sampling.temperature,
+            "top_k": config.sampling.top_k,
+            "top_p": config.sampling.top_p,
+        },
+        "attention": attention_sparsity(config, trainer, test_data),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": str(device),
+        "seed": config.seed,
+        "seconds": seconds,
+    }
+    right = (read["drawn"] == test.labels).all(1).tolist()
+    save_grid(
+        drawings[:NUM_SHOWN],
+        test.captions[:NUM_SHOWN],
+        run.path / "samples.png",
+        right=right[:NUM_SHOWN],
+        title="Drawn from captions that were held out",
+    )
+    save_reconstructions(test.images[:8], reconstructions[:8], run.path / "reconstructions.png")
+    curves = {"image tokenizer": _select(image_metrics), "gpt": _select(gpt_metrics)}
+    save_curves(curves, run.path / "curves.png", UNITS)
+    with atomic_write(run.path / "metrics.json") as temporary:
+        temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    print(report(result, run), flush=True)
+    return result
+
+
+def attention_sparsity(config: Config, trainer: Trainer, data: TokenDataset) -> dict[str, float]:
+    """How much of a whole sequence the attention looks at.
+
+    Returns:
+        `attended_fraction`: keys attended over keys a causal attention would attend, all rows together; and
+        `longest_list_fraction`: keys of the row that attends most, over the length of the sequence.
+    """
+    batch = trainer._batch(data, torch.arange(min(8, len(data))).numpy())
+    size, length = batch.tokens.shape
+    generator = torch.Generator(trainer.device).manual_seed(config.seed)
+    layout = trainer.model.sample_layouts(batch.text_len, length, generator)[0]
+    if layout is None:
+        return {"attended_fraction": 1.0, "longest_list_fraction": 1.0}
+    keys = layout.dense_mask(size, length, length).sum(-1)
+    causal = size * length * (length + 1) / 2
+    return {"attended_fraction": keys.sum().item() / causal, "longest_list_fraction": keys.max().item() / length}
+
+
+def report(result: dict[str, Any], run: RunFolder) -> str:
+    """The table at the end, for people."""
+    lines = ["", "                          digits right   captions all right"]
+    for name, scores in result["accuracy"].items():
+        lines.append(f"{name + ' scenes':<26}{scores['digit_accuracy']:>10.1%}{scores['whole_caption_accuracy']:>18.1%}")
+    lines.append(f"{'chance':<26}{0.1:>10.1%}{0.0001:>18.2%}")
+    attention, sampling = result["attention"], result["sampling"]
+    lines += [
+        "",
+        f"caption accuracy          {result['caption_accuracy']:.1%} of the drawn digits are right, in the right place "
+        f"({result['num_drawings']} held-out captions)",
+        f"sampling                  temperature {sampling['temperature']}, top-k {sampling['top_k']}, "
+        f"top-p {sampling['top_p']}",
+        f"attention                 {attention['attended_fraction']:.0%} of the causal keys; at most "
+        f"{attention['longest_list_fraction']:.0%} of the sequence in one row",
+        f"time                      {sum(result['seconds'].values()):.0f} s on {result['device']}",
+        f"results                   {run.path}/: samples.png reconstructions.png curves.png metrics.json",
+    ]
+    return "\n".join(lines)
+
+
+@contextlib.contextmanager
+def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
+    print(f"{name:<18}", end="", flush=True)
+    started = time.perf_counter()
+    yield
+    seconds[name] = time.perf_counter() - started
+    print(f"{seconds[name]:7.1f} s", flush=True)
+
+
+def _select(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """What is worth a panel: the step, and the quantities with a unit."""
+    return [{name: row[name] for name in ("step", *UNITS) if name in row} for row in rows]

@@ -1,0 +1,258 @@
+import dataclasses
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from cogview.checkpoint import list_checkpoints, load_checkpoint
+from cogview.config import Config, load_config
+from cogview.data import TokenDataset
+from cogview.train import Trainer, choose_device, learning_rate, read_metrics, split_data
+
+SETTINGS = [
+    "device=cpu",
+    "text_tokenizer.vocab_size=20",
+    "image_tokenizer.image_size=16",
+    "image_tokenizer.codebook_size=16",
+    "model.num_layers=2",
+    "model.hidden_size=32",
+    "model.num_heads=2",
+    "model.max_positions=40",
+    "model.dropout=0.1",
+    "model.query_window=4",
+    "model.key_window_times=2",
+    "model.num_pivots=4",
+    "training.steps=6",
+    "training.batch_size=4",
+    "training.warmup_steps=2",
+    "training.eval_every=3",
+    "training.save_every=3",
+    "training.precision=float32",
+]
+
+
+def config(*overrides: str) -> Config:
+    return load_config("digits", [*SETTINGS, *overrides])
+
+
+def dataset(num: int = 10, seed: int = 0) -> TokenDataset:
+    """Images of one code each, which the first piece of the caption names."""
+    rng = np.random.default_rng(seed)
+    lengths = rng.integers(2, 7, num)
+    text = rng.integers(0, 16, lengths.sum()).astype(np.int32)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    codes = np.broadcast_to(text[offsets[:-1], None, None], (num, 4, 4)).astype(np.int16)
+    return TokenDataset(text, offsets, codes, 20, 16)
+
+
+def trainer(settings: Config, folder: object) -> Trainer:
+    return Trainer(settings, folder, dataset(), dataset(4, 1), progress=False)
+
+
+def without_seconds(folder):
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder / "metrics.jsonl")]
+
+
+def assert_same(a, b):
+    """Bit for bit, through nested dictionaries and lists."""
+    assert type(a) is type(b)
+    if isinstance(a, dict):
+        assert a.keys() == b.keys()
+        for key in a:
+            assert_same(a[key], b[key])
+    elif isinstance(a, (list, tuple)):
+        assert len(a) == len(b)
+        for x, y in zip(a, b, strict=True):
+            assert_same(x, y)
+    elif isinstance(a, torch.Tensor):
+        assert torch.equal(a, b)
+    else:
+        assert a == b
+
+
+# Trains in a process of its own, which kills itself with SIGKILL in the middle of step 5.
+KILLED = """
+import os, signal, sys
+sys.path[:0] = sys.argv[2:]
+import test_train
+class Killed(test_train.Trainer):
+    def _check_finite(self, loss, grad_norm):
+        if self.step == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+test_train.torch.set_num_threads(1)
+Killed(test_train.config(), sys.argv[1], test_train.dataset(), test_train.dataset(4, 1), progress=False).run()
+"""
+
+
+def test_a_killed_run_resumes_bit_for_bit(tmp_path):
+    whole, killed = tmp_path / "whole", tmp_path / "killed"
+    trainer(config(), whole).run()
+
+    paths = [os.path.dirname(__file__), os.getcwd()]
+    process = subprocess.run([sys.executable, "-c", KILLED, str(killed), *paths], capture_output=True, text=True)
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert [row["step"] for row in read_metrics(killed / "metrics.jsonl")] == [1, 2, 3, 4]  # ahead of the checkpoint
+    torch.rand(3)  # the state of the global generator must not matter
+    resumed = trainer(config(), killed)
+    assert resumed.step == 3
+    resumed.run()
+
+    ends = [load_checkpoint(list_checkpoints(folder / "checkpoints")[0]) for folder in (whole, killed)]
+    assert ends[0]["step"] == 6
+    assert_same(*ends)
+    assert without_seconds(whole) == without_seconds(killed)
+    assert len(without_seconds(whole)) == 6
+
+
+def test_dropout_and_pivots_are_drawn_anew_each_step(tmp_path):
+    run = trainer(config("training.learning_rate=1e-12", "training.final_learning_rate=0"), tmp_path)
+    run.train_data = dataset(4)  # the same batch each step, up to its order
+    assert run._train_step()["loss"] != pytest.approx(run._train_step()["loss"], rel=1e-5)
+
+
+def test_training_learns_what_the_caption_says(tmp_path):
+    settings = config(
+        "training.steps=300", "training.learning_rate=1e-2", "model.dropout=0", "training.batch_size=8",
+        "training.eval_every=300", "training.save_every=300", "training.text_weight=0",
+    )  # fmt: skip
+    data = dataset(64)
+    Trainer(settings, tmp_path, data, dataset(32, 1), progress=False).run()
+    last = read_metrics(tmp_path / "metrics.jsonl")[-1]
+    assert last["held_out_image_loss"] < 0.1  # the first code costs log(16) / 16 = 0.17 to who cannot read
+    assert last["held_out_text_loss"] > 2.0  # weight 0: not learned
+
+
+def test_metrics_name_text_and_image_loss(tmp_path):
+    trainer(config(), tmp_path).run()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    assert {"step", "loss", "text_loss", "image_loss", "learning_rate", "grad_norm", "seconds"} <= rows[0].keys()
+    assert [("held_out_image_loss" in row) for row in rows] == [False, False, True] * 2
+
+
+def test_micro_batches_add_up_to_the_same_step(tmp_path):
+    runs = []
+    for name, size in (("one", 0), ("two", 2)):
+        settings = config("model.dropout=0", "model.attention=dense", f"training.micro_batch_size={size}")
+        run = trainer(settings, tmp_path / name)
+        runs.append((run._train_step(), run.model.state_dict()))
+    (one, a), (two, b) = runs
+    assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
+    assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
+    for name in a:
+        torch.testing.assert_close(a[name], b[name], rtol=1e-3, atol=1e-4)
+
+
+def test_only_the_newest_checkpoints_stay(tmp_path):
+    trainer(config("training.save_every=1", "training.keep_checkpoints=2"), tmp_path).run()
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000006.pt", "step_00000005.pt"]
+
+
+def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
+    trainer(config(), tmp_path).run()
+    whole = load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[0])
+    newest = list_checkpoints(tmp_path / "checkpoints")[0]
+    newest.write_bytes(newest.read_bytes()[:-1000])
+    with pytest.warns(UserWarning, match="step_00000006.pt: truncated or damaged"):
+        run = trainer(config(), tmp_path)
+    assert run.step == 3
+    run.run()
+    assert_same(load_checkpoint(newest), whole)
+
+
+def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
+    trainer(config(), tmp_path).run()
+    for path in list_checkpoints(tmp_path / "checkpoints"):
+        path.write_bytes(b"")
+    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 checkpoints can be read"):
+        trainer(config(), tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
+    trainer(config(), tmp_path).run()
+    with pytest.raises(ValueError, match=r"expected \(36, 32\), got \(40, 32\)"):
+        trainer(config("model.max_positions=36"), tmp_path)
+
+
+def poison(run: Trainer) -> None:
+    with torch.no_grad():
+        run.model.transformer.final_layernorm.weight.fill_(float("inf"))
+
+
+def test_a_loss_that_is_not_finite_stops_training_and_names_the_step(tmp_path):
+    run = trainer(config("training.steps=9"), tmp_path)
+    train_step = run._train_step
+
+    def step_of_a_diverging_model():
+        if run.step == 4:
+            poison(run)
+        return train_step()
+
+    run._train_step = step_of_a_diverging_model
+    with pytest.raises(FloatingPointError, match="training stopped: loss nan .* at step 5"):
+        run.run()
+    assert load_checkpoint(list_checkpoints(tmp_path / "checkpoints")[0])["step"] == 3
+
+
+def test_float16_skips_steps_that_overflow_and_counts_them(tmp_path):
+    run = trainer(config("training.precision=float16", "training.steps=40"), tmp_path)
+    run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # far too large for float16
+    before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
+    first = run._train_step()
+    assert first["skipped_steps"] == 1 and first["loss_scale"] == 2.0**39
+    assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
+    rows = [run._train_step() for _ in range(35)]
+    assert rows[-1]["skipped_steps"] == 0  # the scale came down, and training goes on
+    assert not torch.equal(run.model.word_embeddings.weight, before["word_embeddings.weight"])
+
+
+def test_data_that_does_not_fit_is_named(tmp_path):
+    with pytest.raises(ValueError, match="training data: expected 32 image codes .* got 16; encode it again"):
+        trainer(config("image_tokenizer.codebook_size=32"), tmp_path)
+    empty = TokenDataset(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty((0, 4, 4), np.int16), 20, 16)
+    with pytest.raises(ValueError, match="held-out data: expected at least one pair"):
+        Trainer(config(), tmp_path, dataset(), empty, progress=False)
+
+
+def test_learning_rate_warms_up_and_decays():
+    settings = config("training.steps=100", "training.warmup_steps=10")
+    training = settings.training
+    rates = [learning_rate(settings, step) for step in range(100)]
+    assert rates[0] == pytest.approx(training.learning_rate / 10)
+    assert max(rates) == rates[9] == rates[10] == training.learning_rate
+    assert rates[55] == pytest.approx((training.learning_rate + training.final_learning_rate) / 2)
+    assert rates[99] == pytest.approx(training.final_learning_rate, rel=0.02)
+
+
+def test_captions_that_are_too_long_are_clipped(tmp_path):
+    lengths = dataclasses.replace(config().model, max_positions=23)  # 16 codes, 4 commands, 3 pieces
+    settings = dataclasses.replace(config(), model=lengths)
+    run = trainer(settings, tmp_path)
+    batch = run._batch(run.train_data, np.arange(10))
+    assert batch.tokens.shape[1] == 23 and int(batch.text_len.max()) == 6
+
+
+def test_captioning_task_trains(tmp_path):
+    trainer(config("training.task=captioning"), tmp_path).run()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[-1])["step"] == 6
+
+
+def test_an_unknown_device_is_named():
+    with pytest.raises(ValueError, match="device: 'cudda' cannot be used here"):
+        choose_device("cudda")
+
+
+def test_split_data_is_disjoint_complete_and_fixed_by_the_seed():
+    data = dataset(20)
+    train, held_out = split_data(data, config("training.held_out_fraction=0.2"))
+    assert (len(train), len(held_out)) == (16, 4)
+    rows = sorted(tuple(text) for part in (train, held_out) for text, _ in (part[i] for i in range(len(part))))
+    assert rows == sorted(tuple(data[i][0]) for i in range(20))
+    again = split_data(data, config("training.held_out_fraction=0.2"))[1]
+    assert np.array_equal(again.codes, held_out.codes)
+    with pytest.raises(ValueError, match="at least 2 pairs"):
+        split_data(dataset(1), config())
