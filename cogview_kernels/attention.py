@@ -188,7 +188,7 @@ torch.library.custom_op(
     "cogview_kernels::three_region_attention_portable_backward",
     _without_autocast(portable.attention_backward),
     mutates_args=(),
-    schema="(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor lse, "
+    schema="(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"{_LAYOUT_AND_SCALE}) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
@@ -210,11 +210,11 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
     *tensors, ctx.query_window, ctx.key_window_times, ctx.text_bias, ctx.pivot_bias, ctx.scale = (
         inputs
     )
-    ctx.save_for_backward(*tensors, *output)
+    ctx.save_for_backward(*tensors, output[0])
 
 
 def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    q, k, v, text_len, pivot_idx, out, lse = ctx.saved_tensors
+    q, k, v, text_len, pivot_idx, out = ctx.saved_tensors
     gradients = torch.ops.cogview_kernels.three_region_attention_portable_backward(
         dout,
         dlse,
@@ -222,7 +222,6 @@ def _backward(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]
         k,
         v,
         out,
-        lse,
         text_len,
         pivot_idx,
         ctx.query_window,

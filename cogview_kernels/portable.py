@@ -5,12 +5,13 @@ gathered once per call, the window a slice), so that work and memory follow the 
 
     list   = text prefix ++ pivots before the window ++ window          the virtual key list
     s      = softmax_scale * q list^T + bias, -inf where the row may not look
-    lse    = log sum exp s;  p = exp(s - lse);  out = p v               forward
+    lse    = log sum exp s;  p = softmax(s);  out = p v                 forward
     ds     = p * (dout v^T - (delta - dlse)),  delta = sum(dout * out)   backward, s recomputed
     dq     = softmax_scale * ds k;  dk = softmax_scale * ds^T q;  dv = p^T dout
 
-Backward keeps nothing but q, k, v, out and lse between the passes. Rounding points: products and
-sums are float32 (float64 for float64 inputs); out, dq, dk and dv are rounded once.
+Backward keeps nothing but q, k, v and out between the passes. Rounding points: products and sums
+are float32 (float64 for float64 inputs); out, dq, dk and dv are rounded once. p is never taken from
+the rounded lse: where logits are large, such rows would not sum to one.
 """
 
 from __future__ import annotations
@@ -198,8 +199,7 @@ def attention_forward(
     for exact in (False, True):
         for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
             logits = _tile_logits(tile.queries, tile.keys, tile.bias, exact)
-            tile_lse = logits.logsumexp(-1, keepdim=True)
-            p = logits.sub_(tile_lse).exp_()
+            tile_lse, p = logits.logsumexp(-1), logits.softmax(-1)
             if exact:
                 visible = _visible(tile)
                 tile_out = visible_matmul(p.masked_fill_(~visible, 0.0), visible, tile.values)
@@ -219,7 +219,6 @@ def attention_backward(
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    lse: Tensor,
     text_len: Tensor,
     pivot_idx: Tensor,
     query_window: int,
@@ -244,11 +243,11 @@ def attention_backward(
     for exact in (False, True):
         far_dk, far_dv = (dk.new_zeros(far_index.shape) for _ in range(2))
         for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
-            tile_dout, tile_out, tile_dlse, tile_lse = (
-                _by_group(tensor, tile.rows, k.shape[1], dtype) for tensor in (dout, out, dlse, lse)
+            tile_dout, tile_out, tile_dlse = (
+                _by_group(tensor, tile.rows, k.shape[1], dtype) for tensor in (dout, out, dlse)
             )
             delta = (tile_dout * tile_out).sum(-1, keepdim=True) - tile_dlse
-            p = _tile_logits(tile.queries, tile.keys, tile.bias, exact).sub_(tile_lse).exp_()
+            p = _tile_logits(tile.queries, tile.keys, tile.bias, exact).softmax(-1)
             ds = (tile_dout @ tile.values.mT).sub_(delta).mul_(p)
             if exact:
                 visible = _visible(tile)

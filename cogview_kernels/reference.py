@@ -33,8 +33,8 @@ def three_region_attention(
     logits = visible_matmul(q64, torch.ones_like(q64, dtype=torch.bool), k64.mT)
     logits = (logits * softmax_scale + bias).masked_fill(~visible, float("-inf"))
     lse = logits.logsumexp(-1)
-    weights = (logits - lse.unsqueeze(-1)).exp()
-    out = visible_matmul(weights.masked_fill(~visible, 0.0), visible, v64)
+    weights = logits.softmax(-1).masked_fill(~visible, 0.0)
+    out = visible_matmul(weights, visible, v64)
     return out.to(q.dtype), lse if q.dtype == torch.float64 else lse.float()
 
 

@@ -1,0 +1,23 @@
+"""Settings of all tests: seeded randomness, and slow sweeps only when asked for."""
+
+from __future__ import annotations
+
+import hypothesis
+import pytest
+import torch
+
+hypothesis.settings.register_profile(
+    "cogview", derandomize=True, deadline=None, database=None, print_blob=False
+)
+hypothesis.settings.load_profile("cogview")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Without ``-m``, leave out the exhaustive sweeps; ``pytest -m slow`` runs them."""
+    if not config.option.markexpr:
+        config.option.markexpr = "not slow"
+
+
+@pytest.fixture(autouse=True)
+def _seed() -> None:
+    torch.manual_seed(0)

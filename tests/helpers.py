@@ -1,0 +1,289 @@
+"""What several tests share: the formulas as plain loops, random problems, error bounds."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import cogview_kernels as ck
+
+RESULTS = ("out", "lse", "dq", "dk", "dv")
+
+
+def region_of(i: int, j: int, text_len: int, pivots: list[int], w: int, n: int) -> str | None:
+    """Which region of query position ``i`` holds key ``j``: the definition, word for word."""
+    start = max(0, (i // w - n + 1) * w)
+    if start <= j <= i:
+        return "window"
+    if j < min(text_len, start):
+        return "text"
+    if j in pivots and text_len <= j < start:
+        return "pivot"
+    return None
+
+
+@dataclasses.dataclass
+class Problem:
+    """One call of the attention with the gradients that come back to it."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    layout: ck.ThreeRegionLayout
+    softmax_scale: float
+    dout: Tensor
+    dlse: Tensor
+
+    def text_lens(self) -> list[int]:
+        batch, text_len = self.q.shape[0], self.layout.text_len
+        return [text_len] * batch if isinstance(text_len, int) else text_len.expand(batch).tolist()
+
+    def pivots(self) -> list[list[int]]:
+        batch, pivot_idx = self.q.shape[0], self.layout.pivot_idx
+        return [[]] * batch if pivot_idx is None else pivot_idx.expand(batch, -1).tolist()
+
+    def region(self, b: int, i: int, j: int) -> str | None:
+        layout = self.layout
+        w, n = layout.query_window, layout.key_window_times
+        return region_of(i, j, self.text_lens()[b], self.pivots()[b], w, n)
+
+    def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v with the same strides, requiring gradients."""
+        return tuple(t.detach().requires_grad_() for t in (self.q, self.k, self.v))  # type: ignore[return-value]
+
+    def differentiate(self, attention: Callable[..., tuple[Tensor, Tensor]]) -> dict[str, Tensor]:
+        """``out, lse, dq, dk, dv`` of ``attention(q, k, v) -> out, lse``."""
+        leaves = self.leaves()
+        out, lse = attention(*leaves)
+        gradients = torch.autograd.grad(
+            (out, lse),
+            leaves,
+            (self.dout.to(out.dtype), self.dlse.to(lse.dtype)),
+            materialize_grads=True,
+        )
+        return dict(zip(RESULTS, (out.detach(), lse.detach(), *gradients), strict=True))
+
+    def run(self, backend: str) -> dict[str, Tensor]:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Any:
+            return ck.three_region_attention(
+                q, k, v, self.layout, self.softmax_scale, backend, return_lse=True
+            )
+
+        return self.differentiate(attention)
+
+    def to(self, dtype: torch.dtype) -> Problem:
+        q, k, v, dout, dlse = (t.to(dtype) for t in (self.q, self.k, self.v, self.dout, self.dlse))
+        return dataclasses.replace(self, q=q, k=k, v=v, dout=dout, dlse=dlse)
+
+
+def loops(problem: Problem) -> dict[str, Tensor]:
+    """The formulas as explicit loops over samples, heads, queries and keys."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        batch, num_heads, q_len, head_dim = q.shape
+        num_kv_heads, k_len = k.shape[1:3]
+        bias = {
+            "window": 0.0,
+            "text": problem.layout.text_bias,
+            "pivot": problem.layout.pivot_bias,
+        }
+        out, lse = q * 0, q.sum(-1) * 0
+        for b in range(batch):
+            for h in range(num_heads):
+                g = h // (num_heads // num_kv_heads)
+                for r in range(q_len):
+                    i = r + k_len - q_len
+                    regions = {j: problem.region(b, i, j) for j in range(k_len)}
+                    keys = [j for j, region in regions.items() if region is not None]
+                    logits = torch.stack(
+                        [
+                            problem.softmax_scale * (q[b, h, r] * k[b, g, j]).sum()
+                            + bias[str(regions[j])]
+                            for j in keys
+                        ]
+                    )
+                    weights = logits.exp() / logits.exp().sum()
+                    row = sum(p * v[b, g, j] for p, j in zip(weights, keys, strict=True))
+                    at = torch.tensor([b, h, r])
+                    out = out.index_put(tuple(at), torch.as_tensor(row))
+                    lse = lse.index_put(tuple(at), logits.exp().sum().log())
+        return out, lse
+
+    return problem.differentiate(attention)
+
+
+def same_dtype_torch(problem: Problem) -> dict[str, Tensor]:
+    """Dense attention as PyTorch computes it in the dtype of the inputs."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        group = q.shape[1] // k.shape[1]
+        k, v = (t.repeat_interleave(group, 1) for t in (k, v))
+        window, text, pivot = problem.layout.regions(q.shape[0], q.shape[2], k.shape[2])
+        bias = torch.zeros(window.shape, dtype=q.dtype)
+        bias = bias.masked_fill(text, problem.layout.text_bias)
+        bias = bias.masked_fill(pivot, problem.layout.pivot_bias)
+        bias = bias.masked_fill(~(window | text | pivot), -math.inf).unsqueeze(1)
+        logits = q @ k.mT * problem.softmax_scale + bias
+        return logits.softmax(-1) @ v, logits.logsumexp(-1)
+
+    return problem.differentiate(attention)
+
+
+def assert_as_accurate_as_torch(problem: Problem, actual: dict[str, Tensor]) -> None:
+    """``err(actual) <= 2 err(same-dtype torch) + atol`` for every result on its own; the truth is the
+    reference in float64.
+
+    ``atol`` is one rounding of the largest entry and, for dq and dk, of ``delta = sum(dout * out)``
+    times what it is multiplied with: torch's softmax of a single key has no such error.
+    """
+    truth, torch_results = problem.to(torch.float64).run("reference"), same_dtype_torch(problem)
+    eps = torch.finfo(problem.q.dtype).eps
+    delta = (problem.dout.double() * truth["out"]).abs().sum(-1)
+    for name, expected in truth.items():
+        value = actual[name]
+        assert value.shape == expected.shape, name
+        if expected.numel() == 0:
+            continue
+        own, of_torch = (
+            (t.double() - expected).abs().max().item() for t in (value, torch_results[name])
+        )
+        bound = 2 * of_torch + torch.finfo(value.dtype).eps * expected.abs().max().item()
+        if name in ("dq", "dk"):
+            factor = abs(problem.softmax_scale) * (problem.k if name == "dq" else problem.q)
+            bound += eps * delta.max().item() * factor.abs().max().item()
+        assert own <= bound, f"{name}: error {own:.3g}, allowed {bound:.3g}"
+
+
+def make_problem(
+    batch: int = 2,
+    num_heads: int = 2,
+    num_kv_heads: int | None = None,
+    q_len: int | None = None,
+    k_len: int = 40,
+    head_dim: int = 8,
+    dtype: torch.dtype = torch.float64,
+    layout: ck.ThreeRegionLayout | None = None,
+    softmax_scale: float | None = None,
+    packed: bool = True,
+    seed: int = 0,
+) -> Problem:
+    """Normal random inputs; ``packed``: q, k and v are views of one projection ``(B, S, ., D)``."""
+    generator = torch.Generator().manual_seed(seed)
+    num_kv_heads = num_kv_heads or num_heads
+    q_len = k_len if q_len is None else q_len
+    all_heads = num_heads + 2 * num_kv_heads
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(dtype)
+
+    heads = normal(batch, k_len, all_heads, head_dim).transpose(1, 2)
+    q, k, v = heads.split([num_heads, num_kv_heads, num_kv_heads], dim=1)
+    q = q[:, :, k_len - q_len :]
+    if not packed:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+    if layout is None:
+        pivots = ck.sample_pivots(torch.full((batch,), 5), k_len, 6, generator)
+        layout = ck.ThreeRegionLayout(5, pivots, 4, 2, text_bias=0.4, pivot_bias=-0.7)
+    scale = head_dim**-0.5 if softmax_scale is None else softmax_scale
+    dout, dlse = normal(batch, num_heads, q_len, head_dim), normal(batch, num_heads, q_len)
+    return Problem(q, k, v, layout, scale, dout, dlse)
+
+
+@st.composite
+def layouts(draw: st.DrawFn, batch: int, k_len: int) -> ck.ThreeRegionLayout:
+    """Any legal layout: ragged or shared text, ragged or shared pivots, padding of every kind."""
+    lengths = st.one_of(st.integers(0, k_len + 3), st.sampled_from([0, k_len, 2**31 - 1]))
+    kind = draw(st.sampled_from(["int", "one", "each"]))
+    rows = 1 if kind == "one" else batch
+    text_len: int | Tensor = draw(lengths)
+    text_lens = [int(text_len)] * batch
+    if kind != "int":
+        drawn = draw(st.lists(lengths, min_size=rows, max_size=rows))
+        text_lens = (drawn * batch)[:batch]
+        text_len = torch.tensor(drawn, dtype=torch.int32)
+
+    kind = draw(st.sampled_from(["none", "one", "each"]))
+    pivot_idx = None
+    if kind != "none":
+        rows = 1 if kind == "one" else batch
+        num_pivots = draw(st.integers(0, min(k_len, 12)))
+        table = []
+        for row in range(rows):
+            # Padding below the text may stand anywhere, padding behind the keys at the end.
+            text = min(text_lens[row : row + 1] if rows > 1 else text_lens, default=0)
+            below = st.sampled_from([-(2**31), -1, *range(max(0, text - 3), min(text, k_len))])
+            above = st.sampled_from([k_len, k_len + 1, 2**31 - 1])
+            real = draw(st.sets(st.integers(0, k_len - 1), max_size=num_pivots)) if k_len else []
+            entries = [*sorted(real), *[draw(above)] * draw(st.integers(0, 2))][:num_pivots]
+            while len(entries) < num_pivots:
+                entries.insert(draw(st.integers(0, len(entries))), draw(below))
+            table.append(entries)
+        pivot_idx = torch.tensor(table, dtype=torch.int32).reshape(rows, num_pivots)
+    return ck.ThreeRegionLayout(
+        text_len,
+        pivot_idx,
+        query_window=draw(st.one_of(st.integers(1, 12), st.integers(13, 2 * k_len + 13))),
+        key_window_times=draw(st.integers(1, 5)),
+        text_bias=draw(st.sampled_from([0.0, math.log(3), -2.5])),
+        pivot_bias=draw(st.sampled_from([0.0, math.log(3), 1.25])),
+    )
+
+
+@st.composite
+def problems(
+    draw: st.DrawFn, max_len: int, dtype: torch.dtype = torch.float64, max_batch: int = 3
+) -> Problem:
+    """Any legal call of the attention up to ``max_len`` keys."""
+    batch = draw(st.integers(0, max_batch))
+    k_len = draw(st.integers(1, max_len))
+    num_kv_heads = draw(st.integers(1, 2))
+    head_dims = st.sampled_from([1, 3, 8, 16])
+    return make_problem(
+        batch,
+        num_kv_heads * draw(st.integers(1, 3)),
+        num_kv_heads,
+        draw(st.one_of(st.just(k_len), st.integers(0, k_len))),
+        k_len,
+        draw(head_dims),
+        dtype,
+        draw(layouts(batch, k_len)),
+        draw(st.sampled_from([None, 0.0, -0.5, 1.5])),
+        draw(st.booleans()),
+        draw(st.integers(0, 2**16)),
+    )
+
+
+class Recorder(TorchDispatchMode):
+    """The operators that ran, and the number of elements of the largest tensor they made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.operators: list[str] = []
+        self.largest = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        self.operators.append(str(func))
+        for tensor in torch.utils._pytree.tree_leaves(result):
+            if isinstance(tensor, Tensor):
+                self.largest = max(self.largest, tensor.untyped_storage().size())
+        return result
+
+
+@contextmanager
+def refused(error: type[Exception], match: str) -> Iterator[None]:
+    """The call is refused with this error before any matrix product or kernel runs."""
+    with Recorder() as recorder, pytest.raises(error, match=match):
+        yield
+    work = {"mm", "bmm", "native_layer_norm", "exp", "linalg_vector_norm"}
+    ran = [op.split(".")[:2] for op in recorder.operators]
+    assert not [op for op in ran if op[0] == "cogview_kernels" or op[1] in work]
