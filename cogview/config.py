@@ -56,6 +56,8 @@ class ModelConfig:
     norm: Literal["sandwich", "pre"] = "sandwich"
     relax: Literal["row", "tensor", "none"] = "row"  # PB-relax LayerNorm: maximum by row or (released weights) tensor
     layernorm_eps: float = 1e-5
+    init_std: float = 0.02  # of the weights at the start
+    sandwich_init: float = 1.0  # of the norms after the branches: less lets the embeddings through in a small model
     attention: Literal["three_region", "dense"] = "three_region"
     query_window: int = 128  # block size of the local window, in tokens
     key_window_times: int = 6  # blocks in the window, the query's own included
@@ -67,6 +69,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         for name in ("num_layers", "hidden_size", "num_heads", "max_positions", "query_window", "key_window_times"):
             _expect(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
+        _expect("model.init_std", self.init_std, self.init_std > 0, "more than 0")
+        _expect("model.sandwich_init", self.sandwich_init, self.sandwich_init > 0, "more than 0")
         divides = self.hidden_size % self.num_heads == 0
         _expect("model.hidden_size", self.hidden_size, divides, f"a multiple of num_heads = {self.num_heads}")
         _expect("model.num_pivots", self.num_pivots, self.num_pivots >= 0, "0 or more")
@@ -231,7 +235,12 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
     return merged
 
 
+def to_yaml(config: Config) -> str:
+    """All settings as YAML, as `load_config` reads them."""
+    return OmegaConf.to_yaml(OmegaConf.structured(config))
+
+
 def save_config(config: Config, path: str | os.PathLike[str]) -> None:
-    """Writes all settings as YAML; `load_config` reads them back."""
+    """Writes all settings as YAML."""
     with atomic_write(path) as temporary:
-        OmegaConf.save(OmegaConf.structured(config), temporary)
+        temporary.write_text(to_yaml(config), encoding="utf-8")

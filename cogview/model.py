@@ -7,7 +7,7 @@ Features:
   (or dense causal attention, for comparison)
 - tanh-GELU MLP of four times the width, learned positions, output head tied to the embedding
 - embedding-gradient shrink: `e * a + e.detach() * (1 - a)`
-- initialisation N(0, 0.02), and 0.02 / sqrt(2 L) for the projections that write to the residual stream
+- initialisation N(0, init_std = 0.02), and init_std / sqrt(2 L) for the projections that write to the residual stream
 - decoding with a preallocated key/value cache
 - parameter names and shapes of the released CogView checkpoints
 """
@@ -162,10 +162,15 @@ class GPT(nn.Module):
         self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
         self.transformer = Transformer(config)
         self.dropout = nn.Dropout(config.dropout)
-        self.apply(_init_weights)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")):
-                nn.init.normal_(parameter, std=0.02 / math.sqrt(2 * config.num_layers))
+                nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.num_layers))
+            elif name.endswith(("third_layernorm.weight", "fourth_layernorm.weight")):
+                nn.init.constant_(parameter, config.sandwich_init)
+            elif parameter.ndim == 2:
+                nn.init.normal_(parameter, std=config.init_std)
+            elif "layernorm" not in name:
+                nn.init.zeros_(parameter)
 
     def sample_layouts(
         self, text_len: torch.Tensor, length: int, generator: torch.Generator | None = None
@@ -233,10 +238,3 @@ class GPT(nn.Module):
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Scores of every token id: (..., hidden_size) to (..., vocab_size), with the embedding as the head."""
         return F.linear(z, self.word_embeddings.weight)
-
-
-def _init_weights(module: nn.Module) -> None:
-    if isinstance(module, (nn.Linear, nn.Embedding)):
-        nn.init.normal_(module.weight, std=0.02)
-    if isinstance(module, nn.Linear):
-        nn.init.zeros_(module.bias)
