@@ -139,7 +139,7 @@ def same_dtype_torch(problem: Problem) -> dict[str, Tensor]:
 
 
 def assert_as_accurate_as_torch(problem: Problem, actual: dict[str, Tensor]) -> None:
-    """``err(actual) <= 2 err(same-dtype torch) + atol`` for every result on its own; the truth is the
+    """``err(actual) <= 2 err(same-dtype torch) + atol`` for each result; the truth is the
     reference in float64.
 
     ``atol`` is one rounding of the largest entry and, for dq and dk, of ``delta = sum(dout * out)``
