@@ -274,7 +274,8 @@ def _escape(path: Path) -> str:
     return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
 
 
-setup(
-    ext_modules=[Extension("cogview_kernels._C", sources=[])],
-    cmdclass={"build_ext": NinjaBuild},
-)
+if __name__ == "__main__":
+    setup(
+        ext_modules=[Extension("cogview_kernels._C", sources=[])],
+        cmdclass={"build_ext": NinjaBuild},
+    )

@@ -1,0 +1,182 @@
+"""The build: what it refuses, what it made, and what it linked."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+import cogview_kernels
+from cogview_kernels import extension
+
+ROOT = Path(__file__).resolve().parents[1]
+
+needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+needs_kernels = pytest.mark.skipif(
+    not extension.architectures(), reason="the extension was built without CUDA kernels"
+)
+
+
+@pytest.fixture(scope="module")
+def setup_module() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("project_setup", ROOT / "setup.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["project_setup"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "setup.py", "build_ext", f"--build-lib={folder}/lib"]
+        + [f"--build-temp={folder}/temp"],
+        cwd=ROOT,
+        env=os.environ | variables,
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_with_nvcc_there_are_kernels() -> None:
+    """A skip of the tests below must not hide a build that lost its kernels."""
+    assert bool(extension.architectures()) == (shutil.which("nvcc") is not None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "said"),
+    [
+        ({"COGVIEW_KERNELS_CUDA": "yes"}, "COGVIEW_KERNELS_CUDA: expected auto, 0 or 1, got 'yes'"),
+        (
+            {"COGVIEW_KERNELS_CUDA": "1", "CUDA_HOME": "/nowhere"},
+            "no nvcc under CUDA_HOME=/nowhere",
+        ),
+        ({"CXX": "no-such-compiler", "COGVIEW_KERNELS_CUDA": "0"}, "installing pure Python"),
+    ],
+)
+def test_what_the_build_says(tmp_path: Path, variables: dict[str, str], said: str) -> None:
+    result = build(tmp_path, **variables)
+    assert said in result.stdout + result.stderr
+    assert (result.returncode == 0) == ("CXX" in variables)
+
+
+@needs_nvcc
+@pytest.mark.parametrize(
+    ("architectures", "said"),
+    [("hopper", "got 'hopper'"), ("9.0a;1.0", "does not support 1.0")],
+)
+def test_unknown_architectures(tmp_path: Path, architectures: str, said: str) -> None:
+    result = build(tmp_path, TORCH_CUDA_ARCH_LIST=architectures, COGVIEW_KERNELS_CUDA="1")
+    assert result.returncode != 0
+    assert said in result.stderr
+
+
+PTXAS = """\
+ptxas info    : Compiling entry function '_ZN7cogview4workEv' for 'sm_90a'
+ptxas info    : Function properties for _ZN7cogview4workEv
+    {stack} bytes stack frame, {stores} bytes spill stores, {loads} bytes spill loads
+ptxas info    : Used 64 registers, used 1 barriers, 512 bytes smem, 400 bytes cmem[0]
+"""
+
+
+def test_spills_fail_the_build(setup_module: ModuleType, tmp_path: Path) -> None:
+    log = tmp_path / "work.cu.o.log"
+    log.write_text(PTXAS.format(stack=0, stores=0, loads=0))
+    rows = setup_module.kernel_resources(tmp_path)
+    assert rows[0]["registers"] == 64
+    assert rows[0]["static_smem_bytes"] == 512
+    assert rows[0]["architecture"] == "sm_90a"
+    setup_module.check_resources(tmp_path, rows)
+    log.write_text(PTXAS.format(stack=8, stores=4, loads=0))
+    with pytest.raises(SystemExit, match="work.* spills registers on sm_90a"):
+        setup_module.check_resources(tmp_path, setup_module.kernel_resources(tmp_path))
+    log.write_text("ptxas warning : (C7508) Ignoring setmaxnreg\n")
+    with pytest.raises(SystemExit, match="C7508"):
+        setup_module.check_resources(tmp_path, setup_module.kernel_resources(tmp_path))
+
+
+@needs_kernels
+def test_every_kernel_on_every_architecture_without_spills() -> None:
+    rows = extension.kernel_resources()
+    machine_code = {
+        "sm_" + name.removesuffix("+PTX").replace(".", "") for name in extension.architectures()
+    }
+    by_kernel: dict[str, set[str]] = {}
+    for row in rows:
+        by_kernel.setdefault(row["kernel"], set()).add(row["architecture"])
+        assert row["spill_store_bytes"] == row["spill_load_bytes"] == row["stack_bytes"] == 0, row
+    assert all(found == machine_code for found in by_kernel.values()), by_kernel
+    names = " ".join(by_kernel)
+    for kernel in ("forward_kernel", "forward_any_kernel", "backward_kernel", "backward_reduce"):
+        assert f"pb_relax_layer_norm_{kernel}" in names
+
+
+@needs_kernels
+def test_links_to_any_torch() -> None:
+    """The stream's symbol is weak, for CPU builds of torch have no such library, and libtorch.so
+    is needed, for otherwise the weak symbol is never looked up."""
+    module = Path(extension._C.__file__)
+    needed = subprocess.run(["readelf", "-d", module], capture_output=True, text=True, check=True)
+    assert "Shared library: [libtorch.so]" in needed.stdout
+    assert "libtorch_cuda" not in needed.stdout
+    assert "libcuda.so" not in needed.stdout
+    symbols = subprocess.run(["nm", "-D", module], capture_output=True, text=True, check=True)
+    assert " w aoti_torch_get_current_cuda_stream" in symbols.stdout
+    undefined = [line for line in symbols.stdout.splitlines() if " U " in line]
+    assert not any("c10" in line or "2at" in line for line in undefined), "not the stable ABI"
+
+
+@needs_kernels
+def test_cuda_operators_refuse_cpu_tensors() -> None:
+    x = torch.randn(2, 8)
+    statistics = [torch.empty(2), torch.empty(2)]
+    with pytest.raises(NotImplementedError, match="pb_relax_layer_norm_forward_out"):
+        torch.ops.cogview_kernels.pb_relax_layer_norm_forward_out(
+            x, None, None, None, 1e-5, 1, torch.empty_like(x), *statistics
+        )
+
+
+def test_kernels_do_not_see_torch() -> None:
+    """A torch header costs a minute of compilation for each `.cu` file."""
+    for path in (ROOT / "csrc").rglob("*"):
+        if path.suffix in (".cu", ".cuh", ".h"):
+            assert "#include <torch" not in path.read_text(), path
+
+
+def test_report() -> None:
+    result = subprocess.run(
+        [sys.executable, "-m", "cogview_kernels"], capture_output=True, text=True, check=True
+    )
+    assert cogview_kernels.__version__ in result.stdout
+    assert torch.__version__ in result.stdout
+    for architecture in extension.architectures():
+        assert architecture in result.stdout
+    reason = extension.why_not_usable()
+    assert ("usable" if reason is None else reason) in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("architecture", "device", "runs"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),
+        ("8.0", (9, 0), False),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (10, 0), False),
+        ("10.0", (10, 3), True),
+        ("12.0+PTX", (12, 1), True),
+        ("12.0+PTX", (13, 0), True),
+        ("12.0", (13, 0), False),
+        ("12.0+PTX", (9, 0), False),
+    ],
+)
+def test_what_runs_where(architecture: str, device: tuple[int, int], runs: bool) -> None:
+    assert extension._runs_on(architecture, *device) is runs
