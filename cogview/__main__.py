@@ -1,4 +1,14 @@
-from cogview.cli import main
+"""The command `cogview`, also as `python -m cogview`."""
+
+try:
+    from cogview.cli import main
+except ModuleNotFoundError as error:
+    if error.name is None or error.name.partition(".")[0] in ("cogview", "cogview_kernels"):
+        raise
+    raise SystemExit(
+        f"cogview: {error.name} is not installed; the model needs more packages than the kernels: "
+        "pip install 'cogview-kernels[cogview]'"
+    ) from None
 
 if __name__ == "__main__":
     raise SystemExit(main())

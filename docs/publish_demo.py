@@ -68,7 +68,7 @@ def table(metrics: dict[str, Any]) -> str:
     lines.append("| chance | 10.0% | 0.01% |")
     attention, seconds = metrics["attention"], sum(metrics["seconds"].values())
     said = (
-        f"{metrics['num_drawings']} held-out captions of four digits, each read back by a classifier",
+        f"{metrics['num_drawings']} held-out captions of four digits, read back by a classifier",
         "that was trained on other handwriting. A query attends to",
         f"{attention['attended_fraction']:.0%} of its causal keys, and to at most",
         f"{attention['longest_list_fraction']:.0%} of the sequence.",
