@@ -94,19 +94,17 @@ def three_region_attention(
     Source: CogView, arXiv 2105.13290.
     """
     check_choice("backend", backend, BACKENDS)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
+    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
     softmax_scale = _check_inputs(q, k, v, layout, softmax_scale)
-    device = q.device.type
-    autocast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if autocast and q.dtype != torch.float64:
-        dtype = torch.get_autocast_dtype(device)
-        q, k, v = q.to(dtype), k.to(dtype), v.to(dtype)
 
     if backend in ("cuda", "host_model"):
         raise KernelUnavailable(f"backend={backend!r}: {_WHY_NO_KERNEL}")
     if backend == "reference":
         out, lse = reference.three_region_attention(q, k, v, layout, softmax_scale)
     else:
-        if backend == "auto" and device == "cuda":
+        if backend == "auto" and q.device.type == "cuda":
             warn_once(f"using backend='portable': {_WHY_NO_KERNEL}")
         text_len, pivot_idx = layout.tensors(q.shape[0], q.device)
         out, lse = torch.ops.cogview_kernels.three_region_attention_portable(
@@ -124,10 +122,20 @@ def three_region_attention(
     return (out, lse) if return_lse else out
 
 
-def _check_inputs(q: Any, k: Any, v: Any, layout: Any, softmax_scale: float | None) -> float:
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of an enabled autocast, which leaves float64 alone."""
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not enabled or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, layout: Any, softmax_scale: float | None
+) -> float:
     """Check everything before any work; the softmax scale to use."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, tensor)
         if tensor.ndim != 4:
             shape = "(B, H, Sq, D)" if name == "q" else "(B, G, Sk, D)"
             raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")

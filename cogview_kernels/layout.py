@@ -74,8 +74,8 @@ class ThreeRegionLayout:
                         f"text_len: expected device {self.pivot_idx.device} as pivot_idx, "
                         f"got {self.text_len.device}"
                     )
-                sizes = {self.text_len.shape[0], self.pivot_idx.shape[0]} - {1}
-                if len(sizes) > 1:
+                sizes = self.text_len.shape[0], self.pivot_idx.shape[0]
+                if 1 not in sizes and sizes[0] != sizes[1]:
                     raise ValueError(
                         f"text_len: expected ({self.pivot_idx.shape[0]},) to match the batch of "
                         f"pivot_idx, got {tuple(self.text_len.shape)}"

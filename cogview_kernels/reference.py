@@ -53,8 +53,8 @@ def visible_matmul(left: Tensor, visible: Tensor, right: Tensor) -> Tensor:
         plus = positive @ plus_inf + negative @ minus_inf > 0
         minus = positive @ minus_inf + negative @ plus_inf > 0
         nan = visible.to(kind) @ right.isnan().to(kind) > 0
-        nan |= (visible & (left == 0)).to(kind) @ (plus_inf + minus_inf) > 0
-        nan |= plus & minus
+        nan = nan | ((visible & (left == 0)).to(kind) @ (plus_inf + minus_inf) > 0)
+        nan = nan | (plus & minus)
     product = torch.where(plus, float("inf"), torch.where(minus, float("-inf"), product))
     return product.masked_fill(nan, float("nan"))
 
