@@ -1,8 +1,9 @@
 """Checkpoints of a training run: one file a checkpoint, whole or not there.
 
-A checkpoint is a dictionary of tensors and plain values, with the model's weights under "model" and the step under
-"step". It is written to a temporary file and renamed, so a crash, `kill -9` or a full disk leaves the earlier ones
-untouched; checksums tell a damaged file from a good one when it is read.
+A checkpoint is a dictionary of tensors and plain values, with the model's weights under "model" and
+the step under "step". It is written to a temporary file and renamed, so a crash, `kill -9` or a
+full disk leaves the earlier ones untouched; checksums tell a damaged file from a good one when it
+is read.
 """
 
 from __future__ import annotations
@@ -30,15 +31,18 @@ def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
     """The checkpoints in a folder, the newest first; none if there is no such folder."""
-    found = [path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d{8,}", path.stem)]
+    found = [
+        path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d{8,}", path.stem)
+    ]
     return sorted(found, key=lambda path: int(path.stem.removeprefix("step_")), reverse=True)
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes `state` to `path`; a file that is there already is replaced only by a complete new one.
+    """Writes `state` to `path`, which holds the old file or the new one at any time.
 
     Raises:
-        ValueError: a weight under "model" is NaN or infinite, which would replace a good checkpoint by a useless one.
+        ValueError: a weight under "model" is NaN or infinite, which would replace a good checkpoint
+            by a useless one.
         OSError: it cannot be written; what was there before is intact.
     """
     _check_finite(state["model"], path)
@@ -51,7 +55,8 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is truncated, damaged or no checkpoint of this program, or a weight is NaN or infinite.
+        ValueError: the file is truncated, damaged or no checkpoint of this program, or a weight is
+            NaN or infinite.
     """
     path = Path(path)
     if not path.is_file():
@@ -62,16 +67,28 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (zipfile.BadZipFile, pickle.UnpicklingError, RuntimeError, EOFError, KeyError, ValueError) as error:
-        raise ValueError(f"{path}: truncated or damaged checkpoint: {str(error).splitlines()[0]}") from error
+    except (
+        zipfile.BadZipFile,
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        KeyError,
+        ValueError,
+    ) as error:
+        raise ValueError(
+            f"{path}: truncated or damaged checkpoint: {str(error).splitlines()[0]}"
+        ) from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
-        raise ValueError(f"{path}: expected a checkpoint of format {FORMAT}, got another kind of file")
+        raise ValueError(
+            f"{path}: expected a checkpoint of format {FORMAT}, got another kind of file"
+        )
     _check_finite(state["model"], path)
     return state
 
 
 def load_latest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Reads the newest checkpoint of a folder that can be read, with a warning for each one that cannot.
+    """Reads the newest checkpoint of a folder that can be read, with a warning for each one that
+    cannot.
 
     Returns:
         the checkpoint, or None if the folder has none.
@@ -86,7 +103,10 @@ def load_latest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         except ValueError as error:
             warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
     if paths:
-        raise ValueError(f"{folder}: none of the {len(paths)} checkpoints can be read; move them away to start afresh")
+        raise ValueError(
+            f"{folder}: none of the {len(paths)} checkpoints can be read; move them away to start "
+            "afresh"
+        )
     return None
 
 
@@ -103,7 +123,8 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
         source: where they come from, for messages.
 
     Raises:
-        ValueError: missing or unknown names, or different shapes; the message lists them, and nothing is copied.
+        ValueError: missing or unknown names, or different shapes; the message lists them, and
+            nothing is copied.
     """
     own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in weights]
@@ -115,7 +136,9 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
     ]
     if problems:
         more = f" and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise ValueError(f"{source}: the weights do not fit the model: {'; '.join(problems[:5])}{more}")
+        raise ValueError(
+            f"{source}: the weights do not fit the model: {'; '.join(problems[:5])}{more}"
+        )
     model.load_state_dict(weights)
 
 

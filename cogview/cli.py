@@ -32,7 +32,7 @@ To see it work, without any data of your own (minutes on two CPU cores):
   cogview demo --out results/demo
   cogview sample --run results/demo "a seven and a three above a two and a nine"
 
-With a folder of your own images, and a file captions.tsv in it (one line an image: file name, tab, caption):
+With a folder of your own images, and captions.tsv in it (file name, tab, caption):
 
   cogview train-text-tokenizer  --run runs/mine --data photos --preset small
   cogview train-image-tokenizer --run runs/mine --data photos
@@ -40,9 +40,10 @@ With a folder of your own images, and a file captions.tsv in it (one line an ima
   cogview train                 --run runs/mine
   cogview sample                --run runs/mine "a red bird on a branch" --num 4
 
-Everything that belongs to a model is kept in its run folder. Each command starts from the settings there; those of a
-new folder come from a preset. `--set key=value` changes one, for example --set training.steps=500 model.num_layers=6.
-Training that was interrupted goes on where it was when the same command is given again.
+Everything that belongs to a model is kept in its run folder. Each command starts from the settings
+there; those of a new folder come from a preset. `--set key=value` changes one, for example --set
+training.steps=500 model.num_layers=6. Training that was interrupted goes on where it was when the
+same command is given again.
 """
 
 
@@ -50,10 +51,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        the exit code: 0, 2 for an error of the user or the system (one line on standard error), 130 for Ctrl-C.
+        the exit code: 0, 2 for an error of the user or the system (one line on standard error), 130
+            for Ctrl-C.
     """
     args = _parser().parse_args(arguments)
-    warnings.showwarning = _show_warning
+    warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         args.run_command(args)
     except (ValueError, TypeError, OSError, FloatingPointError) as error:
@@ -62,7 +64,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"cogview: error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print("\ncogview: stopped; what was saved stays, and the same command goes on from there", file=sys.stderr)
+        print(
+            "\ncogview: stopped; what was saved stays, and the same command goes on from there",
+            file=sys.stderr,
+        )
         return 130
     return 0
 
@@ -73,47 +78,107 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
     common = argparse.ArgumentParser(add_help=False)
-    common.add_argument("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings")
+    common.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="change settings"
+    )
     common.add_argument("--quiet", action="store_true", help="no progress bars")
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     run = argparse.ArgumentParser(add_help=False)
-    run.add_argument("--run", required=True, metavar="FOLDER", type=RunFolder, help="the run folder of the model")
+    run.add_argument(
+        "--run", required=True, metavar="FOLDER", type=RunFolder, help="the run folder of the model"
+    )
     preset = argparse.ArgumentParser(add_help=False)
-    preset.add_argument("--preset", metavar="NAME", help="settings of a new run folder: a preset or a YAML file")
+    preset.add_argument(
+        "--preset", metavar="NAME", help="settings of a new run folder: a preset or a YAML file"
+    )
     data = argparse.ArgumentParser(add_help=False)
     data.add_argument(
-        "--data", required=True, metavar="FOLDER", help="images, and captions.tsv, .csv or .jsonl with path and caption"
+        "--data",
+        required=True,
+        metavar="FOLDER",
+        help="images, and captions.tsv, .csv or .jsonl with path and caption",
     )
-    data.add_argument("--skip-bad", action="store_true", help="leave out images and captions that cannot be read")
+    data.add_argument(
+        "--skip-bad", action="store_true", help="leave out images and captions that cannot be read"
+    )
 
-    def add(name: str, function: object, help: str, *parents: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    def add(
+        name: str, function: object, help: str, *parents: argparse.ArgumentParser
+    ) -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=help, description=help, parents=[*parents, common])
         command.set_defaults(run_command=function)
         return command
 
-    command = add("demo", _demo, "train on handwritten digits, draw captions, and measure how many digits are right")
-    command.add_argument("--out", default="results/demo", metavar="FOLDER", help="where the results go (%(default)s)")
-    command.add_argument("--preset", default="digits", metavar="NAME", help="preset or YAML file (%(default)s)")
+    command = add(
+        "demo",
+        _demo,
+        "train on handwritten digits, draw captions, and measure how many digits are right",
+    )
+    command.add_argument(
+        "--out", default="results/demo", metavar="FOLDER", help="where the results go (%(default)s)"
+    )
+    command.add_argument(
+        "--preset", default="digits", metavar="NAME", help="preset or YAML file (%(default)s)"
+    )
 
-    add("train-text-tokenizer", _train_text_tokenizer, "train the SentencePiece model on captions", run, data, preset)
-    add("train-image-tokenizer", _train_image_tokenizer, "train the VQVAE on images", run, data, preset)
-    add("encode", _encode, "turn images and captions into tokens, with the two tokenizers", run, data)
+    add(
+        "train-text-tokenizer",
+        _train_text_tokenizer,
+        "train the SentencePiece model on captions",
+        run,
+        data,
+        preset,
+    )
+    add(
+        "train-image-tokenizer",
+        _train_image_tokenizer,
+        "train the VQVAE on images",
+        run,
+        data,
+        preset,
+    )
+    add(
+        "encode",
+        _encode,
+        "turn images and captions into tokens, with the two tokenizers",
+        run,
+        data,
+    )
     add("train", _train, "train the transformer on the tokens, or go on training it", run)
 
     command = add("sample", _sample, "draw images from captions", run)
     command.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
     command.add_argument("--file", type=Path, help="captions from a text file, one a line")
     command.add_argument("--num", type=int, default=1, help="images for each caption (%(default)s)")
-    command.add_argument("--seed", type=int, default=0, help="another seed, other images (%(default)s)")
-    command.add_argument("--image", type=Path, help="complete this image: its upper rows of codes are kept")
-    command.add_argument("--keep", type=int, metavar="N", help="codes to keep of --image (default: half of them)")
-    command.add_argument("--out", type=Path, metavar="FOLDER", help="where the images go (default: RUN/samples)")
+    command.add_argument(
+        "--seed", type=int, default=0, help="another seed, other images (%(default)s)"
+    )
+    command.add_argument(
+        "--image", type=Path, help="complete this image: its upper rows of codes are kept"
+    )
+    command.add_argument(
+        "--keep", type=int, metavar="N", help="codes to keep of --image (default: half of them)"
+    )
+    command.add_argument(
+        "--out", type=Path, metavar="FOLDER", help="where the images go (default: RUN/samples)"
+    )
 
-    command = add("caption", _caption, "write captions, with a model trained with training.task=captioning", run)
+    command = add(
+        "caption",
+        _caption,
+        "write captions, with a model trained with training.task=captioning",
+        run,
+    )
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
-    command.add_argument("--seed", type=int, default=0, help="another seed, other captions (%(default)s)")
+    command.add_argument(
+        "--seed", type=int, default=0, help="another seed, other captions (%(default)s)"
+    )
 
-    command = add("info", _info, "list the presets, or show the settings of a preset, a YAML file or a run folder")
+    command = add(
+        "info",
+        _info,
+        "list the presets, or show the settings of a preset, a YAML file or a run folder",
+    )
     command.add_argument("name", nargs="?", metavar="NAME", help="preset, YAML file or run folder")
     return parser
 
@@ -164,7 +229,11 @@ def _encode(args: argparse.Namespace) -> None:
     )
     data.save(args.run.tokens)
     clipped = sum(len(data[i][0]) > config.max_text_len for i in range(len(data)))
-    note = f" ({clipped} captions are longer than {config.max_text_len} pieces and will be clipped)" if clipped else ""
+    note = (
+        f" ({clipped} captions are longer than {config.max_text_len} pieces and will be clipped)"
+        if clipped
+        else ""
+    )
     print(f"{len(data)} pairs{note}: {args.run.tokens}")
 
 
@@ -177,7 +246,8 @@ def _train(args: argparse.Namespace) -> None:
     trainer.run()
     losses = trainer.evaluate()
     print(
-        f"step {trainer.step}, held-out loss: image {losses['image_loss']:.4f}, text {losses['text_loss']:.4f} "
+        f"step {trainer.step}, held-out loss: image {losses['image_loss']:.4f}, text "
+        f"{losses['text_loss']:.4f} "
         f"nats per token: {args.run.checkpoints}"
     )
 
@@ -186,7 +256,9 @@ def _sample(args: argparse.Namespace) -> None:
     config = _run_config(args, keep=False)
     captions = list(args.captions)
     if args.file is not None:
-        captions += [line for line in args.file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        captions += [
+            line for line in args.file.read_text(encoding="utf-8").splitlines() if line.strip()
+        ]
     if not captions:
         raise ValueError("captions: expected at least one, on the command line or with --file")
     if args.num < 1:
@@ -199,7 +271,9 @@ def _sample(args: argparse.Namespace) -> None:
         keep = config.num_codes // 2 if args.keep is None else args.keep
         if not 0 <= keep <= config.num_codes:
             raise ValueError(f"--keep: expected 0 to {config.num_codes} codes, got {keep}")
-        beginnings = [_codes(image_tokenizer, [args.image]).flatten()[:keep].tolist()] * len(captions)
+        beginnings = [_codes(image_tokenizer, [args.image]).flatten()[:keep].tolist()] * len(
+            captions
+        )
     elif args.keep is not None:
         raise ValueError("--keep: expected together with --image")
     model = _model(args.run, config)
@@ -216,10 +290,14 @@ def _sample(args: argparse.Namespace) -> None:
 def _caption(args: argparse.Namespace) -> None:
     config = _run_config(args, keep=False)
     if config.training.task != "captioning":
-        raise ValueError(f"training.task: expected captioning to write captions, got {config.training.task}")
+        raise ValueError(
+            f"training.task: expected captioning to write captions, got {config.training.task}"
+        )
     text_tokenizer, image_tokenizer = _tokenizers(args.run, config)
     codes = _codes(image_tokenizer, args.images)
-    for path, pieces in zip(args.images, write_captions(_model(args.run, config), config, codes, args.seed), strict=True):
+    for path, pieces in zip(
+        args.images, write_captions(_model(args.run, config), config, codes, args.seed), strict=True
+    ):
         print(f"{path}\t{text_tokenizer.decode(pieces)}")
 
 
@@ -231,23 +309,33 @@ def _info(args: argparse.Namespace) -> None:
             model, image = config.model, config.image_tokenizer
             print(
                 f"{name:<12}{_num_parameters(config):>15,}{model.num_layers:>8}{model.hidden_size:>8}{model.num_heads:>7}"
-                f"   {image.image_size}x{image.image_size} pixels, {image.code_size}x{image.code_size} codes"
+                f"   {image.image_size}x{image.image_size} pixels, "
+                f"{image.code_size}x{image.code_size} codes"
             )
         return
     in_folder = RunFolder(args.name).config
     config = load_config(in_folder if in_folder.is_file() else args.name, args.set)
-    print(f"# {_num_parameters(config):,} parameters, vocabulary of {config.vocabulary.padded_size}")
+    print(
+        f"# {_num_parameters(config):,} parameters, vocabulary of {config.vocabulary.padded_size}"
+    )
     print(to_yaml(config), end="")
 
 
 def _run_config(args: argparse.Namespace, keep: bool = True) -> Config:
-    """The settings of the run folder, or of the preset for a new one, with the changes; `keep` saves them there."""
+    """The settings of the run folder, or of the preset for a new one, with the changes of --set.
+
+    `keep` saves them in the run folder.
+    """
     preset = getattr(args, "preset", None)
     if args.run.config.is_file():
         if preset is not None:
-            raise ValueError(f"--preset: {args.run.config} holds the settings already; change them with --set")
+            raise ValueError(
+                f"--preset: {args.run.config} holds the settings already; change them with --set"
+            )
     elif preset is None:
-        raise ValueError(f"{args.run.path}: no config.yaml in it; a new run begins with a tokenizer and --preset")
+        raise ValueError(
+            f"{args.run.path}: no config.yaml in it; a new run begins with a tokenizer and --preset"
+        )
     config = load_config(args.run.config if preset is None else preset, args.set)
     if keep and (preset is not None or args.set):
         save_config(config, args.run.config)
@@ -256,7 +344,9 @@ def _run_config(args: argparse.Namespace, keep: bool = True) -> Config:
 
 def _images(args: argparse.Namespace, config: Config) -> CaptionedImages:
     size, channels = config.image_tokenizer.image_size, config.image_tokenizer.channels
-    return CaptionedImages(args.data, size, channels, skip_bad=args.skip_bad, progress=not args.quiet)
+    return CaptionedImages(
+        args.data, size, channels, skip_bad=args.skip_bad, progress=not args.quiet
+    )
 
 
 def _tokenizers(run: RunFolder, config: Config) -> tuple[TextTokenizer, ImageTokenizer]:
@@ -269,7 +359,8 @@ def _tokenizers(run: RunFolder, config: Config) -> tuple[TextTokenizer, ImageTok
     ):
         if have != expected:
             raise ValueError(
-                f"{run.path}: the settings say {expected} {what}, the tokenizer has {have}; train it again, or set it back"
+                f"{run.path}: the settings say {expected} {what}, the tokenizer has {have}; train "
+                "it again, or set it back"
             )
     return text_tokenizer, image_tokenizer
 

@@ -28,7 +28,9 @@ PRESETS = Path(__file__).parent / "presets"
 class TextTokenizerConfig:
     vocab_size: int = 50000  # SentencePiece pieces
     model_type: Literal["unigram", "bpe"] = "unigram"  # of SentencePiece
-    character_coverage: float = 0.9995  # share of the corpus's characters that get a piece of their own
+    character_coverage: float = (
+        0.9995  # share of the corpus's characters that get a piece of their own
+    )
 
     def __post_init__(self) -> None:
         _expect("text_tokenizer.vocab_size", self.vocab_size, self.vocab_size >= 1, "1 or more")
@@ -43,7 +45,12 @@ class ImageTrainingConfig:
     def __post_init__(self) -> None:
         _expect("image_training.steps", self.steps, self.steps >= 1, "1 or more")
         _expect("image_training.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
-        _expect("image_training.learning_rate", self.learning_rate, self.learning_rate > 0, "more than 0")
+        _expect(
+            "image_training.learning_rate",
+            self.learning_rate,
+            self.learning_rate > 0,
+            "more than 0",
+        )
 
 
 @dataclass
@@ -54,28 +61,53 @@ class ModelConfig:
     max_positions: int = 1089  # learned positions; a sequence has at most as many
     dropout: float = 0.1  # of the embeddings and of each branch
     norm: Literal["sandwich", "pre"] = "sandwich"
-    relax: Literal["row", "tensor", "none"] = "row"  # PB-relax LayerNorm: maximum by row or (released weights) tensor
+    relax: Literal["row", "tensor", "none"] = (
+        "row"  # PB-relax LayerNorm: maximum by row or (released weights) tensor
+    )
     layernorm_eps: float = 1e-5
     init_std: float = 0.02  # of the weights at the start
-    sandwich_init: float = 1.0  # of the norms after the branches: less lets the embeddings through in a small model
+    sandwich_init: float = (
+        1.0  # of the norms after the branches: less lets the embeddings through in a small model
+    )
     attention: Literal["three_region", "dense"] = "three_region"
     query_window: int = 128  # block size of the local window, in tokens
     key_window_times: int = 6  # blocks in the window, the query's own included
     num_pivots: int = 768  # random image positions that every query may see, per layer and step
-    pivot_bias: Literal["none", "cogview"] = "none"  # cogview: log(S // num_pivots) on text and pivots, in training
+    pivot_bias: Literal["none", "cogview"] = (
+        "none"  # cogview: log(S // num_pivots) on text and pivots, in training
+    )
     embedding_gradient_scale: float = 0.1  # shrink of the embedding's gradient; 1 turns it off
-    activation_checkpointing: bool = False  # recompute each layer in the backward: less memory, more time
+    activation_checkpointing: bool = (
+        False  # recompute each layer in the backward: less memory, more time
+    )
 
     def __post_init__(self) -> None:
-        for name in ("num_layers", "hidden_size", "num_heads", "max_positions", "query_window", "key_window_times"):
+        for name in (
+            "num_layers",
+            "hidden_size",
+            "num_heads",
+            "max_positions",
+            "query_window",
+            "key_window_times",
+        ):
             _expect(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
         _expect("model.init_std", self.init_std, self.init_std > 0, "more than 0")
         _expect("model.sandwich_init", self.sandwich_init, self.sandwich_init > 0, "more than 0")
         divides = self.hidden_size % self.num_heads == 0
-        _expect("model.hidden_size", self.hidden_size, divides, f"a multiple of num_heads = {self.num_heads}")
+        _expect(
+            "model.hidden_size",
+            self.hidden_size,
+            divides,
+            f"a multiple of num_heads = {self.num_heads}",
+        )
         _expect("model.num_pivots", self.num_pivots, self.num_pivots >= 0, "0 or more")
         biased = self.pivot_bias == "cogview"
-        _expect("model.num_pivots", self.num_pivots, not biased or self.num_pivots >= 1, "1 or more with pivot_bias")
+        _expect(
+            "model.num_pivots",
+            self.num_pivots,
+            not biased or self.num_pivots >= 1,
+            "1 or more with pivot_bias",
+        )
         _expect("model.dropout", self.dropout, 0 <= self.dropout < 1, "0 or more, and less than 1")
         scale = self.embedding_gradient_scale
         _expect("model.embedding_gradient_scale", scale, 0 <= scale <= 1, "0 to 1")
@@ -86,7 +118,9 @@ class TrainingConfig:
     task: Literal["text_to_image", "captioning"] = "text_to_image"
     steps: int = 144_000
     batch_size: int = 6144  # sequences a step
-    micro_batch_size: int = 0  # sequences a pass, whose gradients are summed to a step; 0: all in one pass
+    micro_batch_size: int = (
+        0  # sequences a pass, whose gradients are summed to a step; 0: all in one pass
+    )
     learning_rate: float = 3e-4  # at the end of the warm-up
     final_learning_rate: float = 3e-5  # at the end of the cosine
     warmup_steps: int = 2880
@@ -99,12 +133,27 @@ class TrainingConfig:
     eval_examples: int = 512  # at most, for one measurement
     save_every: int = 1000  # steps between checkpoints
     keep_checkpoints: int = 3  # older ones are deleted
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # auto: bfloat16 on CUDA, else float32
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = (
+        "auto"  # auto: bfloat16 on CUDA, else float32
+    )
 
     def __post_init__(self) -> None:
-        for name in ("steps", "batch_size", "eval_every", "eval_examples", "save_every", "keep_checkpoints"):
+        for name in (
+            "steps",
+            "batch_size",
+            "eval_every",
+            "eval_examples",
+            "save_every",
+            "keep_checkpoints",
+        ):
             _expect(f"training.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in ("warmup_steps", "micro_batch_size", "final_learning_rate", "weight_decay", "text_weight"):
+        for name in (
+            "warmup_steps",
+            "micro_batch_size",
+            "final_learning_rate",
+            "weight_decay",
+            "text_weight",
+        ):
             _expect(f"training.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         for name in ("learning_rate", "clip_grad_norm", "image_weight"):
             _expect(f"training.{name}", getattr(self, name), getattr(self, name) > 0, "more than 0")
@@ -120,7 +169,9 @@ class SamplingConfig:
     batch_size: int = 16  # sequences drawn at a time
 
     def __post_init__(self) -> None:
-        _expect("sampling.temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more")
+        _expect(
+            "sampling.temperature", self.temperature, 0 <= self.temperature < math.inf, "0 or more"
+        )
         _expect("sampling.top_k", self.top_k, self.top_k >= 0, "0 or more")
         _expect("sampling.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
         _expect("sampling.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
@@ -141,7 +192,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _expect("seed", self.seed, self.seed >= 0, "0 or more")
-        needed = f"at least {self.num_codes + 5} ({self.num_codes} image codes, 4 command tokens, and text)"
+        codes = self.num_codes
+        needed = f"at least {codes + 5} ({codes} image codes, 4 command tokens, and text)"
         _expect("model.max_positions", self.model.max_positions, self.max_text_len >= 1, needed)
 
     @property
@@ -155,7 +207,7 @@ class Config:
 
     @property
     def max_text_len(self) -> int:
-        """Text pieces that fit beside an image and its four command tokens; longer captions are clipped."""
+        """Text pieces that fit beside an image and its commands; longer captions are clipped."""
         return self.model.max_positions - self.num_codes - 4
 
 
@@ -179,20 +231,24 @@ def _expect(name: str, value: Any, condition: bool, expected: str) -> None:
 
 def preset_names() -> list[str]:
     """Names of the presets, the smallest model first."""
-    return sorted((path.stem for path in PRESETS.glob("*.yaml")), key=lambda name: load_config(name).model.hidden_size)
+    return sorted(
+        (path.stem for path in PRESETS.glob("*.yaml")),
+        key=lambda name: load_config(name).model.hidden_size,
+    )
 
 
 def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Config:
     """Reads a preset or a YAML file, and applies overrides.
 
     Args:
-        source: name of a preset (`digits`, ..., `cogview-4b`) or path of a YAML file; what it leaves out has the
-            default of the dataclass.
+        source: name of a preset (`digits`, ..., `cogview-4b`) or path of a YAML file; what it
+            leaves out has the default of the dataclass.
         overrides: such as `["training.steps=500", "model.attention=dense"]`.
 
     Raises:
         FileNotFoundError: neither a preset nor a file.
-        ValueError: not YAML, an unknown key, a wrong type, or a value out of range; the message names the key.
+        ValueError: not YAML, an unknown key, a wrong type, or a value out of range; the message
+            names the key.
     """
     path = PRESETS / f"{source}.yaml"
     if not path.is_file():
@@ -227,7 +283,9 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
     except ConfigKeyError as error:
         parent, _, key = str(error.full_key).rpartition(".")
         known = ", ".join(OmegaConf.select(config, parent) if parent else config)
-        raise ValueError(f"{where}: unknown key {key!r} in {parent or 'the settings'}; known: {known}") from None
+        raise ValueError(
+            f"{where}: unknown key {key!r} in {parent or 'the settings'}; known: {known}"
+        ) from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{where}: {key}{str(error).splitlines()[0]}") from None

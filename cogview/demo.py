@@ -1,8 +1,10 @@
-"""The main job, whole: handwriting to tokenizers to transformer to drawings of captions nobody has drawn before.
+"""The main job, whole: handwriting to tokenizers to transformer to drawings of captions nobody has
+drawn before.
 
-Real handwritten digits are composed to scenes with captions. A text tokenizer, an image tokenizer and the GPT are
-trained on them; then the GPT draws captions whose combination of digits it has never seen, and a classifier, trained on
-handwriting that no other part has seen, reads the digits back.
+Real handwritten digits are composed to scenes with captions. A text tokenizer, an image tokenizer
+and the GPT are trained on them; then the GPT draws captions whose combination of digits it has
+never seen, and a classifier, trained on handwriting that no other part has seen, reads the digits
+back.
 """
 
 from __future__ import annotations
@@ -16,7 +18,6 @@ from typing import Any
 
 import torch
 
-import cogview_kernels as ck
 from cogview.checkpoint import prune_checkpoints
 from cogview.config import Config, RunFolder, save_config
 from cogview.data import TokenDataset
@@ -44,15 +45,18 @@ UNITS = {
 }
 
 
-def run_demo(config: Config, folder: str | os.PathLike[str], progress: bool = True) -> dict[str, Any]:
+def run_demo(
+    config: Config, folder: str | os.PathLike[str], progress: bool = True
+) -> dict[str, Any]:
     """Trains everything, draws held-out captions, reads them back, and writes it all to `folder`.
 
-    An earlier demonstration in the same folder is replaced; `cogview sample --run FOLDER` draws more with the result.
+    An earlier demonstration in the same folder is replaced; `cogview sample --run FOLDER` draws
+    more with the result.
 
     Args:
         config: such as the preset `digits`.
-        folder: gets samples.png, reconstructions.png, curves.png, metrics.json, config.yaml, the tokenizers and the
-            checkpoints.
+        folder: gets samples.png, reconstructions.png, curves.png, metrics.json, config.yaml, the
+            tokenizers and the checkpoints.
         progress: show progress bars, where standard error is a terminal.
 
     Returns:
@@ -159,8 +163,9 @@ def attention_sparsity(config: Config, trainer: Trainer, data: TokenDataset) -> 
     """How much of a whole sequence the attention looks at.
 
     Returns:
-        `attended_fraction`: keys attended over keys a causal attention would attend, all rows together; and
-        `longest_list_fraction`: keys of the row that attends most, over the length of the sequence.
+        `attended_fraction`: keys attended over keys a causal attention would attend, all rows
+        together; and `longest_list_fraction`: keys of the row that attends most, over the length of
+        the sequence.
     """
     batch = trainer._batch(data, torch.arange(min(8, len(data))).numpy())
     size, length = batch.tokens.shape
@@ -170,26 +175,34 @@ def attention_sparsity(config: Config, trainer: Trainer, data: TokenDataset) -> 
         return {"attended_fraction": 1.0, "longest_list_fraction": 1.0}
     keys = layout.dense_mask(size, length, length).sum(-1)
     causal = size * length * (length + 1) / 2
-    return {"attended_fraction": keys.sum().item() / causal, "longest_list_fraction": keys.max().item() / length}
+    return {
+        "attended_fraction": keys.sum().item() / causal,
+        "longest_list_fraction": keys.max().item() / length,
+    }
 
 
 def report(result: dict[str, Any], run: RunFolder) -> str:
     """The table at the end, for people."""
     lines = ["", "                          digits right   captions all right"]
     for name, scores in result["accuracy"].items():
-        lines.append(f"{name + ' scenes':<26}{scores['digit_accuracy']:>10.1%}{scores['whole_caption_accuracy']:>18.1%}")
+        digits, captions = scores["digit_accuracy"], scores["whole_caption_accuracy"]
+        lines.append(f"{name + ' scenes':<26}{digits:>10.1%}{captions:>18.1%}")
     lines.append(f"{'chance':<26}{0.1:>10.1%}{0.0001:>18.2%}")
     attention, sampling = result["attention"], result["sampling"]
     lines += [
         "",
-        f"caption accuracy          {result['caption_accuracy']:.1%} of the drawn digits are right, in the right place "
+        f"caption accuracy          {result['caption_accuracy']:.1%} of the drawn digits are "
+        "right, in the right place "
         f"({result['num_drawings']} held-out captions)",
-        f"sampling                  temperature {sampling['temperature']}, top-k {sampling['top_k']}, "
+        f"sampling                  temperature {sampling['temperature']}, top-k "
+        f"{sampling['top_k']}, "
         f"top-p {sampling['top_p']}",
-        f"attention                 {attention['attended_fraction']:.0%} of the causal keys; at most "
+        f"attention                 {attention['attended_fraction']:.0%} of the causal keys; at "
+        "most "
         f"{attention['longest_list_fraction']:.0%} of the sequence in one row",
         f"time                      {sum(result['seconds'].values()):.0f} s on {result['device']}",
-        f"results                   {run.path}/: samples.png reconstructions.png curves.png metrics.json",
+        f"results                   {run.path}/: samples.png reconstructions.png curves.png "
+        "metrics.json",
     ]
     return "\n".join(lines)
 

@@ -2,12 +2,14 @@
 
 Features:
 - Sandwich-LN: `h + LN(f(LN(h)))` around attention and MLP (or plain Pre-LN, for comparison)
-- PB-relax LayerNorm: the input is divided by its largest magnitude first, so that float16 does not overflow
-- three-region sparse attention: all text, random pivots (drawn anew for each layer and step), a block-wise local window
-  (or dense causal attention, for comparison)
+- PB-relax LayerNorm: the input is divided by its largest magnitude first, so that float16 does not
+  overflow
+- three-region sparse attention: all text, random pivots (drawn anew for each layer and step), a
+  block-wise local window (or dense causal attention, for comparison)
 - tanh-GELU MLP of four times the width, learned positions, output head tied to the embedding
 - embedding-gradient shrink: `e * a + e.detach() * (1 - a)`
-- initialisation N(0, init_std = 0.02), and init_std / sqrt(2 L) for the projections that write to the residual stream
+- initialisation N(0, init_std = 0.02), and init_std / sqrt(2 L) for the projections that write to
+  the residual stream
 - decoding with a preallocated key/value cache
 - parameter names and shapes of the released CogView checkpoints
 """
@@ -15,7 +17,6 @@ Features:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -48,8 +49,10 @@ class KVCache:
         self.length = length
         self.filled = 0
 
-    def extend(self, layer: int, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes keys and values (B, H, Sq, D) behind the filled positions; returns views of all of them so far."""
+    def extend(
+        self, layer: int, k: torch.Tensor, v: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Writes (B, H, Sq, D) behind what is filled; returns views of all positions so far."""
         end = self.filled + k.shape[2]
         if end > self.length:
             raise ValueError(f"cache: expected at most {self.length} tokens, got {end}")
@@ -68,11 +71,19 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(
-        self, z: torch.Tensor, layout: ck.ThreeRegionLayout | None, cache: KVCache | None, layer: int
+        self,
+        z: torch.Tensor,
+        layout: ck.ThreeRegionLayout | None,
+        cache: KVCache | None,
+        layer: int,
     ) -> torch.Tensor:
         batch, length, hidden = z.shape
-        qkv = self.query_key_value(z).view(batch, length, 3, self.num_heads, hidden // self.num_heads)
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)  # each (B, H, S, D), a view of the packed projection
+        qkv = self.query_key_value(z).view(
+            batch, length, 3, self.num_heads, hidden // self.num_heads
+        )
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(
+            0
+        )  # each (B, H, S, D), a view of the packed projection
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         if layout is not None:
@@ -81,7 +92,9 @@ class SelfAttention(nn.Module):
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         else:  # the queries are the last positions
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask.tril(k.shape[2] - q.shape[2]))
+            out = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask.tril(k.shape[2] - q.shape[2])
+            )
         return self.dropout(self.dense(out.transpose(1, 2).reshape(batch, length, hidden)))
 
 
@@ -97,8 +110,12 @@ class MLP(nn.Module):
 
 
 class Layer(nn.Module):
-    """Two sub-layers. It takes and returns the residual stream `h` and its normalised form `z`, input of the next
-    sub-layer, because the fused kernel makes both in one pass: the last norm of a layer is the first of the next."""
+    """Attention and MLP.
+
+    Takes and returns the residual stream `h` and its normalised form `z`, input of the next
+    sub-layer. The fused kernel makes both in one pass, so the last norm of a layer is the first of
+    the next.
+    """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
@@ -107,8 +124,12 @@ class Layer(nn.Module):
         self.attention = SelfAttention(config)
         self.post_attention_layernorm = _layer_norm(config)
         self.mlp = MLP(config)
-        self.third_layernorm = _layer_norm(config) if config.norm == "sandwich" else None  # after attention
-        self.fourth_layernorm = _layer_norm(config) if config.norm == "sandwich" else None  # after the MLP
+        self.third_layernorm = (
+            _layer_norm(config) if config.norm == "sandwich" else None
+        )  # after attention
+        self.fourth_layernorm = (
+            _layer_norm(config) if config.norm == "sandwich" else None
+        )  # after the MLP
 
     def forward(
         self,
@@ -138,7 +159,9 @@ def _add_and_norm(
     if post is None:
         h = h + f
         return h, pre(h)
-    return ck.sandwich_residual(f, h, post.weight, post.bias, pre.weight, pre.bias, eps=pre.eps, relax=pre.relax)
+    return ck.sandwich_residual(
+        f, h, post.weight, post.bias, pre.weight, pre.bias, eps=pre.eps, relax=pre.relax
+    )
 
 
 class Transformer(nn.Module):
@@ -197,7 +220,9 @@ class GPT(nn.Module):
             if config.pivot_bias == "cogview" and self.training:  # CogView's inference adds no bias
                 layout = ck.ThreeRegionLayout.from_cogview(pivots, text_len, window, times, length)
             else:
-                layout = ck.ThreeRegionLayout(text_len, pivots, query_window=window, key_window_times=times)
+                layout = ck.ThreeRegionLayout(
+                    text_len, pivots, query_window=window, key_window_times=times
+                )
             layouts.append(layout)
         return layouts
 
@@ -236,5 +261,5 @@ class GPT(nn.Module):
         return z
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
-        """Scores of every token id: (..., hidden_size) to (..., vocab_size), with the embedding as the head."""
+        """Scores of every id by the tied head: (..., hidden_size) to (..., vocab_size)."""
         return F.linear(z, self.word_embeddings.weight)

@@ -1,4 +1,4 @@
-"""Drawing from the GPT: batched, with a key/value cache, temperature, top-k, top-p and token-type masks."""
+"""Drawing from the GPT: batched, cached, with temperature, top-k, top-p and token-type masks."""
 
 from __future__ import annotations
 
@@ -55,7 +55,8 @@ def generate(
 ) -> list[list[int]]:
     """Continues prompts of different lengths side by side.
 
-    Every layer's pivots are drawn once, for the whole sequence; a token then reads text, pivots and window from the cache.
+    Every layer's pivots are drawn once, for the whole sequence; a token then reads text, pivots and
+    window from the cache.
 
     Args:
         model: in evaluation mode; its device and dtype are used.
@@ -79,11 +80,14 @@ def generate(
     batch = collate(config.vocabulary, prompts, length).to(device)
     index = torch.arange(length, device=device)
     last = torch.tensor([prompt.positions[-1] for prompt in prompts], device=device)
-    positions = torch.where(index < starts[:, None], batch.positions, last[:, None] + 1 + index - starts[:, None])
+    positions = torch.where(
+        index < starts[:, None], batch.positions, last[:, None] + 1 + index - starts[:, None]
+    )
     positions = torch.where(index < ends[:, None], positions, 0)
     if int(positions.max()) >= config.model.max_positions:
         raise ValueError(
-            f"prompt: expected a sequence of at most {config.model.max_positions} positions in all, "
+            f"prompt: expected a sequence of at most {config.model.max_positions} positions in "
+            "all, "
             f"got {int(positions.max()) + 1}; shorten the text"
         )
     layouts = model.sample_layouts(batch.text_len, length, generator)
@@ -105,7 +109,10 @@ def generate(
         begin, end = end, end + 1
         if progress is not None:
             progress.update()
-    rows = [row[s:e] for row, s, e in zip(batch.tokens.tolist(), starts.tolist(), ends.tolist(), strict=True)]
+    rows = [
+        row[s:e]
+        for row, s, e in zip(batch.tokens.tolist(), starts.tolist(), ends.tolist(), strict=True)
+    ]
     if stop_token is not None:
         rows = [row[: row.index(stop_token) + 1] if stop_token in row else row for row in rows]
     return rows
@@ -124,7 +131,8 @@ def draw_images(
     Args:
         texts: text pieces, numbered from 0.
         seed: the same one gives the same images, on the same device with the same batch size.
-        beginnings: for each text the first codes of its image, row by row, which are kept; the rest is drawn.
+        beginnings: for each text the first codes of its image, row by row, which are kept; the rest
+            is drawn.
         progress: show a progress bar, where standard error is a terminal.
 
     Returns:
@@ -138,16 +146,26 @@ def draw_images(
     prompts = []
     for text, codes in zip(texts, beginnings, strict=True):
         if len(text) > config.max_text_len:
-            raise ValueError(f"text: expected at most {config.max_text_len} pieces beside an image, got {len(text)}")
+            raise ValueError(
+                f"text: expected at most {config.max_text_len} pieces beside an image, got "
+                f"{len(text)}"
+            )
         prompts.append(text_to_image(vocab, text, codes, num_codes))
     num_new = [num_codes - len(codes) for codes in beginnings]
-    drawn = _in_batches(model, config, prompts, num_new, vocab.image_mask(), seed, None, progress, "drawing")
+    drawn = _in_batches(
+        model, config, prompts, num_new, vocab.image_mask(), seed, None, progress, "drawing"
+    )
     rows = [[*codes, *new] for codes, new in zip(beginnings, drawn, strict=True)]
     return torch.tensor(rows, dtype=torch.int64).view(-1, side, side)
 
 
 def write_captions(
-    model: GPT, config: Config, codes: torch.Tensor, seed: int = 0, max_len: int = 20, progress: bool = True
+    model: GPT,
+    config: Config,
+    codes: torch.Tensor,
+    seed: int = 0,
+    max_len: int = 20,
+    progress: bool = True,
 ) -> list[list[int]]:
     """Writes a caption for each image, with a model that was trained for the task `captioning`.
 
@@ -163,7 +181,9 @@ def write_captions(
     prompts = [captioning(vocab, image) for image in codes]
     num_new = [min(max_len, config.max_text_len)] * len(prompts)
     sep = vocab.command("SEP")
-    rows = _in_batches(model, config, prompts, num_new, vocab.text_mask(), seed, sep, progress, "captions")
+    rows = _in_batches(
+        model, config, prompts, num_new, vocab.text_mask(), seed, sep, progress, "captions"
+    )
     return [[token - vocab.codebook_size for token in row if token != sep] for row in rows]
 
 
@@ -185,6 +205,13 @@ def _in_batches(
     for start in batches:
         chosen = slice(start, start + size)
         description = f"{what} {start // size + 1}/{len(batches)}"
-        with tqdm(total=max(num_new[chosen]), desc=description, unit="token", disable=None if progress else True) as bar:
-            rows += generate(model, config, prompts[chosen], num_new[chosen], allowed, generator, stop_token, bar)
+        with tqdm(
+            total=max(num_new[chosen]),
+            desc=description,
+            unit="token",
+            disable=None if progress else True,
+        ) as bar:
+            rows += generate(
+                model, config, prompts[chosen], num_new[chosen], allowed, generator, stop_token, bar
+            )
     return rows

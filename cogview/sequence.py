@@ -10,11 +10,13 @@ Ids, in this order (CogView's order; the sizes are settings, CogView's own are i
 Three kinds of sequence:
 
     text to image      [ROI1] text [BASE] [BOI1] codes [EOI1]
-    super-resolution   [ROI1] text [BASE] [BOI1] codes [EOI1] [ROI2] [POS0] [BASE] [BOI2] codes [EOI2]
+    super-resolution   [ROI1] text [BASE] [BOI1] codes [EOI1]
+                       [ROI2] [POS0] [BASE] [BOI2] codes [EOI2]
     captioning         [BASE] [BOI1] codes [EOI1] [ROI1] text [SEP]
 
-[BASE] stands for the size of the picture: [TINY] up to 8x8 codes, [SMALL] 16x16, [BASE] 32x32, [BIG] beyond.
-The super-resolution sequence always says [BASE], and its positions restart at 0 at [ROI2].
+[BASE] stands for the size of the picture: [TINY] up to 8x8 codes, [SMALL] 16x16, [BASE] 32x32,
+[BIG] beyond. The super-resolution sequence always says [BASE], and its positions restart at 0 at
+[ROI2].
 """
 
 from __future__ import annotations
@@ -98,7 +100,8 @@ class Vocabulary:
         return mask
 
     def text_mask(self) -> torch.Tensor:
-        """bool (padded_size,): the ids that may be drawn where text is due: pieces, and [SEP] as its end."""
+        """bool (padded_size,): the ids that may be drawn where text is due: pieces, and [SEP] as
+        its end."""
         mask = torch.zeros(self.padded_size, dtype=torch.bool)
         mask[self.codebook_size : self.first_command] = True
         mask[self.command("SEP")] = True
@@ -112,7 +115,8 @@ def _check_range(what: str, ids: Sequence[int], size: int) -> None:
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence: its ids, their positions, and how many tokens stand before the first image code."""
+    """One sequence: its ids, their positions, and how many tokens stand before the first image
+    code."""
 
     tokens: list[int]
     positions: list[int]
@@ -128,12 +132,13 @@ def text_to_image(
     codes: Iterable[int] | np.ndarray | torch.Tensor,
     num_codes: int | None = None,
 ) -> TokenSequence:
-    """`[ROI1] text [BASE] [BOI1] codes [EOI1]`, or a prompt where fewer than `num_codes` codes are given.
+    """`[ROI1] text [BASE] [BOI1] codes [EOI1]`, or a prompt where fewer than `num_codes` codes are
+    given.
 
     Args:
         text: text pieces, numbered from 0; at least one.
-        codes: image codes, row by row. With fewer than `num_codes` (none for plain drawing), the sequence stops
-            after them, and the rest is for the model to draw.
+        codes: image codes, row by row. With fewer than `num_codes` (none for plain drawing), the
+            sequence stops after them, and the rest is for the model to draw.
         num_codes: codes of the whole image; as many as are given by default.
 
     Raises:
@@ -142,8 +147,15 @@ def text_to_image(
     image = vocab.image_ids(codes)
     num_codes = len(image) if num_codes is None else num_codes
     if not len(image) <= num_codes or num_codes < 1:
-        raise ValueError(f"codes: expected at most {num_codes} (and an image of 1 or more), got {len(image)}")
-    head = [vocab.command("ROI1"), *vocab.text_ids(text), vocab.size_command(num_codes), vocab.command("BOI1")]
+        raise ValueError(
+            f"codes: expected at most {num_codes} (and an image of 1 or more), got {len(image)}"
+        )
+    head = [
+        vocab.command("ROI1"),
+        *vocab.text_ids(text),
+        vocab.size_command(num_codes),
+        vocab.command("BOI1"),
+    ]
     tail = [vocab.command("EOI1")] if len(image) == num_codes else []
     tokens = head + image + tail
     return TokenSequence(tokens, list(range(len(tokens))), len(head))
@@ -156,19 +168,27 @@ def super_resolution(
     fine_codes: Iterable[int] | np.ndarray | torch.Tensor = (),
     num_fine_codes: int | None = None,
 ) -> TokenSequence:
-    """`[ROI1] text [BASE][BOI1] codes [EOI1][ROI2][POS0][BASE][BOI2] fine codes [EOI2]`, or a prompt.
+    """`[ROI1] text [BASE][BOI1] codes [EOI1][ROI2][POS0][BASE][BOI2] fine codes [EOI2]`, or a
+    prompt.
 
-    Args: as `text_to_image`; `codes` is the whole small image, `fine_codes` the large one, or its beginning.
+    Args: as `text_to_image`; `codes` is the whole small image, `fine_codes` the large one, or its
+        beginning.
     The positions restart at 0 at [ROI2].
     """
     image, fine = vocab.image_ids(codes), vocab.image_ids(fine_codes)
     num_fine_codes = len(fine) if num_fine_codes is None else num_fine_codes
     if not image or not len(fine) <= num_fine_codes or num_fine_codes < 1:
         raise ValueError(
-            f"codes: expected a whole small image and at most {num_fine_codes} (and 1 or more) fine codes, "
+            f"codes: expected a whole small image and at most {num_fine_codes} (and 1 or more) "
+            "fine codes, "
             f"got {len(image)} and {len(fine)}"
         )
-    head = [vocab.command("ROI1"), *vocab.text_ids(text), vocab.command("BASE"), vocab.command("BOI1")]
+    head = [
+        vocab.command("ROI1"),
+        *vocab.text_ids(text),
+        vocab.command("BASE"),
+        vocab.command("BOI1"),
+    ]
     first = [*head, *image, vocab.command("EOI1")]
     second = [vocab.command(name) for name in ("ROI2", "POS0", "BASE", "BOI2")] + fine
     if len(fine) == num_fine_codes:
@@ -177,9 +197,12 @@ def super_resolution(
 
 
 def captioning(
-    vocab: Vocabulary, codes: Iterable[int] | np.ndarray | torch.Tensor, text: Iterable[int] | None = None
+    vocab: Vocabulary,
+    codes: Iterable[int] | np.ndarray | torch.Tensor,
+    text: Iterable[int] | None = None,
 ) -> TokenSequence:
-    """`[BASE] [BOI1] codes [EOI1] [ROI1] text [SEP]`, or the prompt up to [ROI1] where `text` is None."""
+    """`[BASE] [BOI1] codes [EOI1] [ROI1] text [SEP]`, or the prompt up to [ROI1] where `text` is
+    None."""
     image = vocab.image_ids(codes)
     if not image:
         raise ValueError("codes: expected an image of at least one code, got none")
@@ -202,7 +225,9 @@ class Batch:
         return Batch(self.tokens.to(device), self.positions.to(device), self.text_len.to(device))
 
 
-def collate(vocab: Vocabulary, sequences: Sequence[TokenSequence], length: int | None = None) -> Batch:
+def collate(
+    vocab: Vocabulary, sequences: Sequence[TokenSequence], length: int | None = None
+) -> Batch:
     """Pads sequences to `length` (the longest of them by default).
 
     Raises:
@@ -213,7 +238,9 @@ def collate(vocab: Vocabulary, sequences: Sequence[TokenSequence], length: int |
     longest = max(len(sequence) for sequence in sequences)
     length = longest if length is None else length
     if longest > length:
-        raise ValueError(f"sequence: expected at most {length} tokens, got {longest}; shorten the text")
+        raise ValueError(
+            f"sequence: expected at most {length} tokens, got {longest}; shorten the text"
+        )
     tokens = torch.full((len(sequences), length), vocab.command("PAD"), dtype=torch.int64)
     positions = torch.zeros((len(sequences), length), dtype=torch.int64)
     for row, sequence in enumerate(sequences):

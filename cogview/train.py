@@ -1,9 +1,12 @@
 """Training of the GPT on token sequences.
 
-AdamW, linear warm-up and cosine decay, gradient clipping, held-out loss, a metrics log, checkpoints.
+AdamW, linear warm-up and cosine decay, gradient clipping, held-out loss, a metrics log,
+checkpoints.
 
-Nothing random outlives a step: data order, pivots and dropout are functions of (seed, step), so a checkpoint needs no
-generator states, and a run that is resumed continues bit for bit like one that was never interrupted.
+Nothing random outlives a step: data order, pivots and dropout are functions of (seed, step), so a
+    checkpoint needs no
+generator states, and a run that is resumed continues bit for bit like one that was never
+interrupted.
 """
 
 from __future__ import annotations
@@ -22,7 +25,13 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from cogview.checkpoint import checkpoint_path, load_latest, load_weights, prune_checkpoints, save_checkpoint
+from cogview.checkpoint import (
+    checkpoint_path,
+    load_latest,
+    load_weights,
+    prune_checkpoints,
+    save_checkpoint,
+)
 from cogview.config import Config, RunFolder
 from cogview.data import TokenDataset, batch_indices
 from cogview.files import atomic_write
@@ -33,7 +42,7 @@ MAX_SKIPPED_STEPS = 50  # in a row, under float16's loss scaler, before training
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of a name such as `cpu` or `cuda:1`; `auto` is CUDA where there is a GPU, else the CPU.
+    """The device `cpu`, `cuda:1`, ...; `auto` is CUDA where there is a GPU, else the CPU.
 
     Raises:
         ValueError: no such device here.
@@ -44,18 +53,23 @@ def choose_device(name: str) -> torch.device:
         device = torch.device(name)
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # what torch raises differs from build to build
-        raise ValueError(f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}") from None
+        raise ValueError(
+            f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
     return device
 
 
 def learning_rate(config: Config, step: int) -> float:
-    """Linear warm-up to `learning_rate`, then a cosine down to `final_learning_rate` at the last step."""
+    """Linear warm-up to `learning_rate`, then a cosine down to `final_learning_rate`."""
     training = config.training
     if step < training.warmup_steps:
         return training.learning_rate * (step + 1) / training.warmup_steps
     progress = (step - training.warmup_steps) / max(1, training.steps - training.warmup_steps)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
-    return training.final_learning_rate + (training.learning_rate - training.final_learning_rate) * cosine
+    return (
+        training.final_learning_rate
+        + (training.learning_rate - training.final_learning_rate) * cosine
+    )
 
 
 def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> TokenSequence:
@@ -73,7 +87,9 @@ def split_data(data: TokenDataset, config: Config) -> tuple[TokenDataset, TokenD
         ValueError: fewer than two pairs.
     """
     if len(data) < 2:
-        raise ValueError(f"data: expected at least 2 pairs, one of them to hold out, got {len(data)}")
+        raise ValueError(
+            f"data: expected at least 2 pairs, one of them to hold out, got {len(data)}"
+        )
     order = np.random.default_rng(config.seed).permutation(len(data))
     num_held_out = min(len(data) - 1, max(1, round(config.training.held_out_fraction * len(data))))
 
@@ -81,13 +97,15 @@ def split_data(data: TokenDataset, config: Config) -> tuple[TokenDataset, TokenD
         texts = [data[int(index)][0] for index in indices]
         offsets = np.concatenate([[0], np.cumsum([len(text) for text in texts])])
         codes = data.codes[indices]
-        return TokenDataset(np.concatenate(texts), offsets, codes, data.text_vocab_size, data.codebook_size)
+        return TokenDataset(
+            np.concatenate(texts), offsets, codes, data.text_vocab_size, data.codebook_size
+        )
 
     return part(np.sort(order[num_held_out:])), part(np.sort(order[:num_held_out]))
 
 
 class Trainer:
-    """One training run in a folder: `metrics.jsonl` and `checkpoints/`. `run` continues where the folder ends.
+    """One training run; goes on where its folder (`metrics.jsonl`, `checkpoints/`) ends.
 
     Args:
         config: all settings.
@@ -101,8 +119,8 @@ class Trainer:
         step: optimizer steps done.
 
     Raises:
-        ValueError: data that does not fit the configuration, a checkpoint that does not fit the model, or checkpoints
-            of which none can be read.
+        ValueError: data that does not fit the configuration, a checkpoint that does not fit the
+            model, or checkpoints of which none can be read.
     """
 
     def __init__(
@@ -139,8 +157,8 @@ class Trainer:
             the model, in evaluation mode.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; names the step. Under float16, such a step is
-                skipped and counted instead, and only a long row of them is an error.
+            FloatingPointError: the loss or a gradient is not finite; names the step. Under float16,
+                such a step is skipped and counted instead, and only a long row of them is an error.
             OSError: a checkpoint or the metrics cannot be written; earlier checkpoints are intact.
         """
         training = self.config.training
@@ -154,12 +172,18 @@ class Trainer:
             disable=None if self.progress else True,
         )
         devices = _cuda_devices(self.device)
-        with bar, torch.random.fork_rng(devices), open(self.metrics_path, "a", encoding="utf-8") as log:
+        with (
+            bar,
+            torch.random.fork_rng(devices),
+            open(self.metrics_path, "a", encoding="utf-8") as log,
+        ):
             while self.step < training.steps:
                 metrics = self._train_step()
                 last = self.step == training.steps
                 if last or self.step % training.eval_every == 0:
-                    metrics |= {f"held_out_{name}": value for name, value in self.evaluate().items()}
+                    metrics |= {
+                        f"held_out_{name}": value for name, value in self.evaluate().items()
+                    }
                 log.write(json.dumps(metrics) + "\n")
                 log.flush()
                 if last or self.step % training.save_every == 0:
@@ -171,7 +195,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out `loss`, `text_loss` and `image_loss` (nats per token), on the same examples and pivots each time."""
+        """Held-out `loss`, `text_loss` and `image_loss`, in nats per token.
+
+        The examples and the pivots are the same each time.
+        """
         training = self.config.training
         count = min(training.eval_examples, len(self.held_out_data))
         size = training.micro_batch_size or training.batch_size
@@ -197,7 +224,10 @@ class Trainer:
         self.model.train()
         indices = batch_indices(config.seed, self.step, training.batch_size, len(self.train_data))
         size = training.micro_batch_size or training.batch_size
-        parts = [self._batch(self.train_data, indices[at : at + size]) for at in range(0, len(indices), size)]
+        parts = [
+            self._batch(self.train_data, indices[at : at + size])
+            for at in range(0, len(indices), size)
+        ]
         total_weight = torch.stack([self._weights(part).sum() for part in parts]).sum()
         totals = _Totals()
         self.optimizer.zero_grad(set_to_none=True)
@@ -206,7 +236,9 @@ class Trainer:
             self.scaler.scale((losses * weights).sum() / total_weight).backward()
             totals.add(losses.detach(), weights, targets)
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), training.clip_grad_norm).item()
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), training.clip_grad_norm
+        ).item()
         means = totals.means()
         self._check_finite(means["loss"], grad_norm)
         self.scaler.step(self.optimizer)  # skips the update where a gradient is not finite
@@ -228,8 +260,10 @@ class Trainer:
         if self.scaler.is_enabled():
             what += f", the {self.skipped_steps}th in a row that is not finite"
         raise FloatingPointError(
-            f"training stopped: {what}; the checkpoints in {self.checkpoints} are of before. Try a lower learning rate, a "
-            "longer warm-up, model.norm=sandwich with model.relax=row, or training.precision=bfloat16"
+            f"training stopped: {what}; the checkpoints in {self.checkpoints} are of before. Try a "
+            "lower learning rate, a "
+            "longer warm-up, model.norm=sandwich with model.relax=row, or "
+            "training.precision=bfloat16"
         )
 
     def _batch(self, data: TokenDataset, indices: np.ndarray) -> Batch:
@@ -246,21 +280,25 @@ class Trainer:
     def _losses(
         self, batch: Batch, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Cross entropy and weight of every target, (B, S - 1); and which targets are text, and which image."""
+        """Cross entropy and weight of every target, (B, S - 1); which are text, which image."""
         vocab = self.config.vocabulary
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
         layouts = self.model.sample_layouts(batch.text_len, inputs.shape[1], generator)
         with self._autocast():
             z = self.model(inputs, batch.positions[:, :-1], layouts)
             logits = self.model.logits(z)
-        losses = F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), reduction="none").view(targets.shape)
+        losses = F.cross_entropy(
+            logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
+        ).view(targets.shape)
         image = targets < vocab.codebook_size
         text = ~image & (targets < vocab.first_command)
         return losses, self._weights(batch), {"text": text, "image": image}
 
     def _autocast(self) -> contextlib.AbstractContextManager[Any]:
         enabled = self.dtype != torch.float32
-        return torch.autocast(self.device.type, dtype=self.dtype if enabled else None, enabled=enabled)
+        return torch.autocast(
+            self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
+        )
 
     def _save(self) -> None:
         state = {
@@ -277,13 +315,18 @@ class Trainer:
     def _resume(self) -> None:
         state = load_latest(self.checkpoints)
         if state is None:
-            self.metrics_path.unlink(missing_ok=True)  # of a run that ended before its first checkpoint
+            self.metrics_path.unlink(
+                missing_ok=True
+            )  # of a run that ended before its first checkpoint
             return
         load_weights(self.model, state["model"], f"{self.checkpoints}, step {state['step']}")
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
             if not state["scaler"]:
-                raise ValueError(f"{self.checkpoints}: written by a run that was not float16; keep training.precision")
+                raise ValueError(
+                    f"{self.checkpoints}: written by a run that was not float16; keep "
+                    "training.precision"
+                )
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
@@ -294,7 +337,7 @@ class Trainer:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a metrics log up to the first line that is damaged; none if there is no such file."""
+    """The rows of a metrics log up to the first damaged line; none if there is no file."""
     rows: list[dict[str, float]] = []
     if not Path(path).is_file():
         return rows
@@ -312,10 +355,13 @@ class _Totals:
     def __init__(self) -> None:
         self.sums: dict[str, list[torch.Tensor]] = {"loss": [], "text_loss": [], "image_loss": []}
 
-    def add(self, losses: torch.Tensor, weights: torch.Tensor, targets: dict[str, torch.Tensor]) -> None:
+    def add(
+        self, losses: torch.Tensor, weights: torch.Tensor, targets: dict[str, torch.Tensor]
+    ) -> None:
         pairs = {"loss": weights, "text_loss": targets["text"], "image_loss": targets["image"]}
         for name, weight in pairs.items():
-            # where, not times: a loss that is not finite must not leak out of positions that do not count
+            # where, not times: a loss that is not finite must not leak out of positions that do not
+            # count
             counted = torch.where(weight > 0, losses * weight, 0.0).sum()
             self.sums[name].append(torch.stack([counted, weight.sum().float()]))
 
@@ -330,7 +376,8 @@ class _Totals:
 
 def _optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
     """AdamW with weight decay on the matrices of the layers alone."""
-    decayed, others = [], []
+    decayed: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and "embeddings" not in name
         (decayed if is_matrix else others).append(parameter)
@@ -350,14 +397,19 @@ def _check_data(name: str, data: TokenDataset, config: Config) -> None:
         ("codes an image", int(np.prod(data.codes.shape[1:])), config.num_codes),
     ):
         if have != expected:
-            raise ValueError(f"{name}: expected {expected} {what} as in the configuration, got {have}; encode it again")
+            raise ValueError(
+                f"{name}: expected {expected} {what} as in the configuration, got {have}; encode "
+                "it again"
+            )
 
 
 def _compute_dtype(config: Config, device: torch.device) -> torch.dtype:
     precision = config.training.precision
     if precision == "auto":
         return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[precision]
+    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
+        precision
+    ]
 
 
 def _step_seed(seed: int, step: int) -> int:

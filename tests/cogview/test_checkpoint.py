@@ -54,7 +54,9 @@ def damage_flip(data):
     return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
 
 
-@pytest.mark.parametrize("damage", [damage_cut, damage_flip, lambda data: b"", lambda data: b"\0" * len(data)])
+@pytest.mark.parametrize(
+    "damage", [damage_cut, damage_flip, lambda data: b"", lambda data: b"\0" * len(data)]
+)
 def test_a_damaged_file_is_named(tmp_path, damage):
     path = checkpoint_path(tmp_path, 7)
     save_checkpoint(path, state(7))
@@ -65,7 +67,9 @@ def test_a_damaged_file_is_named(tmp_path, damage):
 
 def test_another_kind_of_file_is_named(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
-    with pytest.raises(ValueError, match="other.pt: expected a checkpoint of format cogview-checkpoint-1"):
+    with pytest.raises(
+        ValueError, match="other.pt: expected a checkpoint of format cogview-checkpoint-1"
+    ):
         load_checkpoint(tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError, match="missing.pt: no such checkpoint"):
         load_checkpoint(tmp_path / "missing.pt")
@@ -98,7 +102,10 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 def test_load_weights_names_what_does_not_fit():
     model = nn.Linear(3, 2)
     before = model.weight.clone()
-    with pytest.raises(ValueError, match=r"here: .*missing bias; unknown scale; weight: expected \(2, 3\), got \(2, 4\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"here: .*missing bias; unknown scale; weight: expected \(2, 3\), got \(2, 4\)",
+    ):
         load_weights(model, {"weight": torch.zeros(2, 4), "scale": torch.zeros(1)}, "here")
     assert torch.equal(model.weight, before)
     load_weights(model, {"weight": torch.ones(2, 3), "bias": torch.ones(2)}, "here")
@@ -120,10 +127,16 @@ while True:
 
 def test_kill_9_in_the_middle_of_a_save_loses_nothing(tmp_path):
     save_checkpoint(checkpoint_path(tmp_path, 1), state(1))
-    process = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path), os.getcwd()], stdout=subprocess.PIPE)
+    process = subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(tmp_path), os.getcwd()], stdout=subprocess.PIPE
+    )
     assert process.stdout is not None and process.stdout.readline() == b"ready\n"
     deadline = time.monotonic() + 60
-    while not any(path.stat().st_size > 1_000_000 for path in tmp_path.glob(".step_*.partial.pt") if path.exists()):
+    while not any(
+        path.stat().st_size > 1_000_000
+        for path in tmp_path.glob(".step_*.partial.pt")
+        if path.exists()
+    ):
         assert time.monotonic() < deadline
     process.kill()
     assert process.wait() == -signal.SIGKILL
@@ -131,7 +144,9 @@ def test_kill_9_in_the_middle_of_a_save_loses_nothing(tmp_path):
     for path in list_checkpoints(tmp_path):  # whatever has its final name is whole
         load_checkpoint(path)
     latest = load_latest(tmp_path)["step"]
-    save_checkpoint(checkpoint_path(tmp_path, latest + 1), state(latest + 1))  # and the next save works
+    save_checkpoint(
+        checkpoint_path(tmp_path, latest + 1), state(latest + 1)
+    )  # and the next save works
     assert load_latest(tmp_path)["step"] == latest + 1
     assert not list(tmp_path.glob(".*"))
 
@@ -143,7 +158,9 @@ def test_a_full_disk_leaves_the_earlier_checkpoint(tmp_path):
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limits[1]))
     try:
-        with pytest.raises(OSError, match="step_00000001.pt: not saved: .*the previous file is intact"):
+        with pytest.raises(
+            OSError, match="step_00000001.pt: not saved: .*the previous file is intact"
+        ):
             save_checkpoint(path, state(2, 1_000_000))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)

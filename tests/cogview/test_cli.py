@@ -30,7 +30,12 @@ SMALL = [
     "training.save_every=2",
     "training.eval_every=2",
 ]
-COLOURS = {"red": (220, 30, 30), "green": (30, 200, 30), "blue": (30, 30, 220), "white": (250, 250, 250)}
+COLOURS = {
+    "red": (220, 30, 30),
+    "green": (30, 200, 30),
+    "blue": (30, 30, 220),
+    "white": (250, 250, 250),
+}
 
 
 @pytest.fixture
@@ -54,7 +59,12 @@ def cogview(*arguments):
 def trained(tmp_path, photos, *settings):
     run = tmp_path / "run"
     settings = ["--set", *SMALL, *settings]
-    assert cogview("train-text-tokenizer", "--run", run, "--data", photos, "--preset", "small", *settings) == 0
+    assert (
+        cogview(
+            "train-text-tokenizer", "--run", run, "--data", photos, "--preset", "small", *settings
+        )
+        == 0
+    )
     assert cogview("train-image-tokenizer", "--run", run, "--data", photos) == 0
     assert cogview("encode", "--run", run, "--data", photos) == 0
     assert cogview("train", "--run", run) == 0
@@ -74,22 +84,34 @@ def test_from_a_folder_of_photos_to_drawings(tmp_path, photos, capsys):
     captions.write_text("a green wall\n\na white wall\n")
     out = tmp_path / "half"
     photo = photos / "red0.png"
-    assert cogview("sample", "--run", run, "--file", captions, "--image", photo, "--keep", 8, "--out", out) == 0
+    assert (
+        cogview(
+            "sample", "--run", run, "--file", captions, "--image", photo, "--keep", 8, "--out", out
+        )
+        == 0
+    )
     assert len(list(out.glob("0*.png"))) == 2
 
     assert cogview("train", "--run", run, "--set", "training.steps=6") == 0
     assert "going on from step 4" in capsys.readouterr().out
     assert load_config(run / "config.yaml").training.steps == 6
     assert cogview("sample", "--run", run, "a red wall", "--set", "sampling.temperature=0") == 0
-    assert load_config(run / "config.yaml").sampling.temperature == 1.0  # a setting of one drawing is not kept
+    assert (
+        load_config(run / "config.yaml").sampling.temperature == 1.0
+    )  # a setting of one drawing is not kept
 
 
 def test_captions_from_images(tmp_path, photos, capsys):
     run = trained(tmp_path, photos, "training.task=captioning")
     capsys.readouterr()
-    assert cogview("caption", "--run", run, photos / "red0.png", photos / "blue0.png", "--quiet") == 0
+    assert (
+        cogview("caption", "--run", run, photos / "red0.png", photos / "blue0.png", "--quiet") == 0
+    )
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split("\t")[0] for line in lines] == [str(photos / "red0.png"), str(photos / "blue0.png")]
+    assert [line.split("\t")[0] for line in lines] == [
+        str(photos / "red0.png"),
+        str(photos / "blue0.png"),
+    ]
 
 
 def error(capsys, *arguments):
@@ -107,7 +129,9 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, photos, capsys):
     assert "no config.yaml in it" in error(capsys, *text)
     assert "'smal' is neither a preset" in error(capsys, *text, "--preset", "smal")
     assert "unknown key 'stepz' in training" in error(capsys, *text, *new, "training.stepz=1")
-    assert "vocab_size=5000 does not fit" in error(capsys, *text, *new, "text_tokenizer.vocab_size=5000")
+    assert "vocab_size=5000 does not fit" in error(
+        capsys, *text, *new, "text_tokenizer.vocab_size=5000"
+    )
     assert not (run / "text_tokenizer.model").exists()
     assert cogview(*text, "--set", *SMALL) == 0
     assert "config.yaml holds the settings already" in error(capsys, *text, "--preset", "small")
@@ -115,14 +139,27 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, photos, capsys):
     assert "tokens.npz" in error(capsys, "train", "--run", run)
 
     assert cogview("train-image-tokenizer", "--run", run, "--data", photos, "--quiet") == 0
-    assert "no checkpoint in it; run cogview train first" in error(capsys, "sample", "--run", run, "a wall")
+    assert "no checkpoint in it; run cogview train first" in error(
+        capsys, "sample", "--run", run, "a wall"
+    )
     assert "expected at least one, on the command line" in error(capsys, "sample", "--run", run)
     assert "caption: expected some text, got ' '" in error(capsys, "sample", "--run", run, " ")
-    assert "--num: expected 1 or more, got 0" in error(capsys, "sample", "--run", run, "a", "--num", 0)
-    assert "expected captioning to write captions" in error(capsys, "caption", "--run", run, photos / "red0.png")
+    assert "--num: expected 1 or more, got 0" in error(
+        capsys, "sample", "--run", run, "a", "--num", 0
+    )
+    assert "expected captioning to write captions" in error(
+        capsys, "caption", "--run", run, photos / "red0.png"
+    )
     wrong = "image_tokenizer.codebook_size=32"
-    assert "settings say 32 codes, the tokenizer has 16" in error(capsys, "encode", "--run", run, "--data", photos, "--set", wrong)
-    assert cogview("encode", "--run", run, "--data", photos, "--set", "image_tokenizer.codebook_size=16") == 0
+    assert "settings say 32 codes, the tokenizer has 16" in error(
+        capsys, "encode", "--run", run, "--data", photos, "--set", wrong
+    )
+    assert (
+        cogview(
+            "encode", "--run", run, "--data", photos, "--set", "image_tokenizer.codebook_size=16"
+        )
+        == 0
+    )
 
     (photos / "green1.png").write_bytes((photos / "green1.png").read_bytes()[:60])
     assert "green1.png" in error(capsys, "encode", "--run", run, "--data", photos)
@@ -130,7 +167,9 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, photos, capsys):
     captured = capsys.readouterr()
     assert "11 pairs" in captured.out and "cogview: warning:" in captured.err
     (photos / "captions.tsv").write_text("red0.png\t\n")
-    assert "captions.tsv:1: expected a caption for" in error(capsys, "encode", "--run", run, "--data", photos)
+    assert "captions.tsv:1: expected a caption for" in error(
+        capsys, "encode", "--run", run, "--data", photos
+    )
     assert "no such folder" in error(capsys, "encode", "--run", run, "--data", tmp_path / "nowhere")
 
 
@@ -147,5 +186,7 @@ def test_info_lists_presets_and_shows_settings(capsys):
 
 
 def test_help_shows_a_first_command():
-    result = subprocess.run([sys.executable, "-m", "cogview", "--help"], capture_output=True, text=True, check=True)
+    result = subprocess.run(
+        [sys.executable, "-m", "cogview", "--help"], capture_output=True, text=True, check=True
+    )
     assert "cogview demo --out results/demo" in result.stdout

@@ -18,12 +18,23 @@ def test_cogview_4b_has_the_sizes_of_the_published_model():
     assert config.vocabulary.padded_size == 58240
     assert config.num_codes == 1024
     model = config.model
-    assert (model.num_layers, model.hidden_size, model.num_heads, model.max_positions) == (48, 2560, 40, 1089)
+    assert (model.num_layers, model.hidden_size, model.num_heads, model.max_positions) == (
+        48,
+        2560,
+        40,
+        1089,
+    )
 
 
 def test_overrides_win_over_the_preset():
-    config = load_config("digits", ["training.steps=7", "model.attention=dense", "training.learning_rate=1e-5"])
-    assert (config.training.steps, config.model.attention, config.training.learning_rate) == (7, "dense", 1e-5)
+    config = load_config(
+        "digits", ["training.steps=7", "model.attention=dense", "training.learning_rate=1e-5"]
+    )
+    assert (config.training.steps, config.model.attention, config.training.learning_rate) == (
+        7,
+        "dense",
+        1e-5,
+    )
     assert config.model.hidden_size == load_config("digits").model.hidden_size
 
 
@@ -38,7 +49,10 @@ def test_overrides_win_over_the_preset():
         ("training.steps", "expected key=value, got 'training.steps'"),
         ("model.norm=post", "model.norm.*'post'"),
         ("model.num_heads=3", "model.hidden_size: expected a multiple of num_heads = 3"),
-        ("model.max_positions=260", re.escape("model.max_positions: expected at least 261 (256 image codes")),
+        (
+            "model.max_positions=260",
+            re.escape("model.max_positions: expected at least 261 (256 image codes"),
+        ),
         ("sampling.top_p=0", "sampling.top_p: expected more than 0"),
         ("image_tokenizer.image_size=63", "image_size"),
     ],
@@ -61,7 +75,9 @@ def test_a_wrong_file_is_named(tmp_path, text, message):
 
 
 def test_a_missing_file_names_the_presets():
-    with pytest.raises(FileNotFoundError, match="'digit' is neither a preset .*digits.* nor a file"):
+    with pytest.raises(
+        FileNotFoundError, match="'digit' is neither a preset .*digits.* nor a file"
+    ):
         load_config("digit")
 
 

@@ -42,11 +42,27 @@ def test_parameters_of_cogview_4b():
     assert shapes["transformer.position_embeddings.weight"] == (1089, 2560)
     assert shapes["transformer.layers.47.attention.query_key_value.weight"] == (7680, 2560)
     norms = ("input_layernorm", "post_attention_layernorm", "third_layernorm", "fourth_layernorm")
-    linears = ("attention.query_key_value", "attention.dense", "mlp.dense_h_to_4h", "mlp.dense_4h_to_h")
-    layer = {f"transformer.layers.0.{part}.{kind}" for part in norms + linears for kind in ("weight", "bias")}
+    linears = (
+        "attention.query_key_value",
+        "attention.dense",
+        "mlp.dense_h_to_4h",
+        "mlp.dense_4h_to_h",
+    )
+    layer = {
+        f"transformer.layers.0.{part}.{kind}"
+        for part in norms + linears
+        for kind in ("weight", "bias")
+    }
     final = {"transformer.final_layernorm.weight", "transformer.final_layernorm.bias"}
-    first = {name for name in shapes if not name.startswith("transformer.layers.") or ".layers.0." in name}
-    assert first == layer | final | {"word_embeddings.weight", "transformer.position_embeddings.weight"}
+    first = {
+        name
+        for name in shapes
+        if not name.startswith("transformer.layers.") or ".layers.0." in name
+    }
+    assert first == layer | final | {
+        "word_embeddings.weight",
+        "transformer.position_embeddings.weight",
+    }
 
 
 def test_initialisation():
@@ -100,19 +116,34 @@ def test_far_image_tokens_are_out_of_sight_unless_they_are_pivots():
     model = make(num_pivots=0, num_layers=1).eval()
     tokens, positions, text_len = inputs(batch=1)
     layouts = model.sample_layouts(text_len, 64)
-    for place, seen in ((3, True), (20, False), (50, True)):  # text, far image, window of the last token
+    for place, seen in (
+        (3, True),
+        (20, False),
+        (50, True),
+    ):  # text, far image, window of the last token
         changed = tokens.clone()
         changed[:, place] = (changed[:, place] + 1) % VOCAB
-        same = torch.equal(model(tokens, positions, layouts)[:, -1], model(changed, positions, layouts)[:, -1])
+        same = torch.equal(
+            model(tokens, positions, layouts)[:, -1], model(changed, positions, layouts)[:, -1]
+        )
         assert same != seen
 
 
 def test_pivots_differ_between_layers_and_draws_and_follow_the_generator():
     model = make()
     _, _, text_len = inputs()
-    one = [layout.pivot_idx for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))]
-    again = [layout.pivot_idx for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))]
-    other = [layout.pivot_idx for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(2))]
+    one = [
+        layout.pivot_idx
+        for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))
+    ]
+    again = [
+        layout.pivot_idx
+        for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(1))
+    ]
+    other = [
+        layout.pivot_idx
+        for layout in model.sample_layouts(text_len, 64, torch.Generator().manual_seed(2))
+    ]
     assert all(torch.equal(a, b) for a, b in zip(one, again, strict=True))
     assert not torch.equal(one[0], one[1]) and not torch.equal(one[0], other[0])
     assert (one[0] >= text_len[:, None]).all()
@@ -121,15 +152,21 @@ def test_pivots_differ_between_layers_and_draws_and_follow_the_generator():
 def test_pivot_bias_of_cogview_is_for_training_only():
     model = make(pivot_bias="cogview")
     _, _, text_len = inputs()
-    assert model.train().sample_layouts(text_len, 64)[0].pivot_bias == pytest.approx(2.302585)  # log(64 // 6)
+    assert model.train().sample_layouts(text_len, 64)[0].pivot_bias == pytest.approx(
+        2.302585
+    )  # log(64 // 6)
     assert model.eval().sample_layouts(text_len, 64)[0].pivot_bias == 0
 
 
-@pytest.mark.parametrize("changes", [{}, {"norm": "pre"}, {"relax": "tensor"}, {"relax": "none"}, {"attention": "dense"}])
+@pytest.mark.parametrize(
+    "changes", [{}, {"norm": "pre"}, {"relax": "tensor"}, {"relax": "none"}, {"attention": "dense"}]
+)
 def test_every_parameter_learns(changes):
     model = make(**changes)
     tokens, positions, text_len = inputs()
-    model.logits(model(tokens, positions, model.sample_layouts(text_len, 64))).logsumexp(-1).sum().backward()
+    model.logits(model(tokens, positions, model.sample_layouts(text_len, 64))).logsumexp(
+        -1
+    ).sum().backward()
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None and parameter.grad.abs().sum() > 0, name
     assert ("third_layernorm" in str(model)) == ("norm" not in changes)
@@ -140,7 +177,9 @@ def test_the_embedding_gradient_is_shrunk():
     grads = []
     for scale in (1.0, 0.1):
         model = make(embedding_gradient_scale=scale, num_pivots=0)
-        model(tokens, positions, model.sample_layouts(text_len, 64)).sum(-1).square().sum().backward()
+        model(tokens, positions, model.sample_layouts(text_len, 64)).sum(
+            -1
+        ).square().sum().backward()
         grads.append(model.transformer.position_embeddings.weight.grad)
     torch.testing.assert_close(grads[1], 0.1 * grads[0], rtol=1e-3, atol=1e-7)
 

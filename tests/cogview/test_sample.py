@@ -37,8 +37,12 @@ def model():
 
 def shares(sampling, logits, allowed=None, num=20000):
     logits = torch.tensor(logits)
-    allowed = torch.ones(len(logits), dtype=torch.bool) if allowed is None else torch.tensor(allowed)
-    drawn = sample_tokens(logits.expand(num, -1), allowed, sampling, torch.Generator().manual_seed(0))
+    allowed = (
+        torch.ones(len(logits), dtype=torch.bool) if allowed is None else torch.tensor(allowed)
+    )
+    drawn = sample_tokens(
+        logits.expand(num, -1), allowed, sampling, torch.Generator().manual_seed(0)
+    )
     return (torch.bincount(drawn, minlength=len(logits)) / num).tolist()
 
 
@@ -84,13 +88,17 @@ def test_generation_equals_the_full_forward_at_every_token(model):
         text_to_image(vocab, [1, 2], [3, 1, 4, 1, 5], 16),
     ]
     num_new = [16, 16, 11]
-    drawn = generate(model, config, prompts, num_new, vocab.image_mask(), torch.Generator().manual_seed(3))
+    drawn = generate(
+        model, config, prompts, num_new, vocab.image_mask(), torch.Generator().manual_seed(3)
+    )
     text_len = torch.tensor([prompt.text_len for prompt in prompts], dtype=torch.int32)
     length = max(len(prompt) + new for prompt, new in zip(prompts, num_new, strict=True))
     layouts = model.sample_layouts(text_len, length, torch.Generator().manual_seed(3))
     for i, (prompt, new) in enumerate(zip(prompts, num_new, strict=True)):
         own = [
-            dataclasses.replace(layout, text_len=layout.text_len[i : i + 1], pivot_idx=layout.pivot_idx[i : i + 1])
+            dataclasses.replace(
+                layout, text_len=layout.text_len[i : i + 1], pivot_idx=layout.pivot_idx[i : i + 1]
+            )
             for layout in layouts
         ]
         assert drawn[i] == greedy_without_cache(model, config, prompt, new, own)
@@ -100,10 +108,16 @@ def test_generation_equals_the_full_forward_at_every_token(model):
 def test_positions_go_on_from_the_prompt_in_super_resolution(model):
     config = dataclasses.replace(CONFIG, sampling=SamplingConfig(temperature=0.0))
     vocab = config.vocabulary
-    prompt = super_resolution(vocab, [1, 2], [3] * 16, num_fine_codes=30)  # 22 + 4 tokens; 4 + 30 positions
+    prompt = super_resolution(
+        vocab, [1, 2], [3] * 16, num_fine_codes=30
+    )  # 22 + 4 tokens; 4 + 30 positions
     with torch.inference_mode():
-        drawn = generate(model, config, [prompt], [30], vocab.image_mask(), torch.Generator().manual_seed(3))
-        layouts = model.sample_layouts(torch.tensor([5], dtype=torch.int32), 56, torch.Generator().manual_seed(3))
+        drawn = generate(
+            model, config, [prompt], [30], vocab.image_mask(), torch.Generator().manual_seed(3)
+        )
+        layouts = model.sample_layouts(
+            torch.tensor([5], dtype=torch.int32), 56, torch.Generator().manual_seed(3)
+        )
         assert drawn[0] == greedy_without_cache(model, config, prompt, 30, layouts)
 
 
@@ -120,7 +134,9 @@ def test_images_hold_image_codes_only_and_follow_the_seed(model):
 
 def test_a_partial_image_is_completed(model):
     beginnings = [[3, 1, 4, 1, 5, 9], [], [2] * 16]
-    codes = draw_images(model, CONFIG, [[1], [2], [3]], beginnings=beginnings, progress=False).flatten(1)
+    codes = draw_images(
+        model, CONFIG, [[1], [2], [3]], beginnings=beginnings, progress=False
+    ).flatten(1)
     assert codes[0, :6].tolist() == [3, 1, 4, 1, 5, 9]
     assert codes[2].tolist() == [2] * 16
 
@@ -139,7 +155,9 @@ def test_captions_hold_text_only_and_end_at_sep(model):
 
 
 def test_prompts_that_do_not_fit_are_named(model):
-    with pytest.raises(ValueError, match="text: expected at most 20 pieces beside an image, got 21"):
+    with pytest.raises(
+        ValueError, match="text: expected at most 20 pieces beside an image, got 21"
+    ):
         draw_images(model, CONFIG, [[1] * 21], progress=False)
     with pytest.raises(ValueError, match="at least one piece"):
         draw_images(model, CONFIG, [[]], progress=False)

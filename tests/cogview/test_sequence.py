@@ -2,7 +2,14 @@ import numpy as np
 import pytest
 import torch
 
-from cogview.sequence import Vocabulary, captioning, collate, loss_weights, super_resolution, text_to_image
+from cogview.sequence import (
+    Vocabulary,
+    captioning,
+    collate,
+    loss_weights,
+    super_resolution,
+    text_to_image,
+)
 
 COGVIEW = Vocabulary(8192, 50000)
 SMALL = Vocabulary(16, 10)
@@ -13,12 +20,23 @@ def names(vocab, tokens):
     from cogview.sequence import COMMANDS
 
     by_id = {vocab.command(name): name for name in COMMANDS}
-    return ["i" if t < vocab.codebook_size else "t" if t < vocab.first_command else by_id[t] for t in tokens]
+    return [
+        "i" if t < vocab.codebook_size else "t" if t < vocab.first_command else by_id[t]
+        for t in tokens
+    ]
 
 
 def test_ids_of_cogview():
     assert (COGVIEW.size, COGVIEW.padded_size) == (58219, 58240)
-    expected = {"PAD": 58192, "BOI1": 58193, "EOI1": 58196, "ROI1": 58199, "ROI2": 58200, "SEP": 58202, "BASE": 58208}
+    expected = {
+        "PAD": 58192,
+        "BOI1": 58193,
+        "EOI1": 58196,
+        "ROI1": 58199,
+        "ROI2": 58200,
+        "SEP": 58202,
+        "BASE": 58208,
+    }
     assert {name: COGVIEW.command(name) for name in expected} == expected
     assert COGVIEW.command("POS8") == 58218
     assert COGVIEW.text_ids([0, 49999]) == [8192, 58191]
@@ -26,7 +44,9 @@ def test_ids_of_cogview():
 
 def test_text_to_image_sequence():
     sequence = text_to_image(COGVIEW, [5, 6], np.arange(1024).reshape(32, 32))
-    assert names(COGVIEW, sequence.tokens) == ["ROI1", "t", "t", "BASE", "BOI1"] + ["i"] * 1024 + ["EOI1"]
+    assert names(COGVIEW, sequence.tokens) == ["ROI1", "t", "t", "BASE", "BOI1"] + ["i"] * 1024 + [
+        "EOI1"
+    ]
     assert sequence.tokens[5:-1] == list(range(1024))
     assert sequence.positions == list(range(1030))
     assert sequence.text_len == 5
@@ -46,7 +66,9 @@ def test_a_prompt_ends_with_the_codes_that_are_given():
 def test_super_resolution_restarts_positions_at_roi2():
     sequence = super_resolution(SMALL, [1, 2], [3] * 4, [5] * 16)
     head = ["ROI1", "t", "t", "BASE", "BOI1"] + ["i"] * 4 + ["EOI1"]
-    assert names(SMALL, sequence.tokens) == head + ["ROI2", "POS0", "BASE", "BOI2"] + ["i"] * 16 + ["EOI2"]
+    assert names(SMALL, sequence.tokens) == head + ["ROI2", "POS0", "BASE", "BOI2"] + ["i"] * 16 + [
+        "EOI2"
+    ]
     assert sequence.positions == [*range(10), *range(21)]
     prompt = super_resolution(SMALL, [1, 2], [3] * 4, num_fine_codes=16)
     assert prompt.tokens == sequence.tokens[:14] and prompt.positions == sequence.positions[:14]
@@ -54,7 +76,13 @@ def test_super_resolution_restarts_positions_at_roi2():
 
 def test_captioning_ends_with_sep():
     sequence = captioning(SMALL, [3] * 4, [1, 2])
-    assert names(SMALL, sequence.tokens) == ["TINY", "BOI1"] + ["i"] * 4 + ["EOI1", "ROI1", "t", "t", "SEP"]
+    assert names(SMALL, sequence.tokens) == ["TINY", "BOI1"] + ["i"] * 4 + [
+        "EOI1",
+        "ROI1",
+        "t",
+        "t",
+        "SEP",
+    ]
     assert sequence.text_len == 2
     assert captioning(SMALL, [3] * 4).tokens == sequence.tokens[:8]
 
@@ -83,7 +111,9 @@ def test_collate_pads_at_the_end():
 
 
 def test_loss_weights_follow_the_type_of_the_target():
-    batch = collate(SMALL, [text_to_image(SMALL, [1], [0] * 2), text_to_image(SMALL, [1, 2], [0] * 2)])
+    batch = collate(
+        SMALL, [text_to_image(SMALL, [1], [0] * 2), text_to_image(SMALL, [1, 2], [0] * 2)]
+    )
     weights = loss_weights(SMALL, batch.tokens, text_weight=5.0, image_weight=2.0)
     assert weights.tolist() == [[1, 5, 1, 1, 2, 2, 1, 0], [1, 5, 5, 1, 1, 2, 2, 1]]
 

@@ -55,7 +55,10 @@ def trainer(settings: Config, folder: object) -> Trainer:
 
 
 def without_seconds(folder):
-    return [{k: v for k, v in row.items() if k != "seconds"} for row in read_metrics(folder / "metrics.jsonl")]
+    return [
+        {k: v for k, v in row.items() if k != "seconds"}
+        for row in read_metrics(folder / "metrics.jsonl")
+    ]
 
 
 def assert_same(a, b):
@@ -85,7 +88,8 @@ class Killed(test_train.Trainer):
         if self.step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 test_train.torch.set_num_threads(1)
-Killed(test_train.config(), sys.argv[1], test_train.dataset(), test_train.dataset(4, 1), progress=False).run()
+Killed(test_train.config(), sys.argv[1], test_train.dataset(), test_train.dataset(4, 1),
+progress=False).run()
 """
 
 
@@ -94,15 +98,24 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     trainer(config(), whole).run()
 
     paths = [os.path.dirname(__file__), os.getcwd()]
-    process = subprocess.run([sys.executable, "-c", KILLED, str(killed), *paths], capture_output=True, text=True)
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, str(killed), *paths], capture_output=True, text=True
+    )
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert [row["step"] for row in read_metrics(killed / "metrics.jsonl")] == [1, 2, 3, 4]  # ahead of the checkpoint
+    assert [row["step"] for row in read_metrics(killed / "metrics.jsonl")] == [
+        1,
+        2,
+        3,
+        4,
+    ]  # ahead of the checkpoint
     torch.rand(3)  # the state of the global generator must not matter
     resumed = trainer(config(), killed)
     assert resumed.step == 3
     resumed.run()
 
-    ends = [load_checkpoint(list_checkpoints(folder / "checkpoints")[0]) for folder in (whole, killed)]
+    ends = [
+        load_checkpoint(list_checkpoints(folder / "checkpoints")[0]) for folder in (whole, killed)
+    ]
     assert ends[0]["step"] == 6
     assert_same(*ends)
     assert without_seconds(whole) == without_seconds(killed)
@@ -110,34 +123,49 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 
 
 def test_dropout_and_pivots_are_drawn_anew_each_step(tmp_path):
-    run = trainer(config("training.learning_rate=1e-12", "training.final_learning_rate=0"), tmp_path)
+    run = trainer(
+        config("training.learning_rate=1e-12", "training.final_learning_rate=0"), tmp_path
+    )
     run.train_data = dataset(4)  # the same batch each step, up to its order
     assert run._train_step()["loss"] != pytest.approx(run._train_step()["loss"], rel=1e-5)
 
 
 def test_training_learns_what_the_caption_says(tmp_path):
     settings = config(
-        "training.steps=300", "training.learning_rate=1e-2", "model.dropout=0", "training.batch_size=8",
-        "training.eval_every=300", "training.save_every=300", "training.text_weight=0",
+        "training.steps=300", "training.learning_rate=1e-2", "model.dropout=0",
+        "training.batch_size=8", "training.eval_every=300", "training.save_every=300",
+        "training.text_weight=0",
     )  # fmt: skip
     data = dataset(64)
     Trainer(settings, tmp_path, data, dataset(32, 1), progress=False).run()
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert last["held_out_image_loss"] < 0.1  # the first code costs log(16) / 16 = 0.17 to who cannot read
+    assert (
+        last["held_out_image_loss"] < 0.1
+    )  # the first code costs log(16) / 16 = 0.17 to who cannot read
     assert last["held_out_text_loss"] > 2.0  # weight 0: not learned
 
 
 def test_metrics_name_text_and_image_loss(tmp_path):
     trainer(config(), tmp_path).run()
     rows = read_metrics(tmp_path / "metrics.jsonl")
-    assert {"step", "loss", "text_loss", "image_loss", "learning_rate", "grad_norm", "seconds"} <= rows[0].keys()
+    assert {
+        "step",
+        "loss",
+        "text_loss",
+        "image_loss",
+        "learning_rate",
+        "grad_norm",
+        "seconds",
+    } <= rows[0].keys()
     assert [("held_out_image_loss" in row) for row in rows] == [False, False, True] * 2
 
 
 def test_micro_batches_add_up_to_the_same_step(tmp_path):
     runs = []
     for name, size in (("one", 0), ("two", 2)):
-        settings = config("model.dropout=0", "model.attention=dense", f"training.micro_batch_size={size}")
+        settings = config(
+            "model.dropout=0", "model.attention=dense", f"training.micro_batch_size={size}"
+        )
         run = trainer(settings, tmp_path / name)
         runs.append((run._train_step(), run.model.state_dict()))
     (one, a), (two, b) = runs
@@ -149,7 +177,10 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path):
 
 def test_only_the_newest_checkpoints_stay(tmp_path):
     trainer(config("training.save_every=1", "training.keep_checkpoints=2"), tmp_path).run()
-    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == ["step_00000006.pt", "step_00000005.pt"]
+    assert [path.name for path in list_checkpoints(tmp_path / "checkpoints")] == [
+        "step_00000006.pt",
+        "step_00000005.pt",
+    ]
 
 
 def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
@@ -168,7 +199,10 @@ def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
     trainer(config(), tmp_path).run()
     for path in list_checkpoints(tmp_path / "checkpoints"):
         path.write_bytes(b"")
-    with pytest.warns(UserWarning), pytest.raises(ValueError, match="none of the 2 checkpoints can be read"):
+    with (
+        pytest.warns(UserWarning),
+        pytest.raises(ValueError, match="none of the 2 checkpoints can be read"),
+    ):
         trainer(config(), tmp_path)
 
 
@@ -211,9 +245,13 @@ def test_float16_skips_steps_that_overflow_and_counts_them(tmp_path):
 
 
 def test_data_that_does_not_fit_is_named(tmp_path):
-    with pytest.raises(ValueError, match="training data: expected 32 image codes .* got 16; encode it again"):
+    with pytest.raises(
+        ValueError, match="training data: expected 32 image codes .* got 16; encode it again"
+    ):
         trainer(config("image_tokenizer.codebook_size=32"), tmp_path)
-    empty = TokenDataset(np.empty(0, np.int32), np.zeros(1, np.int64), np.empty((0, 4, 4), np.int16), 20, 16)
+    empty = TokenDataset(
+        np.empty(0, np.int32), np.zeros(1, np.int64), np.empty((0, 4, 4), np.int16), 20, 16
+    )
     with pytest.raises(ValueError, match="held-out data: expected at least one pair"):
         Trainer(config(), tmp_path, dataset(), empty, progress=False)
 
@@ -229,7 +267,9 @@ def test_learning_rate_warms_up_and_decays():
 
 
 def test_captions_that_are_too_long_are_clipped(tmp_path):
-    lengths = dataclasses.replace(config().model, max_positions=23)  # 16 codes, 4 commands, 3 pieces
+    lengths = dataclasses.replace(
+        config().model, max_positions=23
+    )  # 16 codes, 4 commands, 3 pieces
     settings = dataclasses.replace(config(), model=lengths)
     run = trainer(settings, tmp_path)
     batch = run._batch(run.train_data, np.arange(10))
@@ -250,7 +290,9 @@ def test_split_data_is_disjoint_complete_and_fixed_by_the_seed():
     data = dataset(20)
     train, held_out = split_data(data, config("training.held_out_fraction=0.2"))
     assert (len(train), len(held_out)) == (16, 4)
-    rows = sorted(tuple(text) for part in (train, held_out) for text, _ in (part[i] for i in range(len(part))))
+    rows = sorted(
+        tuple(text) for part in (train, held_out) for text, _ in (part[i] for i in range(len(part)))
+    )
     assert rows == sorted(tuple(data[i][0]) for i in range(20))
     again = split_data(data, config("training.held_out_fraction=0.2"))[1]
     assert np.array_equal(again.codes, held_out.codes)
