@@ -1,4 +1,5 @@
-"""Settings of all tests: seeded randomness, and slow sweeps only when asked for."""
+"""Settings of all tests: seeded randomness, one thread (threads that wait for each other on a busy
+machine cost more than such small tensors gain), and slow sweeps only when asked for."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ hypothesis.settings.register_profile(
     "cogview", derandomize=True, deadline=None, database=None, print_blob=False
 )
 hypothesis.settings.load_profile("cogview")
+torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:
