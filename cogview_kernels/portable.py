@@ -199,8 +199,9 @@ def attention_forward(
     for exact in (False, True):
         for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
             logits = _tile_logits(tile.queries, tile.keys, tile.bias, exact)
-            p = logits.softmax(-1)
-            tile_lse = logits.amax(-1) - p.amax(-1).log()  # the largest weight is exp(max - lse)
+            p, peak = logits.softmax(-1), logits.amax(-1)
+            # The largest weight is exp(peak - lse): two passes, where logsumexp takes five.
+            tile_lse = torch.where(peak.isinf(), peak, peak - p.amax(-1).log())
             if exact:
                 visible = _visible(tile)
                 tile_out = visible_matmul(p.masked_fill_(~visible, 0.0), visible, tile.values)
