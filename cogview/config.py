@@ -74,7 +74,7 @@ class ModelConfig:
     key_window_times: int = 6  # blocks in the window, the query's own included
     num_pivots: int = 768  # random image positions that every query may see, per layer and step
     pivot_bias: Literal["none", "cogview"] = (
-        "none"  # cogview: log(S // num_pivots) on text and pivots, in training
+        "none"  # cogview: log(S // num_pivots) on all of them in training; text counts as pivots
     )
     embedding_gradient_scale: float = 0.1  # shrink of the embedding's gradient; 1 turns it off
     activation_checkpointing: bool = (

@@ -217,7 +217,10 @@ class GPT(nn.Module):
                 text_len, length, config.num_pivots, generator=generator, device=text_len.device
             )
             window, times = config.query_window, config.key_window_times
-            if config.pivot_bias == "cogview" and self.training:  # CogView's inference adds no bias
+            biased = config.pivot_bias == "cogview"
+            if biased:
+                pivots = _leave_room_for_text(pivots, text_len, length, generator)
+            if biased and self.training:  # CogView's inference adds no bias
                 layout = ck.ThreeRegionLayout.from_cogview(pivots, text_len, window, times, length)
             else:
                 layout = ck.ThreeRegionLayout(
@@ -263,3 +266,13 @@ class GPT(nn.Module):
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Scores of every id by the tied head: (..., hidden_size) to (..., vocab_size)."""
         return F.linear(z, self.word_embeddings.weight)
+
+
+def _leave_room_for_text(
+    pivots: torch.Tensor, text_len: torch.Tensor, length: int, generator: torch.Generator | None
+) -> torch.Tensor:
+    """CogView's list has `num_pivots` entries with the text among them: as many pivots (B, P) as
+    there is text, chosen at random, become padding."""
+    order = torch.rand(pivots.shape, generator=generator, device=pivots.device).argsort(dim=1)
+    dropped = order < text_len.unsqueeze(1)
+    return pivots.masked_fill(dropped, length).sort(dim=1).values

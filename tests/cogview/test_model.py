@@ -194,3 +194,14 @@ def test_activation_checkpointing_changes_nothing():
         model.logits(model(tokens, positions, layouts)).logsumexp(-1).sum().backward()
         grads.append([parameter.grad for parameter in model.parameters()])
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
+
+
+def test_the_text_counts_among_the_pivots_of_cogview():
+    text_len = torch.tensor([2, 5, 9], dtype=torch.int32)
+    for train in (True, False):
+        model = make(pivot_bias="cogview").train(train)
+        model_layout = model.sample_layouts(text_len, 64)[0]
+        pivots = model_layout.pivot_idx
+        counted = ((pivots >= text_len[:, None]) & (pivots < 64)).sum(1)
+        assert counted.tolist() == [4, 1, 0]  # of num_pivots = 6
+        model_layout.validate(64)
