@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import platform
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -138,7 +139,9 @@ def run_demo(
         },
         "attention": attention_sparsity(config, trainer, test_data),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "device": str(device),
+        "device": _describe(device),
+        "torch": torch.__version__,
+        "date": time.strftime("%Y-%m-%d"),
         "seed": config.seed,
         "seconds": seconds,
     }
@@ -205,6 +208,12 @@ def report(result: dict[str, Any], run: RunFolder) -> str:
         "metrics.json",
     ]
     return "\n".join(lines)
+
+
+def _describe(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    return f"{torch.get_num_threads()} {platform.machine()} CPU cores"
 
 
 @contextlib.contextmanager
