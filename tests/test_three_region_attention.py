@@ -714,3 +714,29 @@ def test_layouts_whose_values_were_never_checked_stay_inside_the_tensors() -> No
         int32([-(2**31), 2**31 - 1]), wild, 4, 1, 0.0, 0.0, 0.3,
     )  # fmt: skip
     assert all(t.isfinite().all() for t in (out, lse, *gradients))
+
+
+def test_one_tensor_in_every_role() -> None:
+    problem = make_problem(2, 2, k_len=20)
+    x = problem.q.clone().requires_grad_()
+    for backend in BACKENDS:
+        out = ck.three_region_attention(x, x, x, problem.layout, backend=backend)
+        (dx,) = torch.autograd.grad(out, x, problem.dout)
+        copies = [x.detach().clone().requires_grad_() for _ in range(3)]
+        apart = ck.three_region_attention(*copies, problem.layout, backend=backend)
+        assert torch.equal(out, apart)
+        torch.testing.assert_close(dx, sum(torch.autograd.grad(apart, copies, problem.dout)))
+
+
+def test_inference_mode_and_writes_to_saved_inputs() -> None:
+    problem = make_problem(2, 2, k_len=20)
+    expected = problem.run("portable")["out"]
+    with torch.inference_mode():
+        out = ck.three_region_attention(problem.q, problem.k, problem.v, problem.layout)
+    assert torch.equal(out, expected) and out.is_inference()
+    leaves = problem.leaves()
+    key = leaves[1].clone()
+    out = ck.three_region_attention(leaves[0], key, leaves[2], problem.layout)
+    key.zero_()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
