@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 RECORD = attention-$(shell uname -m)-$(shell date +%Y-%m-%d)-$(shell git rev-parse --short HEAD)
 SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help demo test lint format types bench check-install clean
+.PHONY: help build demo test lint format types bench check-install clean
 
 help:
 	@echo "make demo           train a small CogView on handwritten digits and draw captions"
@@ -25,15 +25,14 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	COGVIEW_KERNELS_CUDA=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cogview,dev]'
 	@touch $@
 
-# In place and incremental; kernels where nvcc is found. Fails on register spills.
-$(VENV)/.built: $(VENV)/.installed setup.py build_backend.py $(SOURCES)
+# In place and incremental (ninja); kernels where nvcc is found. Fails on register spills.
+build: $(VENV)/.installed
 	$(BIN)/python setup.py -q build_ext --inplace
-	@touch $@
 
-demo: $(VENV)/.built
+demo: build
 	$(BIN)/cogview demo --out results/demo
 
-test: $(VENV)/.built lint types
+test: build lint types
 	$(BIN)/python -m cogview_kernels
 	$(BIN)/pytest --junit-xml=results/test.xml
 	@echo "test report: results/test.xml"
@@ -51,7 +50,7 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
-bench: $(VENV)/.built
+bench: build
 	$(BIN)/pytest benchmarks/bench_attention.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
 	  --benchmark-json=benchmarks/results/$(RECORD).json
 	$(BIN)/python benchmarks/report.py
@@ -60,4 +59,4 @@ check-install: $(VENV)/.installed
 	$(PYTHON) tests/check_install.py
 
 clean:
-	rm -rf build dist *.egg-info cogview_kernels/*.so $(VENV)/.built
+	rm -rf build dist *.egg-info cogview_kernels/*.so

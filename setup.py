@@ -22,7 +22,7 @@ from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
 sys.path.insert(0, str(Path(__file__).parent))
-from build_backend import find_torch, torch_version
+from build_backend import find_nvcc, find_torch, torch_version
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0+PTX")
@@ -51,8 +51,7 @@ class Cuda:
             raise BuildError(f"COGVIEW_KERNELS_CUDA: expected auto, 0 or 1, got {wish!r}")
         if wish == "0":
             return None
-        home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
-        nvcc = shutil.which(str(Path(home) / "bin" / "nvcc")) if home else shutil.which("nvcc")
+        home, nvcc = find_nvcc()
         if nvcc is None:
             if wish == "1":
                 where = f"under CUDA_HOME={home}" if home else "on the PATH"
@@ -74,7 +73,7 @@ class Cuda:
         supported = set(re.findall(r"sm_(\d+)", known))
         asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
         chosen = []
-        for architecture in asked or DEFAULT_ARCHITECTURES:
+        for architecture in dict.fromkeys(asked or DEFAULT_ARCHITECTURES):
             match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture)
             if match is None:
                 raise BuildError(
@@ -87,11 +86,16 @@ class Cuda:
                 raise BuildError(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not support {architecture}")
         if not chosen:
             raise BuildError(f"{nvcc} supports none of {', '.join(DEFAULT_ARCHITECTURES)}")
+        if not asked and not any(architecture.endswith("+PTX") for architecture in chosen):
+            # An older nvcc: GPUs that it does not know get PTX of the newest plain architecture.
+            plain = [name for name in chosen if name[-1].isdigit()]
+            if plain:
+                chosen[chosen.index(max(plain, key=float))] += "+PTX"
         return tuple(chosen)
 
     def flags(self, debug: bool) -> list[str]:
-        flags = ["-std=c++17", "-lineinfo", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        flags += ["-O0", "-G"] if debug else ["-O3", "-Xptxas=-v"]
+        flags = ["-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+        flags += ["-O0", "-G"] if debug else ["-O3", "-lineinfo", "-Xptxas=-v"]
         for architecture in self.architectures:
             number = architecture.removesuffix("+PTX").replace(".", "")
             flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
@@ -103,14 +107,19 @@ class Cuda:
 class NinjaBuild(build_ext):
     """Writes one build.ninja and runs it."""
 
+    def finalize_options(self) -> None:
+        super().finalize_options()
+        self.force = True  # ninja knows what is new; copying by age would keep an older module
+
     def build_extension(self, extension: Extension) -> None:
         cuda = Cuda.find()
         debug = os.environ.get("DEBUG", "0") == "1"
-        compiler = shlex.split(os.environ.get("CXX", "c++"))
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
         if shutil.which(compiler[0]) is None:
             if cuda is not None:
                 raise BuildError(f"no C++ compiler: {compiler[0]!r} is not on the PATH (set CXX)")
             print("cogview_kernels: no C++ compiler; installing pure Python, portable path only")
+            extension.optional = True  # nothing to copy
             return
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -118,9 +127,11 @@ class NinjaBuild(build_ext):
         build.mkdir(parents=True, exist_ok=True)
         objects = self._write_ninja(build, target, cuda, compiler, debug)
         # Kernels first: hooks.cpp embeds what ptxas reports of them.
-        self._run_ninja(build, [name for name in objects if name.endswith(".cu.o")])
-        resources = kernel_resources(build) if not debug else []
-        check_resources(build, resources)
+        kernels = [name for name in objects if name.endswith(".cu.o")]
+        self._run_ninja(build, kernels)
+        logs = [build / f"{name}.log" for name in kernels] if not debug else []
+        resources = kernel_resources(logs)
+        check_resources(logs, resources)
         _write_if_changed(build / "kernel_resources.inc", f'R"json({json.dumps(resources)})json"\n')
         self._run_ninja(build, [str(target)])
         if cuda is None:
@@ -156,13 +167,11 @@ class NinjaBuild(build_ext):
                 f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
                 "-DTORCH_STABLE_ONLY",
             ]
-            libraries = next(
-                folder
-                for folder in (
-                    cuda.root / name for name in ("lib64", "targets/x86_64-linux/lib", "lib")
-                )
-                if (folder / "libcudart_static.a").is_file()
-            )
+            found = [*cuda.root.glob("lib*"), *cuda.root.glob("targets/*/lib")]
+            found = [folder for folder in found if (folder / "libcudart_static.a").is_file()]
+            if not found:
+                raise BuildError(f"there is no libcudart_static.a under {cuda.root}")
+            libraries = found[0]
             # libtorch must be named as needed: weak symbols are looked up in it.
             link = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
             link += [f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
@@ -193,7 +202,9 @@ class NinjaBuild(build_ext):
         for source in sources:
             name = f"{source.relative_to(ROOT).as_posix().replace('/', '.')}.o"
             rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            lines.append(f"build {name}: {rule} {_escape(source)}")
+            # hooks.cpp embeds the table that is written between the two runs.
+            also = " | kernel_resources.inc" if source.stem == "hooks" else ""
+            lines.append(f"build {name}: {rule} {_escape(source)}{also}")
             objects.append(name)
         lines.append(f"build {_escape(target)}: link {' '.join(objects)}")
         _write_if_changed(build / "build.ninja", "\n".join(lines) + "\n")
@@ -219,10 +230,10 @@ class NinjaBuild(build_ext):
             raise BuildError("compilation failed; the compiler's words stand above") from None
 
 
-def kernel_resources(build: Path) -> list[dict[str, str | int]]:
+def kernel_resources(logs: list[Path]) -> list[dict[str, str | int]]:
     """What ptxas reported, one row per kernel and architecture."""
     rows: list[dict[str, str | int]] = []
-    for log in sorted(build.glob("*.cu.o.log")):
+    for log in logs:
         row: dict[str, str | int] = {}
         for line in log.read_text().splitlines():
             if match := re.search(r"Compiling entry function '(\w+)' for 'sm_(\w+)'", line):
@@ -246,12 +257,12 @@ def kernel_resources(build: Path) -> list[dict[str, str | int]]:
     return rows
 
 
-def check_resources(build: Path, rows: list[dict[str, str | int]]) -> None:
+def check_resources(logs: list[Path], rows: list[dict[str, str | int]]) -> None:
     """Fail on register spills and on launch bounds that ptxas ignored."""
     for row in rows:
         if row["spill_store_bytes"] or row["spill_load_bytes"]:
             raise BuildError(f"{row['kernel']} spills registers on {row['architecture']}: {row}")
-    for log in build.glob("*.cu.o.log"):
+    for log in logs:
         for line in log.read_text().splitlines():
             if "C7508" in line:
                 raise BuildError(f"{log.stem}: {line}")

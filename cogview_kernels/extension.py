@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from typing import Any
 
@@ -9,7 +10,7 @@ import torch
 
 _C: Any
 try:
-    from cogview_kernels import _C  # type: ignore[attr-defined, no-redef]
+    _C = importlib.import_module("cogview_kernels._C")
 except ImportError as error:
     _C = None
     _IMPORT_ERROR: ImportError | None = error
@@ -17,8 +18,8 @@ else:
     _IMPORT_ERROR = None
 
 HOW_TO_BUILD = (
-    "install a CUDA toolkit with nvcc (12.4 or later), then "
-    "`COGVIEW_KERNELS_CUDA=1 pip install --force-reinstall --no-deps cogview-kernels`"
+    "install a CUDA toolkit with nvcc (12.4 or later), then, in a clone of the repository, "
+    "`COGVIEW_KERNELS_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps .`"
 )
 
 

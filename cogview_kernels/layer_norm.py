@@ -100,11 +100,11 @@ def sandwich_residual(
     if residual.shape != f.shape:
         raise ValueError(f"residual: expected {tuple(f.shape)} as f, got {tuple(residual.shape)}")
     _check_parameters("f", f, post_weight=post_weight, post_bias=post_bias)
-    _check_parameters("f", f, pre_weight=pre_weight, pre_bias=pre_bias)
     if residual.dtype not in (f.dtype, torch.float32):
         raise TypeError(f"residual: expected dtype {f.dtype} or float32, got {residual.dtype}")
     if residual.device != f.device:
         raise ValueError(f"residual: expected device {f.device} as f, got {residual.device}")
+    _check_parameters("residual", residual, pre_weight=pre_weight, pre_bias=pre_bias)
     h = (residual + _normalise(f, post_weight, post_bias, eps, relax, backend)).to(residual.dtype)
     return h, _normalise(h, pre_weight, pre_bias, eps, relax, backend)
 

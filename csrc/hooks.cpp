@@ -3,6 +3,8 @@
 
 #include <pybind11/pybind11.h>
 
+#include <string>
+
 #ifdef COGVIEW_KERNELS_CUDA
 #include <cuda_runtime_api.h>
 #endif

@@ -3,6 +3,7 @@
 // Python allocates every output and workspace and checks arguments for people; here stands what
 // memory safety needs.
 
+#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
@@ -10,10 +11,9 @@
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/macros/Macros.h>
 
-#include <dlfcn.h>
-
 #include <limits>
 #include <optional>
+#include <utility>
 
 #include "pb_relax_layer_norm/pb_relax_layer_norm.h"
 
@@ -34,15 +34,15 @@ cudaStream_t current_stream(int32_t device_index) {
     }
     // libtorch_cuda.so may have been loaded after this module.
     void* library = dlopen("libtorch_cuda.so", RTLD_LAZY | RTLD_NOLOAD);
-    return library == nullptr ? nullptr
-                              : reinterpret_cast<GetStream>(
-                                    dlsym(library, "aoti_torch_get_current_cuda_stream"));
+    return library == nullptr
+               ? nullptr
+               : reinterpret_cast<GetStream>(dlsym(library, "aoti_torch_get_current_cuda_stream"));
   }();
   STD_TORCH_CHECK(get_stream != nullptr,
                   "cogview_kernels: this torch has no CUDA streams (libtorch_cuda.so is not "
                   "loaded); install a CUDA build of torch");
   void* stream = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(get_stream(device_index, &stream));
+  TORCH_ERROR_CODE_CHECK(get_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
 }
 
@@ -59,7 +59,7 @@ cogview::DType dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
-// A CUDA tensor (rows, columns) with contiguous rows; `columns` < 0 accepts any number.
+// A CUDA tensor (rows, columns) with contiguous rows.
 void check_matrix(const char* name, const Tensor& tensor, const Tensor& like, int64_t rows,
                   int64_t columns, bool contiguous) {
   STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
@@ -156,17 +156,15 @@ void pb_relax_layer_norm_forward_out(const Tensor& x, std::optional<Tensor> weig
 void pb_relax_layer_norm_backward_out(const Tensor& dy, const Tensor& x,
                                       std::optional<Tensor> weight, const Tensor& mean,
                                       const Tensor& rstd, Tensor dx, Tensor partial,
-                                      std::optional<Tensor> dweight,
-                                      std::optional<Tensor> dbias) {
+                                      std::optional<Tensor> dweight, std::optional<Tensor> dbias) {
   cogview::PbRelaxLayerNormBackwardParams params = {};
   params.shape = shape_of(x);
   const auto [rows, hidden] = std::pair(params.shape.rows, params.shape.hidden);
   check_matrix("x", x, x, rows, hidden, false);
   check_matrix("dy", dy, x, rows, hidden, false);
   check_matrix("dx", dx, x, rows, hidden, true);
-  STD_TORCH_CHECK(
-      dy.scalar_type() == x.scalar_type() && dx.scalar_type() == x.scalar_type(),
-      "dy, dx: expected the dtype of x");
+  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dx.scalar_type() == x.scalar_type(),
+                  "dy, dx: expected the dtype of x");
   bool seen = false;
   check_parameter("weight", weight, x, params.shape, seen);
   check_parameter("dweight", dweight, x, params.shape, seen);

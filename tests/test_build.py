@@ -22,6 +22,9 @@ needs_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on
 needs_kernels = pytest.mark.skipif(
     not extension.architectures(), reason="the extension was built without CUDA kernels"
 )
+needs_table = pytest.mark.skipif(
+    not extension.kernel_resources(), reason="built without kernels, or with DEBUG=1"
+)
 
 
 @pytest.fixture(scope="module")
@@ -46,9 +49,9 @@ def build(folder: Path, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_with_nvcc_there_are_kernels() -> None:
+def test_with_nvcc_there_are_kernels(setup_module: ModuleType) -> None:
     """A skip of the tests below must not hide a build that lost its kernels."""
-    assert bool(extension.architectures()) == (shutil.which("nvcc") is not None)
+    assert bool(extension.architectures()) == (setup_module.Cuda.find() is not None)
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,16 @@ def test_unknown_architectures(tmp_path: Path, architectures: str, said: str) ->
     assert said in result.stderr
 
 
+def test_an_older_nvcc_gets_ptx(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = "\n".join(f"sm_{number}" for number in (75, 80, 86, 89, 90))
+    answer = subprocess.CompletedProcess([], 0, stdout=listed)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    assert setup_module.Cuda._architectures("nvcc") == ("8.0+PTX", "9.0a")
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;8.6")
+    assert setup_module.Cuda._architectures("nvcc") == ("8.6",)
+
+
 PTXAS = """\
 ptxas info    : Compiling entry function '_ZN7cogview4workEv' for 'sm_90a'
 ptxas info    : Function properties for _ZN7cogview4workEv
@@ -90,20 +103,20 @@ ptxas info    : Used 64 registers, used 1 barriers, 512 bytes smem, 400 bytes cm
 def test_spills_fail_the_build(setup_module: ModuleType, tmp_path: Path) -> None:
     log = tmp_path / "work.cu.o.log"
     log.write_text(PTXAS.format(stack=0, stores=0, loads=0))
-    rows = setup_module.kernel_resources(tmp_path)
+    rows = setup_module.kernel_resources([log])
     assert rows[0]["registers"] == 64
     assert rows[0]["static_smem_bytes"] == 512
     assert rows[0]["architecture"] == "sm_90a"
-    setup_module.check_resources(tmp_path, rows)
+    setup_module.check_resources([log], rows)
     log.write_text(PTXAS.format(stack=8, stores=4, loads=0))
     with pytest.raises(SystemExit, match="work.* spills registers on sm_90a"):
-        setup_module.check_resources(tmp_path, setup_module.kernel_resources(tmp_path))
+        setup_module.check_resources([log], setup_module.kernel_resources([log]))
     log.write_text("ptxas warning : (C7508) Ignoring setmaxnreg\n")
     with pytest.raises(SystemExit, match="C7508"):
-        setup_module.check_resources(tmp_path, setup_module.kernel_resources(tmp_path))
+        setup_module.check_resources([log], setup_module.kernel_resources([log]))
 
 
-@needs_kernels
+@needs_table
 def test_every_kernel_on_every_architecture_without_spills() -> None:
     rows = extension.kernel_resources()
     machine_code = {

@@ -4,9 +4,9 @@
 //   y = (x - mean) / sqrt(var + eps c^2) * weight + bias
 // computed on xs = x * s, with s the power of two that brings the maximum to [1, 2), so that no
 // square leaves float32's range and scaling is exact:
-//   d = xs - mean(xs);  shift = mean(d);  d -= shift       (the second mean removes the rounding
-//   var = mean(d^2)                                         of the first: large offsets stay exact)
-//   y = d / sqrt(var + eps (c s)^2) * weight + bias
+//   d = xs - mean(xs);  shift = mean(d);  var = mean(d^2) - shift^2
+//   y = (d - shift) / sqrt(var + eps (c s)^2) * weight + bias
+// shift is the rounding error of the first mean, tiny: with it, large offsets stay exact.
 //
 // Layout     x: rows x_row_stride apart; y contiguous; mean, rstd: float32, one per row.
 // Grid       one block per kRowsPerBlock rows, striding over the rows.
@@ -24,6 +24,9 @@
 namespace cogview {
 namespace {
 
+constexpr float kLargest = 3.402823466e+38f;   // of float32
+constexpr float kSmallest = 1.175494351e-38f;  // normal: a constant row has no deviation to divide
+
 // The power of two s with max|x| * s in [1, 2), as far as s itself is a normal number.
 __device__ __forceinline__ float relaxing_scale(float peak, Relax relax) {
   if (!(peak > 0.f)) return 1.f;
@@ -38,7 +41,7 @@ __device__ __forceinline__ float scaled_constant(float peak, float scale, Relax 
 }
 
 __device__ __forceinline__ float finite_rstd(float rstd_of_scaled, float scale) {
-  return fminf(rstd_of_scaled * scale, 3.402823466e+38f);
+  return fminf(rstd_of_scaled * scale, kLargest);
 }
 
 template <typename T, int kThreadsPerRow>
@@ -97,7 +100,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreadsPerRow>, 1)
     const float shift = moments[0] * inverse_hidden;
     const float var = fmaxf(moments[1] * inverse_hidden - shift * shift, 0.f);
     const float c = scaled_constant(peak[0], scale, params.relax);
-    const float rstd = 1.f / sqrtf(var + params.eps * c * c);
+    const float rstd = 1.f / sqrtf(fmaxf(var + params.eps * c * c, kSmallest));
 
 #pragma unroll
     for (int i = 0; i < kVectorsPerThread<T>; ++i) {
@@ -162,7 +165,7 @@ __global__ void __launch_bounds__(256)
     const float shift = moments[0] / float(hidden);
     const float var = fmaxf(moments[1] / float(hidden) - shift * shift, 0.f);
     const float c = scaled_constant(peak[0], scale, params.relax);
-    const float rstd = 1.f / sqrtf(var + params.eps * c * c);
+    const float rstd = 1.f / sqrtf(fmaxf(var + params.eps * c * c, kSmallest));
 
     for (int64_t column = threadIdx.x; column < hidden; column += 256) {
       const float d = to_float(x[column]) * scale - rough_mean - shift;
