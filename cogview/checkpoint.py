@@ -11,8 +11,10 @@ from __future__ import annotations
 import os
 import pickle
 import re
+import struct
 import warnings
 import zipfile
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,21 @@ from torch import nn
 from cogview.files import atomic_write
 
 FORMAT = "cogview-checkpoint-1"
+
+# What zipfile, pickle and torch raise on damaged bytes; a seek to a damaged offset is an OSError.
+_DAMAGED = (
+    zipfile.BadZipFile,
+    zlib.error,
+    struct.error,
+    pickle.UnpicklingError,
+    RuntimeError,  # and NotImplementedError, one of its kind
+    OSError,
+    EOFError,
+    LookupError,
+    AttributeError,
+    TypeError,
+    ValueError,
+)
 
 
 def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
@@ -55,6 +72,7 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
+        PermissionError: it may not be read.
         ValueError: the file is truncated, damaged or no checkpoint of this program, or a weight is
             NaN or infinite.
     """
@@ -67,17 +85,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
         if damaged is not None:
             raise ValueError(f"wrong checksum of {damaged}")
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        zipfile.BadZipFile,
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        KeyError,
-        ValueError,
-    ) as error:
-        raise ValueError(
-            f"{path}: truncated or damaged checkpoint: {str(error).splitlines()[0]}"
-        ) from error
+    except (FileNotFoundError, PermissionError):
+        raise
+    except _DAMAGED as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: truncated or damaged checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
         raise ValueError(
             f"{path}: expected a checkpoint of format {FORMAT}, got another kind of file"

@@ -65,6 +65,40 @@ def test_a_damaged_file_is_named(tmp_path, damage):
         load_checkpoint(path)
 
 
+def test_every_damaged_byte_of_the_directory_is_a_damaged_file(tmp_path):
+    path = checkpoint_path(tmp_path, 7)
+    save_checkpoint(path, state(7))
+    data = path.read_bytes()
+    for at in range(data.index(b"PK\x01\x02"), len(data)):  # where the archive's directory begins
+        for mask in (0x01, 0xFF):
+            path.write_bytes(data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :])
+            try:
+                assert load_checkpoint(path)["step"] == 7  # not every byte matters
+            except ValueError as error:
+                assert "step_00000007.pt: truncated or damaged" in str(error)
+
+
+@pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), NotImplementedError()])
+def test_what_readers_raise_on_damaged_bytes(tmp_path, monkeypatch, error):
+    for step in (1, 2):
+        save_checkpoint(checkpoint_path(tmp_path, step), state(step))
+    load = torch.load
+
+    def load_or_raise(path, **options):
+        if path.name == "step_00000002.pt":
+            raise error
+        return load(path, **options)
+
+    monkeypatch.setattr(torch, "load", load_or_raise)
+    reason = str(error) or "NotImplementedError"
+    with pytest.warns(UserWarning) as warned:
+        assert load_latest(tmp_path)["step"] == 1
+    assert f"step_00000002.pt: truncated or damaged checkpoint: {reason}" in str(warned[0].message)
+    error = PermissionError(13, "Permission denied")
+    with pytest.raises(PermissionError):
+        load_checkpoint(tmp_path / "step_00000002.pt")
+
+
 def test_another_kind_of_file_is_named(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(
