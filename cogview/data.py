@@ -157,18 +157,9 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
             image = image.convert("L" if channels == 1 else "RGB")
             image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    except FileNotFoundError:
+    except (FileNotFoundError, MemoryError):
         raise
-    # What Pillow's decoders raise on damaged files; DecompressionBombError is none of the built-in
-    # errors.
-    except (
-        OSError,
-        ValueError,
-        SyntaxError,
-        EOFError,
-        IndexError,
-        Image.DecompressionBombError,
-    ) as error:
+    except Exception as error:  # Pillow's decoders raise anything on damaged files
         raise ValueError(
             f"{path}: expected an image, got a corrupt or unsupported file ({error})"
         ) from error

@@ -1,4 +1,5 @@
 import json
+import struct
 import warnings
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from PIL import Image
+from PIL import Image, ImageOps
 
 from cogview.data import CaptionedImages, TokenDataset, batch_indices, read_image
 from cogview.image_tokenizer import ImageTokenizer, ImageTokenizerConfig
@@ -86,6 +87,35 @@ def test_a_corrupt_image_is_named(folder: Path) -> None:
         (folder / "green.png").write_bytes(broken)
         with pytest.raises(ValueError, match=r"green\.png: expected an image, got a corrupt"):
             load(folder)
+
+
+@pytest.mark.parametrize("error", [struct.error, RuntimeError, SyntaxError, ZeroDivisionError])
+def test_whatever_a_decoder_raises_names_the_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    transpose = ImageOps.exif_transpose
+
+    def damaged(image: Image.Image) -> Image.Image:
+        if str(getattr(image, "filename", "")).endswith("green.png"):
+            raise error("damaged")
+        return transpose(image)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", damaged)
+    with pytest.raises(ValueError, match=r"green\.png: expected an image, got .*\(damaged\)"):
+        load(folder)
+    with pytest.warns(UserWarning, match="skipped 1 of 3 records"):
+        assert load(folder, skip_bad=True).captions == ["a red card", "a blue card"]
+
+
+def test_a_lack_of_memory_is_no_fault_of_the_file(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def exhausted(image: Image.Image) -> Image.Image:
+        raise MemoryError
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", exhausted)
+    with pytest.raises(MemoryError):
+        load(folder, skip_bad=True)
 
 
 def test_a_missing_image_is_named(folder: Path) -> None:
