@@ -13,6 +13,8 @@ from torch import Tensor
 
 from cogview.files import atomic_write
 
+GRID_LIMIT = 100  # images in a grid; matplotlib draws at most 2**16 pixels a side
+
 
 def save_grid(
     images: Tensor,
@@ -25,9 +27,12 @@ def save_grid(
 ) -> None:
     """Save images in a grid, each under its caption.
 
+    Only the first `GRID_LIMIT` images are drawn, and the title says so: a larger figure would pass
+    matplotlib's limit of pixels.
+
     Args:
         images: (N, C, H, W) in [0, 1], C of 1 (shown as ink on paper) or 3.
-        captions: N texts; long ones are wrapped.
+        captions: N texts, drawn as they are (`$` is no mathematics); long ones are wrapped.
         path: PNG file.
         right: whether each image shows its caption; titles are then green or red.
         title: over the whole picture.
@@ -43,6 +48,9 @@ def save_grid(
             raise ValueError(
                 f"{name}: expected one for each of {len(images)} images, got {len(per_image)}"
             )
+    if len(images) > GRID_LIMIT:
+        title = f"{title} (the first {GRID_LIMIT} of {len(images)} images)".strip()
+        images, captions = images[:GRID_LIMIT], captions[:GRID_LIMIT]
     columns = min(columns, len(images))
     rows = math.ceil(len(images) / columns)
     figure = Figure(figsize=(2.2 * columns, 2.75 * rows + 0.4), layout="constrained")
@@ -52,9 +60,9 @@ def save_grid(
     for i, (axis, image, caption) in enumerate(zip(axes, images, captions, strict=False)):
         _show(axis, image)
         colour = "black" if right is None else ("darkgreen" if right[i] else "firebrick")
-        axis.set_title(textwrap.fill(caption, 26), fontsize=8.5, color=colour)
+        axis.set_title(textwrap.fill(caption, 26), fontsize=8.5, color=colour, parse_math=False)
     if title:
-        figure.suptitle(title, fontsize=11)
+        figure.suptitle(title, fontsize=11, parse_math=False)
     _save(figure, path)
 
 

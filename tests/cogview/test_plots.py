@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview.plots import save_curves, save_grid, save_reconstructions
+from cogview.plots import GRID_LIMIT, save_curves, save_grid, save_reconstructions
 
 
 def ink(path: Path) -> float:
@@ -22,6 +22,20 @@ def test_grid(tmp_path: Path, num: int, channels: int) -> None:
     assert ink(tmp_path / "a.png") > 0.3
     save_grid(torch.zeros(num, 1, 8, 8), captions, tmp_path / "b.png")
     assert ink(tmp_path / "b.png") < 0.2  # a blank drawing is blank paper
+
+
+def test_captions_are_no_mathematics(tmp_path: Path) -> None:
+    captions = ["costs $5 and $6", r"$\frac{$ and \unknown$"]
+    save_grid(torch.zeros(2, 1, 8, 8), captions, tmp_path / "a.png", title=r"$\frac{$")
+    assert (tmp_path / "a.png").is_file()
+
+
+def test_a_large_grid_is_cut(tmp_path: Path) -> None:
+    num = GRID_LIMIT + 1
+    save_grid(torch.zeros(num, 1, 2, 2), ["a"] * num, tmp_path / "a.png", right=[True] * num)
+    save_grid(torch.zeros(num - 1, 1, 2, 2), ["a"] * (num - 1), tmp_path / "b.png")
+    with Image.open(tmp_path / "a.png") as cut, Image.open(tmp_path / "b.png") as whole:
+        assert cut.size == whole.size
 
 
 def test_reconstructions(tmp_path: Path) -> None:
