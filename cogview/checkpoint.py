@@ -98,9 +98,13 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
     return state
 
 
-def load_latest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
+def load_latest(folder: str | os.PathLike[str], set_aside: bool = False) -> dict[str, Any] | None:
     """Reads the newest checkpoint of a folder that can be read, with a warning for each one that
     cannot.
+
+    Args:
+        set_aside: rename those that cannot be read, and are newer, to `<name>.damaged`. A run that
+            goes on needs that: `prune_checkpoints` would count them, and delete good ones.
 
     Returns:
         the checkpoint, or None if the folder has none.
@@ -109,17 +113,27 @@ def load_latest(folder: str | os.PathLike[str]) -> dict[str, Any] | None:
         ValueError: there are checkpoints, but none can be read.
     """
     paths = list_checkpoints(folder)
+    unreadable: dict[Path, ValueError] = {}
+    state = None
     for path in paths:
         try:
-            return load_checkpoint(path)
+            state = load_checkpoint(path)
+            break
         except ValueError as error:
-            warnings.warn(f"{error}; going back to the checkpoint before it", stacklevel=2)
-    if paths:
+            unreadable[path] = error
+    for path, error in unreadable.items():
+        message = f"{error}; going back to the checkpoint before it"
+        if set_aside and state is not None:
+            damaged = path.with_name(f"{path.name}.damaged")
+            path.replace(damaged)
+            message += f", and keeping this one as {damaged.name}"
+        warnings.warn(message, stacklevel=2)
+    if paths and state is None:
         raise ValueError(
             f"{folder}: none of the {len(paths)} checkpoints can be read; move them away to start "
             "afresh"
         )
-    return None
+    return state
 
 
 def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:

@@ -313,7 +313,7 @@ class Trainer:
         prune_checkpoints(self.checkpoints, self.config.training.keep_checkpoints)
 
     def _resume(self) -> None:
-        state = load_latest(self.checkpoints)
+        state = load_latest(self.checkpoints, set_aside=True)
         if state is None:
             self.metrics_path.unlink(
                 missing_ok=True

@@ -195,6 +195,25 @@ def test_a_damaged_newest_checkpoint_falls_back_to_the_one_before(tmp_path):
     assert_same(load_checkpoint(newest), whole)
 
 
+def test_pruning_does_not_count_damaged_checkpoints(tmp_path):
+    settings = config("training.save_every=1", "training.keep_checkpoints=2")
+    trainer(settings, tmp_path).run()
+    folder = tmp_path / "checkpoints"
+    (folder / "step_00000006.pt").write_bytes(b"")
+    (folder / "step_00000009.pt").write_bytes(b"")
+    with pytest.warns(UserWarning, match="keeping this one as step_00000009.pt.damaged"):
+        run = trainer(settings, tmp_path)
+    run._train_step()
+    run._save()
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "step_00000005.pt",
+        "step_00000006.pt",
+        "step_00000006.pt.damaged",
+        "step_00000009.pt.damaged",
+    ]
+    assert load_checkpoint(folder / "step_00000006.pt")["step"] == 6
+
+
 def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
     trainer(config(), tmp_path).run()
     for path in list_checkpoints(tmp_path / "checkpoints"):
