@@ -192,6 +192,8 @@ class Config:
 
     def __post_init__(self) -> None:
         _expect("seed", self.seed, self.seed >= 0, "0 or more")
+        std = self.image_tokenizer.std
+        _expect("image_tokenizer.std", std, all(0 < s < math.inf for s in std), "more than 0")
         codes = self.num_codes
         needed = f"at least {codes + 5} ({codes} image codes, 4 command tokens, and text)"
         _expect("model.max_positions", self.model.max_positions, self.max_text_len >= 1, needed)
@@ -256,9 +258,15 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     if not path.is_file():
         names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise FileNotFoundError(f"config: {str(source)!r} is neither a preset ({names}) nor a file")
+    changes = OmegaConf.create()
     for override in overrides:
         if "=" not in override:
             raise ValueError(f"override: expected key=value, got {override!r}")
+        try:
+            changes.merge_with_dotlist([override])
+        except (yaml.YAMLError, OmegaConfBaseException) as error:
+            reason = str(error).splitlines()[0]
+            raise ValueError(f"override: cannot read {override!r}: {reason}") from None
     config = OmegaConf.structured(Config)
     for section in dataclasses.fields(Config):
         if section.default_factory is not dataclasses.MISSING:
@@ -269,8 +277,11 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     config = _merge(config, loaded, str(path))
-    config = _merge(config, OmegaConf.from_dotlist(list(overrides)), "override")
-    result = OmegaConf.to_object(config)
+    config = _merge(config, changes, "override")
+    try:
+        result = OmegaConf.to_object(config)
+    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+        raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(result, Config)
     return result
 

@@ -55,6 +55,12 @@ def test_overrides_win_over_the_preset():
         ),
         ("sampling.top_p=0", "sampling.top_p: expected more than 0"),
         ("image_tokenizer.image_size=63", "image_size"),
+        ("model.num_layers=[1", re.escape("override: cannot read 'model.num_layers=[1': ")),
+        ("model.num_layers=\x00", "override: cannot read 'model.num_layers="),
+        ("model.num_layers=${x", "model.num_layers"),
+        ("model.num_layers=${nowhere}", "model.num_layers: .*'nowhere'"),
+        ("image_tokenizer.std=[0.0]", "image_tokenizer.std: expected more than 0"),
+        ("image_tokenizer.std=[.nan]", "image_tokenizer.std: expected more than 0"),
     ],
 )
 def test_a_wrong_override_is_named(override, message):
