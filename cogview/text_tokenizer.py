@@ -2,6 +2,8 @@
 
 import io
 import os
+import re
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,10 @@ from cogview.files import atomic_write
 # Fields of SentencePiece's ModelProto; the pieces come before them.
 _TRAINER_SPEC = 2
 _NORMALIZER_SPEC = 3
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode categories: controls, formats, separators
+_SPACES = "\u2581\ufffd"  # visible, but spaces to SentencePiece
 
 
 class TextTokenizer:
@@ -53,8 +59,8 @@ class TextTokenizer:
 
         Raises:
             TypeError: the corpus holds something that is not a string.
-            ValueError: the corpus is empty, or `vocab_size` does not fit it (the message says what
-                does).
+            ValueError: the corpus is empty or holds half a surrogate pair, or `vocab_size` does not
+                fit it (the message says what does).
             OSError: the model cannot be saved.
         """
         captions = _checked(corpus, max_sentences)
@@ -120,14 +126,13 @@ class TextTokenizer:
 
         Raises:
             TypeError: `text` is not a string.
-            ValueError: `text` is empty or blank.
+            ValueError: `text` has no visible character, or half a surrogate pair.
         """
         if not isinstance(text, str):
             raise TypeError(f"caption: expected a string, got {type(text).__name__}")
-        ids = self._processor.encode(text)
-        if not ids:
-            raise ValueError(f"caption: expected some text, got {text!r}")
-        return ids
+        if problem := caption_problem(text):
+            raise ValueError(f"caption: expected some text, {problem}")
+        return self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of piece ids; unknown pieces read as U+2047.
@@ -142,6 +147,15 @@ class TextTokenizer:
         return self._processor.decode(ids)
 
 
+def caption_problem(text: str) -> str | None:
+    """What a text has got that no caption may, or None."""
+    if _SURROGATE.search(text):
+        return f"got half a surrogate pair in {text!r}"
+    if all(unicodedata.category(c) in _INVISIBLE or c in _SPACES for c in text):
+        return f"got no visible character in {text!r}" if text.strip() else f"got {text!r}"
+    return None
+
+
 def _checked(corpus: Iterable[str], max_sentences: int) -> list[str]:
     def captions() -> Iterator[str]:
         for number, caption in enumerate(corpus):
@@ -149,9 +163,10 @@ def _checked(corpus: Iterable[str], max_sentences: int) -> list[str]:
                 raise TypeError(
                     f"corpus[{number}]: expected a string, got {type(caption).__name__}"
                 )
-            caption = " ".join(caption.split())  # SentencePiece takes one line a caption
-            if caption:
-                yield caption
+            if _SURROGATE.search(caption):
+                raise ValueError(f"corpus[{number}]: {caption_problem(caption)}")
+            if not caption_problem(caption):
+                yield " ".join(caption.split())  # SentencePiece takes one line a caption
 
     if isinstance(corpus, str):
         raise TypeError("corpus: expected an iterable of captions, got one string")

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogview.digits import caption_of, make_scenes
-from cogview.text_tokenizer import TextTokenizer
+from cogview.text_tokenizer import TextTokenizer, caption_problem
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +61,25 @@ def test_unknown_characters(corpus: list[str], tokenizer: TextTokenizer, tmp_pat
 def test_empty_caption(tokenizer: TextTokenizer, text: str) -> None:
     with pytest.raises(ValueError, match="caption: expected some text"):
         tokenizer.encode(text)
+
+
+@pytest.mark.parametrize("text", ["\u200b", " \xad\u2060", "\x01", "\ufffd", "\u2581"])
+def test_invisible_caption(tokenizer: TextTokenizer, text: str) -> None:
+    with pytest.raises(ValueError, match="caption: expected some text, got no visible character"):
+        tokenizer.encode(text)
+
+
+def test_half_a_surrogate_pair(tokenizer: TextTokenizer, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="caption: .* half a surrogate pair in 'a .ud800'"):
+        tokenizer.encode("a \ud800")
+    with pytest.raises(ValueError, match=r"corpus\[1\]: got half a surrogate pair"):
+        TextTokenizer.train(["a one", "a \ud800"], tmp_path / "a.model", 8)
+
+
+def test_every_visible_character_has_a_piece(tokenizer: TextTokenizer) -> None:
+    for code in [*range(0xD800), *range(0xE000, 0x20000)]:
+        if caption_problem(chr(code)) is None:
+            assert tokenizer.encode(chr(code))
 
 
 def test_wrong_types(tokenizer: TextTokenizer, tmp_path: Path) -> None:
