@@ -10,10 +10,10 @@ Paths are relative to the folder. A first line `path<TAB>caption` or `path,capti
 
 import csv
 import functools
+import io
 import json
 import os
 import warnings
-import zipfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from cogview.files import atomic_write
-from cogview.text_tokenizer import TextTokenizer
+from cogview.text_tokenizer import TextTokenizer, caption_problem
 
 if TYPE_CHECKING:
     from cogview.image_tokenizer import ImageTokenizer
@@ -62,7 +62,7 @@ class CaptionedImages:
 
     Raises:
         FileNotFoundError: no folder or no captions file; a missing image, unless `skip_bad`.
-        ValueError: a corrupt image, an empty caption or a malformed record, named by file and line
+        ValueError: a corrupt image, a caption with no visible character or a malformed record, named by file and line
             (unless `skip_bad`); several captions files; no usable record at all.
     """
 
@@ -120,10 +120,8 @@ class CaptionedImages:
     def _check(self, record: "_Record") -> tuple[Path, str] | ValueError | OSError:
         if record.error is not None:
             return ValueError(f"{record.place}: {record.error}")
-        if not record.caption.strip():
-            return ValueError(
-                f"{record.place}: expected a caption for {record.path}, got an empty one"
-            )
+        if problem := caption_problem(record.caption):
+            return ValueError(f"{record.place}: expected a caption for {record.path}, {problem}")
         try:
             read_image(record.path, self.image_size, self.channels)
         except FileNotFoundError:
@@ -144,14 +142,20 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: the file is not an image, or is corrupt or truncated.
+        ValueError: the file is not an image, is corrupt or truncated, or holds 32-bit grey values,
+            whose range is unknown.
     """
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            if image.mode.startswith(("I", "F")):
+            # Pillow reads 16 bits of PNG and PPM as mode I, where others keep 32 bits.
+            if image.mode.startswith("I;16") or (
+                image.mode == "I" and opened.format in ("PNG", "PPM")
+            ):
                 pixels = np.asarray(image, dtype=np.float32)
                 image = Image.fromarray((pixels / 257).clip(0, 255).round().astype(np.uint8))
+            elif image.mode.startswith(("I", "F")):
+                raise ValueError(f"mode {image.mode}: grey values of unknown range")
             if image.has_transparency_data:
                 image = image.convert("RGBA")
                 image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
@@ -283,15 +287,9 @@ class TokenDataset:
             raise FileNotFoundError(
                 error.errno, "token data set: no such file", str(path)
             ) from None
-        except (
-            ValueError,
-            KeyError,
-            TypeError,
-            AttributeError,
-            EOFError,
-            OSError,
-            zipfile.BadZipFile,
-        ) as error:
+        except MemoryError:
+            raise
+        except Exception as error:  # zipfile, zlib and numpy raise anything on damaged files
             raise ValueError(
                 f"{path}: expected a token data set, got a corrupt or truncated file ({error})"
             ) from error
@@ -354,15 +352,11 @@ def _records_file(folder: Path) -> Path:
 
 def _records(records_file: Path) -> Iterator[_Record]:
     try:
-        text = records_file.read_text(encoding="utf-8-sig")
+        text = records_file.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{records_file}: expected UTF-8 text ({error})") from error
-    rows = (
-        _json_rows(text)
-        if records_file.suffix == ".jsonl"
-        else _table_rows(text, records_file.suffix)
-    )
-    for line, row in rows:
+    read_rows = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _json_rows}[records_file.suffix]
+    for line, row in read_rows(text):
         place = f"{records_file}:{line}"
         if isinstance(row, str):
             yield _Record(place, error=row)
@@ -370,12 +364,19 @@ def _records(records_file: Path) -> Iterator[_Record]:
             yield _Record(place, records_file.parent / row[0], row[1])
 
 
-def _table_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str] | str]]:
+def _tsv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
+    """Line number and [path, caption], or what is wrong with the line.
+
+    There is no quoting: a caption may hold any character but tab and newline.
+    """
+    for line, row in enumerate(text.split("\n"), 1):
+        if row := row.removesuffix("\r"):
+            yield line, _two_columns(row.split("\t"))
+
+
+def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
     """Line number and [path, caption], or what is wrong with the line."""
-    if suffix == ".tsv":  # no quoting: a caption may hold any character but tab and newline
-        rows = csv.reader(text.splitlines(keepends=True), delimiter="\t", quoting=csv.QUOTE_NONE)
-    else:
-        rows = csv.reader(text.splitlines(keepends=True), strict=True)
+    rows = csv.reader(io.StringIO(text, newline=None), strict=True)
     while True:
         try:
             row = next(rows)
@@ -385,10 +386,11 @@ def _table_rows(text: str, suffix: str) -> Iterator[tuple[int, list[str] | str]]
             yield rows.line_num, str(error)
             continue
         if row:
-            yield (
-                rows.line_num,
-                row if len(row) == 2 else f"expected 2 columns, path and caption, got {len(row)}",
-            )
+            yield rows.line_num, _two_columns(row)
+
+
+def _two_columns(row: list[str]) -> list[str] | str:
+    return row if len(row) == 2 else f"expected 2 columns, path and caption, got {len(row)}"
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
@@ -398,7 +400,7 @@ def _json_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
             continue
         try:
             record = json.loads(row)
-        except json.JSONDecodeError as error:
+        except (ValueError, RecursionError) as error:
             yield line, f"expected a JSON object ({error})"
             continue
         match record:

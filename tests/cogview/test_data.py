@@ -89,6 +89,21 @@ def test_a_corrupt_image_is_named(folder: Path) -> None:
             load(folder)
 
 
+@pytest.mark.parametrize("kind", ["I;16.png", "I.ppm", "I;16.tif"])
+def test_16_bits_of_grey_become_8(tmp_path: Path, kind: str) -> None:
+    mode, _, suffix = kind.partition(".")
+    pixels = np.full((8, 8), 100 * 257, np.int32 if mode == "I" else np.uint16)
+    Image.fromarray(pixels).save(tmp_path / f"a.{suffix}")
+    assert (read_image(tmp_path / f"a.{suffix}", 8, 1) == 100).all()
+
+
+@pytest.mark.parametrize(("mode", "dtype"), [("F", np.float32), ("I", np.int32)])
+def test_grey_of_unknown_range_is_named(tmp_path: Path, mode: str, dtype: type) -> None:
+    Image.fromarray(np.ones((8, 8), dtype)).save(tmp_path / "a.tif")
+    with pytest.raises(ValueError, match=rf"a\.tif: .*mode {mode}: grey values of unknown range"):
+        read_image(tmp_path / "a.tif", 8)
+
+
 @pytest.mark.parametrize("error", [struct.error, RuntimeError, SyntaxError, ZeroDivisionError])
 def test_whatever_a_decoder_raises_names_the_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
@@ -128,6 +143,38 @@ def test_an_empty_caption_is_named(folder: Path) -> None:
     write_tsv(folder, ("red.png", "a red card"), ("blue.png", "  "))
     with pytest.raises(ValueError, match=r"captions\.tsv:2: expected a caption for .*blue\.png"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    ("caption", "problem"),
+    [("\u200b\xad", "no visible character"), ("a \ud800", "half a surrogate pair")],
+)
+def test_a_caption_that_is_no_text_is_named(folder: Path, caption: str, problem: str) -> None:
+    (folder / "captions.tsv").unlink()
+    rows = [{"path": "red.png", "caption": "a red card"}, {"path": "blue.png", "caption": caption}]
+    (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    with pytest.raises(ValueError, match=rf"captions\.jsonl:2: .*blue\.png, got {problem}"):
+        load(folder)
+    with pytest.warns(UserWarning, match="skipped 1 of 2 records"):
+        assert load(folder, skip_bad=True).captions == ["a red card"]
+
+
+def test_a_deeply_nested_line_is_named(folder: Path) -> None:
+    (folder / "captions.tsv").unlink()
+    (folder / "captions.jsonl").write_text("\n" + "[" * 100_000)
+    with pytest.raises(ValueError, match=r"captions\.jsonl:2: expected a JSON object"):
+        load(folder)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+@pytest.mark.parametrize("name", ["captions.tsv", "captions.csv"])
+def test_only_newlines_end_a_line(folder: Path, name: str, newline: str) -> None:
+    (folder / "captions.tsv").unlink()
+    captions = [f"a{c}card" for c in "\u2028\u2029\x85\x0b\x0c\x1c\x1d\x1e"]
+    separator = "\t" if name.endswith("tsv") else ","
+    rows = [f"red.png{separator}{caption}{newline}" for caption in captions]
+    (folder / name).write_bytes("".join(rows).encode())
+    assert load(folder).captions == captions
 
 
 def test_a_malformed_record_is_named(folder: Path) -> None:
@@ -220,6 +267,12 @@ def test_damaged_token_data_sets(dataset: TokenDataset, tmp_path: Path) -> None:
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set, got"):
             TokenDataset.load(path)
+    compressed = bytearray(data)
+    for start in (data.index(b"PK\x03\x04") + 8, data.index(b"PK\x01\x02") + 10):
+        compressed[start] = 99  # a method of compression that zipfile does not know
+    path.write_bytes(compressed)
+    with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set, got"):
+        TokenDataset.load(path)
     np.savez(path, codes=dataset.codes)
     with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set"):
         TokenDataset.load(path)
