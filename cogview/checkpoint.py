@@ -15,6 +15,7 @@ import struct
 import warnings
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -140,6 +141,32 @@ def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
     """Deletes all checkpoints of a folder but the newest `keep`."""
     for path in list_checkpoints(folder)[keep:]:
         path.unlink(missing_ok=True)
+
+
+def check_settings(
+    saved: dict[str, Any], asked: dict[str, Any], keys: Sequence[str], source: str
+) -> None:
+    """Compares the settings of a checkpoint with those asked for.
+
+    Args:
+        saved, asked: nested dictionaries; a setting that `saved` lacks is not compared, as a
+            checkpoint may be older than the setting.
+        keys: what has to be the same, such as `model.norm`.
+        source: where `saved` comes from, for messages.
+
+    Raises:
+        ValueError: one differs; names it with both values.
+    """
+    for key in keys:
+        *sections, name = key.split(".")
+        before, now = saved, asked
+        for section in sections:
+            before, now = before.get(section, {}), now[section]
+        if name in before and before[name] != now[name]:
+            raise ValueError(
+                f"{key}: {source} was trained with {before[name]}, got {now[name]}; set it back, "
+                "or begin another run folder"
+            )
 
 
 def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:

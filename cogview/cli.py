@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import sys
 import traceback
 import warnings
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
-from cogview.checkpoint import load_latest, load_weights
+from cogview.checkpoint import check_settings, load_latest, load_weights
 from cogview.config import Config, RunFolder, load_config, preset_names, save_config, to_yaml
 from cogview.data import CaptionedImages, TokenDataset, read_image
 from cogview.demo import run_demo
@@ -22,7 +23,7 @@ from cogview.model import GPT
 from cogview.plots import save_grid
 from cogview.sample import draw_images, write_captions
 from cogview.text_tokenizer import TextTokenizer
-from cogview.train import Trainer, choose_device, split_data
+from cogview.train import MODEL_SETTINGS, Trainer, choose_device, split_data
 
 DESCRIPTION = """\
 CogView: draw images from text with one transformer over text and image tokens.
@@ -296,7 +297,9 @@ def _caption(args: argparse.Namespace) -> None:
     text_tokenizer, image_tokenizer = _tokenizers(args.run, config)
     codes = _codes(image_tokenizer, args.images)
     for path, pieces in zip(
-        args.images, write_captions(_model(args.run, config), config, codes, args.seed), strict=True
+        args.images,
+        write_captions(_model(args.run, config), config, codes, args.seed, progress=not args.quiet),
+        strict=True,
     ):
         print(f"{path}\t{text_tokenizer.decode(pieces)}")
 
@@ -370,8 +373,10 @@ def _model(run: RunFolder, config: Config) -> GPT:
     if state is None:
         raise FileNotFoundError(f"{run.checkpoints}: no checkpoint in it; run cogview train first")
     device = choose_device(config.device)
+    source = f"{run.checkpoints}, step {state['step']},"
+    check_settings(state["config"], dataclasses.asdict(config), MODEL_SETTINGS, source)
     model = GPT(config.model, config.vocabulary.padded_size)
-    load_weights(model, state["model"], f"{run.checkpoints}, step {state['step']}")
+    load_weights(model, state["model"], source)
     return model.to(device, torch.bfloat16 if device.type == "cuda" else torch.float32).eval()
 
 

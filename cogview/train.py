@@ -4,9 +4,8 @@ AdamW, linear warm-up and cosine decay, gradient clipping, held-out loss, a metr
 checkpoints.
 
 Nothing random outlives a step: data order, pivots and dropout are functions of (seed, step), so a
-    checkpoint needs no
-generator states, and a run that is resumed continues bit for bit like one that was never
-interrupted.
+checkpoint needs no generator states, and a run that is resumed continues bit for bit like one that
+was never interrupted.
 """
 
 from __future__ import annotations
@@ -26,17 +25,36 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from cogview.checkpoint import (
+    check_settings,
     checkpoint_path,
     load_latest,
     load_weights,
     prune_checkpoints,
     save_checkpoint,
 )
-from cogview.config import Config, RunFolder
+from cogview.config import Config, ModelConfig, RunFolder
 from cogview.data import TokenDataset, batch_indices
 from cogview.files import atomic_write
 from cogview.model import GPT
 from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
+
+# Settings that a model keeps for life, and those that a run keeps besides: its weights, tokens and
+# split of the data depend on them.
+MODEL_SETTINGS = [
+    f"model.{field.name}"
+    for field in dataclasses.fields(ModelConfig)
+    if field.name not in ("dropout", "activation_checkpointing")
+]
+RUN_SETTINGS = [
+    "seed",
+    "text_tokenizer.vocab_size",
+    "image_tokenizer.image_size",
+    "image_tokenizer.channels",
+    "image_tokenizer.num_downsamples",
+    "image_tokenizer.codebook_size",
+    "training.task",
+    "training.held_out_fraction",
+]
 
 MAX_SKIPPED_STEPS = 50  # in a row, under float16's loss scaler, before training gives up
 
@@ -119,8 +137,8 @@ class Trainer:
         step: optimizer steps done.
 
     Raises:
-        ValueError: data that does not fit the configuration, a checkpoint that does not fit the
-            model, or checkpoints of which none can be read.
+        ValueError: data that does not fit the configuration, a checkpoint of other settings, or
+            checkpoints of which none can be read.
     """
 
     def __init__(
@@ -315,11 +333,13 @@ class Trainer:
     def _resume(self) -> None:
         state = load_latest(self.checkpoints, set_aside=True)
         if state is None:
-            self.metrics_path.unlink(
-                missing_ok=True
-            )  # of a run that ended before its first checkpoint
+            # Of a run that ended before its first checkpoint.
+            self.metrics_path.unlink(missing_ok=True)
             return
-        load_weights(self.model, state["model"], f"{self.checkpoints}, step {state['step']}")
+        source = f"{self.checkpoints}, step {state['step']},"
+        settings = dataclasses.asdict(self.config)
+        check_settings(state["config"], settings, MODEL_SETTINGS + RUN_SETTINGS, source)
+        load_weights(self.model, state["model"], source)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():
             if not state["scaler"]:

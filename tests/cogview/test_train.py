@@ -132,8 +132,8 @@ def test_dropout_and_pivots_are_drawn_anew_each_step(tmp_path):
 
 def test_training_learns_what_the_caption_says(tmp_path):
     settings = config(
-        "training.steps=300", "training.learning_rate=1e-2", "model.dropout=0",
-        "training.batch_size=8", "training.eval_every=300", "training.save_every=300",
+        "training.steps=400", "training.learning_rate=1e-2", "model.dropout=0",
+        "training.batch_size=8", "training.eval_every=400", "training.save_every=400",
         "training.text_weight=0",
     )  # fmt: skip
     data = dataset(64)
@@ -225,10 +225,21 @@ def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
         trainer(config(), tmp_path)
 
 
-def test_a_checkpoint_of_another_model_is_an_error(tmp_path):
+def test_a_checkpoint_of_other_settings_is_an_error(tmp_path):
     trainer(config(), tmp_path).run()
-    with pytest.raises(ValueError, match=r"expected \(36, 32\), got \(40, 32\)"):
-        trainer(config("model.max_positions=36"), tmp_path)
+    for key, saved, asked in (
+        ("model.max_positions", 40, 36),
+        ("model.norm", "sandwich", "pre"),
+        ("model.num_pivots", 4, 5),
+        ("seed", 0, 1),
+        ("training.task", "text_to_image", "captioning"),
+        ("training.held_out_fraction", 0.05, 0.1),
+        ("image_tokenizer.channels", 1, 3),
+    ):
+        with pytest.raises(ValueError, match=f"^{key}: .*step 6, was .* {saved}, got {asked};"):
+            trainer(config(f"{key}={asked}"), tmp_path)
+    changed = ["model.dropout=0", "model.activation_checkpointing=true", "training.steps=7"]
+    assert trainer(config(*changed), tmp_path).step == 6
 
 
 def poison(run: Trainer) -> None:
