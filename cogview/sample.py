@@ -32,7 +32,9 @@ def sample_tokens(
     logits = logits.float().masked_fill(~allowed, float("-inf"))
     if sampling.temperature == 0:
         return logits.argmax(-1)
-    logits, ids = (logits / sampling.temperature).sort(dim=-1, descending=True, stable=True)
+    logits, ids = logits.sort(dim=-1, descending=True, stable=True)
+    # Relative to the likeliest, and with a temperature that float32 can invert: nothing overflows.
+    logits = (logits - logits[:, :1]) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if sampling.top_k:
         logits[:, sampling.top_k :] = float("-inf")
     probabilities = logits.softmax(-1)

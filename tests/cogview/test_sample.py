@@ -20,6 +20,8 @@ CONFIG = load_config(
         "model.max_positions=40",
         "model.query_window=4",
         "model.num_pivots=4",
+        "model.init_std=0.02",
+        "model.sandwich_init=1.0",
         "sampling.temperature=1.0",
         "sampling.top_k=0",
     ],
@@ -66,6 +68,14 @@ LOGITS = torch.tensor([0.1, 0.5, 0.25, 0.15]).log().tolist()
 )
 def test_sample_tokens_follows_the_distribution(sampling, allowed, expected):
     assert shares(sampling, LOGITS, allowed) == pytest.approx(expected, abs=0.015)
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-37, 1e-40, 1e-320])
+def test_a_tiny_temperature_draws_the_likeliest(temperature):
+    logits = [-30.0, 50.0, 49.0, 0.0]
+    assert shares(SamplingConfig(temperature, 0), logits, num=20) == [0, 1, 0, 0]
+    allowed = [True, False, True, True]
+    assert shares(SamplingConfig(temperature, 2, 0.5), logits, allowed, 20) == [0, 0, 1, 0]
 
 
 def greedy_without_cache(model, config, prompt, num_new, layouts):
