@@ -62,8 +62,9 @@ class CaptionedImages:
 
     Raises:
         FileNotFoundError: no folder or no captions file; a missing image, unless `skip_bad`.
-        ValueError: a corrupt image, a caption with no visible character or a malformed record, named by file and line
-            (unless `skip_bad`); several captions files; no usable record at all.
+        ValueError: a corrupt image, a caption with no visible character or a malformed record,
+            named by file and line (unless `skip_bad`); several captions files; no usable record at
+            all.
     """
 
     def __init__(
