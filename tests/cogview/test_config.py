@@ -26,6 +26,11 @@ def test_cogview_4b_has_the_sizes_of_the_published_model():
     )
 
 
+def test_large_models_recompute_their_activations():
+    for name in ("medium", "cogview-4b"):
+        assert load_config(name).model.activation_checkpointing
+
+
 def test_overrides_win_over_the_preset():
     config = load_config(
         "digits", ["training.steps=7", "model.attention=dense", "training.learning_rate=1e-5"]
