@@ -190,11 +190,7 @@ class Trainer:
             disable=None if self.progress else True,
         )
         devices = _cuda_devices(self.device)
-        with (
-            bar,
-            torch.random.fork_rng(devices),
-            open(self.metrics_path, "a", encoding="utf-8") as log,
-        ):
+        with bar, torch.random.fork_rng(devices):
             while self.step < training.steps:
                 metrics = self._train_step()
                 last = self.step == training.steps
@@ -202,8 +198,7 @@ class Trainer:
                     metrics |= {
                         f"held_out_{name}": value for name, value in self.evaluate().items()
                     }
-                log.write(json.dumps(metrics) + "\n")
-                log.flush()
+                self._log(metrics)
                 if last or self.step % training.save_every == 0:
                     self._save()
                     saved = self.step
@@ -317,6 +312,13 @@ class Trainer:
         return torch.autocast(
             self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
         )
+
+    def _log(self, metrics: dict[str, float]) -> None:
+        try:
+            with open(self.metrics_path, "a", encoding="utf-8") as log:
+                log.write(json.dumps(metrics) + "\n")
+        except OSError as error:  # one of a write, to a full disk, names no file
+            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
 
     def _save(self) -> None:
         state = {

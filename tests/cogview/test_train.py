@@ -160,6 +160,13 @@ def test_metrics_name_text_and_image_loss(tmp_path):
     assert [("held_out_image_loss" in row) for row in rows] == [False, False, True] * 2
 
 
+def test_a_full_disk_names_the_metrics(tmp_path):
+    run = trainer(config(), tmp_path)
+    run.metrics_path.symlink_to("/dev/full")
+    with pytest.raises(OSError, match="No space left on device: .*metrics.jsonl"):
+        run.run()
+
+
 def test_micro_batches_add_up_to_the_same_step(tmp_path):
     runs = []
     for name, size in (("one", 0), ("two", 2)):
