@@ -122,8 +122,8 @@ def load_latest(folder: str | os.PathLike[str], set_aside: bool = False) -> dict
             break
         except ValueError as error:
             unreadable[path] = error
-    for path, error in unreadable.items():
-        message = f"{error}; going back to the checkpoint before it"
+    for path, reason in unreadable.items():
+        message = f"{reason}; going back to the checkpoint before it"
         if set_aside and state is not None:
             damaged = path.with_name(f"{path.name}.damaged")
             path.replace(damaged)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import sys
 import traceback
 import warnings
@@ -11,6 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
+import yaml
 from PIL import Image
 
 from cogview.checkpoint import check_settings, load_latest, load_weights
@@ -43,9 +45,20 @@ With a folder of your own images, and captions.tsv in it (file name, tab, captio
 
 Everything that belongs to a model is kept in its run folder. Each command starts from the settings
 there; those of a new folder come from a preset. `--set key=value` changes one, for example --set
-training.steps=500 model.num_layers=6. Training that was interrupted goes on where it was when the
-same command is given again.
+training.steps=500 model.num_layers=6. `cogview train` that was interrupted goes on from its newest
+checkpoint when it is given again; every other command starts afresh.
 """
+
+# What is the user's or the system's to mend; RuntimeError is torch's, such as out of memory.
+_ERRORS = (
+    ValueError,
+    TypeError,
+    OSError,
+    FloatingPointError,
+    RuntimeError,
+    MemoryError,
+    yaml.YAMLError,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -53,22 +66,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         the exit code: 0, 2 for an error of the user or the system (one line on standard error), 130
-            for Ctrl-C.
+            for Ctrl-C, 141 where standard output was closed, as `head` does.
     """
     args = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     try:
         args.run_command(args)
-    except (ValueError, TypeError, OSError, FloatingPointError) as error:
+        sys.stdout.flush()
+    except BrokenPipeError:
+        # What is still to be written goes nowhere, or Python would complain at its exit.
+        sys.stdout = open(os.devnull, "w", encoding="utf-8")
+        return 141
+    except _ERRORS as error:
         if args.debug:
             traceback.print_exc()
         print(f"cogview: error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        print(
-            "\ncogview: stopped; what was saved stays, and the same command goes on from there",
-            file=sys.stderr,
-        )
+        again = "starts afresh"
+        if args.run_command is _train:
+            again = "goes on from the newest checkpoint, if there is one yet"
+        print(f"\ncogview: stopped; the same command {again}", file=sys.stderr)
         return 130
     return 0
 
@@ -199,6 +217,7 @@ def _train_text_tokenizer(args: argparse.Namespace) -> None:
         model_type=settings.model_type,
         character_coverage=settings.character_coverage,
     )
+    _keep_config(args, config)
     print(f"{len(images)} captions, {settings.vocab_size} pieces: {args.run.text_tokenizer}")
 
 
@@ -217,6 +236,7 @@ def _train_image_tokenizer(args: argparse.Namespace) -> None:
         progress=not args.quiet,
     )
     trained.save(args.run.image_tokenizer)
+    _keep_config(args, config)
     error = metrics[-1]["reconstruction_loss"]
     print(f"{len(images)} images, reconstruction loss {error:.4f}: {args.run.image_tokenizer}")
 
@@ -229,6 +249,7 @@ def _encode(args: argparse.Namespace) -> None:
         images.captions, images, text_tokenizer, image_tokenizer, progress=not args.quiet
     )
     data.save(args.run.tokens)
+    _keep_config(args, config)
     clipped = sum(len(data[i][0]) > config.max_text_len for i in range(len(data)))
     note = (
         f" ({clipped} captions are longer than {config.max_text_len} pieces and will be clipped)"
@@ -242,6 +263,7 @@ def _train(args: argparse.Namespace) -> None:
     config = _run_config(args)
     train_data, held_out_data = split_data(TokenDataset.load(args.run.tokens), config)
     trainer = Trainer(config, args.run.path, train_data, held_out_data, progress=not args.quiet)
+    _keep_config(args, config)
     if trainer.step:
         print(f"going on from step {trainer.step}")
     trainer.run()
@@ -254,7 +276,7 @@ def _train(args: argparse.Namespace) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
-    config = _run_config(args, keep=False)
+    config = _run_config(args)
     captions = list(args.captions)
     if args.file is not None:
         captions += [
@@ -289,7 +311,7 @@ def _sample(args: argparse.Namespace) -> None:
 
 
 def _caption(args: argparse.Namespace) -> None:
-    config = _run_config(args, keep=False)
+    config = _run_config(args)
     if config.training.task != "captioning":
         raise ValueError(
             f"training.task: expected captioning to write captions, got {config.training.task}"
@@ -324,25 +346,26 @@ def _info(args: argparse.Namespace) -> None:
     print(to_yaml(config), end="")
 
 
-def _run_config(args: argparse.Namespace, keep: bool = True) -> Config:
-    """The settings of the run folder, or of the preset for a new one, with the changes of --set.
-
-    `keep` saves them in the run folder.
-    """
+def _run_config(args: argparse.Namespace) -> Config:
+    """The settings of the run folder, or of the preset for a new one, with the changes of --set."""
     preset = getattr(args, "preset", None)
-    if args.run.config.is_file():
-        if preset is not None:
-            raise ValueError(
-                f"--preset: {args.run.config} holds the settings already; change them with --set"
-            )
-    elif preset is None:
+    run = args.run
+    if preset is None and not run.config.is_file():
         raise ValueError(
-            f"{args.run.path}: no config.yaml in it; a new run begins with a tokenizer and --preset"
+            f"{run.path}: no config.yaml in it; a new run begins with a tokenizer and --preset"
         )
-    config = load_config(args.run.config if preset is None else preset, args.set)
-    if keep and (preset is not None or args.set):
+    made = (run.text_tokenizer, run.image_tokenizer, run.tokens, run.checkpoints, run.metrics)
+    if preset is not None and run.config.is_file() and any(path.exists() for path in made):
+        raise ValueError(
+            f"--preset: {run.config} holds the settings already; change them with --set"
+        )
+    return load_config(run.config if preset is None else preset, args.set)
+
+
+def _keep_config(args: argparse.Namespace, config: Config) -> None:
+    """Saves new settings in the run folder, once the command has worked with them."""
+    if getattr(args, "preset", None) is not None or args.set:
         save_config(config, args.run.config)
-    return config
 
 
 def _images(args: argparse.Namespace, config: Config) -> CaptionedImages:
@@ -400,7 +423,7 @@ def _num_parameters(config: Config) -> int:
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
-    return " ".join(str(error).split())
+    return " ".join(str(error).split()) or type(error).__name__
 
 
 def _show_warning(message: Warning | str, *_: object) -> None:

@@ -22,7 +22,7 @@ import torch
 from cogview.checkpoint import prune_checkpoints
 from cogview.config import Config, RunFolder, save_config
 from cogview.data import TokenDataset
-from cogview.digits import make_scenes
+from cogview.digits import CANVAS_SIZE, make_scenes
 from cogview.evaluate import DigitReader, caption_accuracy
 from cogview.files import atomic_write
 from cogview.image_tokenizer import train_image_tokenizer
@@ -34,6 +34,7 @@ from cogview.train import Trainer, choose_device, read_metrics
 NUM_TRAIN_SCENES = 8000
 NUM_TEST_SCENES = 128  # four digits each; all of them are drawn
 NUM_SHOWN = 16
+RESULTS = ("metrics.json", "samples.png", "reconstructions.png", "curves.png")
 
 UNITS = {
     "loss": "loss",
@@ -51,8 +52,8 @@ def run_demo(
 ) -> dict[str, Any]:
     """Trains everything, draws held-out captions, reads them back, and writes it all to `folder`.
 
-    An earlier demonstration in the same folder is replaced; `cogview sample --run FOLDER` draws
-    more with the result.
+    An earlier demonstration in the same folder is deleted first; `cogview sample --run FOLDER`
+    draws more with the result.
 
     Args:
         config: such as the preset `digits`.
@@ -64,15 +65,21 @@ def run_demo(
         what metrics.json holds.
 
     Raises:
-        ValueError: the configuration does not fit the scenes (64x64 pixels, one channel).
+        ValueError: the configuration does not fit the scenes (64x64 pixels, one channel), or the
+            folder holds a run on other data; nothing in it is touched.
         OSError: the folder cannot be written.
     """
     run = RunFolder(folder)
+    _check(config, run)
     device = choose_device(config.device)
     seconds: dict[str, float] = {}
     run.path.mkdir(parents=True, exist_ok=True)
-    save_config(config, run.config)
+    for name in RESULTS:
+        (run.path / name).unlink(missing_ok=True)
+    for path in (run.text_tokenizer, run.image_tokenizer, run.metrics):
+        path.unlink(missing_ok=True)
     prune_checkpoints(run.checkpoints, keep=0)
+    save_config(config, run.config)
     print(f"CogView on handwriting, on {device}, to {run.path}", flush=True)
 
     with _stage("scenes", seconds):
@@ -208,6 +215,22 @@ def report(result: dict[str, Any], run: RunFolder) -> str:
         "metrics.json",
     ]
     return "\n".join(lines)
+
+
+def _check(config: Config, run: RunFolder) -> None:
+    for name, expected in (("image_size", CANVAS_SIZE), ("channels", 1)):
+        have = getattr(config.image_tokenizer, name)
+        if have != expected:
+            raise ValueError(
+                f"image_tokenizer.{name}: expected {expected}, as the demonstration's scenes have, "
+                f"got {have}"
+            )
+    demonstration = (run.path / "metrics.json").is_file()
+    if run.config.is_file() and run.tokens.is_file() and not demonstration:
+        raise ValueError(
+            f"{run.path}: holds a run on other data ({run.tokens.name}), which the demonstration "
+            "would replace; choose another folder"
+        )
 
 
 def _describe(device: torch.device) -> str:

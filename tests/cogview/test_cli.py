@@ -3,6 +3,8 @@ import sys
 
 import numpy as np
 import pytest
+import torch
+import yaml
 from PIL import Image
 
 from cogview.cli import main
@@ -103,7 +105,7 @@ def test_from_a_folder_of_photos_to_drawings(tmp_path, photos, capsys):
     )  # a setting of one drawing is not kept
 
 
-def test_captions_from_images(tmp_path, photos, capsys):
+def test_captions_from_images(tmp_path, photos, capsys, monkeypatch):
     run = trained(tmp_path, photos, "training.task=captioning")
     capsys.readouterr()
     assert (
@@ -114,6 +116,12 @@ def test_captions_from_images(tmp_path, photos, capsys):
         str(photos / "red0.png"),
         str(photos / "blue0.png"),
     ]
+    options = {}
+    monkeypatch.setattr(
+        "cogview.cli.write_captions", lambda *_, **given: options.update(given) or [[]]
+    )
+    assert cogview("caption", "--run", run, photos / "red0.png", "--quiet") == 0
+    assert options == {"progress": False}
 
 
 def error(capsys, *arguments):
@@ -134,11 +142,15 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, photos, capsys):
     assert "vocab_size=5000 does not fit" in error(
         capsys, *text, *new, "text_tokenizer.vocab_size=5000"
     )
-    assert not (run / "text_tokenizer.model").exists()
-    assert cogview(*text, "--set", *SMALL) == 0
+    assert not run.exists()  # settings that did not work are not kept
+    run.mkdir()
+    (run / "config.yaml").write_text("seed: 1\n")  # nothing is made with them yet
+    assert cogview(*text, *new) == 0
+    assert load_config(run / "config.yaml").seed == 0
     assert "config.yaml holds the settings already" in error(capsys, *text, "--preset", "small")
     assert "image_tokenizer.pt" in error(capsys, "encode", "--run", run, "--data", photos)
-    assert "tokens.npz" in error(capsys, "train", "--run", run)
+    assert "tokens.npz" in error(capsys, "train", "--run", run, "--set", "training.steps=9")
+    assert load_config(run / "config.yaml").training.steps == 4
 
     assert cogview("train-image-tokenizer", "--run", run, "--data", photos, "--quiet") == 0
     assert "no checkpoint in it; run cogview train first" in error(
@@ -178,6 +190,73 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, photos, capsys):
 def test_debug_shows_the_traceback(tmp_path, capsys):
     assert cogview("train", "--run", tmp_path, "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
+
+
+def raise_in(monkeypatch, name, raised):
+    def function(*_, **__):
+        raise raised
+
+    monkeypatch.setattr(f"cogview.cli.{name}", function)
+
+
+@pytest.mark.parametrize(
+    "raised, message",
+    [
+        (RuntimeError("bad shape\nin a kernel"), "bad shape in a kernel"),
+        (torch.OutOfMemoryError("CUDA out of memory"), "CUDA out of memory"),
+        (MemoryError(), "MemoryError"),
+        (yaml.YAMLError("found a tab"), "found a tab"),
+    ],
+)
+def test_errors_of_libraries_are_one_line(monkeypatch, capsys, raised, message):
+    raise_in(monkeypatch, "load_config", raised)
+    assert error(capsys, "info", "digits") == f"cogview: error: {message}"
+    assert cogview("info", "digits", "--debug") == 2
+    assert "Traceback" in capsys.readouterr().err
+
+
+def test_ctrl_c_says_what_the_same_command_does(tmp_path, monkeypatch, capsys):
+    raise_in(monkeypatch, "load_config", KeyboardInterrupt())
+    (tmp_path / "config.yaml").write_text("")
+    assert cogview("train", "--run", tmp_path) == 130
+    assert "the same command goes on from the newest checkpoint" in capsys.readouterr().err
+    for command in (["demo"], ["encode", "--run", tmp_path, "--data", tmp_path]):
+        assert cogview(*command) == 130
+        assert "the same command starts afresh" in capsys.readouterr().err
+
+
+def test_a_closed_pipe_is_quiet():
+    command = f"{sys.executable} -m cogview info digits | true; echo ${{PIPESTATUS[0]}}"
+    result = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=True)
+    assert result.stdout == "141\n" and result.stderr == ""
+
+
+def test_demo_touches_no_folder_that_it_does_not_fit(tmp_path, capsys):
+    files = {name: tmp_path / name for name in ("config.yaml", "tokens.npz", "image_tokenizer.pt")}
+    for path in files.values():
+        path.write_text("mine")
+    demo = ["demo", "--out", tmp_path]
+    assert "image_tokenizer.image_size: expected 64" in error(
+        capsys, *demo, "--set", "image_tokenizer.image_size=32"
+    )
+    assert "image_tokenizer.channels: expected 1" in error(
+        capsys, *demo, "--set", "image_tokenizer.channels=3"
+    )
+    assert "holds a run on other data" in error(capsys, *demo)
+    assert {path.read_text() for path in files.values()} == {"mine"}
+
+
+def test_demo_deletes_what_an_earlier_one_left(tmp_path, monkeypatch):
+    left = ["metrics.json", "samples.png", "curves.png", "image_tokenizer.pt", "metrics.jsonl"]
+    for name in [*left, "notes.txt"]:
+        (tmp_path / name).write_text("{}")
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("cogview.demo.make_scenes", stop)
+    assert cogview("demo", "--out", tmp_path) == 130
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
 
 
 def test_info_lists_presets_and_shows_settings(capsys):
