@@ -132,11 +132,11 @@ def test_dropout_and_pivots_are_drawn_anew_each_step(tmp_path):
 
 def test_training_learns_what_the_caption_says(tmp_path):
     settings = config(
-        "training.steps=400", "training.learning_rate=1e-2", "model.dropout=0",
-        "training.batch_size=8", "training.eval_every=400", "training.save_every=400",
+        "training.steps=300", "training.learning_rate=1e-2", "model.dropout=0",
+        "training.batch_size=8", "training.eval_every=300", "training.save_every=300",
         "training.text_weight=0",
     )  # fmt: skip
-    data = dataset(64)
+    data = dataset(512)  # enough not to be learned by heart
     Trainer(settings, tmp_path, data, dataset(32, 1), progress=False).run()
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
     assert (
@@ -208,7 +208,7 @@ def test_pruning_does_not_count_damaged_checkpoints(tmp_path):
     folder = tmp_path / "checkpoints"
     (folder / "step_00000006.pt").write_bytes(b"")
     (folder / "step_00000009.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="keeping this one as step_00000009.pt.damaged"):
+    with pytest.warns(UserWarning, match="keeping this one as step_0000000[69].pt.damaged"):
         run = trainer(settings, tmp_path)
     run._train_step()
     run._save()
