@@ -1,0 +1,16 @@
+// What every launch interface shares. Plain C++: no torch, no device code.
+#pragma once
+
+#ifdef COGVIEW_HOST_MODEL
+#include "host_model/runtime.h"
+#else
+#include <cuda_runtime_api.h>
+#endif
+
+#include <cstdint>
+
+namespace cogview {
+
+enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+
+}  // namespace cogview

@@ -1,0 +1,99 @@
+// Launch interface of the three-region attention kernels. Plain C++: no torch, no device code.
+#pragma once
+
+#include "../launch.h"
+
+namespace cogview {
+
+// Element strides of a tensor (batch, heads, rows, head_dim) whose last dimension is contiguous.
+struct HeadStrides {
+  int64_t batch;
+  int64_t head;
+  int64_t row;
+};
+
+// A tensor (batch, heads, rows, head_dim); rows begin at multiples of 16 bytes.
+struct ConstHeads {
+  const void* data;
+  HeadStrides stride;
+};
+struct Heads {
+  void* data;
+  HeadStrides stride;
+};
+
+// What every launch knows of the problem.
+struct ThreeRegionProblem {
+  int batch;
+  int num_heads;
+  int num_kv_heads;    // divides num_heads
+  int q_len;           // queries are the last q_len positions of the keys
+  int k_len;           // at most 2^30
+  int head_dim;        // 32, 64, 96 or 128
+  DType dtype;         // of q, k, v, out and their gradients: float16 or bfloat16
+  int num_pivots;      // columns of the pivot table, the largest number of pivots in a sample
+  int query_window;    // w, at most max(k_len, 1)
+  int num_windows;     // n, key_window_times, at most k_len / w + 1
+  float softmax_scale;
+  float text_bias;     // nats
+  float pivot_bias;    // nats
+  // (batch, 2 + num_pivots): text length in [0, k_len], number of pivots, then the pivots,
+  // ascending, unique, in [text length, k_len). Written by three_region_attention_far_keys.
+  const int32_t* far_keys;
+};
+
+// Packs the text lengths and the pivots that count: any values are safe. An entry counts if it
+// lies in [text_len, k_len) and above all entries before it that count.
+struct ThreeRegionFarKeysParams {
+  int batch;
+  int num_pivots;
+  int k_len;
+  const int32_t* text_len;   // (batch), text_len_stride apart
+  int64_t text_len_stride;
+  const int32_t* pivot_idx;  // (batch, num_pivots)
+  int64_t pivot_batch_stride;
+  int64_t pivot_stride;
+  int32_t* far_keys;         // (batch, 2 + num_pivots)
+};
+
+struct ThreeRegionForwardParams {
+  ThreeRegionProblem problem;
+  ConstHeads q;        // (batch, num_heads, q_len, head_dim)
+  ConstHeads k;        // (batch, num_kv_heads, k_len, head_dim)
+  ConstHeads v;        // as k
+  Heads out;           // as q
+  float* row_max;      // (batch, num_heads, q_len): largest logit of the row, in bits (log2)
+  float* row_log_sum;  // as row_max: log2 of the sum of 2^(logit - row_max)
+};
+
+struct ThreeRegionBackwardParams {
+  ThreeRegionProblem problem;
+  ConstHeads q, k, v, out;   // as in the forward
+  ConstHeads dout;           // as q
+  const float* dlse;         // (batch, num_heads, q_len), may be null: zero
+  const float* row_max;      // from the forward
+  const float* row_log_sum;  // from the forward
+  Heads dq, dk, dv;          // as q, k, v
+  float* delta;              // (batch, num_heads, q_len), workspace: sum(dout * out) - dlse
+  // float16 only, workspace, zeroed by the caller: bits of the largest |row| of dout and the
+  // largest |delta| (batch, num_heads, 2), then of the largest |row| of v (batch, num_kv_heads).
+  uint32_t* bounds;
+  // Keys that many queries see are dealt out to `num_splits` blocks, whose float32 sums of dk and
+  // dv meet in `partial` (num_splits, 2, batch, num_kv_heads, num_split_rows, head_dim), where
+  // num_split_rows = three_region_attention_split_rows(...). May be null where num_splits is 1.
+  int num_splits;
+  float* partial;
+};
+
+// Rows of `partial` for each split, batch and head.
+int three_region_attention_split_rows(const ThreeRegionProblem& problem);
+
+// All return the status of their launches; arguments were checked by the caller.
+cudaError_t three_region_attention_far_keys(const ThreeRegionFarKeysParams& params,
+                                            cudaStream_t stream);
+cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& params,
+                                           cudaStream_t stream);
+cudaError_t three_region_attention_backward(const ThreeRegionBackwardParams& params,
+                                            cudaStream_t stream);
+
+}  // namespace cogview
