@@ -1,0 +1,226 @@
+// The primitives of primitives.cuh on the CPU, and the few words of CUDA C++ around them.
+//
+// Threads of a block are fibers. Instructions of a whole warp, and barriers, wait until all of its
+// threads have arrived at the same place in the source. What a kernel does in plain C++ is seen
+// through the hooks that -fsanitize=thread compiles in (host_model.cpp).
+//
+// Modelled exactly: fragments, rounding of conversions, what each instruction reads and writes and
+// when it becomes visible. Not modelled: the order and width in which a tensor core adds (here
+// float32, one k after the other, 16-bit products exact), the last bits of ex2.approx, time.
+#pragma once
+
+#include <algorithm>
+#include <bit>
+#include <cmath>
+#include <cstring>
+#include <source_location>
+#include <string_view>
+
+#include "runtime.h"
+
+#define __device__
+#define __global__
+#define __forceinline__ inline __attribute__((always_inline))
+#define __launch_bounds__(...)
+#define __align__(bytes) alignas(bytes)
+
+namespace host_model {
+
+using Where = std::source_location;
+
+// Fragments travel by value, so that the kernels' own stay in registers as they do on a GPU.
+struct Float4 {
+  float value[4];
+};
+struct Registers4 {
+  uint32_t value[4];
+};
+enum class Element { kHalf, kBFloat16 };
+
+__attribute__((const)) unsigned thread_idx();
+__attribute__((const)) unsigned block_idx_x();
+__attribute__((const)) unsigned block_idx_y();
+__attribute__((const)) unsigned block_dim();
+__attribute__((const)) unsigned grid_dim_x();
+__attribute__((const)) unsigned grid_dim_y();
+
+float shfl_bfly(float value, int lane_mask, Where where);
+uint32_t vote_ballot(bool predicate, Where where);
+void bar_warp_sync(Where where);
+bool bar_sync(const char* primitive, bool predicate, Where where);
+void* shared_array(const void* key, int bytes);
+unsigned char* dynamic_shared();
+uint4 ld_global_v4(const void* address, Where where);
+void st_global_v4(void* address, uint4 value, Where where);
+void red_global_max(uint32_t* address, uint32_t value, Where where);
+void cp_async(void* shared, const void* global, int bytes, bool valid, Where where);
+void cp_async_commit_group();
+void cp_async_wait_group(int pending);
+Registers4 ldmatrix(const void* row, bool transposed, Where where);
+Float4 mma(Element element, Float4 c, Registers4 a, uint64_t b, Where where);
+
+// Runs kernel(params) for every thread. `name` is what the compiler calls the kernel.
+cudaError_t launch(std::string_view name, void (*kernel)(const void*), const void* params,
+                   size_t params_bytes, int64_t grid_x, int grid_y, int num_threads,
+                   int shared_bytes);
+
+// A component of threadIdx and its like.
+template <unsigned (*kRead)()>
+struct Index {
+  operator unsigned() const { return kRead(); }
+};
+
+}  // namespace host_model
+
+namespace cogview {
+
+using host_model::Where;
+using std::max;
+using std::min;
+
+inline constexpr struct {
+  host_model::Index<host_model::thread_idx> x;
+} threadIdx;
+inline constexpr struct {
+  host_model::Index<host_model::block_idx_x> x;
+  host_model::Index<host_model::block_idx_y> y;
+} blockIdx;
+inline constexpr struct {
+  host_model::Index<host_model::block_dim> x;
+} blockDim;
+inline constexpr struct {
+  host_model::Index<host_model::grid_dim_x> x;
+  host_model::Index<host_model::grid_dim_y> y;
+} gridDim;
+
+struct Half {
+  uint16_t bits;
+};
+struct BFloat16 {
+  uint16_t bits;
+};
+
+inline float shfl_bfly(float value, int lane_mask, Where where = Where::current()) {
+  return host_model::shfl_bfly(value, lane_mask, where);
+}
+inline uint32_t vote_ballot(bool predicate, Where where = Where::current()) {
+  return host_model::vote_ballot(predicate, where);
+}
+inline void bar_warp_sync(Where where = Where::current()) { host_model::bar_warp_sync(where); }
+inline void bar_sync(Where where = Where::current()) {
+  host_model::bar_sync("bar_sync", false, where);
+}
+inline bool bar_red_or(bool predicate, Where where = Where::current()) {
+  return host_model::bar_sync("bar_red_or", predicate, where);
+}
+
+// Its address stands for the instantiation.
+template <typename T, int kSize>
+inline char shared_array_key;
+
+template <typename T, int kSize>
+T* shared_array() {
+  return static_cast<T*>(
+      host_model::shared_array(&shared_array_key<T, kSize>, int(sizeof(T)) * kSize));
+}
+inline unsigned char* dynamic_shared() { return host_model::dynamic_shared(); }
+
+inline __attribute__((always_inline)) uint4 ld_global_nc_v4(const void* address,
+                                                            Where where = Where::current()) {
+  return host_model::ld_global_v4(address, where);
+}
+inline __attribute__((always_inline)) void st_global_v4(void* address, uint4 value,
+                                                        Where where = Where::current()) {
+  host_model::st_global_v4(address, value, where);
+}
+inline void red_global_max(uint32_t* address, uint32_t value, Where where = Where::current()) {
+  host_model::red_global_max(address, value, where);
+}
+
+inline __attribute__((always_inline)) void cp_async_16(void* shared, const void* global, bool valid,
+                                                       Where where = Where::current()) {
+  host_model::cp_async(shared, global, 16, valid, where);
+}
+inline __attribute__((always_inline)) void cp_async_4(void* shared, const void* global, bool valid,
+                                                      Where where = Where::current()) {
+  host_model::cp_async(shared, global, 4, valid, where);
+}
+inline void cp_async_commit_group() { host_model::cp_async_commit_group(); }
+template <int kPending>
+void cp_async_wait_group() {
+  host_model::cp_async_wait_group(kPending);
+}
+
+inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, Where where = Where::current()) {
+  const host_model::Registers4 loaded = host_model::ldmatrix(row, false, where);
+  for (int i = 0; i < 4; ++i) out[i] = loaded.value[i];
+}
+inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row, Where where = Where::current()) {
+  const host_model::Registers4 loaded = host_model::ldmatrix(row, true, where);
+  for (int i = 0; i < 4; ++i) out[i] = loaded.value[i];
+}
+
+template <typename T>
+void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                  Where where = Where::current()) {
+  constexpr auto kElement =
+      std::is_same_v<T, Half> ? host_model::Element::kHalf : host_model::Element::kBFloat16;
+  const host_model::Float4 sums = host_model::mma(
+      kElement, {c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, uint64_t(b1) << 32 | b0, where);
+  for (int i = 0; i < 4; ++i) c[i] = sums.value[i];
+}
+
+inline float ex2_approx(float x) {
+  const float y = std::exp2(x);
+  return y < 1.17549435e-38f ? 0.f : y;
+}
+
+inline float to_float(float value) { return value; }
+inline float to_float(BFloat16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }
+inline float to_float(Half value) {
+  // The exponent's bias is put right by a multiplication, which also makes denormals normal.
+  const uint32_t magnitude = value.bits & 0x7fffu;
+  float number = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
+  if (magnitude >= 0x7c00u) number = std::bit_cast<float>(magnitude << 13 | 0x7f800000u);
+  return std::bit_cast<float>(std::bit_cast<uint32_t>(number) | (value.bits & 0x8000u) << 16);
+}
+
+template <typename T>
+T from_float(float value) {
+  const uint32_t bits = std::bit_cast<uint32_t>(value);
+  const uint32_t magnitude = bits & 0x7fffffffu;
+  if constexpr (std::is_same_v<T, float>) {
+    return value;
+  } else if constexpr (std::is_same_v<T, BFloat16>) {
+    if (magnitude > 0x7f800000u) return {0x7fff};
+    return {uint16_t((bits + 0x7fffu + (bits >> 16 & 1)) >> 16)};
+  } else {
+    static_assert(std::is_same_v<T, Half>);
+    if (magnitude > 0x7f800000u) return {0x7fff};
+    uint32_t rounded;
+    if (magnitude >= 0x477ff000u) {  // 65520 and above
+      rounded = 0x7c00u;
+    } else if (magnitude < 0x38800000u) {  // below 2^-14: the last bit is worth 2^-24
+      rounded = uint32_t(std::nearbyint(std::bit_cast<float>(magnitude) * 0x1p24f));
+    } else {
+      rounded = (magnitude + 0xfffu + (magnitude >> 13 & 1)) - (112u << 23) >> 13;
+    }
+    return {uint16_t(rounded | (bits >> 16 & 0x8000u))};
+  }
+}
+
+template <typename T>
+uint32_t cvt_rn_x2(float low, float high) {
+  return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+template <auto kKernel, typename Params>
+cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_bytes, cudaStream_t,
+                   const Params& params) {
+  return host_model::launch(
+      __PRETTY_FUNCTION__,
+      [](const void* untyped) { kKernel(*static_cast<const Params*>(untyped)); }, &params,
+      sizeof(Params), num_blocks, grid_y, num_threads, shared_bytes);
+}
+
+}  // namespace cogview
