@@ -28,9 +28,14 @@ using BFloat16 = __nv_bfloat16;
 // Warps
 
 // A register of the lane whose number differs by `lane_mask` (shfl.sync.bfly.b32). All 32 lanes
-// must arrive; so must they for vote_ballot and bar_warp_sync.
+// must arrive; so must they for all collectives below.
 __device__ __forceinline__ float shfl_bfly(float value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
+
+// The register of lane `source_lane` (shfl.sync.idx.b32).
+__device__ __forceinline__ int shfl_idx(int value, int source_lane) {
+  return __shfl_sync(0xffffffffu, value, source_lane);
 }
 
 // Bit l is set where lane l's predicate holds (vote.sync.ballot.b32).
@@ -164,6 +169,9 @@ __device__ __forceinline__ float ex2_approx(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
   return y;
 }
+
+// Number of bits set (popc.b32).
+__device__ __forceinline__ int popc(uint32_t bits) { return __popc(bits); }
 
 // Conversions, rounding to nearest even (cvt.rn).
 __device__ __forceinline__ float to_float(float value) { return value; }

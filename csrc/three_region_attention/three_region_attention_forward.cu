@@ -1,0 +1,423 @@
+// Three-region attention, forward.
+//
+// Math, for each query row, over the tiles of its virtual key list (key_list.cuh), in bits:
+//   s = softmax_scale log2(e) q k^T + bias log2(e)          -inf where the row may not look
+//   m' = max(m, max s);  p = 2^(s - m');  l = l 2^(m - m') + sum p;  o = o 2^(m - m') + p v
+//   out = o / l;  row_max = m;  row_log_sum = log2(l)
+//
+// Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len, head_dim);
+//            any strides, rows contiguous and aligned to 16 bytes.
+// Grid       one block per tile of kBlockM query positions (multiples of kBlockM, so that query
+//            blocks and tiles coincide), heads outermost, long lists (late tiles) first.
+// Warps      kWarps, each with 16 * kRowTiles query rows; the rows' q and o stay in registers.
+//            Tiles of kBlockN entries are taken from the end of the list: the first one meets the
+//            diagonal, the last one what is left over. A warp skips groups of sixteen entries that
+//            none of its rows sees, and masks elements only where some row does not see some entry
+//            or where two biases meet.
+// Smem       q tile (later: the out tile)   2 kBlockM kHeadDim bytes
+//            two stages of a k and a v tile 8 kBlockN kHeadDim bytes
+// Barriers   bar_sync after the wait for a stage: all threads' copies are there, and all warps are
+//            done with the stage that is filled next.
+// Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
+// NaN        hidden keys have p = 0, but 0 * NaN and inf - inf are NaN: a block that meets a NaN
+//            computes its rows again, one by one, over visible keys only.
+// Reference  cogview_kernels.reference.three_region_attention
+
+#include <cmath>
+
+#include "key_list.cuh"
+#include "tile.cuh"
+
+namespace cogview {
+namespace {
+
+template <int kHeadDim_>
+struct ForwardShape {
+  static constexpr int kHeadDim = kHeadDim_;
+  // Two row tiles to a warp halve its shared memory reads; at 128 they do not fit the registers.
+  static constexpr int kRowTiles = kHeadDim <= 96 ? 2 : 1;
+  static constexpr int kWarps = 8 / kRowTiles, kThreads = kWarps * kWarpSize;
+  static constexpr int kBlockM = 16 * kRowTiles * kWarps;
+  static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
+  static constexpr int kSharedBytes =
+      kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
+};
+
+// Which of the inputs cannot be NaN or infinite.
+template <typename T>
+__device__ __forceinline__ bool is_finite(T value) {
+  return fabsf(to_float(value)) <= 3.402823466e+38f;
+}
+
+// The rows of a tile once more, a warp each, one visible key after the other: nothing of a hidden
+// key is touched, and logits beyond float32 become its largest numbers, so that finite inputs give
+// finite results. Slow and seldom.
+template <typename T, typename Shape>
+__device__ __noinline__ void forward_rows(const ThreeRegionForwardParams& params,
+                                          int batch, int head, int begin, int end) {
+  constexpr int kPerLane = Shape::kHeadDim / kWarpSize;
+  constexpr float kLimit = 3.402823466e+38f / 4;
+  const ThreeRegionProblem& problem = params.problem;
+  const int lane = threadIdx.x % kWarpSize;
+  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
+  const int first = problem.k_len - problem.q_len;
+  const KeyList list = key_list_of(problem, batch, begin, end);
+  const T* k = reinterpret_cast<const T*>(head_of(params.k, batch, kv_head));
+  const T* v = reinterpret_cast<const T*>(head_of(params.v, batch, kv_head));
+  for (int i = begin + int(threadIdx.x) / kWarpSize; i < end; i += Shape::kWarps) {
+    const int start = window_start(i, problem);
+    const T* q = reinterpret_cast<const T*>(head_of(params.q, batch, head)) +
+                 int64_t(i - first) * params.q.stride.row;
+    float m = -INFINITY, l = 0.f, o[kPerLane] = {};
+    for (int entry = 0; entry < list.size; ++entry) {
+      const int key = list.key(entry);
+      const bool is_far = entry < list.num_far;
+      if (is_far ? key >= start : key < start || key > i) continue;
+      float dot = 0.f;
+      bool finite = true;
+#pragma unroll
+      for (int d = 0; d < kPerLane; ++d) {
+        const T a = q[lane + d * kWarpSize];
+        const T b = k[int64_t(key) * params.k.stride.row + lane + d * kWarpSize];
+        finite = finite && is_finite(a) && is_finite(b);
+        dot += to_float(a) * to_float(b);
+      }
+#pragma unroll
+      for (int mask = kWarpSize / 2; mask > 0; mask /= 2) dot += shfl_bfly(dot, mask);
+      finite = vote_ballot(finite) == 0xffffffffu;
+      const float bias = !is_far ? 0.f
+                         : entry < list.num_text ? problem.text_bias : problem.pivot_bias;
+      float s = dot * problem.softmax_scale;
+      if (finite) s = s != s ? 0.f : fminf(fmaxf(s, -kLimit), kLimit);
+      s = (s + bias) * kLog2e;
+      const float new_m = fmaxf(m, s);
+      const float keep = m == new_m ? 1.f : exp2f(m - new_m), p = exp2f(s - new_m);
+      m = new_m;
+      l = l * keep + p;
+#pragma unroll
+      for (int d = 0; d < kPerLane; ++d) {
+        const float value = to_float(v[int64_t(key) * params.v.stride.row + lane + d * kWarpSize]);
+        o[d] = o[d] * keep + p * value;
+      }
+    }
+    T* out = reinterpret_cast<T*>(head_of(params.out, batch, head)) +
+             int64_t(i - first) * params.out.stride.row;
+#pragma unroll
+    for (int d = 0; d < kPerLane; ++d) out[lane + d * kWarpSize] = from_float<T>(o[d] / l);
+    if (lane == 0) {
+      const int64_t row = (int64_t(batch) * problem.num_heads + head) * problem.q_len + i - first;
+      params.row_max[row] = m;
+      params.row_log_sum[row] = log2f(l);
+    }
+  }
+}
+
+// One warp's part of the online softmax and its products with a tile of keys and values.
+template <typename T, typename Shape>
+struct ForwardWarp {
+  static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
+  static constexpr int kBlockN = Shape::kBlockN;
+
+  float m[kRowTiles][2], l[kRowTiles][2];  // l: of the lane's columns until the end
+  float o[kRowTiles][kHeadDim / 8][4];
+
+  // kMasked: some row does not see some entry, or biases differ.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
+                                       const unsigned char* sQ, int warp_row,
+                                       const unsigned char* sK, const KeyList& list,
+                                       const WarpView& view, int entry, int position,
+                                       float scale) {
+    // position: of the lane's first row
+    const int lane = threadIdx.x % kWarpSize, t = lane % 4;
+    uint32_t live = 0;  // groups of sixteen entries that some row sees
+#pragma unroll
+    for (int n = 0; n < kBlockN / 16; ++n) {
+      if (!kMasked || view.any(list, entry + 16 * n, entry + 16 * n + 16)) live |= 1u << n;
+    }
+
+    float s[kRowTiles][kBlockN / 8][4] = {};
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+        load_a<kHeadDim>(a[rt], sQ, warp_row + 16 * rt, d);
+      }
+#pragma unroll
+      for (int n = 0; n < kBlockN / 16; ++n) {
+        if (kMasked && !(live >> n & 1)) continue;
+        uint32_t b[4];
+        load_b_transposed<kHeadDim>(b, sK, 16 * n, d);
+#pragma unroll
+        for (int rt = 0; rt < kRowTiles; ++rt) {
+          mma_m16n8k16<T>(s[rt][2 * n], a[rt], b[0], b[1]);
+          mma_m16n8k16<T>(s[rt][2 * n + 1], a[rt], b[2], b[3]);
+        }
+      }
+    }
+
+    // To bits; scale and bias of a plain tile go into the exponent instead.
+    if constexpr (kMasked) {
+      int start[kRowTiles][2];
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          start[rt][half] = window_start(position + 16 * rt + 8 * half, problem);
+        }
+      }
+#pragma unroll
+      for (int n = 0; n < kBlockN / 8; ++n) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+          const int at = entry + 8 * n + 2 * t + column;
+          const int key = list.key(at);
+          const bool is_far = at < list.num_far;
+          const float bias = view.bias(list, at);
+#pragma unroll
+          for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+              const int row = position + 16 * rt + 8 * half;
+              const bool visible = is_far ? at >= 0 && key < start[rt][half]
+                                          : key >= start[rt][half] && key <= row;
+              float& logit = s[rt][n][2 * half + column];
+              logit = visible ? fmaf(logit, scale, bias) : -INFINITY;
+            }
+          }
+        }
+      }
+    }
+    const float factor = kMasked ? 1.f : scale, bias = kMasked ? 0.f : view.bias(list, entry);
+
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        float largest = s[rt][0][2 * half];
+#pragma unroll
+        for (int n = 0; n < kBlockN / 8; ++n) {
+          largest = fmaxf(largest, fmaxf(s[rt][n][2 * half], s[rt][n][2 * half + 1]));
+        }
+        const float new_m = fmaxf(m[rt][half], fmaf(quad_max(largest), factor, bias));
+        // A row that has seen no key yet keeps weights of zero.
+        const float shift = new_m == -INFINITY ? 0.f : new_m;
+        const float keep = ex2_approx(m[rt][half] - shift);
+        m[rt][half] = new_m;
+        const float offset = bias - shift + float(kForwardShift<T>);
+        float sum = 0.f;
+#pragma unroll
+        for (int n = 0; n < kBlockN / 8; ++n) {
+#pragma unroll
+          for (int column = 0; column < 2; ++column) {
+            float& p = s[rt][n][2 * half + column];
+            p = ex2_approx(kMasked ? p + offset : fmaf(p, factor, offset));
+            sum += p;
+          }
+        }
+        l[rt][half] = l[rt][half] * keep + sum;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          o[rt][n][2 * half] *= keep;
+          o[rt][n][2 * half + 1] *= keep;
+        }
+      }
+    }
+
+#pragma unroll
+    for (int n = 0; n < kBlockN / 16; ++n) {
+      if (kMasked && !(live >> n & 1)) continue;
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+        convert_c_to_a<T>(a[rt], s[rt][2 * n], s[rt][2 * n + 1]);
+      }
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        uint32_t b[4];
+        load_b<kHeadDim>(b, sK + kTileBytes<kHeadDim, kBlockN>, 16 * n, d);
+#pragma unroll
+        for (int rt = 0; rt < kRowTiles; ++rt) {
+          mma_m16n8k16<T>(o[rt][2 * d], a[rt], b[0], b[1]);
+          mma_m16n8k16<T>(o[rt][2 * d + 1], a[rt], b[2], b[3]);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
+    three_region_attention_forward_kernel(
+        const __grid_constant__ ThreeRegionForwardParams params) {
+  constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
+  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
+  const ThreeRegionProblem& problem = params.problem;
+  unsigned char* sQ = dynamic_shared();
+  // Two stages of a k and a v tile, and the keys that they hold.
+  unsigned char* sKV = sQ + kTileBytes<kHeadDim, kBlockM>;
+  int* sKeys = shared_array<int, 2 * kBlockN>();
+  constexpr int kTile = kTileBytes<kHeadDim, kBlockN>;
+
+  // The tile's queries: positions [begin, end) of [origin, origin + kBlockM).
+  const int first = problem.k_len - problem.q_len;
+  const int last_tile = (problem.k_len - 1) / kBlockM;
+  const int num_tiles = last_tile - first / kBlockM + 1;
+  const int origin = (last_tile - int(blockIdx.x % unsigned(num_tiles))) * kBlockM;
+  const int begin = max(origin, first), end = min(origin + kBlockM, problem.k_len);
+  const int head_idx = int(blockIdx.x / unsigned(num_tiles));
+  const int batch = head_idx / problem.num_heads, head = head_idx % problem.num_heads;
+  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
+
+  const uint16_t* gQ = head_of(params.q, batch, head);
+  const uint16_t* gK = head_of(params.k, batch, kv_head);
+  const uint16_t* gV = head_of(params.v, batch, kv_head);
+  const auto row_of = [=](int tile_row) {
+    const int position = origin + tile_row;
+    return position >= begin && position < end ? position - first : -1;
+  };
+  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, gQ, params.q.stride.row, row_of);
+
+  // The warp's rows, in the tile and as positions.
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warp_row = warp * 16 * kRowTiles;
+  WarpContext* contexts = shared_array<WarpContext, Shape::kWarps>();
+  {
+    const KeyList list = key_list_of(problem, batch, begin, end);
+    const WarpView view = warp_view_of(problem, list, max(origin + warp_row, begin),
+                                       min(origin + warp_row + 16 * kRowTiles, end) - 1);
+    if (lane == 0) contexts[warp] = {list, view};
+    bar_warp_sync();
+  }
+  const KeyList& list = contexts[warp].list;
+  const WarpView& view = contexts[warp].view;
+
+  // The tile of keys in stage s begins at `entry`; the first one ends with the list.
+  const auto find_keys = [&](int stage, int entry) {
+    const int row = threadIdx.x;
+    if (row < kBlockN) sKeys[stage * kBlockN + row] = list.key(entry + row);
+  };
+  const auto copy_keys = [&](int stage) {
+    const auto key_of = [=](int row) { return sKeys[stage * kBlockN + row]; };
+    unsigned char* sK = sKV + stage * 2 * kTile;
+    copy_rows<kHeadDim, kBlockN, kThreads>(sK, gK, params.k.stride.row, key_of);
+    copy_rows<kHeadDim, kBlockN, kThreads>(sK + kTile, gV, params.v.stride.row, key_of);
+    cp_async_commit_group();
+  };
+  find_keys(0, list.size - kBlockN);
+  bar_sync();
+  copy_keys(0);
+  find_keys(1, list.size - 2 * kBlockN);
+
+  const float scale = fabsf(problem.softmax_scale) * kLog2e;
+  if (problem.softmax_scale < 0.f) {
+    // q takes the sign, so that the largest product is the largest logit.
+    cp_async_wait_group<0>();
+    bar_sync();
+    for (int i = threadIdx.x; i < kTileBytes<kHeadDim, kBlockM> / 4; i += kThreads) {
+      reinterpret_cast<uint32_t*>(sQ)[i] ^= 0x80008000u;
+    }
+  }
+
+  const int position = origin + warp_row + lane / 4;  // of the lane's first row
+  ForwardWarp<T, Shape> state;
+#pragma unroll
+  for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      state.m[rt][half] = -INFINITY;
+      state.l[rt][half] = 0.f;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        state.o[rt][n][2 * half] = state.o[rt][n][2 * half + 1] = 0.f;
+      }
+    }
+  }
+
+  int stage = 0;
+  for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
+    cp_async_wait_group<0>();
+    bar_sync();
+    unsigned char* sK = sKV + stage * 2 * kTile;
+    stage ^= 1;
+    if (entry > 0) {
+      copy_keys(stage);
+      find_keys(stage ^ 1, entry - 2 * kBlockN);
+    }
+    if (!view.any(list, entry, entry + kBlockN)) continue;
+    if (view.plain(list, entry, entry + kBlockN)) {
+      state.template step<false>(problem, sQ, warp_row, sK, list, view, entry, position, scale);
+    } else {
+      state.template step<true>(problem, sQ, warp_row, sK, list, view, entry, position, scale);
+    }
+  }
+
+  bool has_nan = false;
+  float factor[kRowTiles][2];
+#pragma unroll
+  for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const float l = quad_sum(state.l[rt][half]);
+      factor[rt][half] = 1.f / l;
+      const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
+      if (row < 0) continue;
+      float sum = l;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        sum += 0.f * (state.o[rt][n][2 * half] + state.o[rt][n][2 * half + 1]);
+      }
+      has_nan |= !(sum > 0.f);
+      if (lane % 4 == 0) {
+        const int64_t at = int64_t(head_idx) * problem.q_len + row;
+        params.row_max[at] = state.m[rt][half];
+        params.row_log_sum[at] = log2f(l) - float(kForwardShift<T>);
+      }
+    }
+  }
+  if (bar_red_or(has_nan)) {
+    forward_rows<T, Shape>(params, batch, head, begin, end);
+    return;
+  }
+  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.o, factor,
+                                     head_of(params.out, batch, head), params.out.stride.row,
+                                     row_of);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_forward(const ThreeRegionForwardParams& params, cudaStream_t stream) {
+  using Shape = ForwardShape<kHeadDim>;
+  const ThreeRegionProblem& problem = params.problem;
+  const int first = problem.k_len - problem.q_len;
+  const int num_tiles = (problem.k_len - 1) / Shape::kBlockM - first / Shape::kBlockM + 1;
+  return launch<three_region_attention_forward_kernel<T, Shape>>(
+      int64_t(problem.batch) * problem.num_heads * num_tiles, 1, Shape::kThreads,
+      Shape::kSharedBytes, stream, params);
+}
+
+template <typename T>
+cudaError_t launch_forward(const ThreeRegionForwardParams& params, cudaStream_t stream) {
+  switch (params.problem.head_dim) {
+    case 32:
+      return launch_forward<T, 32>(params, stream);
+    case 64:
+      return launch_forward<T, 64>(params, stream);
+    case 96:
+      return launch_forward<T, 96>(params, stream);
+    case 128:
+      return launch_forward<T, 128>(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& params,
+                                           cudaStream_t stream) {
+  if (params.problem.batch == 0 || params.problem.q_len == 0) return cudaSuccess;
+  return params.problem.dtype == DType::kFloat16 ? launch_forward<Half>(params, stream)
+                                                 : launch_forward<BFloat16>(params, stream);
+}
+
+}  // namespace cogview
