@@ -1,0 +1,175 @@
+"""The committed facts of the compiled kernels: they hold, and the built module still has them."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+from cogview_kernels import extension
+
+ROOT = Path(__file__).resolve().parents[1]
+STALE = "differs from docs/kernels.json: run `make kernel-table` and commit what it writes"
+
+# Kernels that move what cannot be moved sixteen bytes at a time: rows of any alignment, column
+# sums, and the pivot table.
+NARROW = ("_any_kernel", "_reduce_kernel", "_far_keys_kernel")
+
+
+def load_kernel_table() -> ModuleType:
+    spec = importlib.util.spec_from_file_location(
+        "kernel_table", ROOT / "benchmarks" / "kernel_table.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+kernel_table = load_kernel_table()
+COMMITTED = json.loads(kernel_table.RECORD.read_text())
+
+
+def by_name(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(row["kernel"], row["architecture"]): row for row in rows}
+
+
+@pytest.fixture(scope="module")
+def ptxas() -> dict[tuple[str, str], dict[str, Any]]:
+    """What ptxas reported of the built kernels, on the architectures that are committed."""
+    if not extension.kernel_resources():
+        pytest.skip("built without kernels, or with DEBUG=1")
+    known = {row["architecture"] for row in COMMITTED["kernels"]}
+    rows = [row for row in extension.kernel_resources() if row["architecture"] in known]
+    if not rows:
+        pytest.skip(f"the kernels were built for none of {', '.join(sorted(known))}")
+    return by_name(rows)
+
+
+@pytest.fixture(scope="module")
+def built(ptxas: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
+    """What stands in the built module's machine code, in the form of the committed record."""
+    if kernel_table.cuobjdump() is None or shutil.which("c++filt") is None:
+        pytest.skip("no cuobjdump (the dev extra has it) or no c++filt")
+    dynamic = {row["kernel"]: row["dynamic_shared"] for row in COMMITTED["kernels"]}
+    kernels = {row["kernel"] for row in kernel_table.disassemble(kernel_table.module())["kernels"]}
+    assert kernels <= set(dynamic), STALE
+    facts = kernel_table.record([kernel_table.module()], dynamic)
+    facts["kernels"] = [
+        row for row in facts["kernels"] if (row["kernel"], row["architecture"]) in ptxas
+    ]
+    return facts
+
+
+@pytest.mark.parametrize(
+    ("architecture", "threads", "registers", "shared_bytes", "expected"),
+    [
+        # 168 registers x 32 = 5376 a warp, 3 in a quarter of 16384, 12 in all, 4 a CTA.
+        ("sm_90a", 128, 168, 0, (3, "registers")),
+        # 33 are 40 (1056 -> 1280 in units of 256): 12 a quarter, 48 warps, 8 a CTA.
+        ("sm_80", 256, 33, 0, (6, "registers")),
+        # The same where 48 warps are all there are: a tie goes to the first.
+        ("sm_86", 256, 33, 0, (6, "threads")),
+        # 104 registers: 3328 a warp, 4 in a quarter, 16 warps (the whole would hold 19), 3 a CTA.
+        ("sm_100", 96, 104, 0, (5, "registers")),
+        # 48 KiB and the system's 1 KiB: 4 x 49 = 196 of 228, 3 x 49 = 147 of 164, 2 of 100.
+        ("sm_90a", 128, 64, 48 * 1024, (4, "shared")),
+        ("sm_80", 128, 64, 48 * 1024, (3, "shared")),
+        ("sm_120", 128, 64, 48 * 1024, (2, "shared")),
+        # One byte is a unit of 128: 1152 a CTA fit 88 times, and 24 or 16 CTAs are the most.
+        ("sm_89", 32, 16, 1, (24, "CTAs")),
+        ("sm_86", 32, 16, 1, (16, "CTAs")),
+        # 100 KiB hold no CTA of 99 KiB and a byte, and one of 99 KiB.
+        ("sm_120", 128, 64, 99 * 1024, (1, "shared")),
+        ("sm_120", 128, 64, 99 * 1024 + 1, (0, "shared")),
+    ],
+)
+def test_ctas_per_sm_by_hand(
+    architecture: str, threads: int, registers: int, shared_bytes: int, expected: tuple[int, str]
+) -> None:
+    assert kernel_table.ctas_per_sm(architecture, threads, registers, shared_bytes) == expected
+
+
+@pytest.mark.parametrize(
+    ("mnemonic", "columns"),
+    [
+        ("LDG.E.128.CONSTANT", {"loads_16"}),
+        ("LDG.E.ENL2.256", {"loads_16"}),
+        ("LDG.E.U16", {"narrow"}),
+        ("STG.E.128", {"stores_16"}),
+        ("STG.E", {"narrow"}),
+        ("LDGSTS.E.BYPASS.128.ZFILL", {"cp_async_16"}),
+        ("LDGSTS.E", {"narrow"}),
+        ("LDGDEPBAR", set()),
+        ("LDSM.16.MT88.4", {"ldmatrix"}),
+        ("LDS.128", set()),
+        ("HMMA.16816.F32.BF16", {"mma"}),
+        ("HGMMA.64x64x16.F32", {"mma"}),
+        ("FFMA", set()),
+        ("STL.64", {"local"}),
+    ],
+)
+def test_columns_of_an_instruction(mnemonic: str, columns: set[str]) -> None:
+    assert kernel_table.columns_of(mnemonic) == columns
+
+
+def test_the_page_shows_the_record() -> None:
+    text = kernel_table.PAGE.read_text()
+    shown = text.split(kernel_table.BEGIN)[1].split(kernel_table.END)[0]
+    assert shown.strip() == kernel_table.tables(COMMITTED)
+
+
+def assert_sound(rows: list[dict[str, Any]]) -> None:
+    for row in rows:
+        name = f"{row['kernel']} on {row['architecture']}"
+        attention = row["kernel"].startswith("three_region_attention")
+        assert row["local"] == 0, f"{name}: spills, or an array in local memory"
+        assert row["ctas_per_sm"] >= 1, f"{name}: does not fit on an SM"
+        if not row["kernel"].partition("<")[0].endswith(NARROW):
+            assert row["loads_16"] + row["cp_async_16"] > 0, f"{name}: no 16-byte load"
+            assert row["stores_16"] > 0, f"{name}: no 16-byte store"
+            assert (row["mma"] > 0) == attention, f"{name}: {row['mma']} tensor-core instructions"
+            assert (row["ldmatrix"] > 0) == attention, f"{name}: {row['ldmatrix']} ldmatrix"
+
+
+def test_committed_kernels_are_sound() -> None:
+    """For each architecture the same kernels, and the machine code that their sources ask for."""
+    assert_sound(COMMITTED["kernels"])
+    rows = by_name(COMMITTED["kernels"])
+    architectures = {f"sm_{name.replace('.', '')}" for name in kernel_table.ARCHITECTURES}
+    assert set(rows) == {(kernel, other) for kernel, _ in rows for other in architectures}
+
+
+def test_built_kernels_are_those_committed(ptxas: dict[tuple[str, str], dict[str, Any]]) -> None:
+    """Without a disassembler: names, spills, shared memory, and the number of CTAs on an SM."""
+    built_for = {architecture for _, architecture in ptxas}
+    committed = by_name(COMMITTED["kernels"])
+    assert set(ptxas) == {key for key in committed if key[1] in built_for}, STALE
+    for key, row in ptxas.items():
+        expected = committed[key]
+        assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, key
+        assert row["static_smem_bytes"] == expected["static_shared"], f"{key} {STALE}"
+        shared = expected["static_shared"] + expected["dynamic_shared"]
+        ctas, _ = kernel_table.ctas_per_sm(key[1], expected["threads"], row["registers"], shared)
+        assert ctas >= expected["ctas_per_sm"], f"{key}: {ctas} CTAs on an SM; {STALE}"
+
+
+def test_built_machine_code(
+    built: dict[str, Any], ptxas: dict[tuple[str, str], dict[str, Any]]
+) -> None:
+    """With the nvcc that is recorded every figure is the same; with another, what matters is."""
+    found = by_name(built["kernels"])
+    for key, row in ptxas.items():
+        assert found[key]["registers"] == row["registers"], key
+        assert found[key]["static_shared"] == row["static_smem_bytes"], key
+    assert_sound(built["kernels"])
+    if built["nvcc"] == COMMITTED["nvcc"]:
+        committed = by_name(COMMITTED["kernels"])
+        for key, row in found.items():
+            assert row == committed.get(key), f"{key} {STALE}"
