@@ -20,6 +20,7 @@ def main() -> None:
         "kernels built for": built or f"nothing: {extension.why_not_built()}",
         "built against torch": extension.torch_built_with() or "-",
         "CUDA kernels here": "usable" if reason is None else f"not usable: {reason}",
+        "host model": extension.why_not_host_model() or "built: the kernels' source on the CPU",
         "portable path": "usable on every device",
     }
     if reason is None:

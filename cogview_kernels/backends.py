@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import warnings
 
+import torch
+
+from cogview_kernels import extension
+
 BACKENDS = ("auto", "cuda", "portable", "reference", "host_model")
 
 
@@ -14,8 +18,30 @@ class KernelUnavailable(RuntimeError):
 _warned: set[str] = set()
 
 
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing
 def warn_once(message: str) -> None:
     """Warn the first time that ``message`` comes up in this process."""
     if message not in _warned:
         _warned.add(message)
         warnings.warn(f"cogview_kernels: {message}", stacklevel=3)
+
+
+def kernels_wanted(backend: str, device: torch.device) -> bool:
+    """Whether a call should take the kernels if they can run."""
+    return backend in ("cuda", "host_model") or (backend == "auto" and device.type == "cuda")
+
+
+def kernels_usable(
+    function: str, backend: str, device: torch.device, unsupported: str | None
+) -> bool:
+    """Whether the kernels that were wanted can run; ``unsupported``: why they do not take these
+    inputs. Where they cannot, ``auto`` warns and a backend asked for by name is an error."""
+    reason = unsupported or extension.why_no_kernel_on(device, backend)
+    if reason is None:
+        return True
+    if backend != "auto":
+        raise KernelUnavailable(
+            f"backend={backend!r}: {reason}; backend='portable' computes the same function"
+        )
+    warn_once(f"{function}: using backend='portable': {reason}")
+    return False

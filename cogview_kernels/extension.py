@@ -1,7 +1,13 @@
-"""The compiled module: whether it is there, what is in it, and why it cannot be used here."""
+"""The compiled modules: whether they are there, what is in them, and why they cannot be used here.
+
+``_C`` holds the CUDA kernels, ``_host_model`` the same kernels run on the CPU. Both implement the
+operators that other modules declare in ``LIBRARY``: ``_C`` for CUDA tensors, ``_host_model`` for
+CPU tensors.
+"""
 
 from __future__ import annotations
 
+import functools
 import importlib
 import json
 from typing import Any
@@ -21,6 +27,12 @@ HOW_TO_BUILD = (
     "install a CUDA toolkit with nvcc (12.4 or later), then, in a clone of the repository, "
     "`COGVIEW_KERNELS_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps .`"
 )
+
+
+LIBRARY = torch.library.Library("cogview_kernels", "FRAGMENT")
+
+# The multiprocessors that the host model pretends to have when work is dealt out.
+host_model_num_sms = 1
 
 
 def architectures() -> tuple[str, ...]:
@@ -78,6 +90,38 @@ def _runs_on(architecture: str, major: int, minor: int) -> bool:
     if number.endswith("a"):
         return built == (major, minor)
     return built[0] == major and built[1] <= minor
+
+
+@functools.cache
+def why_not_host_model() -> str | None:
+    """Why the kernels cannot run on the CPU; ``None`` if they can."""
+    try:
+        importlib.import_module("cogview_kernels._host_model")
+    except ModuleNotFoundError:
+        return (
+            "the host model was not built; in a clone of the repository, `make build` builds it "
+            "(COGVIEW_KERNELS_HOST_MODEL=1 where setup.py is run by hand)"
+        )
+    except ImportError as error:
+        return f"the host model cannot be loaded ({error}); rebuild it with `make build`"
+    return None
+
+
+@torch.compiler.assume_constant_result
+def why_no_kernel_on(device: torch.device, backend: str) -> str | None:
+    """Why ``backend`` has no kernels for tensors of ``device``; ``None`` if it has them."""
+    if backend != "host_model":
+        return why_not_on(device)
+    if device.type != "cpu":
+        return f"the host model takes tensors on the CPU, got {device}"
+    return why_not_host_model()
+
+
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors that kernels on tensors of ``device`` are spread over."""
+    if device.type == "cpu":
+        return host_model_num_sms
+    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def kernel_resources() -> list[dict[str, Any]]:

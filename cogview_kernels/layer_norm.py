@@ -18,7 +18,7 @@ from cogview_kernels._checks import (
     describe,
     values_readable,
 )
-from cogview_kernels.backends import BACKENDS, KernelUnavailable, warn_once
+from cogview_kernels.backends import BACKENDS, kernels_usable, kernels_wanted
 
 RELAX = (None, "row", "tensor")  # numbered as in csrc/pb_relax_layer_norm
 
@@ -150,26 +150,22 @@ def _normalise(
 ) -> Tensor:
     if backend == "reference":
         return reference.pb_relax_layer_norm(x, weight, bias, eps, relax)
-    if backend == "host_model":
-        raise KernelUnavailable("backend='host_model': this installation has no host model")
-    if backend == "cuda" or (backend == "auto" and x.device.type == "cuda"):
-        reason = _why_no_kernel(x)
-        if reason is None:
-            rows = x.reshape(-1, x.shape[-1])
-            y, _, _ = torch.ops.cogview_kernels.pb_relax_layer_norm(
-                rows, weight, bias, eps, RELAX.index(relax)
-            )
-            return y.view(x.shape)
-        if backend == "cuda":
-            raise KernelUnavailable(f"backend='cuda': {reason}")
-        warn_once(f"pb_relax_layer_norm: using backend='portable': {reason}")
+    if kernels_wanted(backend, x.device) and kernels_usable(
+        "pb_relax_layer_norm", backend, x.device, _unsupported(x)
+    ):
+        ops = torch.ops.cogview_kernels
+        host_model = backend == "host_model"
+        norm = ops.pb_relax_layer_norm_host_model if host_model else ops.pb_relax_layer_norm
+        y, _, _ = norm(x.reshape(-1, x.shape[-1]), weight, bias, eps, RELAX.index(relax))
+        return y.view(x.shape)
     return portable.layer_norm(x, weight, bias, eps, relax)
 
 
-def _why_no_kernel(x: Tensor) -> str | None:
+def _unsupported(x: Tensor) -> str | None:
+    """Why the kernels do not take this input, wherever it lies; ``None`` if they do."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return f"the kernel takes float32, float16 and bfloat16, got {x.dtype}"
-    return extension.why_not_on(x.device)
+        return f"the kernels take float32, float16 and bfloat16, got {x.dtype}"
+    return None
 
 
 def _check_eps(eps: float) -> float:
@@ -215,17 +211,39 @@ def _check_parameter(name: str, parameter: Tensor | None, x_name: str, x: Tensor
         raise ValueError(f"{name}: expected numbers, got NaN")
 
 
-# The operator, on rows: forward keeps mean and rstd for the backward. Outputs and workspace are
+# The operators, on rows: forward keeps mean and rstd for the backward. Outputs and workspace are
 # allocated here, so that running out of memory stays torch.OutOfMemoryError.
 
-
-@torch.library.custom_op(
-    "cogview_kernels::pb_relax_layer_norm",
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, int relax)"
-    " -> (Tensor y, Tensor mean, Tensor rstd)",
+extension.LIBRARY.define(
+    "pb_relax_layer_norm_forward_out(Tensor x, Tensor? weight, Tensor? bias, Tensor? peak, "
+    "float eps, int relax, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()"
 )
+extension.LIBRARY.define(
+    "pb_relax_layer_norm_backward_out(Tensor dy, Tensor x, Tensor? weight, Tensor mean, "
+    "Tensor rstd, Tensor(a!) dx, Tensor(b!) partial, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()"
+)
+
+
+def _forward_fake(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    statistic = x.new_empty(x.shape[0], dtype=torch.float32)
+    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    parameters: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    size = 0 if parameters is None else x.shape[1]
+    dweight = x.new_empty(size, dtype=parameters or torch.float32)
+    return x.new_empty(x.shape), dweight, torch.empty_like(dweight)
+
+
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -240,14 +258,7 @@ def _forward(
     return y, mean, rstd
 
 
-@torch.library.custom_op(
-    "cogview_kernels::pb_relax_layer_norm_backward",
-    mutates_args=(),
-    device_types="cuda",
-    schema="(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, ScalarType? parameters)"
-    " -> (Tensor dx, Tensor dweight, Tensor dbias)",
-)
-def _backward_rows(
+def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
@@ -261,9 +272,8 @@ def _backward_rows(
         return dx, dweight.zero_(), dbias.zero_()
     # Workers whose partial sums of dweight and dbias are added at the end: two blocks for each
     # multiprocessor; four workers share a block where a warp holds a row.
-    num_sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    num_partials = min(rows, 2 * num_sms * (4 if hidden <= 512 else 1))
-    partial = x.new_empty(2, num_partials, hidden, dtype=torch.float32)
+    num_workers = 2 * extension.num_sms(x.device) * (4 if hidden <= 512 else 1)
+    partial = x.new_empty(2, min(rows, num_workers), hidden, dtype=torch.float32)
     wanted = (None, None) if parameters is None else (dweight, dbias)
     torch.ops.cogview_kernels.pb_relax_layer_norm_backward_out(
         dy, x, weight, mean, rstd, dx, partial, *wanted
@@ -271,57 +281,57 @@ def _backward_rows(
     return dx, dweight, dbias
 
 
-_forward.register_kernel("cpu")(portable.layer_norm_rows)
-_backward_rows.register_kernel("cpu")(portable.layer_norm_rows_backward)
-
-
-@_forward.register_fake
-def _forward_fake(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistic = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
-
-
-@_backward_rows.register_fake
-def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
-    parameters: torch.dtype | None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    size = 0 if parameters is None else x.shape[1]
-    dweight = x.new_empty(size, dtype=parameters or torch.float32)
-    return x.new_empty(x.shape), dweight, torch.empty_like(dweight)
-
-
-def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, bias, _, _ = inputs
-    _, mean, rstd = output
-    ctx.save_for_backward(x, weight, mean, rstd)
-    ctx.mark_non_differentiable(mean, rstd)
-    ctx.parameter_dtype = next((t.dtype for t in (weight, bias) if t is not None), None)
-
-
-def _backward(
-    ctx: Any, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None
-) -> tuple[Tensor | None, ...]:
-    x, weight, mean, rstd = ctx.saved_tensors
-    parameters = ctx.parameter_dtype if any(ctx.needs_input_grad[1:3]) else None
-    if dy.stride(-1) != 1:
-        dy = dy.contiguous()
-    dx, dweight, dbias = torch.ops.cogview_kernels.pb_relax_layer_norm_backward(
-        dy, x, weight, mean, rstd, parameters
+def _define_operators(name: str, device: str) -> tuple[Any, Any]:
+    """The functional operators that call the kernels on tensors of ``device``."""
+    forward = torch.library.custom_op(
+        name,
+        _forward,
+        mutates_args=(),
+        device_types=device,
+        schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, int relax)"
+        " -> (Tensor y, Tensor mean, Tensor rstd)",
     )
-    return (
-        dx,
-        dweight if ctx.needs_input_grad[1] else None,
-        dbias if ctx.needs_input_grad[2] else None,
-        None,
-        None,
+    backward = torch.library.custom_op(
+        f"{name}_backward",
+        _backward,
+        mutates_args=(),
+        device_types=device,
+        schema="(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
+        "ScalarType? parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     )
 
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, weight, bias, _, _ = inputs
+        _, mean, rstd = output
+        ctx.save_for_backward(x, weight, mean, rstd)
+        ctx.mark_non_differentiable(mean, rstd)
+        ctx.parameter_dtype = next((t.dtype for t in (weight, bias) if t is not None), None)
 
-_forward.register_autograd(_backward, setup_context=_setup_context)
+    def gradients(
+        ctx: Any, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None
+    ) -> tuple[Tensor | None, ...]:
+        parameters = ctx.parameter_dtype if any(ctx.needs_input_grad[1:3]) else None
+        if dy.stride(-1) != 1:
+            dy = dy.contiguous()
+        dx, dweight, dbias = backward(dy, *ctx.saved_tensors, parameters)
+        return (
+            dx,
+            dweight if ctx.needs_input_grad[1] else None,
+            dbias if ctx.needs_input_grad[2] else None,
+            None,
+            None,
+        )
+
+    forward.register_fake(_forward_fake)
+    backward.register_fake(_backward_fake)
+    forward.register_autograd(gradients, setup_context=setup_context)
+    return forward, backward
+
+
+_define_operators("cogview_kernels::pb_relax_layer_norm_host_model", "cpu")
+for _operator, _cpu_kernel in zip(
+    _define_operators("cogview_kernels::pb_relax_layer_norm", "cuda"),
+    (portable.layer_norm_rows, portable.layer_norm_rows_backward),
+    strict=True,
+):
+    _operator.register_kernel("cpu")(_cpu_kernel)

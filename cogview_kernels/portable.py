@@ -17,8 +17,9 @@ the rounded lse: where logits are large, such rows would not sum to one.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,6 +49,15 @@ class _Tile(NamedTuple):
     keys: Tensor  # (B, G, columns, D)
     values: Tensor  # (B, G, columns, D)
     bias: Tensor  # (B, 1, rows, columns), -inf where not visible
+
+
+def empty_heads(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor ``(B, H, S, D)``, in memory ``(B, S, H, D)`` where ``like`` has its tokens
+    outside its heads, so that the projection before or behind it needs no copy."""
+    batch, num_heads, seqlen, head_dim = like.shape
+    if like.stride(2) > like.stride(1):
+        return like.new_empty(batch, seqlen, num_heads, head_dim, dtype=dtype).transpose(1, 2)
+    return like.new_empty(like.shape, dtype=dtype)
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -188,7 +198,7 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
     dtype = _accumulate_dtype(q.dtype)
-    out = q.new_empty(q.shape)
+    out = empty_heads(q)
     lse = q.new_empty(q.shape[:3], dtype=dtype)
     if out.numel() == 0:
         return out, lse
@@ -231,8 +241,8 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic."""
     dtype = _accumulate_dtype(q.dtype)
-    dq = q.new_empty(q.shape)
-    dk, dv = k.new_zeros(k.shape, dtype=dtype), v.new_zeros(v.shape, dtype=dtype)
+    dq = empty_heads(q)
+    dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
     if out.numel() == 0:
         return dq, dk.to(k.dtype), dv.to(v.dtype)
     edges = _tile_edges(q.shape[2], k.shape[2], query_window)
@@ -271,6 +281,47 @@ def attention_backward(
         dk.zero_()
         dv.zero_()
     return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+# The kernels' operators on the CPU, where programs exported from a GPU may run. What they exchange
+# is described in csrc/three_region_attention.
+
+
+def pack_far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
+    """``(B, 2 + P)`` int32: text length, number of pivots, the pivots that count, ``k_len``."""
+    prefix = text_len.clamp(0, k_len).unsqueeze(1)
+    in_range = (pivot_idx >= prefix) & (pivot_idx < k_len)
+    previous = torch.nn.functional.pad(torch.where(in_range, pivot_idx, -1), (1, 0), value=-1)
+    counts = in_range & (pivot_idx > previous.cummax(dim=1).values[:, :-1])
+    pivots = torch.where(counts, pivot_idx, k_len).sort(dim=1).values
+    return torch.cat([prefix, counts.sum(1, keepdim=True), pivots], dim=1).to(torch.int32)
+
+
+def attention_forward_packed(
+    q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *window_and_scale: Any
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``out``, ``row_max`` and ``row_log_sum``; the whole of lse stands in ``row_max``."""
+    out, lse = attention_forward(q, k, v, far_keys[:, 0], far_keys[:, 2:], *window_and_scale)
+    row_max = (lse / math.log(2)).float()
+    return out, row_max, torch.zeros_like(row_max)
+
+
+def attention_backward_packed(
+    dout: Tensor,
+    dlse: Tensor | None,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    row_max: Tensor,
+    row_log_sum: Tensor,
+    far_keys: Tensor,
+    *window_and_scale: Any,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if dlse is None:
+        dlse = torch.zeros_like(row_max)
+    layout = far_keys[:, 0], far_keys[:, 2:]
+    return attention_backward(dout, dlse, q, k, v, out, *layout, *window_and_scale)
 
 
 def layer_norm(

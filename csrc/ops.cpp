@@ -1,30 +1,96 @@
-// The operators' CUDA side: torch's stable ABI only, so that one build serves torch 2.10 and later.
+// The operators: torch's stable ABI only, so that one build serves torch 2.10 and later.
 //
-// Python allocates every output and workspace and checks arguments for people; here stands what
-// memory safety needs.
+// Compiled twice: into `_C`, where the operators run on CUDA tensors, and with COGVIEW_HOST_MODEL
+// into `_host_model`, where the same kernels run on CPU tensors. Python declares the schemas,
+// allocates every output and workspace and checks arguments for people; here stands what memory
+// safety needs.
 
-#include <dlfcn.h>
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/accelerator.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
 #include <torch/headeronly/macros/Macros.h>
 
+#include <algorithm>
+#include <initializer_list>
 #include <limits>
 #include <optional>
+#include <string>
 #include <utility>
+#include <vector>
 
 #include "pb_relax_layer_norm/pb_relax_layer_norm.h"
+#include "three_region_attention/three_region_attention.h"
+
+#ifndef COGVIEW_HOST_MODEL
+#include <dlfcn.h>
+#include <torch/csrc/stable/accelerator.h>
 
 // Defined in libtorch_cuda.so alone, which a CPU build of torch does not have.
 extern "C" __attribute__((weak)) AOTITorchError
 aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
+#endif
 
 namespace {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+// A tensor of an operator and what the kernels do with it; null where it was not given.
+enum class Access { kRead, kWriteAll, kWorkspace };
+struct Argument {
+  const char* name;
+  const Tensor* tensor;
+  Access access;
+};
+
+const Tensor* tensor_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? &*tensor : nullptr;
+}
+
+const void* pointer_or_null(const std::optional<Tensor>& tensor) {
+  return tensor.has_value() ? tensor->data_ptr() : nullptr;
+}
+
+#ifdef COGVIEW_HOST_MODEL
+
+#define COGVIEW_DISPATCH_KEY CPU
+constexpr const char* kDevice = "the CPU";
+
+bool on_device_of(const Tensor& tensor, const Tensor&) { return tensor.is_cpu(); }
+
+// Launch under the host model's eyes: every access lies in a tensor of this call.
+template <typename Launch>
+void run(const char* name, const Tensor&, std::initializer_list<Argument> arguments,
+         const Launch& launch) {
+  std::vector<host_model::Buffer> buffers;
+  for (const auto& [argument, tensor, access] : arguments) {
+    if (tensor == nullptr || tensor->numel() == 0) continue;
+    int64_t extent = 1;
+    for (int64_t i = 0; i < tensor->dim(); ++i) {
+      extent += (tensor->size(i) - 1) * tensor->stride(i);
+    }
+    const int64_t element_bytes = static_cast<int64_t>(tensor->element_size());
+    // Bytes between the elements of a tensor with gaps are nobody's.
+    const bool must_write = access == Access::kWriteAll && extent == tensor->numel();
+    buffers.push_back({argument, tensor->data_ptr(), extent * element_bytes, must_write,
+                       access != Access::kRead});
+  }
+  host_model::Operator call(name, buffers);
+  cudaError_t status = launch(cudaStream_t{});
+  if (status == cudaSuccess) status = call.finish();
+  STD_TORCH_CHECK(status == cudaSuccess, "cogview_kernels::", name, ": ",
+                  cudaGetErrorString(status));
+}
+
+#else
+
+#define COGVIEW_DISPATCH_KEY CUDA
+constexpr const char* kDevice = "the CUDA device";
+
+bool on_device_of(const Tensor& tensor, const Tensor& like) {
+  return tensor.is_cuda() && tensor.get_device_index() == like.get_device_index();
+}
 
 cudaStream_t current_stream(int32_t device_index) {
   using GetStream = AOTITorchError (*)(int32_t, void**);
@@ -46,6 +112,58 @@ cudaStream_t current_stream(int32_t device_index) {
   return static_cast<cudaStream_t>(stream);
 }
 
+// Launch on the device of `like`, on torch's current stream.
+template <typename Launch>
+void run(const char* name, const Tensor& like, std::initializer_list<Argument>,
+         const Launch& launch) {
+  const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
+  const cudaError_t status = launch(current_stream(like.get_device_index()));
+  STD_TORCH_CHECK(status == cudaSuccess, "cogview_kernels::", name,
+                  ": kernel launch failed: ", cudaGetErrorString(status));
+}
+
+#endif
+
+std::string shape_text(const std::vector<int64_t>& shape) {
+  std::string text;
+  for (const int64_t size : shape) text += (text.empty() ? "" : ", ") + std::to_string(size);
+  return "(" + text + ")";
+}
+
+std::vector<int64_t> shape_of_tensor(const Tensor& tensor) {
+  std::vector<int64_t> shape(tensor.dim());
+  for (int64_t i = 0; i < tensor.dim(); ++i) shape[i] = tensor.size(i);
+  return shape;
+}
+
+// A tensor of this shape on the device of `like`.
+void check_tensor(const char* name, const Tensor& tensor, const Tensor& like,
+                  const std::vector<int64_t>& shape) {
+  STD_TORCH_CHECK(on_device_of(tensor, like), name, ": expected a tensor on ", kDevice);
+  const std::vector<int64_t> came = shape_of_tensor(tensor);
+  STD_TORCH_CHECK(came == shape, name, ": expected shape ", shape_text(shape), ", got ",
+                  shape_text(came));
+}
+
+void check_contiguous(const char* name, const Tensor& tensor, const Tensor& like,
+                      const std::vector<int64_t>& shape) {
+  check_tensor(name, tensor, like, shape);
+  STD_TORCH_CHECK(tensor.is_contiguous(), name, ": expected a contiguous tensor");
+}
+
+void check_float32(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected float32");
+}
+
+void check_int32(const char* name, const Tensor& tensor) {
+  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Int, name, ": expected int32");
+}
+
+int to_int(const char* name, int64_t value) {
+  STD_TORCH_CHECK(value <= std::numeric_limits<int32_t>::max(), name, ": too large, got ", value);
+  return static_cast<int>(value);
+}
+
 cogview::DType dtype_of(const char* name, const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:
@@ -59,34 +177,19 @@ cogview::DType dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
-// A CUDA tensor (rows, columns) with contiguous rows.
-void check_matrix(const char* name, const Tensor& tensor, const Tensor& like, int64_t rows,
-                  int64_t columns, bool contiguous) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
-                  ": expected a tensor on the CUDA device of x");
-  STD_TORCH_CHECK(tensor.dim() == 2 && tensor.size(0) == rows && tensor.size(1) == columns, name,
-                  ": expected shape (", rows, ", ", columns, ")");
-  STD_TORCH_CHECK(columns <= 1 || tensor.stride(1) == 1, name, ": expected contiguous rows");
-  STD_TORCH_CHECK(!contiguous || rows <= 1 || tensor.stride(0) == columns, name,
-                  ": expected a contiguous tensor");
-}
+// PB-relax LayerNorm
 
-void check_vector(const char* name, const Tensor& tensor, const Tensor& like, int64_t size) {
-  STD_TORCH_CHECK(tensor.is_cuda() && tensor.get_device_index() == like.get_device_index(), name,
-                  ": expected a tensor on the CUDA device of x");
-  STD_TORCH_CHECK(tensor.dim() == 1 && tensor.size(0) == size, name, ": expected shape (", size,
-                  ")");
-  STD_TORCH_CHECK(size <= 1 || tensor.stride(0) == 1, name, ": expected a contiguous tensor");
-}
-
-void check_float32(const char* name, const Tensor& tensor) {
-  STD_TORCH_CHECK(tensor.scalar_type() == ScalarType::Float, name, ": expected float32");
+// A matrix with contiguous rows.
+void check_matrix(const char* name, const Tensor& tensor, const Tensor& x) {
+  check_tensor(name, tensor, x, shape_of_tensor(x));
+  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": expected contiguous rows");
+  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
 }
 
 void check_parameter(const char* name, const std::optional<Tensor>& parameter, const Tensor& x,
                      cogview::RowsAndColumns& shape, bool& seen) {
   if (!parameter.has_value()) return;
-  check_vector(name, *parameter, x, shape.hidden);
+  check_contiguous(name, *parameter, x, {shape.hidden});
   const cogview::DType dtype = dtype_of(name, *parameter);
   STD_TORCH_CHECK(dtype == shape.dtype || dtype == cogview::DType::kFloat32, name,
                   ": expected the dtype of x or float32");
@@ -96,20 +199,11 @@ void check_parameter(const char* name, const std::optional<Tensor>& parameter, c
   seen = true;
 }
 
-const void* pointer_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->data_ptr() : nullptr;
-}
-
 cogview::RowsAndColumns shape_of(const Tensor& x) {
   STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x: expected shape (rows, hidden)");
   STD_TORCH_CHECK(x.size(1) <= std::numeric_limits<int32_t>::max(), "x: hidden is too large");
   const cogview::DType dtype = dtype_of("x", x);
   return {x.size(0), x.size(1), dtype, dtype};
-}
-
-void check_launch(cudaError_t status) {
-  STD_TORCH_CHECK(status == cudaSuccess,
-                  "cogview_kernels: kernel launch failed: ", cudaGetErrorString(status));
 }
 
 // y, mean and rstd are written.
@@ -120,14 +214,14 @@ void pb_relax_layer_norm_forward_out(const Tensor& x, std::optional<Tensor> weig
   cogview::PbRelaxLayerNormForwardParams params = {};
   params.shape = shape_of(x);
   const auto [rows, hidden] = std::pair(params.shape.rows, params.shape.hidden);
-  check_matrix("x", x, x, rows, hidden, false);
-  check_matrix("y", y, x, rows, hidden, true);
-  STD_TORCH_CHECK(y.scalar_type() == x.scalar_type(), "y: expected the dtype of x");
+  check_matrix("x", x, x);
+  check_matrix("y", y, x);
+  check_contiguous("y", y, x, {rows, hidden});
   bool seen = false;
   check_parameter("weight", weight, x, params.shape, seen);
   check_parameter("bias", bias, x, params.shape, seen);
   for (const auto& [name, statistic] : {std::pair("mean", &mean), std::pair("rstd", &rstd)}) {
-    check_vector(name, *statistic, x, rows);
+    check_contiguous(name, *statistic, x, {rows});
     check_float32(name, *statistic);
   }
   STD_TORCH_CHECK(relax >= 0 && relax <= 2, "relax: expected 0, 1 or 2");
@@ -135,7 +229,7 @@ void pb_relax_layer_norm_forward_out(const Tensor& x, std::optional<Tensor> weig
   STD_TORCH_CHECK((params.relax == cogview::Relax::kTensor) == peak.has_value(),
                   "peak: expected with relax = 2, and only then");
   if (peak.has_value()) {
-    check_vector("peak", *peak, x, 1);
+    check_contiguous("peak", *peak, x, {1});
     check_float32("peak", *peak);
   }
 
@@ -148,8 +242,15 @@ void pb_relax_layer_norm_forward_out(const Tensor& x, std::optional<Tensor> weig
   params.mean = static_cast<float*>(mean.data_ptr());
   params.rstd = static_cast<float*>(rstd.data_ptr());
   params.eps = static_cast<float>(eps);
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  check_launch(pb_relax_layer_norm_forward(params, current_stream(x.get_device_index())));
+  run("pb_relax_layer_norm_forward_out", x,
+      {{"x", &x, Access::kRead},
+       {"weight", tensor_or_null(weight), Access::kRead},
+       {"bias", tensor_or_null(bias), Access::kRead},
+       {"peak", tensor_or_null(peak), Access::kRead},
+       {"y", &y, Access::kWriteAll},
+       {"mean", &mean, Access::kWriteAll},
+       {"rstd", &rstd, Access::kWriteAll}},
+      [&](cudaStream_t stream) { return pb_relax_layer_norm_forward(params, stream); });
 }
 
 // dx, partial and, where given, dweight and dbias are written.
@@ -160,25 +261,21 @@ void pb_relax_layer_norm_backward_out(const Tensor& dy, const Tensor& x,
   cogview::PbRelaxLayerNormBackwardParams params = {};
   params.shape = shape_of(x);
   const auto [rows, hidden] = std::pair(params.shape.rows, params.shape.hidden);
-  check_matrix("x", x, x, rows, hidden, false);
-  check_matrix("dy", dy, x, rows, hidden, false);
-  check_matrix("dx", dx, x, rows, hidden, true);
-  STD_TORCH_CHECK(dy.scalar_type() == x.scalar_type() && dx.scalar_type() == x.scalar_type(),
-                  "dy, dx: expected the dtype of x");
+  check_matrix("x", x, x);
+  check_matrix("dy", dy, x);
+  check_matrix("dx", dx, x);
+  check_contiguous("dx", dx, x, {rows, hidden});
   bool seen = false;
   check_parameter("weight", weight, x, params.shape, seen);
   check_parameter("dweight", dweight, x, params.shape, seen);
   check_parameter("dbias", dbias, x, params.shape, seen);
   for (const auto& [name, statistic] : {std::pair("mean", &mean), std::pair("rstd", &rstd)}) {
-    check_vector(name, *statistic, x, rows);
+    check_contiguous(name, *statistic, x, {rows});
     check_float32(name, *statistic);
   }
-  STD_TORCH_CHECK(partial.dim() == 3 && partial.size(0) == 2 && partial.size(1) >= 1 &&
-                      partial.size(1) <= std::numeric_limits<int32_t>::max() &&
-                      partial.size(2) == hidden && partial.is_contiguous() && partial.is_cuda() &&
-                      partial.get_device_index() == x.get_device_index(),
-                  "partial: expected a contiguous tensor (2, num_partials, ", hidden,
-                  ") on the CUDA device of x");
+  const int64_t num_partials = partial.dim() == 3 ? partial.size(1) : 1;
+  STD_TORCH_CHECK(num_partials >= 1, "partial: expected at least one row");
+  check_contiguous("partial", partial, x, {2, to_int("partial", num_partials), hidden});
   check_float32("partial", partial);
 
   params.dy = dy.data_ptr();
@@ -190,26 +287,234 @@ void pb_relax_layer_norm_backward_out(const Tensor& dy, const Tensor& x,
   params.rstd = static_cast<const float*>(rstd.data_ptr());
   params.dx = dx.data_ptr();
   params.partial = static_cast<float*>(partial.data_ptr());
-  params.num_partials = partial.size(1);
+  params.num_partials = num_partials;
   params.dweight = const_cast<void*>(pointer_or_null(dweight));
   params.dbias = const_cast<void*>(pointer_or_null(dbias));
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  check_launch(pb_relax_layer_norm_backward(params, current_stream(x.get_device_index())));
+  run("pb_relax_layer_norm_backward_out", x,
+      {{"dy", &dy, Access::kRead},
+       {"x", &x, Access::kRead},
+       {"weight", tensor_or_null(weight), Access::kRead},
+       {"mean", &mean, Access::kRead},
+       {"rstd", &rstd, Access::kRead},
+       {"dx", &dx, Access::kWriteAll},
+       {"partial", &partial, Access::kWorkspace},
+       {"dweight", tensor_or_null(dweight), Access::kWriteAll},
+       {"dbias", tensor_or_null(dbias), Access::kWriteAll}},
+      [&](cudaStream_t stream) { return pb_relax_layer_norm_backward(params, stream); });
+}
+
+// Three-region attention
+
+// A tensor (batch, heads, rows, head_dim) whose rows begin at multiples of 16 bytes.
+void check_heads(const char* name, const Tensor& tensor, const Tensor& q,
+                 const std::vector<int64_t>& shape) {
+  check_tensor(name, tensor, q, shape);
+  STD_TORCH_CHECK(tensor.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
+  STD_TORCH_CHECK(tensor.stride(3) == 1, name, ": expected a contiguous last dimension");
+  bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  for (int64_t i = 0; i < 3; ++i) aligned &= tensor.size(i) <= 1 || tensor.stride(i) % 8 == 0;
+  STD_TORCH_CHECK(aligned, name, ": expected rows at multiples of 16 bytes");
+}
+
+// The stride of a dimension of size one is anything, so none is used.
+cogview::HeadStrides strides_of(const Tensor& tensor) {
+  const auto stride = [&](int64_t i) { return tensor.size(i) <= 1 ? 0 : tensor.stride(i); };
+  return {stride(0), stride(1), stride(2)};
+}
+
+cogview::ConstHeads const_heads(const Tensor& tensor) {
+  return {tensor.data_ptr(), strides_of(tensor)};
+}
+
+cogview::Heads heads(const Tensor& tensor) { return {tensor.data_ptr(), strides_of(tensor)}; }
+
+// Checks q, k, v and far_keys, and gathers what every launch knows.
+cogview::ThreeRegionProblem problem_of(const Tensor& q, const Tensor& k, const Tensor& v,
+                                       const Tensor& far_keys, int64_t query_window,
+                                       int64_t key_window_times, double text_bias,
+                                       double pivot_bias, double softmax_scale) {
+  STD_TORCH_CHECK(q.dim() == 4 && q.numel() > 0,
+                  "q: expected a tensor (batch, num_heads, q_len, head_dim) with elements");
+  STD_TORCH_CHECK(k.dim() == 4 && k.numel() > 0,
+                  "k: expected a tensor (batch, num_kv_heads, k_len, head_dim) with elements");
+  const int64_t batch = q.size(0), num_heads = q.size(1), q_len = q.size(2), head_dim = q.size(3);
+  const int64_t num_kv_heads = k.size(1), k_len = k.size(2);
+  const cogview::DType dtype = dtype_of("q", q);
+  STD_TORCH_CHECK(dtype != cogview::DType::kFloat32, "q: expected float16 or bfloat16");
+  STD_TORCH_CHECK(head_dim == 32 || head_dim == 64 || head_dim == 96 || head_dim == 128,
+                  "q: expected a head_dim of 32, 64, 96 or 128, got ", head_dim);
+  STD_TORCH_CHECK(k_len <= int64_t{1} << 30, "k: expected at most 2^30 keys, got ", k_len);
+  STD_TORCH_CHECK(q_len <= k_len, "q: expected at most ", k_len, " rows as k, got ", q_len);
+  STD_TORCH_CHECK(num_heads % num_kv_heads == 0, "k: expected a number of heads that divides ",
+                  num_heads, ", got ", num_kv_heads);
+  check_heads("q", q, q, {batch, num_heads, q_len, head_dim});
+  check_heads("k", k, q, {batch, num_kv_heads, k_len, head_dim});
+  check_heads("v", v, q, {batch, num_kv_heads, k_len, head_dim});
+  const int64_t columns = far_keys.dim() == 2 ? far_keys.size(1) : 2;
+  STD_TORCH_CHECK(columns >= 2, "far_keys: expected at least two columns, got ", columns);
+  check_contiguous("far_keys", far_keys, q, {batch, columns});
+  check_int32("far_keys", far_keys);
+  STD_TORCH_CHECK(query_window >= 1 && key_window_times >= 1,
+                  "query_window, key_window_times: expected at least 1");
+
+  cogview::ThreeRegionProblem problem = {};
+  problem.batch = to_int("batch", batch);
+  problem.num_heads = to_int("num_heads", num_heads);
+  problem.num_kv_heads = to_int("num_kv_heads", num_kv_heads);
+  problem.q_len = to_int("q_len", q_len);
+  problem.k_len = to_int("k_len", k_len);
+  problem.head_dim = to_int("head_dim", head_dim);
+  problem.dtype = dtype;
+  problem.num_pivots = to_int("far_keys", columns) - 2;
+  // Larger windows and more of them see nothing more, and may be as large as an int64.
+  problem.query_window = static_cast<int>(std::min(query_window, k_len));
+  problem.num_windows =
+      static_cast<int>(std::min(key_window_times, k_len / problem.query_window + 1));
+  problem.softmax_scale = static_cast<float>(softmax_scale);
+  problem.text_bias = static_cast<float>(text_bias);
+  problem.pivot_bias = static_cast<float>(pivot_bias);
+  problem.far_keys = static_cast<const int32_t*>(far_keys.data_ptr());
+  return problem;
+}
+
+// A float32 number for each row of q.
+float* row_numbers(const char* name, const Tensor& tensor, const Tensor& q) {
+  check_contiguous(name, tensor, q, {q.size(0), q.size(1), q.size(2)});
+  check_float32(name, tensor);
+  return static_cast<float*>(tensor.data_ptr());
+}
+
+// far_keys is written.
+void three_region_attention_far_keys_out(const Tensor& text_len, const Tensor& pivot_idx,
+                                         int64_t k_len, Tensor far_keys) {
+  STD_TORCH_CHECK(pivot_idx.dim() == 2 && pivot_idx.size(0) > 0,
+                  "pivot_idx: expected a tensor (batch, num_pivots) with rows");
+  STD_TORCH_CHECK(k_len >= 0 && k_len <= int64_t{1} << 30,
+                  "k_len: expected at most 2^30 keys, got ", k_len);
+  const int64_t batch = pivot_idx.size(0), num_pivots = pivot_idx.size(1);
+  check_tensor("text_len", text_len, text_len, {batch});
+  check_tensor("pivot_idx", pivot_idx, text_len, {batch, num_pivots});
+  check_contiguous("far_keys", far_keys, text_len, {batch, num_pivots + 2});
+  check_int32("text_len", text_len);
+  check_int32("pivot_idx", pivot_idx);
+  check_int32("far_keys", far_keys);
+
+  cogview::ThreeRegionFarKeysParams params = {};
+  params.batch = to_int("batch", batch);
+  params.num_pivots = to_int("pivot_idx", num_pivots + 2) - 2;
+  params.k_len = static_cast<int>(k_len);
+  params.text_len = static_cast<const int32_t*>(text_len.data_ptr());
+  params.text_len_stride = text_len.stride(0);
+  params.pivot_idx = static_cast<const int32_t*>(pivot_idx.data_ptr());
+  params.pivot_batch_stride = pivot_idx.stride(0);
+  params.pivot_stride = pivot_idx.stride(1);
+  params.far_keys = static_cast<int32_t*>(far_keys.data_ptr());
+  run("three_region_attention_far_keys_out", text_len,
+      {{"text_len", &text_len, Access::kRead},
+       {"pivot_idx", &pivot_idx, Access::kRead},
+       {"far_keys", &far_keys, Access::kWriteAll}},
+      [&](cudaStream_t stream) { return three_region_attention_far_keys(params, stream); });
+}
+
+// out, row_max and row_log_sum are written.
+void three_region_attention_forward_out(const Tensor& q, const Tensor& k, const Tensor& v,
+                                        const Tensor& far_keys, int64_t query_window,
+                                        int64_t key_window_times, double text_bias,
+                                        double pivot_bias, double softmax_scale, Tensor out,
+                                        Tensor row_max, Tensor row_log_sum) {
+  cogview::ThreeRegionForwardParams params = {};
+  params.problem = problem_of(q, k, v, far_keys, query_window, key_window_times, text_bias,
+                              pivot_bias, softmax_scale);
+  check_heads("out", out, q, shape_of_tensor(q));
+  params.q = const_heads(q);
+  params.k = const_heads(k);
+  params.v = const_heads(v);
+  params.out = heads(out);
+  params.row_max = row_numbers("row_max", row_max, q);
+  params.row_log_sum = row_numbers("row_log_sum", row_log_sum, q);
+  run("three_region_attention_forward_out", q,
+      {{"q", &q, Access::kRead},
+       {"k", &k, Access::kRead},
+       {"v", &v, Access::kRead},
+       {"far_keys", &far_keys, Access::kRead},
+       {"out", &out, Access::kWriteAll},
+       {"row_max", &row_max, Access::kWriteAll},
+       {"row_log_sum", &row_log_sum, Access::kWriteAll}},
+      [&](cudaStream_t stream) { return three_region_attention_forward(params, stream); });
+}
+
+// dq, dk, dv and delta are written; bounds and partial are workspaces.
+void three_region_attention_backward_out(
+    const Tensor& dout, std::optional<Tensor> dlse, const Tensor& q, const Tensor& k,
+    const Tensor& v, const Tensor& out, const Tensor& row_max, const Tensor& row_log_sum,
+    const Tensor& far_keys, int64_t query_window, int64_t key_window_times, double text_bias,
+    double pivot_bias, double softmax_scale, Tensor dq, Tensor dk, Tensor dv, Tensor delta,
+    std::optional<Tensor> bounds, int64_t num_splits, std::optional<Tensor> partial) {
+  cogview::ThreeRegionBackwardParams params = {};
+  params.problem = problem_of(q, k, v, far_keys, query_window, key_window_times, text_bias,
+                              pivot_bias, softmax_scale);
+  const cogview::ThreeRegionProblem& problem = params.problem;
+  const int64_t batch = problem.batch, num_kv_heads = problem.num_kv_heads;
+  check_heads("dout", dout, q, shape_of_tensor(q));
+  check_heads("out", out, q, shape_of_tensor(q));
+  check_heads("dq", dq, q, shape_of_tensor(q));
+  check_heads("dk", dk, q, shape_of_tensor(k));
+  check_heads("dv", dv, q, shape_of_tensor(v));
+  params.q = const_heads(q);
+  params.k = const_heads(k);
+  params.v = const_heads(v);
+  params.out = const_heads(out);
+  params.dout = const_heads(dout);
+  params.dlse = dlse.has_value() ? row_numbers("dlse", *dlse, q) : nullptr;
+  params.row_max = row_numbers("row_max", row_max, q);
+  params.row_log_sum = row_numbers("row_log_sum", row_log_sum, q);
+  params.dq = heads(dq);
+  params.dk = heads(dk);
+  params.dv = heads(dv);
+  params.delta = row_numbers("delta", delta, q);
+  STD_TORCH_CHECK((problem.dtype == cogview::DType::kFloat16) == bounds.has_value(),
+                  "bounds: expected with float16, and only then");
+  if (bounds.has_value()) {
+    check_contiguous("bounds", *bounds, q, {batch * (2 * q.size(1) + num_kv_heads)});
+    check_int32("bounds", *bounds);
+    params.bounds = static_cast<uint32_t*>(bounds->data_ptr());
+  }
+  STD_TORCH_CHECK(num_splits >= 1, "num_splits: expected at least 1, got ", num_splits);
+  params.num_splits = to_int("num_splits", num_splits);
+  STD_TORCH_CHECK((num_splits > 1) == partial.has_value(),
+                  "partial: expected with more than one split, and only then");
+  if (partial.has_value()) {
+    check_contiguous("partial", *partial, q,
+                     {num_splits, 2, batch, num_kv_heads,
+                      three_region_attention_split_rows(problem), problem.head_dim});
+    check_float32("partial", *partial);
+    params.partial = static_cast<float*>(partial->data_ptr());
+  }
+  run("three_region_attention_backward_out", q,
+      {{"dout", &dout, Access::kRead},
+       {"dlse", tensor_or_null(dlse), Access::kRead},
+       {"q", &q, Access::kRead},
+       {"k", &k, Access::kRead},
+       {"v", &v, Access::kRead},
+       {"out", &out, Access::kRead},
+       {"row_max", &row_max, Access::kRead},
+       {"row_log_sum", &row_log_sum, Access::kRead},
+       {"far_keys", &far_keys, Access::kRead},
+       {"dq", &dq, Access::kWriteAll},
+       {"dk", &dk, Access::kWriteAll},
+       {"dv", &dv, Access::kWriteAll},
+       {"delta", &delta, Access::kWriteAll},
+       {"bounds", tensor_or_null(bounds), Access::kWorkspace},
+       {"partial", tensor_or_null(partial), Access::kWorkspace}},
+      [&](cudaStream_t stream) { return three_region_attention_backward(params, stream); });
 }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY_FRAGMENT(cogview_kernels, m) {
-  m.def(
-      "pb_relax_layer_norm_forward_out(Tensor x, Tensor? weight, Tensor? bias, Tensor? peak, "
-      "float eps, int relax, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()");
-  m.def(
-      "pb_relax_layer_norm_backward_out(Tensor dy, Tensor x, Tensor? weight, Tensor mean, "
-      "Tensor rstd, Tensor(a!) dx, Tensor(b!) partial, Tensor(c!)? dweight, Tensor(d!)? dbias) "
-      "-> ()");
-}
-
-STABLE_TORCH_LIBRARY_IMPL(cogview_kernels, CUDA, m) {
+STABLE_TORCH_LIBRARY_IMPL(cogview_kernels, COGVIEW_DISPATCH_KEY, m) {
   m.impl("pb_relax_layer_norm_forward_out", TORCH_BOX(&pb_relax_layer_norm_forward_out));
   m.impl("pb_relax_layer_norm_backward_out", TORCH_BOX(&pb_relax_layer_norm_backward_out));
+  m.impl("three_region_attention_far_keys_out", TORCH_BOX(&three_region_attention_far_keys_out));
+  m.impl("three_region_attention_forward_out", TORCH_BOX(&three_region_attention_forward_out));
+  m.impl("three_region_attention_backward_out", TORCH_BOX(&three_region_attention_backward_out));
 }
