@@ -44,7 +44,7 @@ __attribute__((const)) unsigned block_dim();
 __attribute__((const)) unsigned grid_dim_x();
 __attribute__((const)) unsigned grid_dim_y();
 
-float shfl_bfly(float value, int lane_mask, Where where);
+uint32_t shfl(const char* primitive, uint32_t value, int source_lane, Where where);
 uint32_t vote_ballot(bool predicate, Where where);
 void bar_warp_sync(Where where);
 bool bar_sync(const char* primitive, bool predicate, Where where);
@@ -101,8 +101,13 @@ struct BFloat16 {
 };
 
 inline float shfl_bfly(float value, int lane_mask, Where where = Where::current()) {
-  return host_model::shfl_bfly(value, lane_mask, where);
+  return std::bit_cast<float>(host_model::shfl("shfl_bfly", std::bit_cast<uint32_t>(value),
+                                               int(threadIdx.x % 32) ^ lane_mask, where));
 }
+inline int shfl_idx(int value, int source_lane, Where where = Where::current()) {
+  return int(host_model::shfl("shfl_idx", uint32_t(value), source_lane, where));
+}
+inline int popc(uint32_t bits) { return std::popcount(bits); }
 inline uint32_t vote_ballot(bool predicate, Where where = Where::current()) {
   return host_model::vote_ballot(predicate, where);
 }
@@ -203,7 +208,7 @@ T from_float(float value) {
     } else if (magnitude < 0x38800000u) {  // below 2^-14: the last bit is worth 2^-24
       rounded = uint32_t(std::nearbyint(std::bit_cast<float>(magnitude) * 0x1p24f));
     } else {
-      rounded = (magnitude + 0xfffu + (magnitude >> 13 & 1)) - (112u << 23) >> 13;
+      rounded = (magnitude + 0xfffu + (magnitude >> 13 & 1) - (112u << 23)) >> 13;
     }
     return {uint16_t(rounded | (bits >> 16 & 0x8000u))};
   }
