@@ -170,6 +170,9 @@ __device__ __forceinline__ float ex2_approx(float x) {
   return y;
 }
 
+// The bits of a float (mov.b32).
+__device__ __forceinline__ uint32_t float_as_uint(float value) { return __float_as_uint(value); }
+
 // Number of bits set (popc.b32).
 __device__ __forceinline__ int popc(uint32_t bits) { return __popc(bits); }
 
@@ -215,6 +218,7 @@ __device__ __forceinline__ uint32_t cvt_rn_x2<BFloat16>(float low, float high) {
 template <auto kKernel, typename Params>
 cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_bytes,
                    cudaStream_t stream, const Params& params) {
+  if (num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 48 * 1024) {
     const cudaError_t status = cudaFuncSetAttribute(
         kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);

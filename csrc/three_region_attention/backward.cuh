@@ -1,0 +1,50 @@
+// What the kernels of the backward share. Math, for a query row i and a key j that it sees:
+//   p  = 2^(logit - row_max - row_log_sum)         the forward's weight, from the same numbers
+//   ds = p (dout v^T - delta),  delta = sum(dout * out) - dlse
+//   dq = softmax_scale ds k;  dk = softmax_scale ds^T q;  dv = p^T dout
+#pragma once
+
+#include <cmath>
+
+#include "key_list.cuh"
+#include "tile.cuh"
+
+namespace cogview {
+
+// Kernels in the order in which they run.
+cudaError_t three_region_attention_backward_dq(const ThreeRegionBackwardParams& params,
+                                               cudaStream_t stream);
+cudaError_t three_region_attention_backward_dkdv(const ThreeRegionBackwardParams& params,
+                                                 cudaStream_t stream);
+
+// PB-relax: ds is rounded to the element type before two products. For float16 it is multiplied by
+// 2^e before, taken back in float32 after: |ds| <= |dout_i| |v_j| + |delta_i| stays below 2^15, and
+// what is 2^-29 of that bound is still a normal number, whatever the scale of the loss.
+template <typename T>
+__device__ __forceinline__ int ds_exponent(const ThreeRegionBackwardParams& params, int batch,
+                                           int head) {
+  if constexpr (!kIsFloat16<T>) return 0;
+  const ThreeRegionProblem& problem = params.problem;
+  const float* bounds = reinterpret_cast<const float*>(params.bounds);
+  const int64_t row = int64_t(batch) * problem.num_heads + head;
+  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
+  const float v =
+      bounds[2 * int64_t(problem.batch) * problem.num_heads + batch * problem.num_kv_heads + kv_head];
+  const float bound = bounds[2 * row] * v + bounds[2 * row + 1];
+  if (!(bound > 0.f && bound <= 3.402823466e+38f)) return 0;
+  return min(max(14 - ilogbf(bound), -100), 100);
+}
+
+// Rows of `partial`: the pivots, then the first keys, which may be text.
+constexpr int kPartialKeys = 256;
+
+__host__ __device__ inline int partial_pivot_rows(const ThreeRegionProblem& problem) {
+  return (problem.num_pivots + 63) / 64 * 64;
+}
+
+__host__ __device__ inline int partial_rows(const ThreeRegionProblem& problem) {
+  const int keys = (problem.k_len + 63) / 64 * 64;
+  return partial_pivot_rows(problem) + (keys < kPartialKeys ? keys : kPartialKeys);
+}
+
+}  // namespace cogview

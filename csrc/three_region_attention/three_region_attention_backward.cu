@@ -1,0 +1,196 @@
+// Three-region attention, backward: what comes before and after dq and dk, dv. The math stands in
+// backward.cuh.
+//
+// row kernel       delta = sum(dout * out) - dlse for each query; for float16 also the bounds on
+//                  |dout| and |delta| of each head, and, in a second launch, on |v| of each kv head.
+//                  kLanes lanes read a row in 16-byte vectors, each row once.
+// partial kernel   only with num_splits > 1: adds the splits' float32 sums of a key in their order
+//                  and rounds them to dk and dv; 8 elements to a thread.
+// Writers          each element by one thread. The bounds are maxima of bits of positive floats:
+//                  the order of the atomics does not change them. Deterministic.
+// Rounding         float32 throughout; dk and dv once.
+// Reference        gradient of cogview_kernels.reference.three_region_attention
+
+#include "backward.cuh"
+
+namespace cogview {
+namespace {
+
+constexpr int kThreads = 128;
+
+struct RowParams {
+  ThreeRegionBackwardParams backward;
+  bool of_v;  // rows of v, else of dout and out
+};
+
+template <typename T, int kHeadDim>
+__global__ void __launch_bounds__(kThreads)
+    three_region_attention_backward_row_kernel(const __grid_constant__ RowParams params) {
+  constexpr int kLanes = kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : 16;  // of which kChunks read
+  constexpr int kRows = kThreads / kLanes;
+  const ThreeRegionBackwardParams& backward = params.backward;
+  const ThreeRegionProblem& problem = backward.problem;
+  const int num_heads = params.of_v ? problem.num_kv_heads : problem.num_heads;
+  const int num_rows = params.of_v ? problem.k_len : problem.q_len;
+  const int tiles = (num_rows + kRows - 1) / kRows;
+  const int64_t head_idx = blockIdx.x / unsigned(tiles);
+  const int batch = int(head_idx / num_heads), head = int(head_idx % num_heads);
+  const int row = int(blockIdx.x % unsigned(tiles)) * kRows + int(threadIdx.x) / kLanes;
+  const int chunk = threadIdx.x % kLanes;
+  const bool reads = row < num_rows && chunk < kChunks<kHeadDim>;
+
+  float square = 0.f, product = 0.f;
+  if (reads) {
+    const ConstHeads& tensor = params.of_v ? backward.v : backward.dout;
+    float a[8];
+    load_vector(reinterpret_cast<const T*>(head_of(tensor, batch, head) +
+                                           row * tensor.stride.row + chunk * 8),
+                a);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) square += a[i] * a[i];
+    if (!params.of_v) {
+      float out[8];
+      load_vector(reinterpret_cast<const T*>(head_of(backward.out, batch, head) +
+                                             row * backward.out.stride.row + chunk * 8),
+                  out);
+#pragma unroll
+      for (int i = 0; i < 8; ++i) product += a[i] * out[i];
+    }
+  }
+#pragma unroll
+  for (int mask = 1; mask < kLanes; mask *= 2) {
+    square += shfl_bfly(square, mask);
+    product += shfl_bfly(product, mask);
+  }
+  if (!params.of_v && reads) {
+    const int64_t at = head_idx * num_rows + row;
+    if (backward.dlse != nullptr) product -= backward.dlse[at];
+    if (chunk == 0) backward.delta[at] = product;
+  }
+
+  if constexpr (kIsFloat16<T>) {
+    float norm = sqrtf(square), delta = reads ? fabsf(product) : 0.f;
+#pragma unroll
+    for (int mask = kLanes; mask < kWarpSize; mask *= 2) norm = fmaxf(norm, shfl_bfly(norm, mask));
+#pragma unroll
+    for (int mask = 1; mask < kWarpSize; mask *= 2) delta = fmaxf(delta, shfl_bfly(delta, mask));
+    if (threadIdx.x % kWarpSize == 0) {
+      uint32_t* bounds =
+          params.of_v ? backward.bounds + 2 * int64_t(problem.batch) * problem.num_heads + head_idx
+                      : backward.bounds + 2 * head_idx;
+      red_global_max(bounds, float_as_uint(norm));
+      if (!params.of_v) red_global_max(bounds + 1, float_as_uint(delta));
+    }
+  }
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kThreads)
+    three_region_attention_backward_partial_kernel(
+        const __grid_constant__ ThreeRegionBackwardParams params) {
+  const ThreeRegionProblem& problem = params.problem;
+  const int chunks = problem.head_dim / 8, rows = partial_rows(problem);
+  const int64_t num_heads = int64_t(problem.batch) * problem.num_kv_heads;
+  const int64_t item = int64_t(blockIdx.x) * kThreads + threadIdx.x;
+  const int chunk = int(item % chunks), row = int(item / chunks % rows);
+  const int64_t head_idx = item / chunks / rows;
+  if (head_idx >= num_heads) return;
+  const int batch = int(head_idx / problem.num_kv_heads);
+  const int head = int(head_idx % problem.num_kv_heads);
+
+  const FarKeys far = far_keys_of(problem, batch);
+  int key = row - partial_pivot_rows(problem);
+  if (key < 0) {
+    if (row >= far.num_pivots) return;
+    key = far.pivot(row);
+  } else {
+    if (key >= problem.k_len) return;
+    int begin = 0, end = far.num_pivots;  // the first pivot that is not below the key
+    while (begin < end) {
+      const int middle = (begin + end) / 2;
+      if (far.pivots[middle] < key) {
+        begin = middle + 1;
+      } else {
+        end = middle;
+      }
+    }
+    if (begin < far.num_pivots && far.pivots[begin] == key && key >= far.text_len) return;
+  }
+
+#pragma unroll
+  for (int which = 0; which < 2; ++which) {
+    float sum[8] = {};
+    for (int split = 0; split < params.num_splits; ++split) {
+      const float* from =
+          params.partial +
+          (((2 * split + which) * num_heads + head_idx) * rows + row) * problem.head_dim + chunk * 8;
+#pragma unroll
+      for (int i = 0; i < 8; i += 4) {
+        float four[4];
+        load_vector(from + i, four);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) sum[i + j] += four[j];
+      }
+    }
+    const Heads& to = which == 0 ? params.dk : params.dv;
+    store_vector(
+        reinterpret_cast<T*>(head_of(to, batch, head) + key * to.stride.row + chunk * 8), sum);
+  }
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_rows(const ThreeRegionBackwardParams& params, bool of_v, cudaStream_t stream) {
+  constexpr int kRows = kThreads / (kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : 16);
+  const ThreeRegionProblem& problem = params.problem;
+  const int num_heads = of_v ? problem.num_kv_heads : problem.num_heads;
+  const int num_rows = of_v ? problem.k_len : problem.q_len;
+  return launch<three_region_attention_backward_row_kernel<T, kHeadDim>>(
+      int64_t(problem.batch) * num_heads * ((num_rows + kRows - 1) / kRows), 1, kThreads, 0, stream,
+      RowParams{params, of_v});
+}
+
+template <typename T>
+cudaError_t launch_rows(const ThreeRegionBackwardParams& params, bool of_v, cudaStream_t stream) {
+  switch (params.problem.head_dim) {
+    case 32:
+      return launch_rows<T, 32>(params, of_v, stream);
+    case 64:
+      return launch_rows<T, 64>(params, of_v, stream);
+    case 96:
+      return launch_rows<T, 96>(params, of_v, stream);
+    case 128:
+      return launch_rows<T, 128>(params, of_v, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+template <typename T>
+cudaError_t launch_backward(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
+  const ThreeRegionProblem& problem = params.problem;
+  cudaError_t status = launch_rows<T>(params, false, stream);
+  if (status == cudaSuccess && kIsFloat16<T>) status = launch_rows<T>(params, true, stream);
+  if (status == cudaSuccess) status = three_region_attention_backward_dkdv(params, stream);
+  if (status == cudaSuccess && params.num_splits > 1) {
+    const int64_t items = int64_t(problem.batch) * problem.num_kv_heads * partial_rows(problem) *
+                          (problem.head_dim / 8);
+    status = launch<three_region_attention_backward_partial_kernel<T>>(
+        (items + kThreads - 1) / kThreads, 1, kThreads, 0, stream, params);
+  }
+  if (status == cudaSuccess) status = three_region_attention_backward_dq(params, stream);
+  return status;
+}
+
+}  // namespace
+
+int three_region_attention_split_rows(const ThreeRegionProblem& problem) {
+  return partial_rows(problem);
+}
+
+cudaError_t three_region_attention_backward(const ThreeRegionBackwardParams& params,
+                                            cudaStream_t stream) {
+  if (params.problem.batch == 0 || params.problem.q_len == 0) return cudaErrorInvalidValue;
+  return params.problem.dtype == DType::kFloat16 ? launch_backward<Half>(params, stream)
+                                                 : launch_backward<BFloat16>(params, stream);
+}
+
+}  // namespace cogview

@@ -1,0 +1,284 @@
+// Three-region attention, backward: dq. The math stands in backward.cuh.
+//
+// Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
+// Grid       as the forward: one block per tile of query positions, heads outermost.
+// Warps      kWarps, each with 16 * kRowTiles query rows, whose dq stays in registers. Tiles of
+//            kBlockN entries of the key list as in the forward, taken in steps of kStep entries.
+// Smem       q tile (later: the dq tile) and dout tile   4 kBlockM kHeadDim bytes
+//            two stages of a k and a v tile              8 kBlockN kHeadDim bytes
+// Barriers   as the forward.
+// Writers    each element of dq by one thread: deterministic.
+// Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
+//            before ds k; dq once.
+// Reference  gradient of cogview_kernels.reference.three_region_attention
+
+#include "backward.cuh"
+
+namespace cogview {
+namespace {
+
+template <int kHeadDim_>
+struct DqShape {
+  static constexpr int kHeadDim = kHeadDim_;
+  static constexpr int kRowTiles = kHeadDim <= 64 ? 2 : 1;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
+  static constexpr int kBlockM = 16 * kRowTiles * kWarps;
+  static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
+  static constexpr int kStep = 32;
+  static constexpr int kSharedBytes =
+      2 * kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
+};
+
+template <typename T, typename Shape>
+struct DqWarp {
+  static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
+  static constexpr int kStep = Shape::kStep;
+
+  float row_max[kRowTiles][2], row_log_sum[kRowTiles][2], delta[kRowTiles][2];
+  float dq[kRowTiles][kHeadDim / 8][4];
+
+  // Entries [entry, entry + kStep), rows `row`.. of the tile of keys. kMasked: some query does not
+  // see some entry, or biases differ.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, const unsigned char* sQ,
+                                       const unsigned char* sDout, int warp_row,
+                                       const unsigned char* sK, const unsigned char* sV, int row,
+                                       const KeyList& list, const WarpView& view, int entry,
+                                       int position, float scale, float ds_scale) {
+    const int lane = threadIdx.x % kWarpSize, t = lane % 4;
+    uint32_t live = 0;  // groups of sixteen entries that some query sees
+#pragma unroll
+    for (int n = 0; n < kStep / 16; ++n) {
+      if (!kMasked || view.any(list, entry + 16 * n, entry + 16 * n + 16)) live |= 1u << n;
+    }
+
+    float s[kRowTiles][kStep / 8][4] = {}, ds[kRowTiles][kStep / 8][4] = {};
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+      uint32_t q[kRowTiles][4], dout[kRowTiles][4];
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+        load_a<kHeadDim>(q[rt], sQ, warp_row + 16 * rt, d);
+        load_a<kHeadDim>(dout[rt], sDout, warp_row + 16 * rt, d);
+      }
+#pragma unroll
+      for (int n = 0; n < kStep / 16; ++n) {
+        if (kMasked && !(live >> n & 1)) continue;
+        uint32_t k[4], v[4];
+        load_b_transposed<kHeadDim>(k, sK, row + 16 * n, d);
+        load_b_transposed<kHeadDim>(v, sV, row + 16 * n, d);
+#pragma unroll
+        for (int rt = 0; rt < kRowTiles; ++rt) {
+          mma_m16n8k16<T>(s[rt][2 * n], q[rt], k[0], k[1]);
+          mma_m16n8k16<T>(s[rt][2 * n + 1], q[rt], k[2], k[3]);
+          mma_m16n8k16<T>(ds[rt][2 * n], dout[rt], v[0], v[1]);
+          mma_m16n8k16<T>(ds[rt][2 * n + 1], dout[rt], v[2], v[3]);
+        }
+      }
+    }
+
+#pragma unroll
+    for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
+        const int at = entry + 8 * n + 2 * t + column;
+        const int key = kMasked ? list.key(at) : 0;
+        const bool is_far = at < list.num_far;
+        const float bias = view.bias(list, kMasked ? at : entry);
+#pragma unroll
+        for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int c = 2 * half + column;
+            const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias - row_max[rt][half]) -
+                                       row_log_sum[rt][half]);
+            float gradient = p * ((ds[rt][n][c] - delta[rt][half]) * ds_scale);
+            if constexpr (kMasked) {
+              const int i = position + 16 * rt + 8 * half;
+              const int start = window_start(i, problem);
+              const bool visible = is_far ? at >= 0 && key < start : key >= start && key <= i;
+              gradient = visible ? gradient : 0.f;
+            }
+            ds[rt][n][c] = gradient;
+          }
+        }
+      }
+    }
+
+#pragma unroll
+    for (int n = 0; n < kStep / 16; ++n) {
+      if (kMasked && !(live >> n & 1)) continue;
+      uint32_t a[kRowTiles][4];
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+        convert_c_to_a<T>(a[rt], ds[rt][2 * n], ds[rt][2 * n + 1]);
+      }
+#pragma unroll
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        uint32_t k[4];
+        load_b<kHeadDim>(k, sK, row + 16 * n, d);
+#pragma unroll
+        for (int rt = 0; rt < kRowTiles; ++rt) {
+          mma_m16n8k16<T>(dq[rt][2 * d], a[rt], k[0], k[1]);
+          mma_m16n8k16<T>(dq[rt][2 * d + 1], a[rt], k[2], k[3]);
+        }
+      }
+    }
+  }
+};
+
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads)
+    three_region_attention_backward_dq_kernel(
+        const __grid_constant__ ThreeRegionBackwardParams params) {
+  constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
+  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
+  constexpr int kTile = kTileBytes<kHeadDim, kBlockN>;
+  const ThreeRegionProblem& problem = params.problem;
+  unsigned char* sQ = dynamic_shared();
+  unsigned char* sDout = sQ + kTileBytes<kHeadDim, kBlockM>;
+  unsigned char* sKV = sDout + kTileBytes<kHeadDim, kBlockM>;
+  int* sKeys = shared_array<int, 2 * kBlockN>();
+
+  // The tile's queries: positions [begin, end) of [origin, origin + kBlockM).
+  const int first = problem.k_len - problem.q_len;
+  const int last_tile = (problem.k_len - 1) / kBlockM;
+  const int num_tiles = last_tile - first / kBlockM + 1;
+  const int origin = (last_tile - int(blockIdx.x % unsigned(num_tiles))) * kBlockM;
+  const int begin = max(origin, first), end = min(origin + kBlockM, problem.k_len);
+  const int head_idx = int(blockIdx.x / unsigned(num_tiles));
+  const int batch = head_idx / problem.num_heads, head = head_idx % problem.num_heads;
+  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
+
+  const auto row_of = [=](int tile_row) {
+    const int position = origin + tile_row;
+    return position >= begin && position < end ? position - first : -1;
+  };
+  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, batch, head), params.q.stride.row,
+                                         row_of);
+  copy_rows<kHeadDim, kBlockM, kThreads>(sDout, head_of(params.dout, batch, head),
+                                         params.dout.stride.row, row_of);
+
+  // The warp's rows, in the tile and as positions.
+  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
+  const int warp_row = warp * 16 * kRowTiles;
+  WarpContext* contexts = shared_array<WarpContext, Shape::kWarps>();
+  {
+    const KeyList list = key_list_of(problem, batch, begin, end);
+    const WarpView view = warp_view_of(problem, list, max(origin + warp_row, begin),
+                                       min(origin + warp_row + 16 * kRowTiles, end) - 1);
+    if (lane == 0) contexts[warp] = {list, view};
+    bar_warp_sync();
+  }
+  const KeyList& list = contexts[warp].list;
+  const WarpView& view = contexts[warp].view;
+
+  // The tile of keys in stage s begins at `entry`; the first one ends with the list.
+  const uint16_t* gK = head_of(params.k, batch, kv_head);
+  const uint16_t* gV = head_of(params.v, batch, kv_head);
+  const auto find_keys = [&](int stage, int entry) {
+    const int row = threadIdx.x;
+    if (row < kBlockN) sKeys[stage * kBlockN + row] = list.key(entry + row);
+  };
+  const auto copy_keys = [&](int stage) {
+    const auto key_of = [=](int row) { return sKeys[stage * kBlockN + row]; };
+    unsigned char* sK = sKV + stage * 2 * kTile;
+    copy_rows<kHeadDim, kBlockN, kThreads>(sK, gK, params.k.stride.row, key_of);
+    copy_rows<kHeadDim, kBlockN, kThreads>(sK + kTile, gV, params.v.stride.row, key_of);
+    cp_async_commit_group();
+  };
+  find_keys(0, list.size - kBlockN);
+  bar_sync();
+  copy_keys(0);
+  find_keys(1, list.size - 2 * kBlockN);
+
+  const float scale = problem.softmax_scale * kLog2e;
+  const int exponent = ds_exponent<T>(params, batch, head);
+  const float ds_scale = exp2f(float(exponent));
+  const int position = origin + warp_row + lane / 4;  // of the lane's first row
+  DqWarp<T, Shape> state;
+#pragma unroll
+  for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
+      const int64_t at = int64_t(head_idx) * problem.q_len + row;
+      state.row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
+      state.row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
+      state.delta[rt][half] = row < 0 ? 0.f : params.delta[at];
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        state.dq[rt][n][2 * half] = state.dq[rt][n][2 * half + 1] = 0.f;
+      }
+    }
+  }
+
+  int stage = 0;
+  for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
+    cp_async_wait_group<0>();
+    bar_sync();
+    const unsigned char* sK = sKV + stage * 2 * kTile;
+    stage ^= 1;
+    if (entry > 0) {
+      copy_keys(stage);
+      find_keys(stage ^ 1, entry - 2 * kBlockN);
+    }
+#pragma unroll 1
+    for (int row = 0; row < kBlockN; row += Shape::kStep) {
+      const int at = entry + row;
+      if (!view.any(list, at, at + Shape::kStep)) continue;
+      if (view.plain(list, at, at + Shape::kStep)) {
+        state.template step<false>(problem, sQ, sDout, warp_row, sK, sK + kTile, row, list, view,
+                                   at, position, scale, ds_scale);
+      } else {
+        state.template step<true>(problem, sQ, sDout, warp_row, sK, sK + kTile, row, list, view,
+                                  at, position, scale, ds_scale);
+      }
+    }
+  }
+
+  float factor[kRowTiles][2];
+#pragma unroll
+  for (int rt = 0; rt < kRowTiles; ++rt) {
+    factor[rt][0] = factor[rt][1] = problem.softmax_scale * exp2f(float(-exponent));
+  }
+  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.dq, factor,
+                                     head_of(params.dq, batch, head), params.dq.stride.row,
+                                     row_of);
+}
+
+template <typename T, int kHeadDim>
+cudaError_t launch_dq(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
+  using Shape = DqShape<kHeadDim>;
+  const ThreeRegionProblem& problem = params.problem;
+  const int first = problem.k_len - problem.q_len;
+  const int num_tiles = (problem.k_len - 1) / Shape::kBlockM - first / Shape::kBlockM + 1;
+  return launch<three_region_attention_backward_dq_kernel<T, Shape>>(
+      int64_t(problem.batch) * problem.num_heads * num_tiles, 1, Shape::kThreads,
+      Shape::kSharedBytes, stream, params);
+}
+
+template <typename T>
+cudaError_t launch_dq(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
+  switch (params.problem.head_dim) {
+    case 32:
+      return launch_dq<T, 32>(params, stream);
+    case 64:
+      return launch_dq<T, 64>(params, stream);
+    case 96:
+      return launch_dq<T, 96>(params, stream);
+    case 128:
+      return launch_dq<T, 128>(params, stream);
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace
+
+cudaError_t three_region_attention_backward_dq(const ThreeRegionBackwardParams& params,
+                                               cudaStream_t stream) {
+  return params.problem.dtype == DType::kFloat16 ? launch_dq<Half>(params, stream)
+                                                 : launch_dq<BFloat16>(params, stream);
+}
+
+}  // namespace cogview
