@@ -1,8 +1,12 @@
 """Builds `cogview_kernels._C` with ninja: kernels (nvcc, no torch header), operators (torch's
-stable ABI) and hooks (pybind11).
+stable ABI) and hooks (pybind11). For tests also `cogview_kernels._host_model`: the same kernels and
+operators, compiled for the CPU (csrc/host_model/).
 
 Environment: COGVIEW_KERNELS_CUDA=auto|0|1 (auto: kernels where nvcc is found; 1: fail where it is
-not), TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1, CUDA_HOME, CXX.
+not), TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1, CUDA_HOME, CXX; COGVIEW_KERNELS_HOST_MODEL=1 (build
+`_host_model` too), COGVIEW_KERNELS_SANITIZE=1 (and with AddressSanitizer and UBSan in place of its
+own checks of plain accesses; LD_PRELOAD="$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=
+detect_leaks=0 python ... loads it).
 """
 
 from __future__ import annotations
@@ -26,7 +30,16 @@ from build_backend import find_nvcc, find_torch, torch_version
 
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0+PTX")
-STABLE_ABI = "0x020a000000000000"  # torch 2.10
+STABLE_ONLY = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  # torch 2.10
+
+# The host model. Kernels keep the accesses that their source makes, one hook each; they alias as
+# freely as nvcc lets them. The model itself is not instrumented.
+HOST_MODEL = ["-std=c++20", "-DCOGVIEW_HOST_MODEL", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall"]
+HOST_MODEL += ["-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
+HOST_MODEL_HOOKS = ["-O2", "-fsanitize=thread", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"]
+HOST_MODEL_HOOKS += ["-fno-store-merging", "-fno-tree-loop-distribute-patterns"]
+HOST_MODEL_HOOKS += ["--param", "tsan-instrument-func-entry-exit=0"]
+HOST_MODEL_SANITIZE = ["-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=undefined"]
 
 
 class BuildError(SystemExit):
@@ -112,9 +125,12 @@ class NinjaBuild(build_ext):
         self.force = True  # ninja knows what is new; copying by age would keep an older module
 
     def build_extension(self, extension: Extension) -> None:
+        compiler = shlex.split(os.environ.get("CXX") or "c++")
+        if extension.name.endswith("._host_model"):
+            self._build_host_model(extension, compiler)
+            return
         cuda = Cuda.find()
         debug = os.environ.get("DEBUG", "0") == "1"
-        compiler = shlex.split(os.environ.get("CXX") or "c++")
         if shutil.which(compiler[0]) is None:
             if cuda is not None:
                 raise BuildError(f"no C++ compiler: {compiler[0]!r} is not on the PATH (set CXX)")
@@ -149,23 +165,14 @@ class NinjaBuild(build_ext):
         includes = [build, pybind11.get_include(), sysconfig.get_path("include")]
         defines, link, torch = [], [], "none"
         if cuda is not None:
-            torch_folder = find_torch()
-            if torch_folder is None:
-                raise BuildError(
-                    "torch is not installed in this environment: install torch>=2.10 first, or "
-                    "build with isolation, or set COGVIEW_KERNELS_CUDA=0"
-                )
-            torch = torch_version(torch_folder)
-            if tuple(int(part) for part in re.findall(r"\d+", torch)[:2]) < (2, 10):
-                raise BuildError(f"expected torch 2.10 or later, got {torch}")
+            torch_folder, torch = _torch()
             sources += [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc").glob("*/*.cu"))]
             includes += [torch_folder / "include", cuda.root / "include"]
             names = ",".join(cuda.architectures)
             defines = [
                 "-DCOGVIEW_KERNELS_CUDA",
                 f'-DCOGVIEW_KERNELS_ARCHITECTURES="{names}"',
-                f"-DTORCH_TARGET_VERSION={STABLE_ABI}",
-                "-DTORCH_STABLE_ONLY",
+                *STABLE_ONLY,
             ]
             found = [*cuda.root.glob("lib*"), *cuda.root.glob("targets/*/lib")]
             found = [folder for folder in found if (folder / "libcudart_static.a").is_file()]
@@ -174,7 +181,7 @@ class NinjaBuild(build_ext):
             libraries = found[0]
             # libtorch must be named as needed: weak symbols are looked up in it.
             link = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
-            link += [f"-L{torch_folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
+            link += _link_torch(torch_folder)
         defines.append(f'-DCOGVIEW_KERNELS_TORCH="{torch}"')
 
         host = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
@@ -209,6 +216,53 @@ class NinjaBuild(build_ext):
         lines.append(f"build {_escape(target)}: link {' '.join(objects)}")
         _write_if_changed(build / "build.ninja", "\n".join(lines) + "\n")
         return objects
+
+    def _build_host_model(self, extension: Extension, compiler: list[str]) -> None:
+        import pybind11
+
+        torch_folder, _ = _torch()
+        sanitize = os.environ.get("COGVIEW_KERNELS_SANITIZE", "0") == "1"
+        build = Path(self.build_temp).resolve() / (
+            "host_model_sanitize" if sanitize else "host_model"
+        )
+        build.mkdir(parents=True, exist_ok=True)
+        includes = [torch_folder / "include", pybind11.get_include(), sysconfig.get_path("include")]
+        flags = [*HOST_MODEL, *STABLE_ONLY, *(f"-isystem{folder}" for folder in includes)]
+        instrumented = HOST_MODEL_SANITIZE if sanitize else HOST_MODEL_HOOKS
+        link = [*(HOST_MODEL_SANITIZE if sanitize else []), "-lpthread", *_link_torch(torch_folder)]
+        lines = ["ninja_required_version = 1.5"]
+        rules = {
+            "kernel": [*instrumented, "-x", "c++"],
+            "cxx": HOST_MODEL_SANITIZE if sanitize else ["-O3"],
+        }
+        for rule, more in rules.items():
+            lines += [
+                f"rule {rule}",
+                f"  command = {_command(compiler, flags, more)} -MMD -MF $out.d -c $in -o $out",
+                "  depfile = $out.d",
+                "  deps = gcc",
+            ]
+        lines += [
+            "rule link",
+            f"  command = {_command(compiler, ['-shared'])} $in -o $out {_command(link)}",
+        ]
+        csrc = ROOT / "csrc"
+        objects = []
+        for source in [csrc / "ops.cpp", *csrc.glob("host_model/*.cpp"), *csrc.glob("*/*.cu")]:
+            name = f"{source.relative_to(csrc).as_posix().replace('/', '.')}.o"
+            rule = "kernel" if source.suffix == ".cu" else "cxx"
+            lines.append(f"build {name}: {rule} {_escape(source)}")
+            objects.append(name)
+        lines.append(f"build _host_model.so: link {' '.join(sorted(objects))}")
+        _write_if_changed(build / "build.ninja", "\n".join(lines) + "\n")
+        self._run_ninja(build, ["_host_model.so"])
+        # Copied, since the two ways of building share the target.
+        target = Path(self.get_ext_fullpath(extension.name)).resolve()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = target.with_suffix(".partial")
+        shutil.copyfile(build / "_host_model.so", partial)
+        partial.replace(target)
+        print(f"cogview_kernels: built the host model{' with sanitizers' if sanitize else ''}")
 
     def _run_ninja(self, build: Path, targets: list[str]) -> None:
         if not targets:
@@ -270,6 +324,24 @@ def check_resources(logs: list[Path], rows: list[dict[str, str | int]]) -> None:
                 print(line)
 
 
+def _torch() -> tuple[Path, str]:
+    """The folder and the version of the torch to build against."""
+    folder = find_torch()
+    if folder is None:
+        raise BuildError(
+            "torch is not installed in this environment: install torch>=2.10 first, or "
+            "build with isolation, or set COGVIEW_KERNELS_CUDA=0"
+        )
+    version = torch_version(folder)
+    if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 10):
+        raise BuildError(f"expected torch 2.10 or later, got {version}")
+    return folder, version
+
+
+def _link_torch(folder: Path) -> list[str]:
+    return [f"-L{folder / 'lib'}", "-Wl,--no-as-needed", "-ltorch"]
+
+
 def _write_if_changed(path: Path, text: str) -> None:
     """Leave the file's time alone where nothing changed, so that ninja does not rebuild."""
     if not path.is_file() or path.read_text() != text:
@@ -286,7 +358,10 @@ def _escape(path: Path) -> str:
 
 
 if __name__ == "__main__":
+    modules = ["_C"]
+    if os.environ.get("COGVIEW_KERNELS_HOST_MODEL", "0") == "1":
+        modules.append("_host_model")
     setup(
-        ext_modules=[Extension("cogview_kernels._C", sources=[])],
+        ext_modules=[Extension(f"cogview_kernels.{module}", sources=[]) for module in modules],
         cmdclass={"build_ext": NinjaBuild},
     )

@@ -18,8 +18,11 @@
 
 #include "runtime.h"
 
+#define __host__
 #define __device__
 #define __global__
+#define __grid_constant__
+#define __noinline__ __attribute__((noinline))
 #define __forceinline__ inline __attribute__((always_inline))
 #define __launch_bounds__(...)
 #define __align__(bytes) alignas(bytes)
@@ -179,6 +182,8 @@ inline float ex2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.f : y;
 }
+
+inline uint32_t float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 
 inline float to_float(float value) { return value; }
 inline float to_float(BFloat16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }

@@ -1,13 +1,10 @@
 // Launch interface of the PB-relax LayerNorm kernels. Plain C++: no torch, no device code.
 #pragma once
 
-#include <cuda_runtime_api.h>
-
-#include <cstdint>
+#include "../launch.h"
 
 namespace cogview {
 
-enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 enum class Relax : int { kNone = 0, kRow = 1, kTensor = 2 };
 
 // What every launch knows of the matrix it normalises.

@@ -25,7 +25,7 @@ template <typename T, int kThreadsPerRow>
 __global__ void __launch_bounds__(kBlockThreads<kThreadsPerRow>, 1)
     pb_relax_layer_norm_backward_kernel(const PbRelaxLayerNormBackwardParams params) {
   constexpr int kWarps = kBlockThreads<kThreadsPerRow> / kWarpSize;
-  __shared__ float scratch[2 * kWarps];
+  float* scratch = shared_array<float, 2 * kWarps>();
   const int64_t hidden = params.shape.hidden;
   const float inverse_hidden = 1.f / float(hidden);
   const bool weight_is_float32 = params.shape.weight_dtype == DType::kFloat32;
@@ -100,7 +100,7 @@ template <typename T>
 __global__ void __launch_bounds__(256)
     pb_relax_layer_norm_backward_any_kernel(const PbRelaxLayerNormBackwardParams params) {
   constexpr int kWarps = 256 / kWarpSize;
-  __shared__ float scratch[2 * kWarps];
+  float* scratch = shared_array<float, 2 * kWarps>();
   const int64_t hidden = params.shape.hidden;
   const bool weight_is_float32 = params.shape.weight_dtype == DType::kFloat32;
   float* sum_dweight = params.partial + blockIdx.x * hidden;
@@ -143,37 +143,37 @@ constexpr int kReduceColumns = 32, kReduceRows = 8;
 // dweight and dbias: block x adds 32 columns of the partial sums, blockIdx.y tells which of both.
 template <typename W>
 __global__ void __launch_bounds__(kReduceColumns* kReduceRows)
-    pb_relax_layer_norm_backward_reduce_kernel(const float* partial, int64_t num_partials,
-                                               int64_t hidden, W* dweight, W* dbias) {
-  __shared__ float scratch[kReduceRows][kReduceColumns];
+    pb_relax_layer_norm_backward_reduce_kernel(const PbRelaxLayerNormBackwardParams params) {
+  float* scratch = shared_array<float, kReduceRows * kReduceColumns>();
+  const int64_t hidden = params.shape.hidden;
   const int column_in_block = threadIdx.x % kReduceColumns;
   const int row_in_block = threadIdx.x / kReduceColumns;
   const int64_t column = int64_t(blockIdx.x) * kReduceColumns + column_in_block;
-  W* out = blockIdx.y == 0 ? dweight : dbias;
+  W* out = static_cast<W*>(blockIdx.y == 0 ? params.dweight : params.dbias);
   if (out == nullptr) return;  // the whole block
 
   float sum = 0.f;
   if (column < hidden) {
-    const float* source = partial + blockIdx.y * num_partials * hidden + column;
-    for (int64_t row = row_in_block; row < num_partials; row += kReduceRows) {
+    const float* source = params.partial + blockIdx.y * params.num_partials * hidden + column;
+    for (int64_t row = row_in_block; row < params.num_partials; row += kReduceRows) {
       sum += source[row * hidden];
     }
   }
-  scratch[row_in_block][column_in_block] = sum;
+  scratch[row_in_block * kReduceColumns + column_in_block] = sum;
   bar_sync();
   if (row_in_block == 0 && column < hidden) {
-    for (int row = 1; row < kReduceRows; ++row) sum += scratch[row][column_in_block];
+    for (int row = 1; row < kReduceRows; ++row) {
+      sum += scratch[row * kReduceColumns + column_in_block];
+    }
     out[column] = from_float<W>(sum);
   }
 }
 
 template <typename W>
-void launch_reduce(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-  const int64_t hidden = params.shape.hidden;
-  const dim3 grid(unsigned((hidden + kReduceColumns - 1) / kReduceColumns), 2);
-  pb_relax_layer_norm_backward_reduce_kernel<W><<<grid, kReduceColumns * kReduceRows, 0, stream>>>(
-      params.partial, params.num_partials, hidden, static_cast<W*>(params.dweight),
-      static_cast<W*>(params.dbias));
+cudaError_t launch_reduce(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
+  const int64_t blocks = (params.shape.hidden + kReduceColumns - 1) / kReduceColumns;
+  return launch<pb_relax_layer_norm_backward_reduce_kernel<W>>(
+      blocks, 2, kReduceColumns * kReduceRows, 0, stream, params);
 }
 
 template <typename T>
@@ -187,31 +187,35 @@ bool is_aligned(const PbRelaxLayerNormBackwardParams& params) {
 }
 
 template <typename T, int kThreadsPerRow>
-bool launch_if_fits(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-  if (params.shape.hidden > kThreadsPerRow * kElementsPerThread) return false;
+cudaError_t launch_rows(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
   constexpr int kWorkers = kRowsPerBlock<kThreadsPerRow>;
-  pb_relax_layer_norm_backward_kernel<T, kThreadsPerRow>
-      <<<unsigned((params.num_partials + kWorkers - 1) / kWorkers), kBlockThreads<kThreadsPerRow>,
-         0, stream>>>(params);
-  return true;
+  return launch<pb_relax_layer_norm_backward_kernel<T, kThreadsPerRow>>(
+      (params.num_partials + kWorkers - 1) / kWorkers, 1, kBlockThreads<kThreadsPerRow>, 0, stream,
+      params);
+}
+
+// dx and the partial sums.
+template <typename T>
+cudaError_t launch_rows(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
+  const int64_t hidden = params.shape.hidden;
+  if (is_aligned<T>(params)) {
+    if (hidden <= 32 * kElementsPerThread) return launch_rows<T, 32>(params, stream);
+    if (hidden <= 128 * kElementsPerThread) return launch_rows<T, 128>(params, stream);
+    if (hidden <= 256 * kElementsPerThread) return launch_rows<T, 256>(params, stream);
+    if (hidden <= 512 * kElementsPerThread) return launch_rows<T, 512>(params, stream);
+  }
+  return launch<pb_relax_layer_norm_backward_any_kernel<T>>(params.num_partials, 1, 256, 0, stream,
+                                                            params);
 }
 
 template <typename T>
-cudaError_t launch(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-  if (!is_aligned<T>(params) ||
-      !(launch_if_fits<T, 32>(params, stream) || launch_if_fits<T, 128>(params, stream) ||
-        launch_if_fits<T, 256>(params, stream) || launch_if_fits<T, 512>(params, stream))) {
-    pb_relax_layer_norm_backward_any_kernel<T>
-        <<<unsigned(params.num_partials), 256, 0, stream>>>(params);
+cudaError_t launch_backward(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
+  const cudaError_t status = launch_rows<T>(params, stream);
+  if (status != cudaSuccess || (params.dweight == nullptr && params.dbias == nullptr)) {
+    return status;
   }
-  if (params.dweight != nullptr || params.dbias != nullptr) {
-    if (params.shape.weight_dtype == DType::kFloat32) {
-      launch_reduce<float>(params, stream);
-    } else {
-      launch_reduce<T>(params, stream);
-    }
-  }
-  return cudaGetLastError();
+  return params.shape.weight_dtype == DType::kFloat32 ? launch_reduce<float>(params, stream)
+                                                      : launch_reduce<T>(params, stream);
 }
 
 }  // namespace
@@ -220,11 +224,11 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& p
                                          cudaStream_t stream) {
   switch (params.shape.dtype) {
     case DType::kFloat32:
-      return launch<float>(params, stream);
+      return launch_backward<float>(params, stream);
     case DType::kFloat16:
-      return launch<__half>(params, stream);
+      return launch_backward<Half>(params, stream);
     case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
+      return launch_backward<BFloat16>(params, stream);
   }
   return cudaErrorInvalidValue;
 }

@@ -48,7 +48,7 @@ template <typename T, int kThreadsPerRow>
 __global__ void __launch_bounds__(kBlockThreads<kThreadsPerRow>, 1)
     pb_relax_layer_norm_forward_kernel(const PbRelaxLayerNormForwardParams params) {
   constexpr int kWarps = kBlockThreads<kThreadsPerRow> / kWarpSize;
-  __shared__ float scratch[4 * kWarps];
+  float* scratch = shared_array<float, 4 * kWarps>();
   const int64_t hidden = params.shape.hidden;
   const float inverse_hidden = 1.f / float(hidden);
   const bool weight_is_float32 = params.shape.weight_dtype == DType::kFloat32;
@@ -129,7 +129,7 @@ template <typename T>
 __global__ void __launch_bounds__(256)
     pb_relax_layer_norm_forward_any_kernel(const PbRelaxLayerNormForwardParams params) {
   constexpr int kWarps = 256 / kWarpSize;
-  __shared__ float scratch[4 * kWarps];
+  float* scratch = shared_array<float, 4 * kWarps>();
   const int64_t hidden = params.shape.hidden;
   const bool weight_is_float32 = params.shape.weight_dtype == DType::kFloat32;
 
@@ -191,27 +191,25 @@ bool is_aligned(const PbRelaxLayerNormForwardParams& params) {
 }
 
 template <typename T, int kThreadsPerRow>
-bool launch_if_fits(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
-  if (params.shape.hidden > kThreadsPerRow * kElementsPerThread) return false;
+cudaError_t launch_rows(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
   constexpr int kRows = kRowsPerBlock<kThreadsPerRow>;
   const int64_t blocks = (params.shape.rows + kRows - 1) / kRows;
-  pb_relax_layer_norm_forward_kernel<T, kThreadsPerRow>
-      <<<unsigned(blocks < INT32_MAX ? blocks : INT32_MAX), kBlockThreads<kThreadsPerRow>, 0,
-         stream>>>(params);
-  return true;
+  return launch<pb_relax_layer_norm_forward_kernel<T, kThreadsPerRow>>(
+      blocks < INT32_MAX ? blocks : INT32_MAX, 1, kBlockThreads<kThreadsPerRow>, 0, stream, params);
 }
 
 template <typename T>
-cudaError_t launch(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
-  const int64_t rows = params.shape.rows;
-  if (!is_aligned<T>(params) ||
-      !(launch_if_fits<T, 32>(params, stream) || launch_if_fits<T, 128>(params, stream) ||
-        launch_if_fits<T, 256>(params, stream) || launch_if_fits<T, 512>(params, stream) ||
-        launch_if_fits<T, 1024>(params, stream))) {
-    pb_relax_layer_norm_forward_any_kernel<T>
-        <<<unsigned(rows < INT32_MAX ? rows : INT32_MAX), 256, 0, stream>>>(params);
+cudaError_t launch_forward(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
+  const int64_t rows = params.shape.rows, hidden = params.shape.hidden;
+  if (is_aligned<T>(params)) {
+    if (hidden <= 32 * kElementsPerThread) return launch_rows<T, 32>(params, stream);
+    if (hidden <= 128 * kElementsPerThread) return launch_rows<T, 128>(params, stream);
+    if (hidden <= 256 * kElementsPerThread) return launch_rows<T, 256>(params, stream);
+    if (hidden <= 512 * kElementsPerThread) return launch_rows<T, 512>(params, stream);
+    if (hidden <= 1024 * kElementsPerThread) return launch_rows<T, 1024>(params, stream);
   }
-  return cudaGetLastError();
+  return launch<pb_relax_layer_norm_forward_any_kernel<T>>(rows < INT32_MAX ? rows : INT32_MAX, 1,
+                                                           256, 0, stream, params);
 }
 
 }  // namespace
@@ -221,11 +219,11 @@ cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& par
   if (params.shape.rows == 0) return cudaSuccess;
   switch (params.shape.dtype) {
     case DType::kFloat32:
-      return launch<float>(params, stream);
+      return launch_forward<float>(params, stream);
     case DType::kFloat16:
-      return launch<__half>(params, stream);
+      return launch_forward<Half>(params, stream);
     case DType::kBFloat16:
-      return launch<__nv_bfloat16>(params, stream);
+      return launch_forward<BFloat16>(params, stream);
   }
   return cudaErrorInvalidValue;
 }

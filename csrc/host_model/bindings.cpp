@@ -1,0 +1,43 @@
+// The Python module `cogview_kernels._host_model`. Importing it registers the operators of ops.cpp
+// for CPU tensors.
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "report.h"
+
+namespace py = pybind11;
+
+namespace {
+
+py::list take_report() {
+  using namespace py::literals;
+  py::list launches;
+  for (const host_model::LaunchReport& report : host_model::take_report()) {
+    py::dict buffers;
+    for (const host_model::Traffic& traffic : report.buffers) {
+      buffers[py::str(traffic.name)] = py::dict(
+          "bytes_loaded"_a = traffic.bytes_loaded, "bytes_stored"_a = traffic.bytes_stored,
+          "unique_loaded"_a = traffic.unique_loaded, "unique_stored"_a = traffic.unique_stored,
+          "operator_unique_loaded"_a = traffic.operator_unique_loaded,
+          "operator_unique_stored"_a = traffic.operator_unique_stored);
+    }
+    launches.append(py::dict("operator"_a = report.operator_name, "kernel"_a = report.kernel,
+                             "grid"_a = py::make_tuple(report.grid_x, report.grid_y),
+                             "threads"_a = report.threads, "static_shared"_a = report.static_shared,
+                             "dynamic_shared"_a = report.dynamic_shared, "mma"_a = report.mma,
+                             "barriers"_a = report.barriers,
+                             "shared_accesses"_a = report.shared_accesses,
+                             "bank_conflicts"_a = report.bank_conflicts, "buffers"_a = buffers));
+  }
+  return launches;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_host_model, m) {
+  m.def("take_report", &take_report,
+        "What was counted in each launch since the last call (report.h): a list of dicts.");
+  m.def("set_num_threads", &host_model::set_num_threads, py::arg("num_threads"),
+        "Blocks run on so many threads of the CPU.");
+}
