@@ -19,11 +19,16 @@ from cogview_kernels import extension
 
 RELAX = (None, "row", "tensor")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-NO_CUDA = extension.why_not_usable()
+NO_CUDA, NO_HOST_MODEL = extension.why_not_usable(), extension.why_not_host_model()
+HOST_MODEL = pytest.param(
+    "host_model", marks=pytest.mark.skipif(NO_HOST_MODEL is not None, reason=str(NO_HOST_MODEL))
+)
 # "operator" is what the CUDA kernel is reached through; on the CPU it runs exported programs.
+# "host_model" is the kernel's own source on the CPU.
 IMPLEMENTATIONS = [
     "portable",
     "operator",
+    HOST_MODEL,
     pytest.param("cuda", marks=pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))),
 ]
 
@@ -360,28 +365,30 @@ def test_one_maximum_for_the_whole_tensor(backend: str) -> None:
     torch.testing.assert_close(single, row)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
-def test_poison_lands_where_the_reference_has_it(relax: str | None, value: float) -> None:
+def test_poison_lands_where_the_reference_has_it(
+    implementation: str, relax: str | None, value: float
+) -> None:
     x = torch.randn(4, 9)
     x[2, 3] = value
     right = ck.pb_relax_layer_norm(x, None, None, relax=relax, backend="reference")
-    for implementation in ("portable", "operator"):
-        y = normalise(implementation, x, None, None, 1e-5, relax)
-        torch.testing.assert_close(y, right, equal_nan=True)
+    y = normalise(implementation, x, None, None, 1e-5, relax)
+    torch.testing.assert_close(y, right, equal_nan=True)
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("relax", RELAX)
-def test_runs_are_bitwise_equal(relax: str | None) -> None:
+def test_runs_are_bitwise_equal(implementation: str, relax: str | None) -> None:
     x, dy = torch.randn(2, 50, 33)
     weight, bias = torch.randn(2, 33)
-    for implementation in ("portable", "operator"):
 
-        def run(*tensors: Tensor, implementation: str = implementation) -> Tensor:
-            return normalise(implementation, *tensors, 1e-5, relax)
+    def run(*tensors: Tensor) -> Tensor:
+        return normalise(implementation, *tensors, 1e-5, relax)
 
-        first, second = (differentiate(run, [x, weight, bias], dy) for _ in range(2))
-        assert all(map(torch.equal, first, second))
+    first, second = (differentiate(run, [x, weight, bias], dy) for _ in range(2))
+    assert all(map(torch.equal, first, second))
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -401,7 +408,7 @@ def test_strides_do_not_matter(implementation: str, relax: str | None) -> None:
             torch.testing.assert_close(view, copied, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("backend", ["portable", "reference"])
+@pytest.mark.parametrize("backend", ["portable", "reference", HOST_MODEL])
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("shape", [(6,), (2, 1, 3, 6), (0, 6), (2, 0, 6), (3, 1)])
 def test_any_number_of_rows(backend: str, relax: str | None, shape: tuple[int, ...]) -> None:
@@ -414,8 +421,11 @@ def test_any_number_of_rows(backend: str, relax: str | None, shape: tuple[int, .
         assert torch.equal(y, bias.expand_as(y)), "a row of one is its own mean"
 
 
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[1:])
 @pytest.mark.parametrize("has_weight, has_bias", [(True, False), (False, True), (False, False)])
-def test_operator_without_weight_or_bias(has_weight: bool, has_bias: bool) -> None:
+def test_operator_without_weight_or_bias(
+    implementation: str, has_weight: bool, has_bias: bool
+) -> None:
     x = torch.randn(5, 12, requires_grad=True)
     weight = torch.randn(12, requires_grad=True) if has_weight else None
     bias = torch.randn(12, requires_grad=True) if has_bias else None
@@ -423,7 +433,7 @@ def test_operator_without_weight_or_bias(has_weight: bool, has_bias: bool) -> No
     dy = torch.randn(5, 12)
     actual, expected = (
         torch.autograd.grad(normalise(which, x, weight, bias), leaves, dy)
-        for which in ("operator", "portable")
+        for which in (implementation, "portable")
     )
     for value, right in zip(actual, expected, strict=True):
         torch.testing.assert_close(value, right)
@@ -432,7 +442,7 @@ def test_operator_without_weight_or_bias(has_weight: bool, has_bias: bool) -> No
 # Sandwich and module
 
 
-@pytest.mark.parametrize("backend", ["auto", "portable", "reference"])
+@pytest.mark.parametrize("backend", ["auto", "portable", "reference", HOST_MODEL])
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("dtype, residual_dtype", [(torch.float32,) * 2, (torch.half, torch.float)])
 def test_sandwich_is_its_definition(
