@@ -96,6 +96,9 @@ inline constexpr struct {
   host_model::Index<host_model::grid_dim_y> y;
 } gridDim;
 
+// All of this is inlined: of a struct that a call returns straight to memory the compiler's hooks
+// would not see the store.
+
 struct Half {
   uint16_t bits;
 };
@@ -103,22 +106,24 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-inline float shfl_bfly(float value, int lane_mask, Where where = Where::current()) {
+__forceinline__ float shfl_bfly(float value, int lane_mask, Where where = Where::current()) {
   return std::bit_cast<float>(host_model::shfl("shfl_bfly", std::bit_cast<uint32_t>(value),
                                                int(threadIdx.x % 32) ^ lane_mask, where));
 }
-inline int shfl_idx(int value, int source_lane, Where where = Where::current()) {
+__forceinline__ int shfl_idx(int value, int source_lane, Where where = Where::current()) {
   return int(host_model::shfl("shfl_idx", uint32_t(value), source_lane, where));
 }
-inline int popc(uint32_t bits) { return std::popcount(bits); }
-inline uint32_t vote_ballot(bool predicate, Where where = Where::current()) {
+__forceinline__ int popc(uint32_t bits) { return std::popcount(bits); }
+__forceinline__ uint32_t vote_ballot(bool predicate, Where where = Where::current()) {
   return host_model::vote_ballot(predicate, where);
 }
-inline void bar_warp_sync(Where where = Where::current()) { host_model::bar_warp_sync(where); }
-inline void bar_sync(Where where = Where::current()) {
+__forceinline__ void bar_warp_sync(Where where = Where::current()) {
+  host_model::bar_warp_sync(where);
+}
+__forceinline__ void bar_sync(Where where = Where::current()) {
   host_model::bar_sync("bar_sync", false, where);
 }
-inline bool bar_red_or(bool predicate, Where where = Where::current()) {
+__forceinline__ bool bar_red_or(bool predicate, Where where = Where::current()) {
   return host_model::bar_sync("bar_red_or", predicate, where);
 }
 
@@ -127,50 +132,51 @@ template <typename T, int kSize>
 inline char shared_array_key;
 
 template <typename T, int kSize>
-T* shared_array() {
+__forceinline__ T* shared_array() {
   return static_cast<T*>(
       host_model::shared_array(&shared_array_key<T, kSize>, int(sizeof(T)) * kSize));
 }
-inline unsigned char* dynamic_shared() { return host_model::dynamic_shared(); }
+__forceinline__ unsigned char* dynamic_shared() { return host_model::dynamic_shared(); }
 
-inline __attribute__((always_inline)) uint4 ld_global_nc_v4(const void* address,
-                                                            Where where = Where::current()) {
+__forceinline__ uint4 ld_global_nc_v4(const void* address, Where where = Where::current()) {
   return host_model::ld_global_v4(address, where);
 }
-inline __attribute__((always_inline)) void st_global_v4(void* address, uint4 value,
-                                                        Where where = Where::current()) {
+__forceinline__ void st_global_v4(void* address, uint4 value, Where where = Where::current()) {
   host_model::st_global_v4(address, value, where);
 }
-inline void red_global_max(uint32_t* address, uint32_t value, Where where = Where::current()) {
+__forceinline__ void red_global_max(uint32_t* address, uint32_t value,
+                                    Where where = Where::current()) {
   host_model::red_global_max(address, value, where);
 }
 
-inline __attribute__((always_inline)) void cp_async_16(void* shared, const void* global, bool valid,
-                                                       Where where = Where::current()) {
+__forceinline__ void cp_async_16(void* shared, const void* global, bool valid,
+                                 Where where = Where::current()) {
   host_model::cp_async(shared, global, 16, valid, where);
 }
-inline __attribute__((always_inline)) void cp_async_4(void* shared, const void* global, bool valid,
-                                                      Where where = Where::current()) {
+__forceinline__ void cp_async_4(void* shared, const void* global, bool valid,
+                                Where where = Where::current()) {
   host_model::cp_async(shared, global, 4, valid, where);
 }
-inline void cp_async_commit_group() { host_model::cp_async_commit_group(); }
+__forceinline__ void cp_async_commit_group() { host_model::cp_async_commit_group(); }
 template <int kPending>
-void cp_async_wait_group() {
+__forceinline__ void cp_async_wait_group() {
   host_model::cp_async_wait_group(kPending);
 }
 
-inline void ldmatrix_x4(uint32_t (&out)[4], const void* row, Where where = Where::current()) {
+__forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row,
+                                 Where where = Where::current()) {
   const host_model::Registers4 loaded = host_model::ldmatrix(row, false, where);
   for (int i = 0; i < 4; ++i) out[i] = loaded.value[i];
 }
-inline void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row, Where where = Where::current()) {
+__forceinline__ void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row,
+                                       Where where = Where::current()) {
   const host_model::Registers4 loaded = host_model::ldmatrix(row, true, where);
   for (int i = 0; i < 4; ++i) out[i] = loaded.value[i];
 }
 
 template <typename T>
-void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                  Where where = Where::current()) {
+__forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
+                                  Where where = Where::current()) {
   constexpr auto kElement =
       std::is_same_v<T, Half> ? host_model::Element::kHalf : host_model::Element::kBFloat16;
   const host_model::Float4 sums = host_model::mma(
@@ -178,16 +184,18 @@ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b
   for (int i = 0; i < 4; ++i) c[i] = sums.value[i];
 }
 
-inline float ex2_approx(float x) {
+__forceinline__ float ex2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.f : y;
 }
 
-inline uint32_t float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+__forceinline__ uint32_t float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 
-inline float to_float(float value) { return value; }
-inline float to_float(BFloat16 value) { return std::bit_cast<float>(uint32_t(value.bits) << 16); }
-inline float to_float(Half value) {
+__forceinline__ float to_float(float value) { return value; }
+__forceinline__ float to_float(BFloat16 value) {
+  return std::bit_cast<float>(uint32_t(value.bits) << 16);
+}
+__forceinline__ float to_float(Half value) {
   // The exponent's bias is put right by a multiplication, which also makes denormals normal.
   const uint32_t magnitude = value.bits & 0x7fffu;
   float number = std::bit_cast<float>(magnitude << 13) * 0x1p112f;
@@ -196,7 +204,7 @@ inline float to_float(Half value) {
 }
 
 template <typename T>
-T from_float(float value) {
+__forceinline__ T from_float(float value) {
   const uint32_t bits = std::bit_cast<uint32_t>(value);
   const uint32_t magnitude = bits & 0x7fffffffu;
   if constexpr (std::is_same_v<T, float>) {
@@ -220,7 +228,7 @@ T from_float(float value) {
 }
 
 template <typename T>
-uint32_t cvt_rn_x2(float low, float high) {
+__forceinline__ uint32_t cvt_rn_x2(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
 }
 
