@@ -81,8 +81,12 @@ class Problem:
         return self.differentiate(attention)
 
     def to(self, dtype: torch.dtype) -> Problem:
-        q, k, v, dout, dlse = (t.to(dtype) for t in (self.q, self.k, self.v, self.dout, self.dlse))
-        return dataclasses.replace(self, q=q, k=k, v=v, dout=dout, dlse=dlse)
+        return self.map(lambda tensor: tensor.to(dtype))
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
+        """The problem with each of its tensors changed, the layout's apart."""
+        names = ("q", "k", "v", "dout", "dlse")
+        return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})
 
 
 def loops(problem: Problem) -> dict[str, Tensor]:
@@ -244,20 +248,23 @@ def layouts(draw: st.DrawFn, batch: int, k_len: int) -> ck.ThreeRegionLayout:
 
 @st.composite
 def problems(
-    draw: st.DrawFn, max_len: int, dtype: torch.dtype = torch.float64, max_batch: int = 3
+    draw: st.DrawFn,
+    max_len: int,
+    dtype: torch.dtype = torch.float64,
+    max_batch: int = 3,
+    head_dims: tuple[int, ...] = (1, 3, 8, 16),
 ) -> Problem:
     """Any legal call of the attention up to ``max_len`` keys."""
     batch = draw(st.integers(0, max_batch))
     k_len = draw(st.integers(1, max_len))
     num_kv_heads = draw(st.integers(1, 2))
-    head_dims = st.sampled_from([1, 3, 8, 16])
     return make_problem(
         batch,
         num_kv_heads * draw(st.integers(1, 3)),
         num_kv_heads,
         draw(st.one_of(st.just(k_len), st.integers(0, k_len))),
         k_len,
-        draw(head_dims),
+        draw(st.sampled_from(head_dims)),
         dtype,
         draw(layouts(batch, k_len)),
         draw(st.sampled_from([None, 0.0, -0.5, 1.5])),

@@ -1,0 +1,405 @@
+"""The attention kernels against the definition: their own source on the CPU (``host_model``) and,
+where there is one, on a GPU (``cuda``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import RESULTS, Problem, assert_as_accurate_as_torch, make_problem, problems
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import cogview_kernels as ck
+from cogview_kernels import attention, extension
+
+HEAD_DIMS = attention.HEAD_DIMS
+HALVES = (torch.bfloat16, torch.float16)
+
+
+def int32(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def backend_or_skip(name: str) -> Any:
+    reasons = {"host_model": extension.why_not_host_model, "cuda": extension.why_not_usable}
+    reason = reasons[name]()
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
+
+
+@pytest.fixture(params=[backend_or_skip("host_model"), backend_or_skip("cuda")], scope="module")
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
+@pytest.fixture(autouse=True)
+def one_split() -> Iterator[None]:
+    yield
+    extension.host_model_num_sms = 1
+
+
+def run(problem: Problem, backend: str) -> dict[str, Tensor]:
+    """The kernels' results, on the CPU."""
+    if backend == "cuda":
+        layout = problem.layout
+        tensors = {
+            name: value.cuda()
+            for name, value in (("text_len", layout.text_len), ("pivot_idx", layout.pivot_idx))
+            if isinstance(value, Tensor)
+        }
+        problem = problem.map(lambda tensor: tensor.cuda())
+        problem = dataclasses.replace(problem, layout=dataclasses.replace(layout, **tensors))
+    return {name: value.cpu() for name, value in problem.run(backend).items()}
+
+
+def check(problem: Problem, backend: str) -> dict[str, Tensor]:
+    """Run the kernels and hold every result against the definition."""
+    results = run(problem, backend)
+    dtype = problem.q.dtype
+    assert [results[name].dtype for name in RESULTS] == [dtype, torch.float32, dtype, dtype, dtype]
+    assert_as_accurate_as_torch(problem, results)
+    # lse is float32 whatever the dtype, and must be as good.
+    truth = problem.to(torch.float64).run("reference")["lse"]
+    largest = max(1.0, truth.abs().max().item()) if truth.numel() > 0 else 1.0
+    assert (results["lse"] - truth).abs().max().item() <= 4e-6 * largest if truth.numel() else True
+    return results
+
+
+# The definition
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@given(data=st.data())
+@settings(max_examples=300)
+def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    problem = data.draw(problems(300, dtype, max_batch=2, head_dims=HEAD_DIMS))
+    extension.host_model_num_sms = data.draw(st.sampled_from([1, 40]))  # the backward's splits
+    check(problem, backend)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", HALVES)
+@given(data=st.data())
+@settings(max_examples=1000)
+def test_equals_the_definition_sweep(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
+    problem = data.draw(problems(700, dtype, max_batch=2, head_dims=HEAD_DIMS))
+    extension.host_model_num_sms = data.draw(st.sampled_from([1, 40]))
+    check(problem, backend)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("w, n", [(64, 2), (128, 1), (48, 3), (200, 1)])
+def test_many_tiles(backend: str, dtype: torch.dtype, head_dim: int, w: int, n: int) -> None:
+    """Several tiles of queries, keys, text and pivots, and their ragged ends."""
+    text_len = int32([70, 9])
+    pivots = ck.sample_pivots(text_len, 520, 150, torch.Generator().manual_seed(1))
+    pivots[1, 100:] = 520  # ragged
+    layout = ck.ThreeRegionLayout(text_len, pivots, w, n, math.log(2), -0.5)
+    extension.host_model_num_sms = 20
+    check(make_problem(2, 2, 1, 450, 520, head_dim, dtype, layout), backend)
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_a_lost_result_is_caught(name: str) -> None:
+    """The bounds see a lost head, and zeros."""
+    problem = make_problem(2, 4, 2, 100, 130, 32, torch.float16)
+    results = problem.run("portable")
+    assert_as_accurate_as_torch(problem, results)
+    lost = results[name].clone()
+    lost[:, 1] = 0
+    for wrong in (torch.zeros_like(lost), lost):
+        with pytest.raises(AssertionError, match=f"^{name}: error"):
+            assert_as_accurate_as_torch(problem, {**results, name: wrong})
+
+
+# Degenerate cases
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ck.ThreeRegionLayout(0, None, 4, 2),
+        ck.ThreeRegionLayout(0, int32([[3, 8]]), 4, 2),
+        ck.ThreeRegionLayout(9, None, 4, 2),
+        ck.ThreeRegionLayout(9, int32([[-(2**31), -5, -1, 2**31 - 1]]), 4, 2),
+        ck.ThreeRegionLayout(0, torch.arange(137, dtype=torch.int32).view(1, -1), 4, 2),
+        ck.ThreeRegionLayout(2**31 - 1, int32([[6, 9]]), 4, 1),
+        ck.ThreeRegionLayout(5, int32([[6, 9]]), 1000, 1),
+        ck.ThreeRegionLayout(5, int32([[6, 9]]), 137, 1),
+        ck.ThreeRegionLayout(5, int32([[6, 9]]), 1, 1),
+        ck.ThreeRegionLayout(5, int32([[6, 9]]), 1, 2**62),
+        ck.ThreeRegionLayout(5, int32([[6, 9]]), 2**40, 2**40),
+    ],
+    ids=["window", "no text", "no pivots", "padding", "all pivots", "all text", "Sk<w", "Sk=w"]
+    + ["w=1", "n=2^62", "w=2^40"],
+)
+@pytest.mark.parametrize("q_len", [137, 5, 1])
+def test_degenerate_layouts(backend: str, layout: ck.ThreeRegionLayout, q_len: int) -> None:
+    check(make_problem(2, 2, 1, q_len, 137, 32, torch.bfloat16, layout), backend)
+
+
+@pytest.mark.parametrize("batch, q_len, k_len", [(0, 5, 5), (0, 0, 0), (2, 0, 5), (2, 0, 0)])
+def test_nothing_to_do(backend: str, batch: int, q_len: int, k_len: int) -> None:
+    layout = ck.ThreeRegionLayout(1, int32([[2]]), 2, 1)
+    problem = make_problem(
+        batch, 4, 2, q_len, k_len, 32, torch.float16, layout=layout, packed=False
+    )
+    results = run(problem, backend)
+    assert results["out"].shape == (batch, 4, q_len, 32)
+    assert results["lse"].shape == (batch, 4, q_len)
+    for name in ("dk", "dv"):
+        assert results[name].shape == (batch, 2, k_len, 32) and results[name].abs().sum() == 0
+
+
+def test_a_window_that_covers_everything_is_causal_attention(backend: str) -> None:
+    layout = ck.ThreeRegionLayout(int32([5, 60]), int32([[6, 9], [7, 70]]), 64, 3, 3.0, -4.0)
+    problem = make_problem(2, 4, 2, k_len=150, head_dim=64, dtype=torch.bfloat16, layout=layout)
+    out = run(problem, backend)["out"]
+    q, k, v = (t.double() for t in (problem.q, problem.k, problem.v))
+    expected = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+    torch.testing.assert_close(out.double(), expected, rtol=8e-3, atol=8e-3)
+
+
+def test_more_heads_than_a_grid_dimension(backend: str) -> None:
+    layout = ck.ThreeRegionLayout(1, int32([[1, 2]]), 1, 1)
+    problem = make_problem(1, 66000, k_len=2, head_dim=32, dtype=torch.bfloat16, layout=layout)
+    if backend == "host_model":  # some seconds: forward only
+        out = ck.three_region_attention(problem.q, problem.k, problem.v, layout, backend=backend)
+        expected = problem.to(torch.float64).run("reference")["out"]
+        torch.testing.assert_close(out.double(), expected, rtol=1e-2, atol=1e-2)
+    else:
+        check(problem, backend)
+
+
+@pytest.mark.parametrize("splits", [1, 7])
+def test_any_values_in_the_layout_are_safe(backend: str, splits: int) -> None:
+    """Unsorted, repeated and wild entries, as a GPU's layout may hold unchecked: they are dropped,
+    and nothing outside the tensors is touched."""
+    k_len, text_len = 100, int32([2**31 - 1, -7, 4])
+    pivot_idx = int32(
+        [[5, 3, 9, -1, 200, 7], [9, 9, 4, 2**31 - 1, 30, 12], [3, 50, -(2**31), 50, 51, 99]]
+    )
+    counted = int32([[100] * 6, [9, 30, 100, 100, 100, 100], [50, 51, 99, 100, 100, 100]])
+    clean = ck.ThreeRegionLayout(int32([100, 0, 4]), counted, 16, 1)
+    problem = make_problem(3, 2, k_len=k_len, head_dim=32, dtype=torch.bfloat16, layout=clean)
+    wild = ck.ThreeRegionLayout(int32([0, 0, 0]), None, 16, 1)
+    object.__setattr__(wild, "text_len", text_len)
+    object.__setattr__(wild, "pivot_idx", pivot_idx)
+    object.__setattr__(wild, "validate", lambda k_len: None)
+    extension.host_model_num_sms = splits
+    expected = check(problem, backend)
+    results = run(dataclasses.replace(problem, layout=wild), backend)
+    assert all(torch.equal(results[name], expected[name]) for name in RESULTS)
+
+
+@pytest.mark.parametrize("far_keys", [[2**31 - 1, 2**31 - 1, 2**31 - 1, -5, 7], [-9, 3, 9, 2, 7]])
+def test_any_packed_layout_is_safe(backend: str, far_keys: list[int]) -> None:
+    """Even what the packing kernel would never write stays inside the tensors."""
+    problem = make_problem(1, 2, k_len=150, head_dim=32, dtype=torch.bfloat16)
+    suffix = "_host_model" if backend == "host_model" else ""
+    op = getattr(torch.ops.cogview_kernels, f"three_region_attention{suffix}")
+    device = "cpu" if backend == "host_model" else "cuda"
+    q, k, v = (t.to(device) for t in (problem.q, problem.k, problem.v))
+    out, _, _ = op(q, k, v, int32([far_keys]).to(device), 16, 1, 0.0, 0.0, 0.1)
+    assert out.isfinite().all()
+
+
+# Properties
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_values_of_one_give_one(backend: str, dtype: torch.dtype) -> None:
+    problem = make_problem(2, 4, 2, k_len=300, head_dim=64, dtype=dtype)
+    problem = dataclasses.replace(problem, v=torch.ones_like(problem.v))
+    out = run(problem, backend)["out"]
+    torch.testing.assert_close(out, torch.ones_like(out), rtol=0, atol=torch.finfo(dtype).eps)
+
+
+@pytest.mark.parametrize("later", [math.nan, math.inf, 1e4])
+@pytest.mark.parametrize("position", [1, 37, 130, 149])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_later_tokens_change_nothing(
+    backend: str, dtype: torch.dtype, position: int, later: float
+) -> None:
+    problem = make_problem(2, 4, 2, k_len=150, head_dim=32, dtype=dtype)
+    problem.dout[:, :, position:] = 0
+    problem.dlse[:, :, position:] = 0
+    before = run(problem, backend)
+    for tensor in (problem.q, problem.k, problem.v):
+        tensor[:, :, position:] = later
+    after = run(problem, backend)
+    for name in ("out", "lse", "dq"):
+        a, b = before[name][:, :, :position], after[name][:, :, :position]
+        if math.isfinite(later):
+            assert torch.equal(a, b), name
+        else:
+            torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("what", ["k", "v"])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_hidden_keys_do_not_leak(backend: str, what: str, value: float) -> None:
+    """One poisoned key: exactly the rows that may see it know of it."""
+    layout = ck.ThreeRegionLayout(5, int32([[40, 90]]), 16, 2)
+    problem = make_problem(1, 2, k_len=150, head_dim=32, dtype=torch.bfloat16, layout=layout)
+    clean = run(problem, backend)
+    for position in (3, 40, 41, 70, 149):
+        poisoned = dataclasses.replace(problem, k=problem.k.clone(), v=problem.v.clone())
+        getattr(poisoned, what)[:, :, position] = value
+        results = run(poisoned, backend)
+        sees = layout.dense_mask(1, 150, 150)[0, :, position]
+        expected = poisoned.to(torch.float64).run("reference")
+        for name in ("out", "lse", "dq"):
+            torch.testing.assert_close(
+                results[name][:, :, ~sees], clean[name][:, :, ~sees], rtol=2e-2, atol=2e-2
+            )
+            same = results[name].isnan() == expected[name].isnan()
+            assert same.all(), (name, position)
+
+
+def test_unseen_queries_do_not_leak(backend: str) -> None:
+    """One poisoned gradient: exactly the keys that its query sees know of it."""
+    layout = ck.ThreeRegionLayout(5, int32([[40, 90]]), 16, 2)
+    problem = make_problem(1, 2, k_len=150, head_dim=32, dtype=torch.bfloat16, layout=layout)
+    for query in (0, 39, 70, 149):
+        poisoned = dataclasses.replace(problem, dout=problem.dout.clone())
+        poisoned.dout[:, :, query] = math.nan
+        for extension.host_model_num_sms in (1, 40):
+            results = run(poisoned, backend)
+            expected = poisoned.to(torch.float64).run("reference")
+            for name in ("dq", "dk", "dv"):
+                torch.testing.assert_close(
+                    results[name].double(), expected[name], rtol=5e-2, atol=5e-2, equal_nan=True
+                )
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+def test_reruns_are_bitwise_equal(backend: str, dtype: torch.dtype) -> None:
+    layout = ck.ThreeRegionLayout(7, ck.sample_pivots(7, 400, 90), 32, 2, 1.0, 0.5)
+    problem = make_problem(2, 4, 2, 400, 400, 64, dtype, layout)
+    for extension.host_model_num_sms in (1, 40):
+        first = run(problem, backend)
+        second = run(problem, backend)
+        assert all(torch.equal(first[name], second[name]) for name in RESULTS)
+
+
+# Numbers at the edge
+
+
+@pytest.mark.parametrize("size", [1e2, 1e3, 1e4, 6e4])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_large_logits(backend: str, dtype: torch.dtype, size: float) -> None:
+    """Logits far beyond float16: one key wins each row, and the weights still sum to one."""
+    problem = make_problem(1, 2, k_len=150, head_dim=64, dtype=dtype)
+    problem = dataclasses.replace(
+        problem,
+        q=(problem.q.double() * size / 4).clamp(-65504, 65504).to(dtype),
+        k=(problem.k.double() * size / 4).clamp(-65504, 65504).to(dtype),
+        dlse=torch.zeros_like(problem.dlse),
+    )
+    results = run(problem, backend)
+    truth = problem.to(torch.float64).run("reference")
+    assert all(value.isfinite().all() for value in results.values())
+    eps = torch.finfo(dtype).eps
+    torch.testing.assert_close(results["out"].double(), truth["out"], rtol=2 * eps, atol=4 * eps)
+    torch.testing.assert_close(results["lse"].double(), truth["lse"], rtol=1e-6, atol=1e-6)
+    # sum over keys of dv = sum over rows of dout, as each row's weights sum to one
+    torch.testing.assert_close(
+        results["dv"].double().sum(2), problem.dout.double().sum(2), rtol=0, atol=150 * eps
+    )
+
+
+@pytest.mark.parametrize("size", [1e18, 1e30, 3e38])
+def test_products_beyond_float32(backend: str, size: float) -> None:
+    """bfloat16 reaches as far as float32: products overflow, and still nothing becomes NaN."""
+    problem = make_problem(1, 2, k_len=150, head_dim=32, dtype=torch.bfloat16)
+    q, k = ((t.sign() * size).to(torch.bfloat16) for t in (problem.q, problem.k))
+    out, lse = ck.three_region_attention(
+        q.to(device_of(backend)),
+        k.to(device_of(backend)),
+        problem.v.to(device_of(backend)),
+        ck.ThreeRegionLayout(5, None, 4, 2),
+        backend=backend,
+        return_lse=True,
+    )
+    assert out.isfinite().all() and lse.isfinite().all()
+
+
+def device_of(backend: str) -> str:
+    return "cpu" if backend == "host_model" else "cuda"
+
+
+@pytest.mark.parametrize("head_dim", [32, 128])
+@pytest.mark.parametrize("size", [0.0, 2.0**-120, 1.0])
+def test_any_scale_and_sign(backend: str, head_dim: int, size: float) -> None:
+    problem = make_problem(1, 2, k_len=140, head_dim=head_dim, dtype=torch.float16)
+    for scale in (size, -size):
+        check(dataclasses.replace(problem, softmax_scale=scale), backend)
+
+
+def largest_scale(problem: Problem) -> int:
+    """The largest exponent by which dout and dlse can be scaled with gradients and themselves
+    finite in float16."""
+    truth = problem.to(torch.float64).run("reference")
+    tensors = [truth["dq"], truth["dk"], truth["dv"], problem.dout.double()]
+    return int(math.floor(math.log2(65504 / max(t.abs().max().item() for t in tensors))))
+
+
+@pytest.mark.parametrize("value_scale", [1.0, 2.0**10, 2.0**-10])
+@pytest.mark.parametrize("key_scale", [1.0, 2.0**7])
+def test_gradients_at_any_loss_scale(backend: str, value_scale: float, key_scale: float) -> None:
+    """PB-relax: float16 gradients are finite and keep their accuracy from an upstream gradient of
+    2^-20 up to the largest whose true gradients fit."""
+    base = make_problem(1, 2, 1, k_len=160, head_dim=64, dtype=torch.float16)
+    base = dataclasses.replace(
+        base,
+        q=base.q / key_scale,
+        k=base.k * key_scale,
+        v=base.v * value_scale,
+        dlse=torch.zeros_like(base.dlse),
+    )
+    for exponent in (-20, -14, -8, 0, 5, largest_scale(base)):
+        problem = base.map(lambda tensor: tensor)
+        # rounded as the upstream gradient would be
+        problem.dout = (base.dout.double() * 2.0**exponent).to(torch.float16)
+        results = run(problem, backend)
+        truth = problem.to(torch.float64).run("reference")
+        for name in ("dq", "dk", "dv"):
+            largest = truth[name].abs().max().item()
+            if largest < 2.0**-14:
+                continue  # not representable: checked below to be zero or denormal, not NaN
+            error = (results[name].double() - truth[name]).abs().max().item()
+            # the rounding of p or ds, of the result, and a denormal result's last bit
+            assert error <= 3e-3 * largest + 2.0**-24, (name, exponent, error / largest)
+        assert all(value.isfinite().all() for value in results.values()), exponent
+
+
+# Memory
+
+
+def test_strides_do_not_matter(backend: str) -> None:
+    problem = make_problem(2, 4, 2, k_len=100, head_dim=32, dtype=torch.bfloat16)
+    expected = run(problem, backend)
+    changes = {
+        "contiguous": lambda t: t.contiguous(),
+        "batch inside": lambda t: t.transpose(0, 2).contiguous().transpose(0, 2),
+        "odd rows": lambda t: F.pad(t, (0, 3))[..., : t.shape[-1]] if t.ndim == 4 else t,
+        "odd address": lambda t: F.pad(t, (1, 0))[..., 1:] if t.ndim == 4 else t,
+    }
+    for name, change in changes.items():
+        results = run(problem.map(change), backend)  # type: ignore[arg-type]
+        assert all(torch.equal(results[key], expected[key]) for key in RESULTS), name
+    # One head expanded to many: stride 0.
+    single = dataclasses.replace(
+        problem, k=problem.k[:, :1].expand(-1, 2, -1, -1), v=problem.v[:, :1].expand(-1, 2, -1, -1)
+    )
+    expected = run(single.map(lambda t: t.contiguous()), backend)
+    results = run(single, backend)
+    assert all(torch.equal(results[key], expected[key]) for key in ("out", "lse", "dq"))
