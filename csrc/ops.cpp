@@ -79,8 +79,7 @@ void run(const char* name, const Tensor&, std::initializer_list<Argument> argume
   host_model::Operator call(name, buffers);
   cudaError_t status = launch(cudaStream_t{});
   if (status == cudaSuccess) status = call.finish();
-  STD_TORCH_CHECK(status == cudaSuccess, "cogview_kernels::", name, ": ",
-                  cudaGetErrorString(status));
+  STD_TORCH_CHECK(status == cudaSuccess, "cogview_kernels: ", cudaGetErrorString(status));
 }
 
 #else
@@ -118,7 +117,7 @@ void run(const char* name, const Tensor& like, std::initializer_list<Argument>,
          const Launch& launch) {
   const torch::stable::accelerator::DeviceGuard guard(like.get_device_index());
   const cudaError_t status = launch(current_stream(like.get_device_index()));
-  STD_TORCH_CHECK(status == cudaSuccess, "cogview_kernels::", name,
+  STD_TORCH_CHECK(status == cudaSuccess, "cogview_kernels: ", name,
                   ": kernel launch failed: ", cudaGetErrorString(status));
 }
 
