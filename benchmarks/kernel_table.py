@@ -21,6 +21,7 @@ from importlib.metadata import PackageNotFoundError, files
 from itertools import groupby, product
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -153,7 +154,7 @@ def disassemble(path: Path) -> dict[str, Any]:
         for column in columns_of(mnemonic):
             rows[mangled, architecture][column] += count
 
-    names = _plain_names([mangled for mangled, _ in rows])
+    names = _demangle([mangled for mangled, _ in rows])
     found = {
         "nvcc": nvcc,
         "kernels": [
@@ -175,37 +176,42 @@ def _dump(what: str, path: Path) -> list[str]:
     ).stdout.splitlines()
 
 
-def _plain_names(mangled: list[str]) -> list[str]:
-    """As setup.py names kernels."""
-    words = "\n".join(mangled)
+def _demangle(names: list[str]) -> list[str]:
+    words = "\n".join(names)
     plain = subprocess.run(["c++filt"], input=words, capture_output=True, text=True, check=True)
-    return [
-        name.replace("(anonymous namespace)::", "")
-        .removeprefix("void ")
-        .replace("cogview::", "")
-        .partition("(")[0]
-        for name in plain.stdout.splitlines()
-    ]
+    return [source_name(name) for name in plain.stdout.splitlines()]
 
 
-def dynamic_shared() -> dict[str, int]:
-    """Bytes of dynamic shared memory that each kernel is launched with, as the host model saw."""
+def source_name(name: str) -> str:
+    """A kernel and its template arguments as the source writes them, whoever printed the name."""
+    name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
+    name = name.replace("cogview::", "").replace(" >", ">").partition("(")[0]
+    return name.replace("__half", "Half").replace("__nv_bfloat16", "BFloat16")
+
+
+def launches() -> dict[str, tuple[int, int]]:
+    """Threads and bytes of dynamic shared memory of each kernel's launch, as the host model saw."""
     reason = extension.why_not_host_model()
     if reason is not None:
         raise SystemExit(reason)
     host_model = importlib.import_module("cogview_kernels._host_model")
     host_model.take_report()
     layout = ck.ThreeRegionLayout(4, torch.tensor([[5, 9]], dtype=torch.int32), 8, 1)
-    for dtype, head_dim in product((torch.float16, torch.bfloat16), (32, 64, 96, 128)):
-        q, k, v = torch.randn(3, 1, 1, 32, head_dim, dtype=dtype).requires_grad_().unbind()
-        out = ck.three_region_attention(q, k, v, layout, backend="host_model")
-        out.sum().backward()
+    # So many multiprocessors that the keys which many queries see are dealt out to several blocks.
+    with mock.patch.object(extension, "host_model_num_sms", 132):
+        for dtype, head_dim in product((torch.float16, torch.bfloat16), (32, 64, 96, 128)):
+            q, k, v = torch.randn(3, 1, 1, 65, head_dim, dtype=dtype).requires_grad_().unbind()
+            out = ck.three_region_attention(q, k, v, layout, backend="host_model")
+            out.sum().backward()
     widths = (8, 2048, 4096, 8192, 16384, 9)  # threads to a row: 32 to 1024, and `any`
     for dtype, hidden in product((torch.float32, torch.float16, torch.bfloat16), widths):
         x = torch.randn(1, hidden, dtype=dtype, requires_grad=True)
         weight, bias = torch.ones(2, hidden, dtype=dtype).requires_grad_().unbind()
         ck.pb_relax_layer_norm(x, weight, bias, backend="host_model").sum().backward()
-    return {launch["kernel"]: launch["dynamic_shared"] for launch in host_model.take_report()}
+    return {
+        source_name(launch["kernel"]): (launch["threads"], launch["dynamic_shared"])
+        for launch in host_model.take_report()
+    }
 
 
 def missing_architectures() -> Path | None:
@@ -222,13 +228,13 @@ def missing_architectures() -> Path | None:
     return CACHE / "lib" / "cogview_kernels" / module().name
 
 
-def record(modules: list[Path], dynamic_shared: dict[str, int]) -> dict[str, Any]:
+def record(modules: list[Path], launched: dict[str, tuple[int, int]]) -> dict[str, Any]:
     """Facts of all kernels of the modules, in the page's order."""
     found = [disassemble(path) for path in modules]
     (nvcc,) = {part["nvcc"] for part in found}
     rows = [row for part in found for row in part["kernels"]]
     for row in rows:
-        row["dynamic_shared"] = dynamic_shared[row["kernel"]]
+        _, row["dynamic_shared"] = launched[row["kernel"]]
         shared = row["static_shared"] + row["dynamic_shared"]
         row["ctas_per_sm"], row["limit"] = ctas_per_sm(
             row["architecture"], row["threads"], row["registers"], shared
@@ -269,7 +275,7 @@ def tables(facts: dict[str, Any]) -> str:
         previous = None
         for row in rows:
             arguments = row["kernel"].partition("<")[2].removesuffix(">")
-            shown = "" if arguments == previous else arguments.replace("_", r"\_")
+            shown = f"`{arguments}`" if arguments and arguments != previous else ""
             previous = arguments
             values = " | ".join(str(row[column]) for column in HEADINGS)
             lines.append(f"| {shown} | {row['architecture']} | {values} |")
@@ -281,7 +287,7 @@ def main() -> None:
     if reason is not None:
         raise SystemExit(reason)
     modules = [path for path in (module(), missing_architectures()) if path is not None]
-    facts = record(modules, dynamic_shared())
+    facts = record(modules, launches())
     rows = ",\n".join(json.dumps(row) for row in facts["kernels"])
     RECORD.write_text(f'{{"nvcc": "{facts["nvcc"]}", "kernels": [\n{rows}\n]}}\n')
     before, rest = PAGE.read_text().split(BEGIN)

@@ -16,9 +16,11 @@ from cogview_kernels import extension
 ROOT = Path(__file__).resolve().parents[1]
 STALE = "differs from docs/kernels.json: run `make kernel-table` and commit what it writes"
 
-# Kernels that move what cannot be moved sixteen bytes at a time: rows of any alignment, column
-# sums, and the pivot table.
-NARROW = ("_any_kernel", "_reduce_kernel", "_far_keys_kernel")
+# Kernels that read what does not come in sixteen bytes: rows of any alignment, columns of sums,
+# the pivots. The others write whole rows too, but for the one that writes a number to a row.
+NARROW_LOADS = ("_any_kernel", "_reduce_kernel", "_far_keys_kernel")
+NARROW_STORES = (*NARROW_LOADS, "_backward_row_kernel")
+TENSOR_CORES = ("attention_forward_kernel", "_backward_dq_kernel", "_backward_dkdv_kernel")
 
 
 def load_kernel_table() -> ModuleType:
@@ -34,6 +36,7 @@ def load_kernel_table() -> ModuleType:
 
 kernel_table = load_kernel_table()
 COMMITTED = json.loads(kernel_table.RECORD.read_text())
+LAUNCHES = {row["kernel"]: (row["threads"], row["dynamic_shared"]) for row in COMMITTED["kernels"]}
 
 
 def by_name(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -49,7 +52,7 @@ def ptxas() -> dict[tuple[str, str], dict[str, Any]]:
     rows = [row for row in extension.kernel_resources() if row["architecture"] in known]
     if not rows:
         pytest.skip(f"the kernels were built for none of {', '.join(sorted(known))}")
-    return by_name(rows)
+    return by_name([row | {"kernel": kernel_table.source_name(row["kernel"])} for row in rows])
 
 
 @pytest.fixture(scope="module")
@@ -57,10 +60,9 @@ def built(ptxas: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     """What stands in the built module's machine code, in the form of the committed record."""
     if kernel_table.cuobjdump() is None or shutil.which("c++filt") is None:
         pytest.skip("no cuobjdump (the dev extra has it) or no c++filt")
-    dynamic = {row["kernel"]: row["dynamic_shared"] for row in COMMITTED["kernels"]}
     kernels = {row["kernel"] for row in kernel_table.disassemble(kernel_table.module())["kernels"]}
-    assert kernels <= set(dynamic), STALE
-    facts = kernel_table.record([kernel_table.module()], dynamic)
+    assert kernels <= set(LAUNCHES), STALE
+    facts = kernel_table.record([kernel_table.module()], LAUNCHES)
     facts["kernels"] = [
         row for row in facts["kernels"] if (row["kernel"], row["architecture"]) in ptxas
     ]
@@ -128,14 +130,16 @@ def test_the_page_shows_the_record() -> None:
 def assert_sound(rows: list[dict[str, Any]]) -> None:
     for row in rows:
         name = f"{row['kernel']} on {row['architecture']}"
-        attention = row["kernel"].startswith("three_region_attention")
+        kernel = row["kernel"].partition("<")[0]
         assert row["local"] == 0, f"{name}: spills, or an array in local memory"
         assert row["ctas_per_sm"] >= 1, f"{name}: does not fit on an SM"
-        if not row["kernel"].partition("<")[0].endswith(NARROW):
-            assert row["loads_16"] + row["cp_async_16"] > 0, f"{name}: no 16-byte load"
-            assert row["stores_16"] > 0, f"{name}: no 16-byte store"
-            assert (row["mma"] > 0) == attention, f"{name}: {row['mma']} tensor-core instructions"
-            assert (row["ldmatrix"] > 0) == attention, f"{name}: {row['ldmatrix']} ldmatrix"
+        if not kernel.endswith(NARROW_LOADS):
+            assert row["loads_16"] + row["cp_async_16"] > 0, f"{name}: no load of sixteen bytes"
+        if not kernel.endswith(NARROW_STORES):
+            assert row["stores_16"] > 0, f"{name}: no store of sixteen bytes"
+        for column in ("mma", "ldmatrix"):
+            expected = kernel.endswith(TENSOR_CORES)
+            assert (row[column] > 0) == expected, f"{name}: {row[column]} {column}"
 
 
 def test_committed_kernels_are_sound() -> None:
@@ -158,6 +162,14 @@ def test_built_kernels_are_those_committed(ptxas: dict[tuple[str, str], dict[str
         shared = expected["static_shared"] + expected["dynamic_shared"]
         ctas, _ = kernel_table.ctas_per_sm(key[1], expected["threads"], row["registers"], shared)
         assert ctas >= expected["ctas_per_sm"], f"{key}: {ctas} CTAs on an SM; {STALE}"
+
+
+def test_launches_of_the_host_model() -> None:
+    """Blocks have as many threads as their kernels are bound to, and the shared memory stated."""
+    reason = extension.why_not_host_model()
+    if reason is not None:
+        pytest.skip(reason)
+    assert kernel_table.launches() == LAUNCHES, STALE
 
 
 def test_built_machine_code(
