@@ -1,0 +1,507 @@
+// Kernels for test_host_model.py: each of the first has one bug that the host model must find; the
+// others are right and show that instructions do what the PTX manual says.
+//
+// `in` and `out` hold 64 floats where nothing else is said.
+
+#include <cstring>
+#include <map>
+#include <string>
+
+#include "host_model/report.h"
+#include "primitives.cuh"
+
+namespace cogview {
+namespace {
+
+struct Params {
+  const void* a;
+  const void* b;
+  float* out;
+  __device__ const float* in() const { return static_cast<const float*>(a); }
+};
+
+#define KERNEL(name) __global__ void name(const Params p)
+
+// Races
+
+KERNEL(race_read) {  // two warps, no barrier
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  p.out[threadIdx.x] = s[threadIdx.x % 32];
+}
+
+KERNEL(race_write) {  // two warps write one place
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x % 32] = 1.f;
+  bar_sync();
+  p.out[threadIdx.x] = s[threadIdx.x % 32];
+}
+
+KERNEL(race_write_after_read) {
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  bar_sync();
+  if (threadIdx.x >= 32) p.out[threadIdx.x] = s[threadIdx.x - 32];
+  if (threadIdx.x < 32) s[threadIdx.x] = 2.f;
+}
+
+KERNEL(race_write_after_reads_of_warps) {
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  bar_sync();
+  p.out[threadIdx.x] = s[0];
+  if (threadIdx.x == 31) s[0] = 2.f;
+}
+
+KERNEL(race_write_after_reads_of_a_warp) {
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  bar_sync();
+  p.out[threadIdx.x] = s[threadIdx.x / 32];
+  if (threadIdx.x == 62) s[1] = 2.f;
+}
+
+KERNEL(race_in_warp) {  // a shuffle orders no memory
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  const float one = shfl_bfly(1.f, 1);
+  p.out[threadIdx.x] = s[threadIdx.x ^ 1] * one;
+}
+
+KERNEL(race_between_warps) {  // bar.warp.sync orders one warp only
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  bar_warp_sync();
+  p.out[threadIdx.x] = s[threadIdx.x / 32 == 0 ? threadIdx.x ^ 1 : threadIdx.x - 32];
+}
+
+// Collectives
+
+KERNEL(barrier_at_two_places) {
+  if (threadIdx.x < 32) {
+    bar_sync();
+  } else {
+    bar_sync();
+  }
+  p.out[threadIdx.x] = 1.f;
+}
+
+KERNEL(barrier_after_return) {
+  if (threadIdx.x < 32) return;
+  bar_sync();
+}
+
+KERNEL(barrier_in_loop) {
+  const int turns = threadIdx.x < 32 ? 2 : 3;
+  for (int i = 0; i < turns; ++i) bar_sync();
+}
+
+KERNEL(barrier_for_half_a_warp) {
+  if (threadIdx.x % 32 < 16) bar_sync();
+  p.out[threadIdx.x] = shfl_bfly(1.f, 1);
+}
+
+KERNEL(shuffle_after_return) {
+  if (threadIdx.x % 32 >= 16) return;
+  p.out[threadIdx.x] = shfl_bfly(1.f, 1);
+}
+
+KERNEL(return_before_shuffle) {
+  if (threadIdx.x % 32 < 16) p.out[threadIdx.x] = shfl_bfly(1.f, 1);
+}
+
+KERNEL(shuffle_at_two_places) {
+  float value;
+  if (threadIdx.x % 2 == 0) {
+    value = shfl_bfly(1.f, 1);
+  } else {
+    value = shfl_bfly(1.f, 1);
+  }
+  p.out[threadIdx.x] = value;
+}
+
+KERNEL(shuffle_from_nowhere) { p.out[threadIdx.x] = float(shfl_idx(1, threadIdx.x + 1)); }
+
+// Bounds
+
+KERNEL(global_read_out_of_bounds) { p.out[threadIdx.x] = p.in()[threadIdx.x + 1]; }
+
+KERNEL(global_write_out_of_bounds) { p.out[int(threadIdx.x) - 1] = 1.f; }
+
+KERNEL(global_vector_out_of_bounds) {
+  float four[4];
+  load_vector(p.in() + 4 * threadIdx.x, four);
+  p.out[threadIdx.x] = four[0];
+}
+
+KERNEL(input_written) { const_cast<float*>(p.in())[threadIdx.x] = 1.f; }
+
+KERNEL(cp_async_out_of_bounds) {
+  float* s = shared_array<float, 64>();
+  cp_async_4(s + threadIdx.x, p.in() + threadIdx.x + 1, true);
+}
+
+KERNEL(shared_out_of_bounds) {
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x + 1] = 1.f;
+}
+
+KERNEL(dynamic_shared_out_of_bounds) {
+  float* s = reinterpret_cast<float*>(dynamic_shared());
+  s[threadIdx.x + 1] = 1.f;
+}
+
+// Values that are not there
+
+KERNEL(shared_never_written) {
+  float* s = shared_array<float, 64>();
+  if (threadIdx.x != 7) s[threadIdx.x] = 1.f;
+  bar_sync();
+  p.out[threadIdx.x] = s[threadIdx.x];
+}
+
+KERNEL(shared_of_the_block_before) {
+  float* s = shared_array<float, 64>();
+  if (blockIdx.x == 0) s[threadIdx.x] = 1.f;
+  bar_sync();
+  const float value = s[threadIdx.x];
+  if (blockIdx.x == 0 || value != 1.f) p.out[threadIdx.x] = value;
+}
+
+KERNEL(output_never_written) {
+  if (threadIdx.x != 9) p.out[threadIdx.x] = 1.f;
+}
+
+KERNEL(output_read_before_written) { p.out[threadIdx.x] += 1.f; }
+
+KERNEL(two_blocks_write) {
+  if (blockIdx.x == 0 || threadIdx.x == 5) p.out[threadIdx.x] = 1.f;
+}
+
+KERNEL(two_blocks_share) {
+  if (blockIdx.x == 0) p.out[threadIdx.x] = 1.f;
+  if (blockIdx.x == 1 && p.out[3] == 0.f) bar_sync();
+}
+
+// Copies
+
+KERNEL(copy_not_waited_for) {
+  float* s = shared_array<float, 64>();
+  cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
+  cp_async_commit_group();
+  cp_async_wait_group<1>();
+  p.out[threadIdx.x] = s[threadIdx.x];
+}
+
+KERNEL(copy_not_committed) {
+  float* s = shared_array<float, 64>();
+  cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
+  cp_async_wait_group<0>();
+  p.out[threadIdx.x] = s[threadIdx.x];
+}
+
+KERNEL(copy_of_another_thread) {  // each thread waits for its own copies only
+  float* s = shared_array<float, 64>();
+  cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
+  cp_async_commit_group();
+  const float one = shfl_bfly(1.f, 1);
+  cp_async_wait_group<0>();
+  p.out[threadIdx.x] = s[threadIdx.x ^ 1] * one;
+}
+
+KERNEL(copy_without_barrier) {  // warp 0 has waited, but warp 1 cannot know
+  float* s = shared_array<float, 64>();
+  if (threadIdx.x < 32) {
+    cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
+    cp_async_commit_group();
+    cp_async_wait_group<0>();
+  }
+  p.out[threadIdx.x] = s[threadIdx.x % 32];
+}
+
+KERNEL(copy_over_a_read) {  // the next copy begins while another warp may still read
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  bar_sync();
+  if (threadIdx.x >= 32) p.out[threadIdx.x] = s[threadIdx.x - 32];
+  if (threadIdx.x < 32) cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
+}
+
+KERNEL(write_over_a_copy) {
+  float* s = shared_array<float, 64>();
+  cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
+  s[threadIdx.x] = 1.f;
+}
+
+// Alignment
+
+KERNEL(misaligned_load) {
+  float four[4];
+  load_vector(p.in() + threadIdx.x % 32 + 1, four);
+  p.out[threadIdx.x] = four[0];
+}
+
+KERNEL(misaligned_store) {
+  if (threadIdx.x == 0) st_global_v4(p.out + 2, {});
+}
+
+KERNEL(misaligned_copy_source) {
+  float* s = shared_array<float, 512>();
+  cp_async_16(s + 4 * threadIdx.x, p.in() + 1, false);
+}
+
+KERNEL(misaligned_copy_target) {
+  float* s = shared_array<float, 512>();
+  cp_async_16(s + 4 * threadIdx.x + 2, p.in(), true);
+}
+
+KERNEL(misaligned_row) {
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  bar_sync();
+  uint32_t matrix[4];
+  ldmatrix_x4(matrix, s + threadIdx.x % 16 * 2);
+  p.out[threadIdx.x] = float(matrix[0]);
+}
+
+KERNEL(misaligned_plain) {
+  p.out[threadIdx.x] = *reinterpret_cast<const float*>(static_cast<const char*>(p.a) + 2);
+}
+
+// Bank conflicts: threads of one warp
+
+template <int kStride>
+KERNEL(shared_stride) {
+  float* s = reinterpret_cast<float*>(dynamic_shared());
+  s[kStride * threadIdx.x] = 1.f;
+}
+
+KERNEL(shared_broadcast) {
+  float* s = shared_array<float, 64>();
+  if (threadIdx.x == 0) s[0] = 1.f;
+  bar_sync();
+  p.out[threadIdx.x] = s[0];
+}
+
+// Eight 128-byte rows, written with uint4 and read by ldmatrix; swizzled: column ^ row.
+template <bool kSwizzled>
+KERNEL(shared_rows) {
+  uint4* s = reinterpret_cast<uint4*>(dynamic_shared());
+  for (int i = threadIdx.x; i < 64; i += 32) s[i] = {};
+  bar_sync();
+  const int row = threadIdx.x % 8, column = threadIdx.x / 8;
+  uint32_t matrix[4];
+  ldmatrix_x4(matrix, s + row * 8 + (kSwizzled ? column ^ row : column));
+  p.out[threadIdx.x] = float(matrix[0]);
+}
+
+// Right kernels
+
+KERNEL(barriers) {  // 64 threads; warp 0 waits for warp 1 and the other way round
+  float* s = shared_array<float, 64>();
+  float value = float(threadIdx.x);
+  for (int i = 0; i < 3; ++i) {
+    s[threadIdx.x] = value;
+    bar_sync();
+    value = s[(threadIdx.x + 1) % 64];
+    bar_sync();
+  }
+  s[threadIdx.x] = value;
+  bar_warp_sync();
+  p.out[threadIdx.x] = s[threadIdx.x ^ 1];
+}
+
+KERNEL(collectives) {
+  const int lane = threadIdx.x % 32;
+  const float neighbour = shfl_bfly(float(threadIdx.x), 5);
+  const int first = shfl_idx(int(threadIdx.x), 3);
+  const uint32_t thirds = vote_ballot(lane % 3 == 0);
+  const bool any = bar_red_or(threadIdx.x == 40), none = bar_red_or(false);
+  const bool right = neighbour == float(threadIdx.x ^ 5) &&
+                     first == int(threadIdx.x / 32 * 32 + 3) && thirds == 0x49249249u &&
+                     popc(thirds) == 11 && any && !none;
+  p.out[threadIdx.x] = right ? 1.f : 0.f;
+}
+
+KERNEL(copies) {  // two groups; what is not valid becomes zero, and nothing is read
+  float* s = shared_array<float, 64>();
+  float* t = shared_array<float, 65>();
+  cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
+  cp_async_commit_group();
+  cp_async_4(t + threadIdx.x, nullptr, false);
+  cp_async_commit_group();
+  cp_async_wait_group<1>();
+  const float first = s[threadIdx.x];
+  cp_async_wait_group<0>();
+  p.out[threadIdx.x] = first + t[threadIdx.x];
+}
+
+KERNEL(atomic_max) {  // out: zeros before
+  red_global_max(reinterpret_cast<uint32_t*>(p.out) + threadIdx.x, blockIdx.x * 10 + blockIdx.y);
+}
+
+// out (16 x 8) = a (16 x 16) b, one warp. b lies as (k, n), or as (n, k) for kFromRows; without
+// ldmatrix fragments are put together after the manual's tables.
+enum class Load { kFromColumns, kFromRows, kByHand };
+template <typename T, Load kLoad>
+KERNEL(product) {
+  T* sA = shared_array<T, 256>();
+  T* sB = shared_array<T, 128>();
+  const T* a = static_cast<const T*>(p.a);
+  const T* b = static_cast<const T*>(p.b);
+  const int lane = threadIdx.x, g = lane / 4, t = lane % 4;
+  cp_async_16(sA + 8 * lane, a + 8 * lane, true);
+  if (lane < 16) cp_async_16(sB + 8 * lane, b + 8 * lane, true);
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+  bar_warp_sync();
+  uint32_t rA[4], rB[4];
+  if constexpr (kLoad == Load::kByHand) {
+    const auto pair = [](T low, T high) { return cvt_rn_x2<T>(to_float(low), to_float(high)); };
+    for (int i = 0; i < 4; ++i) {
+      const int m = g + i % 2 * 8, k = 2 * t + i / 2 * 8;
+      rA[i] = pair(sA[16 * m + k], sA[16 * m + k + 1]);
+    }
+    for (int i = 0; i < 2; ++i) {
+      const int k = 2 * t + 8 * i;
+      rB[i] = pair(sB[8 * k + g], sB[8 * (k + 1) + g]);
+    }
+  } else {
+    ldmatrix_x4(rA, sA + lane % 16 * 16 + lane / 16 * 8);
+    if constexpr (kLoad == Load::kFromColumns) {
+      ldmatrix_x4_trans(rB, sB + lane % 16 * 8);
+    } else {
+      ldmatrix_x4(rB, sB + lane % 8 * 16 + lane / 8 % 2 * 8);
+    }
+  }
+  float c[4] = {};
+  mma_m16n8k16<T>(c, rA, rB[0], rB[1]);
+  for (int i = 0; i < 4; ++i) p.out[8 * (g + i / 2 * 8) + 2 * t + i % 2] = c[i];
+}
+
+// Launches
+
+struct Case {
+  cudaError_t (*launch)(const Params& params);
+  bool must_write = true;
+};
+
+template <auto kKernel, int kBlocks = 1, int kThreads = 64, int kShared = 0, int kGridY = 1>
+cudaError_t run_kernel(const Params& params) {
+  return launch<kKernel>(kBlocks, kGridY, kThreads, kShared, nullptr, params);
+}
+
+#define CASE(name)              \
+  {                             \
+    #name, { run_kernel<name> } \
+  }
+#define PARTIAL(name, ...)                                        \
+  {                                                               \
+    #name, { run_kernel<name __VA_OPT__(, ) __VA_ARGS__>, false } \
+  }
+
+const std::map<std::string, Case> kCases = {
+    CASE(race_read),
+    CASE(race_write),
+    CASE(race_write_after_read),
+    CASE(race_write_after_reads_of_warps),
+    CASE(race_write_after_reads_of_a_warp),
+    CASE(race_in_warp),
+    CASE(race_between_warps),
+    CASE(barrier_at_two_places),
+    PARTIAL(barrier_after_return),
+    PARTIAL(barrier_in_loop),
+    CASE(barrier_for_half_a_warp),
+    CASE(shuffle_after_return),
+    CASE(return_before_shuffle),
+    CASE(shuffle_at_two_places),
+    CASE(shuffle_from_nowhere),
+    CASE(global_read_out_of_bounds),
+    CASE(global_write_out_of_bounds),
+    CASE(global_vector_out_of_bounds),
+    PARTIAL(input_written),
+    PARTIAL(cp_async_out_of_bounds),
+    PARTIAL(shared_out_of_bounds),
+    PARTIAL(dynamic_shared_out_of_bounds, 1, 64, 256),
+    CASE(shared_never_written),
+    PARTIAL(shared_of_the_block_before, 2),
+    CASE(output_never_written),
+    CASE(output_read_before_written),
+    PARTIAL(two_blocks_write, 2),
+    PARTIAL(two_blocks_share, 2),
+    CASE(copy_not_waited_for),
+    CASE(copy_not_committed),
+    CASE(copy_of_another_thread),
+    CASE(copy_without_barrier),
+    CASE(copy_over_a_read),
+    PARTIAL(write_over_a_copy),
+    CASE(misaligned_load),
+    PARTIAL(misaligned_store),
+    PARTIAL(misaligned_copy_source),
+    PARTIAL(misaligned_copy_target),
+    CASE(misaligned_row),
+    CASE(misaligned_plain),
+    {"shared_stride_1", {run_kernel<shared_stride<1>, 1, 32, 4096>, false}},
+    {"shared_stride_2", {run_kernel<shared_stride<2>, 1, 32, 4096>, false}},
+    {"shared_stride_32", {run_kernel<shared_stride<32>, 1, 32, 4096>, false}},
+    PARTIAL(shared_broadcast, 1, 32),
+    {"shared_rows", {run_kernel<shared_rows<false>, 1, 32, 1024>, false}},
+    {"shared_rows_swizzled", {run_kernel<shared_rows<true>, 1, 32, 1024>, false}},
+    CASE(barriers),
+    CASE(collectives),
+    CASE(copies),
+    PARTIAL(atomic_max, 3, 64, 0, 2),
+    {"product_half_columns", {run_kernel<product<Half, Load::kFromColumns>, 1, 32>}},
+    {"product_half_rows", {run_kernel<product<Half, Load::kFromRows>, 1, 32>}},
+    {"product_half_by_hand", {run_kernel<product<Half, Load::kByHand>, 1, 32>}},
+    {"product_bfloat16_columns", {run_kernel<product<BFloat16, Load::kFromColumns>, 1, 32>}},
+    {"product_bfloat16_rows", {run_kernel<product<BFloat16, Load::kFromRows>, 1, 32>}},
+    {"product_bfloat16_by_hand", {run_kernel<product<BFloat16, Load::kByHand>, 1, 32>}},
+    {"too_much_shared", {run_kernel<barriers, 1, 64, 228 * 1024>}},
+};
+
+}  // namespace
+}  // namespace cogview
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+std::string last_error;
+
+// Run a kernel on arrays of the caller; the error's text, or nothing.
+EXPORT const char* run(const char* name, const void* a, int64_t a_bytes, const void* b,
+                       int64_t b_bytes, float* out, int64_t out_bytes) {
+  const cogview::Case& planted = cogview::kCases.at(name);
+  host_model::Operator call(
+      name,
+      {{"a", a, a_bytes}, {"b", b, b_bytes}, {"out", out, out_bytes, planted.must_write, true}});
+  cudaError_t status = planted.launch({a, b, out});
+  if (status == cudaSuccess) status = call.finish();
+  last_error = status == cudaSuccess ? "" : cudaGetErrorString(status);
+  return last_error.c_str();
+}
+
+// Of the last launch: mma, barriers, shared accesses, bank conflicts, bytes of a loaded, of out
+// stored, unique bytes of a loaded, of out stored.
+EXPORT void counts(int64_t (&numbers)[8]) {
+  const host_model::LaunchReport report = host_model::take_report().back();
+  const host_model::Traffic &a = report.buffers.front(), &out = report.buffers.back();
+  const int64_t all[] = {
+      report.mma,     report.barriers,  report.shared_accesses, report.bank_conflicts,
+      a.bytes_loaded, out.bytes_stored, a.unique_loaded,        out.unique_stored};
+  std::copy(std::begin(all), std::end(all), numbers);
+}
+
+EXPORT void convert(const char* kind, const void* in, void* out, int64_t size) {
+  using namespace cogview;
+  const std::string_view name = kind;
+  const auto apply = [&]<typename From, typename To>(From, To, auto function) {
+    for (int64_t i = 0; i < size; ++i) {
+      static_cast<To*>(out)[i] = function(static_cast<const From*>(in)[i]);
+    }
+  };
+  if (name == "half_to_float") apply(Half{}, 0.f, [](Half x) { return to_float(x); });
+  if (name == "bfloat16_to_float") apply(BFloat16{}, 0.f, [](BFloat16 x) { return to_float(x); });
+  if (name == "float_to_half") apply(0.f, Half{}, from_float<Half>);
+  if (name == "float_to_bfloat16") apply(0.f, BFloat16{}, from_float<BFloat16>);
+  if (name == "ex2") apply(0.f, 0.f, ex2_approx);
+}
