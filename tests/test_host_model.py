@@ -116,7 +116,7 @@ BUGS = {
     "shared_out_of_bounds": "thread 63: out of bounds: write of 4 bytes at shared_array+256, which",
     "dynamic_shared_out_of_bounds": "write of 4 bytes at dynamic_shared+256, which ends at 256",
     "shared_never_written": "thread 7: read of 4 bytes at shared_array+28, which nobody has writt",
-    "shared_of_the_block_before": "block (1, 0), thread 63: read of 4 bytes at shared_array+252, which",
+    "shared_of_the_block_before": "block (1, 0), thread 63: read of 4 bytes at shared_array+252, wh",
     "output_never_written": "out+36 was never written",
     "output_read_before_written": "thread 0: read of 4 bytes at out+0, which nobody has written",
     "two_blocks_write": "of 4 bytes at out+20, which block (",
