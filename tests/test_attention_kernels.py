@@ -309,7 +309,7 @@ def test_large_logits(backend: str, dtype: torch.dtype, size: float) -> None:
     assert all(value.isfinite().all() for value in results.values())
     eps = torch.finfo(dtype).eps
     torch.testing.assert_close(results["out"].double(), truth["out"], rtol=2 * eps, atol=4 * eps)
-    torch.testing.assert_close(results["lse"].double(), truth["lse"], rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(results["lse"].double(), truth["lse"], rtol=4e-6, atol=4e-6)
     # sum over keys of dv = sum over rows of dout, as each row's weights sum to one
     torch.testing.assert_close(
         results["dv"].double().sum(2), problem.dout.double().sum(2), rtol=0, atol=150 * eps
@@ -365,7 +365,8 @@ def test_gradients_at_any_loss_scale(backend: str, value_scale: float, key_scale
         v=base.v * value_scale,
         dlse=torch.zeros_like(base.dlse),
     )
-    for exponent in (-20, -14, -8, 0, 5, largest_scale(base)):
+    largest_exponent = largest_scale(base)
+    for exponent in (*range(-20, largest_exponent, 5), largest_exponent):
         problem = base.map(lambda tensor: tensor)
         # rounded as the upstream gradient would be
         problem.dout = (base.dout.double() * 2.0**exponent).to(torch.float16)

@@ -28,12 +28,17 @@ __device__ __forceinline__ int ds_exponent(const ThreeRegionBackwardParams& para
   const float* bounds = reinterpret_cast<const float*>(params.bounds);
   const int64_t row = int64_t(batch) * problem.num_heads + head;
   const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
-  const float v =
-      bounds[2 * int64_t(problem.batch) * problem.num_heads + batch * problem.num_kv_heads + kv_head];
+  const float v = bounds[2 * int64_t(problem.batch) * problem.num_heads +
+                         batch * problem.num_kv_heads + kv_head];
   const float bound = bounds[2 * row] * v + bounds[2 * row + 1];
   if (!(bound > 0.f && bound <= 3.402823466e+38f)) return 0;
   return min(max(14 - ilogbf(bound), -100), 100);
 }
+
+// p is rounded to the element type before p^T dout. float16 has no exponents to spare for small
+// weights: they are multiplied by 2^kBackwardShift, taken back in float32.
+template <typename T>
+constexpr int kBackwardShift = kIsFloat16<T> ? 15 : 0;
 
 // Rows of `partial`: the pivots, then the first keys, which may be text.
 constexpr int kPartialKeys = 256;

@@ -90,8 +90,7 @@ __device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem
   list.far = far_keys_of(problem, batch);
   list.last_start = window_start(end - 1, problem);
   list.num_text = min(list.far.text_len, list.last_start);
-  list.num_far =
-      list.num_text + count_below(list.far.pivots, list.far.num_pivots, list.last_start);
+  list.num_far = list.num_text + count_below(list.far.pivots, list.far.num_pivots, list.last_start);
   list.first_window = window_start(begin, problem);
   list.size = list.num_far + end - list.first_window;
   return list;
@@ -99,8 +98,8 @@ __device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem
 
 // What the queries of one warp see of a key list: which entries some of them see, and all of them.
 struct WarpView {
-  int text_some, text_all;        // from entry 0 on
-  int pivots_some, pivots_all;    // from entry num_text on
+  int text_some, text_all;      // from entry 0 on
+  int pivots_some, pivots_all;  // from entry num_text on
   int window_some_begin, window_some_end;
   int window_all_begin, window_all_end;
   float text_bias, pivot_bias;  // in bits

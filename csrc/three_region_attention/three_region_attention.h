@@ -26,17 +26,17 @@ struct Heads {
 struct ThreeRegionProblem {
   int batch;
   int num_heads;
-  int num_kv_heads;    // divides num_heads
-  int q_len;           // queries are the last q_len positions of the keys
-  int k_len;           // at most 2^30
-  int head_dim;        // 32, 64, 96 or 128
-  DType dtype;         // of q, k, v, out and their gradients: float16 or bfloat16
-  int num_pivots;      // columns of the pivot table, the largest number of pivots in a sample
-  int query_window;    // w, at most max(k_len, 1)
-  int num_windows;     // n, key_window_times, at most k_len / w + 1
+  int num_kv_heads;  // divides num_heads
+  int q_len;         // queries are the last q_len positions of the keys
+  int k_len;         // at most 2^30
+  int head_dim;      // 32, 64, 96 or 128
+  DType dtype;       // of q, k, v, out and their gradients: float16 or bfloat16
+  int num_pivots;    // columns of the pivot table, the largest number of pivots in a sample
+  int query_window;  // w, at most max(k_len, 1)
+  int num_windows;   // n, key_window_times, at most k_len / w + 1
   float softmax_scale;
-  float text_bias;     // nats
-  float pivot_bias;    // nats
+  float text_bias;   // nats
+  float pivot_bias;  // nats
   // (batch, 2 + num_pivots): text length in [0, k_len], number of pivots, then the pivots,
   // ascending, unique, in [text length, k_len). Written by three_region_attention_far_keys.
   const int32_t* far_keys;
@@ -48,12 +48,12 @@ struct ThreeRegionFarKeysParams {
   int batch;
   int num_pivots;
   int k_len;
-  const int32_t* text_len;   // (batch), text_len_stride apart
+  const int32_t* text_len;  // (batch), text_len_stride apart
   int64_t text_len_stride;
   const int32_t* pivot_idx;  // (batch, num_pivots)
   int64_t pivot_batch_stride;
   int64_t pivot_stride;
-  int32_t* far_keys;         // (batch, 2 + num_pivots)
+  int32_t* far_keys;  // (batch, 2 + num_pivots)
 };
 
 struct ThreeRegionForwardParams {

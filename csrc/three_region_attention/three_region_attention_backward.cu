@@ -43,8 +43,8 @@ __global__ void __launch_bounds__(kThreads)
   if (reads) {
     const ConstHeads& tensor = params.of_v ? backward.v : backward.dout;
     float a[8];
-    load_vector(reinterpret_cast<const T*>(head_of(tensor, batch, head) +
-                                           row * tensor.stride.row + chunk * 8),
+    load_vector(reinterpret_cast<const T*>(head_of(tensor, batch, head) + row * tensor.stride.row +
+                                           chunk * 8),
                 a);
 #pragma unroll
     for (int i = 0; i < 8; ++i) square += a[i] * a[i];
@@ -85,9 +85,8 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 template <typename T>
-__global__ void __launch_bounds__(kThreads)
-    three_region_attention_backward_partial_kernel(
-        const __grid_constant__ ThreeRegionBackwardParams params) {
+__global__ void __launch_bounds__(kThreads) three_region_attention_backward_partial_kernel(
+    const __grid_constant__ ThreeRegionBackwardParams params) {
   const ThreeRegionProblem& problem = params.problem;
   const int chunks = problem.head_dim / 8, rows = partial_rows(problem);
   const int64_t num_heads = int64_t(problem.batch) * problem.num_kv_heads;
@@ -123,7 +122,8 @@ __global__ void __launch_bounds__(kThreads)
     for (int split = 0; split < params.num_splits; ++split) {
       const float* from =
           params.partial +
-          (((2 * split + which) * num_heads + head_idx) * rows + row) * problem.head_dim + chunk * 8;
+          (((2 * split + which) * num_heads + head_idx) * rows + row) * problem.head_dim +
+          chunk * 8;
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {
         float four[4];
@@ -133,8 +133,8 @@ __global__ void __launch_bounds__(kThreads)
       }
     }
     const Heads& to = which == 0 ? params.dk : params.dv;
-    store_vector(
-        reinterpret_cast<T*>(head_of(to, batch, head) + key * to.stride.row + chunk * 8), sum);
+    store_vector(reinterpret_cast<T*>(head_of(to, batch, head) + key * to.stride.row + chunk * 8),
+                 sum);
   }
 }
 

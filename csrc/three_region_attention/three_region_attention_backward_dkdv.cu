@@ -53,9 +53,9 @@ struct KeyView {
 // The keys of a block. Rows that hold no key of the block's own are never seen and never written.
 template <int kBlockN>
 struct KeyTile {
-  int key[kBlockN];   // -1: none
-  int end[kBlockN];   // behind the last query that sees the key
-  int far[kBlockN];   // first query that sees it as a far key
+  int key[kBlockN];  // -1: none
+  int end[kBlockN];  // behind the last query that sees the key
+  int far[kBlockN];  // first query that sees it as a far key
   KeyView view[kBlockN / 16];
   int first_query, last_query;  // of all of them, as positions [first, last)
   int first_pivot;              // where they stand in `partial`: pivots from here on, or the key
@@ -124,7 +124,7 @@ struct DkdvWarp {
               bias = i >= keys.far[key_row] ? far_bias : 0.f;
             }
             const float weight =
-                ex2_approx(fmaf(p[rt][n][c], scale, bias - max_here) - log_sum_here);
+                ex2_approx(fmaf(p[rt][n][c], scale, bias) - max_here - log_sum_here);
             const float gradient = weight * ((ds[rt][n][c] - delta_here) * ds_scale);
             p[rt][n][c] = visible ? weight : 0.f;
             ds[rt][n][c] = visible ? gradient : 0.f;
@@ -189,9 +189,8 @@ __device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeReg
                                           const FarKeys& far, int pivot_tile, int first_key) {
   const int row = threadIdx.x;
   // Pivots among the keys from first_key on: they belong to the blocks of the packed pivots.
-  const int first_pivot = pivot_tile >= 0
-                              ? pivot_tile * kBlockN
-                              : count_below(far.pivots, far.num_pivots, first_key);
+  const int first_pivot =
+      pivot_tile >= 0 ? pivot_tile * kBlockN : count_below(far.pivots, far.num_pivots, first_key);
   if (row < kBlockN) {
     int key = first_key + row;
     if (pivot_tile >= 0) {
@@ -243,9 +242,8 @@ __device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeReg
 }
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads)
-    three_region_attention_backward_dkdv_kernel(
-        const __grid_constant__ ThreeRegionBackwardParams params) {
+__global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backward_dkdv_kernel(
+    const __grid_constant__ ThreeRegionBackwardParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles, kStep = Shape::kStep;
   constexpr int kTile = kTileBytes<kHeadDim, kBlockM>;
@@ -284,10 +282,10 @@ __global__ void __launch_bounds__(Shape::kThreads)
   KeyTile<kBlockN>& keys = *shared_array<KeyTile<kBlockN>, 1>();
   find_keys(keys, problem, far, pivot_tile, first_key);
   const auto key_of = [&](int row) { return keys.key[row]; };
-  copy_rows<kHeadDim, kBlockN, kThreads>(sK, head_of(params.k, batch, kv_head),
-                                         params.k.stride.row, key_of);
-  copy_rows<kHeadDim, kBlockN, kThreads>(sV, head_of(params.v, batch, kv_head),
-                                         params.v.stride.row, key_of);
+  copy_rows<kHeadDim, kBlockN, kThreads>(sK, head_of(params.k, batch, kv_head), params.k.stride.row,
+                                         key_of);
+  copy_rows<kHeadDim, kBlockN, kThreads>(sV, head_of(params.v, batch, kv_head), params.v.stride.row,
+                                         key_of);
 
   // Tiles of queries, head after head of the group; this block's are [begin, end).
   const int group = problem.num_heads / problem.num_kv_heads;

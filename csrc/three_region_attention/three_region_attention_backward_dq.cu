@@ -90,7 +90,7 @@ struct DqWarp {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int c = 2 * half + column;
-            const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias - row_max[rt][half]) -
+            const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias) - row_max[rt][half] -
                                        row_log_sum[rt][half]);
             float gradient = p * ((ds[rt][n][c] - delta[rt][half]) * ds_scale);
             if constexpr (kMasked) {
@@ -128,9 +128,8 @@ struct DqWarp {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads)
-    three_region_attention_backward_dq_kernel(
-        const __grid_constant__ ThreeRegionBackwardParams params) {
+__global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backward_dq_kernel(
+    const __grid_constant__ ThreeRegionBackwardParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   constexpr int kTile = kTileBytes<kHeadDim, kBlockN>;
@@ -231,8 +230,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
         state.template step<false>(problem, sQ, sDout, warp_row, sK, sK + kTile, row, list, view,
                                    at, position, scale, ds_scale);
       } else {
-        state.template step<true>(problem, sQ, sDout, warp_row, sK, sK + kTile, row, list, view,
-                                  at, position, scale, ds_scale);
+        state.template step<true>(problem, sQ, sDout, warp_row, sK, sK + kTile, row, list, view, at,
+                                  position, scale, ds_scale);
       }
     }
   }
@@ -243,8 +242,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
     factor[rt][0] = factor[rt][1] = problem.softmax_scale * exp2f(float(-exponent));
   }
   store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.dq, factor,
-                                     head_of(params.dq, batch, head), params.dq.stride.row,
-                                     row_of);
+                                     head_of(params.dq, batch, head), params.dq.stride.row, row_of);
 }
 
 template <typename T, int kHeadDim>

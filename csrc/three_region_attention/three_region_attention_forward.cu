@@ -53,8 +53,8 @@ __device__ __forceinline__ bool is_finite(T value) {
 // key is touched, and logits beyond float32 become its largest numbers, so that finite inputs give
 // finite results. Slow and seldom.
 template <typename T, typename Shape>
-__device__ __noinline__ void forward_rows(const ThreeRegionForwardParams& params,
-                                          int batch, int head, int begin, int end) {
+__device__ __noinline__ void forward_rows(const ThreeRegionForwardParams& params, int batch,
+                                          int head, int begin, int end) {
   constexpr int kPerLane = Shape::kHeadDim / kWarpSize;
   constexpr float kLimit = 3.402823466e+38f / 4;
   const ThreeRegionProblem& problem = params.problem;
@@ -85,11 +85,11 @@ __device__ __noinline__ void forward_rows(const ThreeRegionForwardParams& params
 #pragma unroll
       for (int mask = kWarpSize / 2; mask > 0; mask /= 2) dot += shfl_bfly(dot, mask);
       finite = vote_ballot(finite) == 0xffffffffu;
-      const float bias = !is_far ? 0.f
-                         : entry < list.num_text ? problem.text_bias : problem.pivot_bias;
-      float s = dot * problem.softmax_scale;
-      if (finite) s = s != s ? 0.f : fminf(fmaxf(s, -kLimit), kLimit);
-      s = (s + bias) * kLog2e;
+      const float bias = !is_far                 ? 0.f
+                         : entry < list.num_text ? problem.text_bias
+                                                 : problem.pivot_bias;
+      if (finite) dot = dot != dot ? 0.f : fminf(fmaxf(dot, -kLimit), kLimit);
+      const float s = fmaf(dot, problem.softmax_scale * kLog2e, bias * kLog2e);
       const float new_m = fmaxf(m, s);
       const float keep = m == new_m ? 1.f : exp2f(m - new_m), p = exp2f(s - new_m);
       m = new_m;
@@ -123,11 +123,9 @@ struct ForwardWarp {
 
   // kMasked: some row does not see some entry, or biases differ.
   template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
-                                       const unsigned char* sQ, int warp_row,
-                                       const unsigned char* sK, const KeyList& list,
-                                       const WarpView& view, int entry, int position,
-                                       float scale) {
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, const unsigned char* sQ,
+                                       int warp_row, const unsigned char* sK, const KeyList& list,
+                                       const WarpView& view, int entry, int position, float scale) {
     // position: of the lane's first row
     const int lane = threadIdx.x % kWarpSize, t = lane % 4;
     uint32_t live = 0;  // groups of sixteen entries that some row sees
@@ -157,7 +155,8 @@ struct ForwardWarp {
       }
     }
 
-    // To bits; scale and bias of a plain tile go into the exponent instead.
+    // To logits in bits. Rounded here, so that the largest weight is exactly one however large the
+    // logits are, in every tile and in the backward.
     if constexpr (kMasked) {
       int start[kRowTiles][2];
 #pragma unroll
@@ -180,39 +179,47 @@ struct ForwardWarp {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
               const int row = position + 16 * rt + 8 * half;
-              const bool visible = is_far ? at >= 0 && key < start[rt][half]
-                                          : key >= start[rt][half] && key <= row;
+              const bool visible =
+                  is_far ? at >= 0 && key < start[rt][half] : key >= start[rt][half] && key <= row;
               float& logit = s[rt][n][2 * half + column];
               logit = visible ? fmaf(logit, scale, bias) : -INFINITY;
             }
           }
         }
       }
+    } else {
+      const float bias = view.bias(list, entry);
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+        for (int n = 0; n < kBlockN / 8; ++n) {
+#pragma unroll
+          for (int c = 0; c < 4; ++c) s[rt][n][c] = fmaf(s[rt][n][c], scale, bias);
+        }
+      }
     }
-    const float factor = kMasked ? 1.f : scale, bias = kMasked ? 0.f : view.bias(list, entry);
 
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float largest = s[rt][0][2 * half];
+        float new_m = m[rt][half];
 #pragma unroll
         for (int n = 0; n < kBlockN / 8; ++n) {
-          largest = fmaxf(largest, fmaxf(s[rt][n][2 * half], s[rt][n][2 * half + 1]));
+          new_m = fmaxf(new_m, fmaxf(s[rt][n][2 * half], s[rt][n][2 * half + 1]));
         }
-        const float new_m = fmaxf(m[rt][half], fmaf(quad_max(largest), factor, bias));
+        new_m = quad_max(new_m);
         // A row that has seen no key yet keeps weights of zero.
         const float shift = new_m == -INFINITY ? 0.f : new_m;
         const float keep = ex2_approx(m[rt][half] - shift);
         m[rt][half] = new_m;
-        const float offset = bias - shift + float(kForwardShift<T>);
         float sum = 0.f;
 #pragma unroll
         for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
           for (int column = 0; column < 2; ++column) {
             float& p = s[rt][n][2 * half + column];
-            p = ex2_approx(kMasked ? p + offset : fmaf(p, factor, offset));
+            p = ex2_approx(p - shift);
             sum += p;
           }
         }
@@ -249,8 +256,7 @@ struct ForwardWarp {
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads)
-    three_region_attention_forward_kernel(
-        const __grid_constant__ ThreeRegionForwardParams params) {
+    three_region_attention_forward_kernel(const __grid_constant__ ThreeRegionForwardParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   const ThreeRegionProblem& problem = params.problem;
@@ -372,7 +378,7 @@ __global__ void __launch_bounds__(Shape::kThreads)
       if (lane % 4 == 0) {
         const int64_t at = int64_t(head_idx) * problem.q_len + row;
         params.row_max[at] = state.m[rt][half];
-        params.row_log_sum[at] = log2f(l) - float(kForwardShift<T>);
+        params.row_log_sum[at] = log2f(l);
       }
     }
   }

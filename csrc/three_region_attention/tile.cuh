@@ -113,9 +113,8 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int offset = tile_offset<kHeadDim>(row + rt * 16 + half * 8 + g, n) + t * 4;
-        *reinterpret_cast<uint32_t*>(tile + offset) =
-            cvt_rn_x2<T>(c[rt][n][2 * half] * factor[rt][half],
-                         c[rt][n][2 * half + 1] * factor[rt][half]);
+        *reinterpret_cast<uint32_t*>(tile + offset) = cvt_rn_x2<T>(
+            c[rt][n][2 * half] * factor[rt][half], c[rt][n][2 * half + 1] * factor[rt][half]);
       }
     }
   }
@@ -131,14 +130,7 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
   }
 }
 
-// What the element type asks of the softmax. float16 has no exponents to spare: weights are
-// scaled by 2^kForwardShift in the forward and by 2^kBackwardShift in the backward, which their
-// sum, or the last step, takes back.
 template <typename T>
 constexpr bool kIsFloat16 = std::is_same_v<T, Half>;
-template <typename T>
-constexpr int kForwardShift = kIsFloat16<T> ? 8 : 0;
-template <typename T>
-constexpr int kBackwardShift = kIsFloat16<T> ? 15 : 0;
 
 }  // namespace cogview
