@@ -5,7 +5,8 @@
 // of a few workers (threads of the CPU).
 //
 // Accesses. Kernels are compiled with -fsanitize=thread but not linked with its runtime: the hooks
-// that the compiler puts before each load and store are defined here. A `Cell` for each two bytes of
+// that the compiler puts before each load and store are defined here. (It puts none where a call
+// returns a struct straight to memory: such functions must be inlined.) A `Cell` for each two bytes of
 // shared memory knows who wrote and read them last, and when.
 //
 // Time. `now` counts the synchronisations of a worker. Every access is stamped with it; a barrier
@@ -1046,7 +1047,7 @@ void add_report(const Launch& launch) {
   model().reports.push_back(std::move(report));
 }
 
-cudaError_t fail_outside_kernel(const std::string& text) {
+cudaError_t set_error(const std::string& text) {
   last_error = text;
   return cudaErrorLaunchFailure;
 }
@@ -1064,7 +1065,7 @@ cudaError_t launch(std::string_view name, void (*kernel)(const void*), const voi
   if (grid_x < 1 || grid_x > INT32_MAX || grid_y < 1 || grid_y > 65535 || num_threads < 1 ||
       num_threads > kMaxThreads || num_threads % kLanes != 0 || shared_bytes < 0 ||
       shared_bytes > kMaxSharedBytes || grid_x * grid_y >= int64_t(kByAtomics)) {
-    return op->status = fail_outside_kernel(
+    return op->status = set_error(
                kernel_name(name) +
                format(
                    ": cannot launch %lld x %d blocks of %d threads with %d bytes of shared memory",
@@ -1093,13 +1094,12 @@ cudaError_t launch(std::string_view name, void (*kernel)(const void*), const voi
   for (size_t i = 1; i < num_workers; ++i) threads.emplace_back(work, std::ref(*workers[i]));
   work(*workers[0]);
   for (std::thread& thread : threads) thread.join();
-  if (launch.failed) {
-    return op == &model().no_operator ? fail_outside_kernel(launch.error)
-                                      : op->status = fail_outside_kernel(launch.error);
-  }
-  add_report(launch);
+  if (!launch.failed) add_report(launch);
   for (auto& worker : workers) worker->launch = nullptr;
-  return cudaSuccess;
+  if (!launch.failed) return cudaSuccess;
+  const cudaError_t status = set_error(launch.error);
+  if (model().op != nullptr) model().op->status = status;
+  return status;
 }
 
 Operator::Operator(const char* name, std::vector<Buffer> buffers) {
@@ -1124,7 +1124,7 @@ cudaError_t Operator::finish() {
     if (!global.buffer.must_write) continue;
     const auto missing = std::find(global.writers.begin(), global.writers.end(), 0u);
     if (missing == global.writers.end()) continue;
-    return state.status = fail_outside_kernel(
+    return state.status = set_error(
                format("%s: %s+%zu was never written (the buffer has %zu bytes)", state.name.c_str(),
                       global.buffer.name, size_t(missing - global.writers.begin()) * 2,
                       size_t(global.buffer.bytes)));

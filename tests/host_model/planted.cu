@@ -151,6 +151,11 @@ KERNEL(dynamic_shared_out_of_bounds) {
   s[threadIdx.x + 1] = 1.f;
 }
 
+KERNEL(shared_straddled) {  // the last four bytes lie half inside
+  Half* s = shared_array<Half, 129>();
+  reinterpret_cast<float*>(s)[threadIdx.x + 1] = 1.f;
+}
+
 // Values that are not there
 
 KERNEL(shared_never_written) {
@@ -340,7 +345,7 @@ KERNEL(atomic_max) {  // out: zeros before
   red_global_max(reinterpret_cast<uint32_t*>(p.out) + threadIdx.x, blockIdx.x * 10 + blockIdx.y);
 }
 
-// out (16 x 8) = a (16 x 16) b, one warp. b lies as (k, n), or as (n, k) for kFromRows; without
+// out (16 x 8) = 2 a (16 x 16) b, one warp. b lies as (k, n), or as (n, k) for kFromRows; without
 // ldmatrix fragments are put together after the manual's tables.
 enum class Load { kFromColumns, kFromRows, kByHand };
 template <typename T, Load kLoad>
@@ -375,7 +380,7 @@ KERNEL(product) {
     }
   }
   float c[4] = {};
-  mma_m16n8k16<T>(c, rA, rB[0], rB[1]);
+  for (int i = 0; i < 2; ++i) mma_m16n8k16<T>(c, rA, rB[0], rB[1]);
   for (int i = 0; i < 4; ++i) p.out[8 * (g + i / 2 * 8) + 2 * t + i % 2] = c[i];
 }
 
@@ -423,6 +428,7 @@ const std::map<std::string, Case> kCases = {
     PARTIAL(cp_async_out_of_bounds),
     PARTIAL(shared_out_of_bounds),
     PARTIAL(dynamic_shared_out_of_bounds, 1, 64, 256),
+    PARTIAL(shared_straddled),
     CASE(shared_never_written),
     PARTIAL(shared_of_the_block_before, 2),
     CASE(output_never_written),
