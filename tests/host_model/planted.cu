@@ -507,7 +507,8 @@ EXPORT void convert(const char* kind, const void* in, void* out, int64_t size) {
   };
   if (name == "half_to_float") apply(Half{}, 0.f, [](Half x) { return to_float(x); });
   if (name == "bfloat16_to_float") apply(BFloat16{}, 0.f, [](BFloat16 x) { return to_float(x); });
-  if (name == "float_to_half") apply(0.f, Half{}, from_float<Half>);
-  if (name == "float_to_bfloat16") apply(0.f, BFloat16{}, from_float<BFloat16>);
-  if (name == "ex2") apply(0.f, 0.f, ex2_approx);
+  if (name == "float_to_half") apply(0.f, Half{}, [](float x) { return from_float<Half>(x); });
+  if (name == "float_to_bfloat16")
+    apply(0.f, BFloat16{}, [](float x) { return from_float<BFloat16>(x); });
+  if (name == "ex2") apply(0.f, 0.f, [](float x) { return ex2_approx(x); });
 }
