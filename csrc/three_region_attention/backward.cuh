@@ -4,10 +4,7 @@
 //   dq = softmax_scale ds k;  dk = softmax_scale ds^T q;  dv = p^T dout
 #pragma once
 
-#include <cmath>
-
-#include "key_list.cuh"
-#include "tile.cuh"
+#include "exact.cuh"
 
 namespace cogview {
 

@@ -21,6 +21,7 @@
 //            to `partial`, which a last kernel adds in order. No atomics: deterministic.
 // Rounding   float32 logits, p and sums; p and ds rounded to the element type (float16: scaled, see
 //            backward.cuh and kBackwardShift) before p^T dout and ds^T q; dk and dv once.
+// NaN        keys that end with a NaN of a query that does not see them are computed again (exact.cuh).
 // Reference  gradient of cogview_kernels.reference.three_region_attention
 
 #include <climits>
@@ -60,6 +61,38 @@ struct KeyTile {
   int first_query, last_query;  // of all of them, as positions [first, last)
   int first_pivot;              // where they stand in `partial`: pivots from here on, or the key
 };
+
+// A key's dk and dv once more (exact.cuh), from the queries at rows [begin, end) of `head`, added
+// to the lane's columns; false where one of those queries has a NaN of its own.
+template <typename T, int kHeadDim>
+__device__ __noinline__ bool add_dkdv(const ThreeRegionBackwardParams& params, int batch, int head,
+                                      int key, int first_far, float far_bias, int begin, int end,
+                                      float* dk, float* dv) {
+  const ThreeRegionProblem& problem = params.problem;
+  const int lane = threadIdx.x % kWarpSize, first = problem.k_len - problem.q_len;
+  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
+  const int64_t head_row = (int64_t(batch) * problem.num_heads + head) * problem.q_len;
+  const T* k = row_of_head<T>(params.k, batch, kv_head, key);
+  const T* v = row_of_head<T>(params.v, batch, kv_head, key);
+  for (int row = begin; row < end; ++row) {
+    const int64_t at = head_row + row;
+    const float row_max = params.row_max[at], row_log_sum = params.row_log_sum[at];
+    const float delta = params.delta[at];
+    if (!(fabsf(row_max + row_log_sum + delta) <= kLargestFloat)) return false;
+    const T* q = row_of_head<T>(params.q, batch, head, row);
+    const T* dout = row_of_head<T>(params.dout, batch, head, row);
+    const float s = exact_logit<T, kHeadDim>(q, k, problem.softmax_scale * kLog2e,
+                                             row + first >= first_far ? far_bias : 0.f);
+    const float p = exp2f(s - row_max - row_log_sum);
+    const float ds = p * (exact_dot<T, kHeadDim>(dout, v) - delta);
+#pragma unroll
+    for (int d = 0; d < kHeadDim / kWarpSize; ++d) {
+      dk[d] += ds * to_float(q[lane + d * kWarpSize]);
+      dv[d] += p * to_float(dout[lane + d * kWarpSize]);
+    }
+  }
+  return true;
+}
 
 template <typename T, typename Shape>
 struct DkdvWarp {
@@ -380,51 +413,77 @@ __global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backwa
     }
   }
 
+  // Where there was no query, k and v are still under way.
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+  bar_sync();
   const float dk_factor = problem.softmax_scale * exp2f(float(-exponent));
   const float dv_factor = exp2f(float(-kBackwardShift<T>));
-  if (num_splits == 1) {
-    float dk_factors[kRowTiles][2], dv_factors[kRowTiles][2];
-#pragma unroll
-    for (int rt = 0; rt < kRowTiles; ++rt) {
-      dk_factors[rt][0] = dk_factors[rt][1] = dk_factor;
-      dv_factors[rt][0] = dv_factors[rt][1] = dv_factor;
-    }
-    // Where there was no query, k and v are still under way.
-    cp_async_commit_group();
-    cp_async_wait_group<0>();
-    bar_sync();
-    store_rows<T, kHeadDim, kRowTiles>(sK, warp_row, state.dk, dk_factors,
-                                       head_of(params.dk, batch, kv_head), params.dk.stride.row,
-                                       key_of);
-    store_rows<T, kHeadDim, kRowTiles>(sV, warp_row, state.dv, dv_factors,
-                                       head_of(params.dv, batch, kv_head), params.dv.stride.row,
-                                       key_of);
-    return;
-  }
   // (num_splits, 2, batch, num_kv_heads, rows, head_dim)
-  const int64_t rows = partial_rows(problem);
-  float* dk = params.partial + ((2 * split * grid.num_heads + head_idx) * rows) * kHeadDim;
-  float* dv = dk + grid.num_heads * rows * kHeadDim;
+  const int64_t partial_stride = int64_t(partial_rows(problem)) * kHeadDim;
+  float* partial_dk = params.partial + (2 * split * grid.num_heads + head_idx) * partial_stride;
+  float* partial_dv = partial_dk + grid.num_heads * partial_stride;
+  const auto partial_row = [&](int row) {
+    return keys.first_pivot >= 0 ? keys.first_pivot + row
+                                 : partial_pivot_rows(problem) + keys.key[row];
+  };
+  bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = warp_row + 16 * rt + 8 * half + lane / 4;
-      const int key = keys.key[row];
-      if (key < 0) continue;
-      const int64_t to =
-          keys.first_pivot >= 0 ? keys.first_pivot + row : partial_pivot_rows(problem) + key;
+      float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          const int64_t at = to * kHeadDim + 8 * n + lane % 4 * 2 + column;
-          dk[at] = state.dk[rt][n][2 * half + column] * dk_factor;
-          dv[at] = state.dv[rt][n][2 * half + column] * dv_factor;
+          float& dk = state.dk[rt][n][2 * half + column];
+          float& dv = state.dv[rt][n][2 * half + column];
+          dk *= dk_factor;
+          dv *= dv_factor;
+          sum += 0.f * (dk + dv);
+          if (num_splits > 1 && keys.key[row] >= 0) {
+            const int64_t at = int64_t(partial_row(row)) * kHeadDim + 8 * n + lane % 4 * 2 + column;
+            partial_dk[at] = dk;
+            partial_dv[at] = dv;
+          }
         }
       }
+      has_nan[rt][half] = keys.key[row] >= 0 && sum != 0.f;
     }
   }
+  uint16_t* gDk = head_of(params.dk, batch, kv_head);
+  uint16_t* gDv = head_of(params.dv, batch, kv_head);
+  if (num_splits == 1) {
+    store_rows<T, kHeadDim, kRowTiles>(sK, warp_row, state.dk, gDk, params.dk.stride.row, key_of);
+    store_rows<T, kHeadDim, kRowTiles>(sV, warp_row, state.dv, gDv, params.dv.stride.row, key_of);
+  }
+  bar_warp_sync();
+  for_rows_with_nan(has_nan, [&](int warp_key) {
+    const int row = warp_row + warp_key, key = keys.key[row];
+    float dk[kHeadDim / kWarpSize] = {}, dv[kHeadDim / kWarpSize] = {};
+    bool is_exact = true;
+    for (int tile = begin; tile < end; ++tile) {
+      const int from = query_of(tile), to = min(from + kBlockM, keys.end[row]);
+      is_exact =
+          is_exact && add_dkdv<T, kHeadDim>(params, batch, kv_head * group + tile / num_query_tiles,
+                                            key, keys.far[row], far_bias, max(from, key) - first,
+                                            to - first, dk, dv);
+    }
+    if (!is_exact) return;
+    for (int d = 0; d < kHeadDim / kWarpSize; ++d) {
+      const int column = lane + d * kWarpSize;
+      dk[d] *= problem.softmax_scale;
+      if (num_splits > 1) {
+        partial_dk[int64_t(partial_row(row)) * kHeadDim + column] = dk[d];
+        partial_dv[int64_t(partial_row(row)) * kHeadDim + column] = dv[d];
+      } else {
+        reinterpret_cast<T*>(gDk + key * params.dk.stride.row)[column] = from_float<T>(dk[d]);
+        reinterpret_cast<T*>(gDv + key * params.dv.stride.row)[column] = from_float<T>(dv[d]);
+      }
+    }
+  });
 }
 
 template <typename T, int kHeadDim>

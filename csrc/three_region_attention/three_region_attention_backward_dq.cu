@@ -10,6 +10,7 @@
 // Writers    each element of dq by one thread: deterministic.
 // Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
 //            before ds k; dq once.
+// NaN        rows that end with a NaN that is not their own are computed again (exact.cuh).
 // Reference  gradient of cogview_kernels.reference.three_region_attention
 
 #include "backward.cuh"
@@ -28,6 +29,37 @@ struct DqShape {
   static constexpr int kSharedBytes =
       2 * kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
 };
+
+// Row i once more (exact.cuh).
+template <typename T, int kHeadDim>
+__device__ __noinline__ void dq_row(const ThreeRegionBackwardParams& params, int batch, int head,
+                                    int i) {
+  constexpr int kPerLane = kHeadDim / kWarpSize;
+  const ThreeRegionProblem& problem = params.problem;
+  const int lane = threadIdx.x % kWarpSize, row = i - (problem.k_len - problem.q_len);
+  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
+  const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len + row;
+  const KeyList list = key_list_of(problem, batch, i, i + 1);  // just what the row sees
+  const T* q = row_of_head<T>(params.q, batch, head, row);
+  const T* dout = row_of_head<T>(params.dout, batch, head, row);
+  float dq[kPerLane] = {};
+  for (int entry = 0; entry < list.size; ++entry) {
+    const int key = list.key(entry);
+    const T* k = row_of_head<T>(params.k, batch, kv_head, key);
+    const float s = exact_logit<T, kHeadDim>(q, k, problem.softmax_scale * kLog2e,
+                                             bias_of(problem, list, entry));
+    const float p = exp2f(s - params.row_max[at] - params.row_log_sum[at]);
+    const float dp = exact_dot<T, kHeadDim>(dout, row_of_head<T>(params.v, batch, kv_head, key));
+    const float ds = p * (dp - params.delta[at]);
+#pragma unroll
+    for (int d = 0; d < kPerLane; ++d) dq[d] += ds * to_float(k[lane + d * kWarpSize]);
+  }
+  T* to = reinterpret_cast<T*>(head_of(params.dq, batch, head) + row * params.dq.stride.row);
+#pragma unroll
+  for (int d = 0; d < kPerLane; ++d) {
+    to[lane + d * kWarpSize] = from_float<T>(dq[d] * problem.softmax_scale);
+  }
+}
 
 template <typename T, typename Shape>
 struct DqWarp {
@@ -236,13 +268,30 @@ __global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backwa
     }
   }
 
-  float factor[kRowTiles][2];
+  const float factor = problem.softmax_scale * exp2f(float(-exponent));
+  bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
-    factor[rt][0] = factor[rt][1] = problem.softmax_scale * exp2f(float(-exponent));
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      float sum = 0.f;
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+        sum += 0.f * (state.dq[rt][n][2 * half] *= factor);
+        sum += 0.f * (state.dq[rt][n][2 * half + 1] *= factor);
+      }
+      // A row that sees a NaN has one in its statistics already.
+      const float own =
+          state.row_max[rt][half] + state.row_log_sum[rt][half] + state.delta[rt][half];
+      has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 &&
+                          fabsf(own) <= kLargestFloat && sum != 0.f;
+    }
   }
-  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.dq, factor,
-                                     head_of(params.dq, batch, head), params.dq.stride.row, row_of);
+  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.dq, head_of(params.dq, batch, head),
+                                     params.dq.stride.row, row_of);
+  bar_warp_sync();
+  for_rows_with_nan(
+      has_nan, [&](int row) { dq_row<T, kHeadDim>(params, batch, head, origin + warp_row + row); });
 }
 
 template <typename T, int kHeadDim>

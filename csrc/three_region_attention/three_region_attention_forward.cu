@@ -19,14 +19,10 @@
 // Barriers   bar_sync after the wait for a stage: all threads' copies are there, and all warps are
 //            done with the stage that is filled next.
 // Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
-// NaN        hidden keys have p = 0, but 0 * NaN and inf - inf are NaN: a block that meets a NaN
-//            computes its rows again, one by one, over visible keys only.
+// NaN        rows that end with a NaN are computed again over visible keys only (exact.cuh).
 // Reference  cogview_kernels.reference.three_region_attention
 
-#include <cmath>
-
-#include "key_list.cuh"
-#include "tile.cuh"
+#include "exact.cuh"
 
 namespace cogview {
 namespace {
@@ -43,72 +39,37 @@ struct ForwardShape {
       kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
 };
 
-// Which of the inputs cannot be NaN or infinite.
-template <typename T>
-__device__ __forceinline__ bool is_finite(T value) {
-  return fabsf(to_float(value)) <= 3.402823466e+38f;
-}
-
-// The rows of a tile once more, a warp each, one visible key after the other: nothing of a hidden
-// key is touched, and logits beyond float32 become its largest numbers, so that finite inputs give
-// finite results. Slow and seldom.
-template <typename T, typename Shape>
-__device__ __noinline__ void forward_rows(const ThreeRegionForwardParams& params, int batch,
-                                          int head, int begin, int end) {
-  constexpr int kPerLane = Shape::kHeadDim / kWarpSize;
-  constexpr float kLimit = 3.402823466e+38f / 4;
+// Row i once more (exact.cuh).
+template <typename T, int kHeadDim>
+__device__ __noinline__ void forward_row(const ThreeRegionForwardParams& params, int batch,
+                                         int head, int i) {
+  constexpr int kPerLane = kHeadDim / kWarpSize;
   const ThreeRegionProblem& problem = params.problem;
-  const int lane = threadIdx.x % kWarpSize;
+  const int lane = threadIdx.x % kWarpSize, row = i - (problem.k_len - problem.q_len);
   const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
-  const int first = problem.k_len - problem.q_len;
-  const KeyList list = key_list_of(problem, batch, begin, end);
-  const T* k = reinterpret_cast<const T*>(head_of(params.k, batch, kv_head));
-  const T* v = reinterpret_cast<const T*>(head_of(params.v, batch, kv_head));
-  for (int i = begin + int(threadIdx.x) / kWarpSize; i < end; i += Shape::kWarps) {
-    const int start = window_start(i, problem);
-    const T* q = reinterpret_cast<const T*>(head_of(params.q, batch, head)) +
-                 int64_t(i - first) * params.q.stride.row;
-    float m = -INFINITY, l = 0.f, o[kPerLane] = {};
-    for (int entry = 0; entry < list.size; ++entry) {
-      const int key = list.key(entry);
-      const bool is_far = entry < list.num_far;
-      if (is_far ? key >= start : key < start || key > i) continue;
-      float dot = 0.f;
-      bool finite = true;
+  const KeyList list = key_list_of(problem, batch, i, i + 1);  // just what the row sees
+  const T* q = row_of_head<T>(params.q, batch, head, row);
+  float m = -INFINITY, l = 0.f, o[kPerLane] = {};
+  for (int entry = 0; entry < list.size; ++entry) {
+    const int key = list.key(entry);
+    const T* v = row_of_head<T>(params.v, batch, kv_head, key);
+    const float s =
+        exact_logit<T, kHeadDim>(q, row_of_head<T>(params.k, batch, kv_head, key),
+                                 problem.softmax_scale * kLog2e, bias_of(problem, list, entry));
+    const float new_m = fmaxf(m, s);
+    const float keep = m == new_m ? 1.f : exp2f(m - new_m), p = exp2f(s - new_m);
+    m = new_m;
+    l = l * keep + p;
 #pragma unroll
-      for (int d = 0; d < kPerLane; ++d) {
-        const T a = q[lane + d * kWarpSize];
-        const T b = k[int64_t(key) * params.k.stride.row + lane + d * kWarpSize];
-        finite = finite && is_finite(a) && is_finite(b);
-        dot += to_float(a) * to_float(b);
-      }
+    for (int d = 0; d < kPerLane; ++d) o[d] = o[d] * keep + p * to_float(v[lane + d * kWarpSize]);
+  }
+  T* out = reinterpret_cast<T*>(head_of(params.out, batch, head) + row * params.out.stride.row);
 #pragma unroll
-      for (int mask = kWarpSize / 2; mask > 0; mask /= 2) dot += shfl_bfly(dot, mask);
-      finite = vote_ballot(finite) == 0xffffffffu;
-      const float bias = !is_far                 ? 0.f
-                         : entry < list.num_text ? problem.text_bias
-                                                 : problem.pivot_bias;
-      if (finite) dot = dot != dot ? 0.f : fminf(fmaxf(dot, -kLimit), kLimit);
-      const float s = fmaf(dot, problem.softmax_scale * kLog2e, bias * kLog2e);
-      const float new_m = fmaxf(m, s);
-      const float keep = m == new_m ? 1.f : exp2f(m - new_m), p = exp2f(s - new_m);
-      m = new_m;
-      l = l * keep + p;
-#pragma unroll
-      for (int d = 0; d < kPerLane; ++d) {
-        const float value = to_float(v[int64_t(key) * params.v.stride.row + lane + d * kWarpSize]);
-        o[d] = o[d] * keep + p * value;
-      }
-    }
-    T* out = reinterpret_cast<T*>(head_of(params.out, batch, head)) +
-             int64_t(i - first) * params.out.stride.row;
-#pragma unroll
-    for (int d = 0; d < kPerLane; ++d) out[lane + d * kWarpSize] = from_float<T>(o[d] / l);
-    if (lane == 0) {
-      const int64_t row = (int64_t(batch) * problem.num_heads + head) * problem.q_len + i - first;
-      params.row_max[row] = m;
-      params.row_log_sum[row] = log2f(l);
-    }
+  for (int d = 0; d < kPerLane; ++d) out[lane + d * kWarpSize] = from_float<T>(o[d] / l);
+  if (lane == 0) {
+    const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len + row;
+    params.row_max[at] = m;
+    params.row_log_sum[at] = log2f(l);
   }
 }
 
@@ -359,36 +320,34 @@ __global__ void __launch_bounds__(Shape::kThreads)
     }
   }
 
-  bool has_nan = false;
-  float factor[kRowTiles][2];
+  bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const float l = quad_sum(state.l[rt][half]);
-      factor[rt][half] = 1.f / l;
+      const float factor = 1.f / l;
       const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
-      if (row < 0) continue;
       float sum = l;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        sum += 0.f * (state.o[rt][n][2 * half] + state.o[rt][n][2 * half + 1]);
+        sum += 0.f * (state.o[rt][n][2 * half] *= factor);
+        sum += 0.f * (state.o[rt][n][2 * half + 1] *= factor);
       }
-      has_nan |= !(sum > 0.f);
-      if (lane % 4 == 0) {
+      has_nan[rt][half] = row >= 0 && !(sum > 0.f);
+      if (row >= 0 && lane % 4 == 0) {
         const int64_t at = int64_t(head_idx) * problem.q_len + row;
         params.row_max[at] = state.m[rt][half];
         params.row_log_sum[at] = log2f(l);
       }
     }
   }
-  if (bar_red_or(has_nan)) {
-    forward_rows<T, Shape>(params, batch, head, begin, end);
-    return;
-  }
-  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.o, factor,
-                                     head_of(params.out, batch, head), params.out.stride.row,
-                                     row_of);
+  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.o, head_of(params.out, batch, head),
+                                     params.out.stride.row, row_of);
+  bar_warp_sync();
+  for_rows_with_nan(has_nan, [&](int row) {
+    forward_row<T, kHeadDim>(params, batch, head, origin + warp_row + row);
+  });
 }
 
 template <typename T, int kHeadDim>

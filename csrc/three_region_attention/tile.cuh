@@ -95,15 +95,13 @@ __device__ __forceinline__ float quad_max(float value) {
   return fmaxf(value, shfl_bfly(value, 2));
 }
 
-// A warp writes its 16 * kRowTiles rows of an accumulator, from row `row` of the tile on, times
-// one factor for each of a lane's rows; then its rows of the tile go to global memory in 16-byte
-// stores. row_of: the global row of a tile row, negative where nothing is to be stored. Nobody
-// else may use these rows of the tile.
+// A warp writes its 16 * kRowTiles rows of an accumulator, from row `row` of the tile on; then its
+// rows of the tile go to global memory in 16-byte stores. row_of: the global row of a tile row,
+// negative where nothing is to be stored. Nobody else may use these rows of the tile.
 template <typename T, int kHeadDim, int kRowTiles, typename RowOf>
 __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
                                            const float (&c)[kRowTiles][kHeadDim / 8][4],
-                                           const float (&factor)[kRowTiles][2], uint16_t* head,
-                                           int64_t row_stride, RowOf row_of) {
+                                           uint16_t* head, int64_t row_stride, RowOf row_of) {
   const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
   bar_warp_sync();
 #pragma unroll
@@ -113,8 +111,8 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const int offset = tile_offset<kHeadDim>(row + rt * 16 + half * 8 + g, n) + t * 4;
-        *reinterpret_cast<uint32_t*>(tile + offset) = cvt_rn_x2<T>(
-            c[rt][n][2 * half] * factor[rt][half], c[rt][n][2 * half + 1] * factor[rt][half]);
+        *reinterpret_cast<uint32_t*>(tile + offset) =
+            cvt_rn_x2<T>(c[rt][n][2 * half], c[rt][n][2 * half + 1]);
       }
     }
   }

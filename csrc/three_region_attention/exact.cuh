@@ -1,0 +1,73 @@
+// One row at a time, over what it sees and nothing else: for rows in which the tensor cores met a
+// NaN. A hidden key or query has weight zero, but 0 * NaN and 0 * inf are NaN, and products beyond
+// float32 are infinite; here nothing hidden is touched, and logits of finite inputs stay finite.
+// Slow and seldom. Each function is called by a whole warp, which shares the columns of a row.
+#pragma once
+
+#include <cmath>
+
+#include "key_list.cuh"
+#include "tile.cuh"
+
+namespace cogview {
+
+constexpr float kLargestFloat = 3.402823466e+38f;
+
+template <typename T>
+__device__ __forceinline__ const T* row_of_head(const ConstHeads& tensor, int batch, int head,
+                                                int row) {
+  return reinterpret_cast<const T*>(head_of(tensor, batch, head) + row * tensor.stride.row);
+}
+
+template <typename T, int kHeadDim>
+__device__ __forceinline__ float exact_dot(const T* a, const T* b) {
+  const int lane = threadIdx.x % kWarpSize;
+  float sum = 0.f;
+#pragma unroll
+  for (int d = lane; d < kHeadDim; d += kWarpSize) sum += to_float(a[d]) * to_float(b[d]);
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) sum += shfl_bfly(sum, mask);
+  return sum;
+}
+
+// The logit in bits. Where it overflows though its factors are finite, the largest numbers stand
+// for it, and zero for inf - inf.
+template <typename T, int kHeadDim>
+__device__ __forceinline__ float exact_logit(const T* q, const T* k, float scale, float bias) {
+  const float dot = exact_dot<T, kHeadDim>(q, k), logit = fmaf(dot, scale, bias);
+  if (fabsf(logit) <= kLargestFloat) return logit;
+  bool finite = true;
+#pragma unroll
+  for (int d = threadIdx.x % kWarpSize; d < kHeadDim; d += kWarpSize) {
+    finite = finite && fabsf(to_float(q[d])) <= kLargestFloat;
+    finite = finite && fabsf(to_float(k[d])) <= kLargestFloat;
+  }
+  if (vote_ballot(!finite) != 0) return logit;
+  return logit != logit ? bias : fminf(fmaxf(logit, -kLargestFloat), kLargestFloat);
+}
+
+// Of the key at an entry, in bits.
+__device__ __forceinline__ float bias_of(const ThreeRegionProblem& problem, const KeyList& list,
+                                         int entry) {
+  if (entry >= list.num_far) return 0.f;
+  return (entry < list.num_text ? problem.text_bias : problem.pivot_bias) * kLog2e;
+}
+
+// Which of the warp's 16 * kRowTiles rows hold a NaN, where each lane tells of the rows of its own
+// fragments: f(row) for each of them, by the whole warp.
+template <int kRowTiles, typename Function>
+__device__ __forceinline__ void for_rows_with_nan(const bool (&has_nan)[kRowTiles][2], Function f) {
+#pragma unroll
+  for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      const uint32_t lanes = vote_ballot(has_nan[rt][half]);
+      if (lanes == 0) continue;
+      for (int g = 0; g < 8; ++g) {
+        if (lanes >> (4 * g) & 0xf) f(16 * rt + 8 * half + g);
+      }
+    }
+  }
+}
+
+}  // namespace cogview
