@@ -40,8 +40,13 @@ __device__ __forceinline__ float scaled_constant(float peak, float scale, Relax 
   return relax == Relax::kNone || peak == 0.f ? scale : peak * scale * 0.125f;
 }
 
+// Both keep a NaN, which fminf and fmaxf would drop.
+__device__ __forceinline__ float rstd_of(float variance) {
+  return 1.f / sqrtf(variance < kSmallest ? kSmallest : variance);
+}
 __device__ __forceinline__ float finite_rstd(float rstd_of_scaled, float scale) {
-  return fminf(rstd_of_scaled * scale, kLargest);
+  const float rstd = rstd_of_scaled * scale;
+  return rstd > kLargest ? kLargest : rstd;
 }
 
 template <typename T, int kThreadsPerRow>
@@ -100,7 +105,7 @@ __global__ void __launch_bounds__(kBlockThreads<kThreadsPerRow>, 1)
     const float shift = moments[0] * inverse_hidden;
     const float var = fmaxf(moments[1] * inverse_hidden - shift * shift, 0.f);
     const float c = scaled_constant(peak[0], scale, params.relax);
-    const float rstd = 1.f / sqrtf(fmaxf(var + params.eps * c * c, kSmallest));
+    const float rstd = rstd_of(var + params.eps * c * c);
 
 #pragma unroll
     for (int i = 0; i < kVectorsPerThread<T>; ++i) {
@@ -165,7 +170,7 @@ __global__ void __launch_bounds__(256)
     const float shift = moments[0] / float(hidden);
     const float var = fmaxf(moments[1] / float(hidden) - shift * shift, 0.f);
     const float c = scaled_constant(peak[0], scale, params.relax);
-    const float rstd = 1.f / sqrtf(fmaxf(var + params.eps * c * c, kSmallest));
+    const float rstd = rstd_of(var + params.eps * c * c);
 
     for (int64_t column = threadIdx.x; column < hidden; column += 256) {
       const float d = to_float(x[column]) * scale - rough_mean - shift;
