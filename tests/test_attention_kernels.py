@@ -237,7 +237,8 @@ def test_later_tokens_change_nothing(
     after = run(problem, backend)
     for name in ("out", "lse", "dq"):
         a, b = before[name][:, :, :position], after[name][:, :, :position]
-        if math.isfinite(later):
+        # float16's ds is scaled by the largest v, so that its smallest bits may change.
+        if math.isfinite(later) and not (name == "dq" and dtype == torch.float16):
             assert torch.equal(a, b), name
         else:
             torch.testing.assert_close(a, b, rtol=2e-2, atol=2e-2)
@@ -255,11 +256,12 @@ def test_hidden_keys_do_not_leak(backend: str, what: str, value: float) -> None:
         getattr(poisoned, what)[:, :, position] = value
         results = run(poisoned, backend)
         sees = layout.dense_mask(1, 150, 150)[0, :, position]
-        expected = poisoned.to(torch.float64).run("reference")
+        expected = poisoned.run("portable")  # in which nothing leaks; tested by itself
         for name in ("out", "lse", "dq"):
             torch.testing.assert_close(
                 results[name][:, :, ~sees], clean[name][:, :, ~sees], rtol=2e-2, atol=2e-2
             )
+        for name in RESULTS:
             same = results[name].isnan() == expected[name].isnan()
             assert same.all(), (name, position)
 
@@ -273,10 +275,10 @@ def test_unseen_queries_do_not_leak(backend: str) -> None:
         poisoned.dout[:, :, query] = math.nan
         for extension.host_model_num_sms in (1, 40):
             results = run(poisoned, backend)
-            expected = poisoned.to(torch.float64).run("reference")
+            expected = poisoned.run("portable")  # in which nothing leaks; tested by itself
             for name in ("dq", "dk", "dv"):
                 torch.testing.assert_close(
-                    results[name].double(), expected[name], rtol=5e-2, atol=5e-2, equal_nan=True
+                    results[name], expected[name], rtol=5e-2, atol=5e-2, equal_nan=True
                 )
 
 
