@@ -159,10 +159,8 @@ class NinjaBuild(build_ext):
         self, build: Path, target: Path, cuda: Cuda | None, compiler: list[str], debug: bool
     ) -> list[str]:
         """Describe the build to ninja; the names of the object files."""
-        import pybind11
-
         sources = [ROOT / "csrc" / "hooks.cpp"]
-        includes = [build, pybind11.get_include(), sysconfig.get_path("include")]
+        includes = [build, _pybind11(), sysconfig.get_path("include")]
         defines, link, torch = [], [], "none"
         if cuda is not None:
             torch_folder, torch = _torch()
@@ -218,15 +216,13 @@ class NinjaBuild(build_ext):
         return objects
 
     def _build_host_model(self, extension: Extension, compiler: list[str]) -> None:
-        import pybind11
-
         torch_folder, _ = _torch()
         sanitize = os.environ.get("COGVIEW_KERNELS_SANITIZE", "0") == "1"
         build = Path(self.build_temp).resolve() / (
             "host_model_sanitize" if sanitize else "host_model"
         )
         build.mkdir(parents=True, exist_ok=True)
-        includes = [torch_folder / "include", pybind11.get_include(), sysconfig.get_path("include")]
+        includes = [torch_folder / "include", _pybind11(), sysconfig.get_path("include")]
         flags = [*HOST_MODEL, *STABLE_ONLY, *(f"-isystem{folder}" for folder in includes)]
         instrumented = HOST_MODEL_SANITIZE if sanitize else HOST_MODEL_HOOKS
         link = [*(HOST_MODEL_SANITIZE if sanitize else []), "-lpthread", *_link_torch(torch_folder)]
@@ -336,6 +332,18 @@ def _torch() -> tuple[Path, str]:
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 10):
         raise BuildError(f"expected torch 2.10 or later, got {version}")
     return folder, version
+
+
+def _pybind11() -> str:
+    """The folder of pybind11's headers; torch ships them too."""
+    try:
+        import pybind11
+    except ImportError:
+        folder = find_torch()
+        if folder is None or not (folder / "include" / "pybind11").is_dir():
+            raise BuildError("pybind11 is not installed: pip install pybind11") from None
+        return str(folder / "include")
+    return str(pybind11.get_include())
 
 
 def _link_torch(folder: Path) -> list[str]:
