@@ -1,7 +1,7 @@
 // Three-region attention, backward: dq. The math stands in backward.cuh.
 //
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
-// Grid       as the forward: one block per tile of query positions, heads outermost.
+// Grid       as the forward.
 // Warps      kWarps, each with 16 * kRowTiles query rows, whose dq stays in registers. Tiles of
 //            kBlockN entries of the key list as in the forward, taken in steps of kStep entries.
 // Smem       q tile (later: the dq tile) and dout tile   4 kBlockM kHeadDim bytes
@@ -14,6 +14,7 @@
 // Reference  gradient of cogview_kernels.reference.three_region_attention
 
 #include "backward.cuh"
+#include "query_tile.cuh"
 
 namespace cogview {
 namespace {
@@ -164,76 +165,34 @@ __global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backwa
     const __grid_constant__ ThreeRegionBackwardParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
-  constexpr int kTile = kTileBytes<kHeadDim, kBlockN>;
   const ThreeRegionProblem& problem = params.problem;
   unsigned char* sQ = dynamic_shared();
   unsigned char* sDout = sQ + kTileBytes<kHeadDim, kBlockM>;
   unsigned char* sKV = sDout + kTileBytes<kHeadDim, kBlockM>;
-  int* sKeys = shared_array<int, 2 * kBlockN>();
-
-  // The tile's queries: positions [begin, end) of [origin, origin + kBlockM).
-  const int first = problem.k_len - problem.q_len;
-  const int last_tile = (problem.k_len - 1) / kBlockM;
-  const int num_tiles = last_tile - first / kBlockM + 1;
-  const int origin = (last_tile - int(blockIdx.x % unsigned(num_tiles))) * kBlockM;
-  const int begin = max(origin, first), end = min(origin + kBlockM, problem.k_len);
-  const int head_idx = int(blockIdx.x / unsigned(num_tiles));
-  const int batch = head_idx / problem.num_heads, head = head_idx % problem.num_heads;
-  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
-
-  const auto row_of = [=](int tile_row) {
-    const int position = origin + tile_row;
-    return position >= begin && position < end ? position - first : -1;
-  };
-  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, batch, head), params.q.stride.row,
-                                         row_of);
-  copy_rows<kHeadDim, kBlockM, kThreads>(sDout, head_of(params.dout, batch, head),
+  const QueryTile<kBlockM> tile(problem);
+  const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
+  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
+                                         params.q.stride.row, row_of);
+  copy_rows<kHeadDim, kBlockM, kThreads>(sDout, head_of(params.dout, tile.batch, tile.head),
                                          params.dout.stride.row, row_of);
-
-  // The warp's rows, in the tile and as positions.
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int warp_row = warp * 16 * kRowTiles;
-  WarpContext* contexts = shared_array<WarpContext, Shape::kWarps>();
-  {
-    const KeyList list = key_list_of(problem, batch, begin, end);
-    const WarpView view = warp_view_of(problem, list, max(origin + warp_row, begin),
-                                       min(origin + warp_row + 16 * kRowTiles, end) - 1);
-    if (lane == 0) contexts[warp] = {list, view};
-    bar_warp_sync();
-  }
-  const KeyList& list = contexts[warp].list;
-  const WarpView& view = contexts[warp].view;
-
-  // The tile of keys in stage s begins at `entry`; the first one ends with the list.
-  const uint16_t* gK = head_of(params.k, batch, kv_head);
-  const uint16_t* gV = head_of(params.v, batch, kv_head);
-  const auto find_keys = [&](int stage, int entry) {
-    const int row = threadIdx.x;
-    if (row < kBlockN) sKeys[stage * kBlockN + row] = list.key(entry + row);
-  };
-  const auto copy_keys = [&](int stage) {
-    const auto key_of = [=](int row) { return sKeys[stage * kBlockN + row]; };
-    unsigned char* sK = sKV + stage * 2 * kTile;
-    copy_rows<kHeadDim, kBlockN, kThreads>(sK, gK, params.k.stride.row, key_of);
-    copy_rows<kHeadDim, kBlockN, kThreads>(sK + kTile, gV, params.v.stride.row, key_of);
-    cp_async_commit_group();
-  };
-  find_keys(0, list.size - kBlockN);
-  bar_sync();
-  copy_keys(0);
-  find_keys(1, list.size - 2 * kBlockN);
+  const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, sKV, params.k, params.v, tile.batch,
+                                                tile.kv_head);
+  stages.start();
 
   const float scale = problem.softmax_scale * kLog2e;
-  const int exponent = ds_exponent<T>(params, batch, head);
+  const int exponent = ds_exponent<T>(params, tile.batch, tile.head);
   const float ds_scale = exp2f(float(exponent));
-  const int position = origin + warp_row + lane / 4;  // of the lane's first row
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
+  const int position = tile.origin + warp_row + lane / 4;  // of the lane's first row
   DqWarp<T, Shape> state;
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
-      const int64_t at = int64_t(head_idx) * problem.q_len + row;
+      const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
       state.row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
       state.row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
       state.delta[rt][half] = row < 0 ? 0.f : params.delta[at];
@@ -244,26 +203,18 @@ __global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backwa
     }
   }
 
-  int stage = 0;
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    cp_async_wait_group<0>();
-    bar_sync();
-    const unsigned char* sK = sKV + stage * 2 * kTile;
-    stage ^= 1;
-    if (entry > 0) {
-      copy_keys(stage);
-      find_keys(stage ^ 1, entry - 2 * kBlockN);
-    }
+    const unsigned char* sK = stages.wait(entry);
 #pragma unroll 1
     for (int row = 0; row < kBlockN; row += Shape::kStep) {
       const int at = entry + row;
       if (!view.any(list, at, at + Shape::kStep)) continue;
       if (view.plain(list, at, at + Shape::kStep)) {
-        state.template step<false>(problem, sQ, sDout, warp_row, sK, sK + kTile, row, list, view,
-                                   at, position, scale, ds_scale);
+        state.template step<false>(problem, sQ, sDout, warp_row, sK, sK + stages.kTile, row, list,
+                                   view, at, position, scale, ds_scale);
       } else {
-        state.template step<true>(problem, sQ, sDout, warp_row, sK, sK + kTile, row, list, view, at,
-                                  position, scale, ds_scale);
+        state.template step<true>(problem, sQ, sDout, warp_row, sK, sK + stages.kTile, row, list,
+                                  view, at, position, scale, ds_scale);
       }
     }
   }
@@ -287,21 +238,20 @@ __global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backwa
                           fabsf(own) <= kLargestFloat && sum != 0.f;
     }
   }
-  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.dq, head_of(params.dq, batch, head),
+  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.dq,
+                                     head_of(params.dq, tile.batch, tile.head),
                                      params.dq.stride.row, row_of);
   bar_warp_sync();
-  for_rows_with_nan(
-      has_nan, [&](int row) { dq_row<T, kHeadDim>(params, batch, head, origin + warp_row + row); });
+  for_rows_with_nan(has_nan, [&](int row) {
+    dq_row<T, kHeadDim>(params, tile.batch, tile.head, tile.origin + warp_row + row);
+  });
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_dq(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
   using Shape = DqShape<kHeadDim>;
-  const ThreeRegionProblem& problem = params.problem;
-  const int first = problem.k_len - problem.q_len;
-  const int num_tiles = (problem.k_len - 1) / Shape::kBlockM - first / Shape::kBlockM + 1;
   return launch<three_region_attention_backward_dq_kernel<T, Shape>>(
-      int64_t(problem.batch) * problem.num_heads * num_tiles, 1, Shape::kThreads,
+      QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
       Shape::kSharedBytes, stream, params);
 }
 

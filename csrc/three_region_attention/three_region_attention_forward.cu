@@ -7,8 +7,7 @@
 //
 // Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len, head_dim);
 //            any strides, rows contiguous and aligned to 16 bytes.
-// Grid       one block per tile of kBlockM query positions (multiples of kBlockM, so that query
-//            blocks and tiles coincide), heads outermost, long lists (late tiles) first.
+// Grid       one block per tile of kBlockM query positions (query_tile.cuh).
 // Warps      kWarps, each with 16 * kRowTiles query rows; the rows' q and o stay in registers.
 //            Tiles of kBlockN entries are taken from the end of the list: the first one meets the
 //            diagonal, the last one what is left over. A warp skips groups of sixteen entries that
@@ -23,6 +22,7 @@
 // Reference  cogview_kernels.reference.three_region_attention
 
 #include "exact.cuh"
+#include "query_tile.cuh"
 
 namespace cogview {
 namespace {
@@ -222,60 +222,15 @@ __global__ void __launch_bounds__(Shape::kThreads)
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   const ThreeRegionProblem& problem = params.problem;
   unsigned char* sQ = dynamic_shared();
-  // Two stages of a k and a v tile, and the keys that they hold.
   unsigned char* sKV = sQ + kTileBytes<kHeadDim, kBlockM>;
-  int* sKeys = shared_array<int, 2 * kBlockN>();
-  constexpr int kTile = kTileBytes<kHeadDim, kBlockN>;
-
-  // The tile's queries: positions [begin, end) of [origin, origin + kBlockM).
-  const int first = problem.k_len - problem.q_len;
-  const int last_tile = (problem.k_len - 1) / kBlockM;
-  const int num_tiles = last_tile - first / kBlockM + 1;
-  const int origin = (last_tile - int(blockIdx.x % unsigned(num_tiles))) * kBlockM;
-  const int begin = max(origin, first), end = min(origin + kBlockM, problem.k_len);
-  const int head_idx = int(blockIdx.x / unsigned(num_tiles));
-  const int batch = head_idx / problem.num_heads, head = head_idx % problem.num_heads;
-  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
-
-  const uint16_t* gQ = head_of(params.q, batch, head);
-  const uint16_t* gK = head_of(params.k, batch, kv_head);
-  const uint16_t* gV = head_of(params.v, batch, kv_head);
-  const auto row_of = [=](int tile_row) {
-    const int position = origin + tile_row;
-    return position >= begin && position < end ? position - first : -1;
-  };
-  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, gQ, params.q.stride.row, row_of);
-
-  // The warp's rows, in the tile and as positions.
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int warp_row = warp * 16 * kRowTiles;
-  WarpContext* contexts = shared_array<WarpContext, Shape::kWarps>();
-  {
-    const KeyList list = key_list_of(problem, batch, begin, end);
-    const WarpView view = warp_view_of(problem, list, max(origin + warp_row, begin),
-                                       min(origin + warp_row + 16 * kRowTiles, end) - 1);
-    if (lane == 0) contexts[warp] = {list, view};
-    bar_warp_sync();
-  }
-  const KeyList& list = contexts[warp].list;
-  const WarpView& view = contexts[warp].view;
-
-  // The tile of keys in stage s begins at `entry`; the first one ends with the list.
-  const auto find_keys = [&](int stage, int entry) {
-    const int row = threadIdx.x;
-    if (row < kBlockN) sKeys[stage * kBlockN + row] = list.key(entry + row);
-  };
-  const auto copy_keys = [&](int stage) {
-    const auto key_of = [=](int row) { return sKeys[stage * kBlockN + row]; };
-    unsigned char* sK = sKV + stage * 2 * kTile;
-    copy_rows<kHeadDim, kBlockN, kThreads>(sK, gK, params.k.stride.row, key_of);
-    copy_rows<kHeadDim, kBlockN, kThreads>(sK + kTile, gV, params.v.stride.row, key_of);
-    cp_async_commit_group();
-  };
-  find_keys(0, list.size - kBlockN);
-  bar_sync();
-  copy_keys(0);
-  find_keys(1, list.size - 2 * kBlockN);
+  const QueryTile<kBlockM> tile(problem);
+  const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
+  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
+                                         params.q.stride.row, row_of);
+  const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, sKV, params.k, params.v, tile.batch,
+                                                tile.kv_head);
+  stages.start();
 
   const float scale = fabsf(problem.softmax_scale) * kLog2e;
   if (problem.softmax_scale < 0.f) {
@@ -287,7 +242,9 @@ __global__ void __launch_bounds__(Shape::kThreads)
     }
   }
 
-  const int position = origin + warp_row + lane / 4;  // of the lane's first row
+  const int lane = threadIdx.x % kWarpSize;
+  const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
+  const int position = tile.origin + warp_row + lane / 4;  // of the lane's first row
   ForwardWarp<T, Shape> state;
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -302,16 +259,8 @@ __global__ void __launch_bounds__(Shape::kThreads)
     }
   }
 
-  int stage = 0;
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    cp_async_wait_group<0>();
-    bar_sync();
-    unsigned char* sK = sKV + stage * 2 * kTile;
-    stage ^= 1;
-    if (entry > 0) {
-      copy_keys(stage);
-      find_keys(stage ^ 1, entry - 2 * kBlockN);
-    }
+    const unsigned char* sK = stages.wait(entry);
     if (!view.any(list, entry, entry + kBlockN)) continue;
     if (view.plain(list, entry, entry + kBlockN)) {
       state.template step<false>(problem, sQ, warp_row, sK, list, view, entry, position, scale);
@@ -336,28 +285,26 @@ __global__ void __launch_bounds__(Shape::kThreads)
       }
       has_nan[rt][half] = row >= 0 && !(sum > 0.f);
       if (row >= 0 && lane % 4 == 0) {
-        const int64_t at = int64_t(head_idx) * problem.q_len + row;
+        const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
         params.row_max[at] = state.m[rt][half];
         params.row_log_sum[at] = log2f(l);
       }
     }
   }
-  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.o, head_of(params.out, batch, head),
+  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.o,
+                                     head_of(params.out, tile.batch, tile.head),
                                      params.out.stride.row, row_of);
   bar_warp_sync();
   for_rows_with_nan(has_nan, [&](int row) {
-    forward_row<T, kHeadDim>(params, batch, head, origin + warp_row + row);
+    forward_row<T, kHeadDim>(params, tile.batch, tile.head, tile.origin + warp_row + row);
   });
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_forward(const ThreeRegionForwardParams& params, cudaStream_t stream) {
   using Shape = ForwardShape<kHeadDim>;
-  const ThreeRegionProblem& problem = params.problem;
-  const int first = problem.k_len - problem.q_len;
-  const int num_tiles = (problem.k_len - 1) / Shape::kBlockM - first / Shape::kBlockM + 1;
   return launch<three_region_attention_forward_kernel<T, Shape>>(
-      int64_t(problem.batch) * problem.num_heads * num_tiles, 1, Shape::kThreads,
+      QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
       Shape::kSharedBytes, stream, params);
 }
 
