@@ -32,7 +32,7 @@ struct ForwardShape {
   static constexpr int kHeadDim = kHeadDim_;
   // Two row tiles to a warp halve its shared memory reads; at 128 they do not fit the registers.
   static constexpr int kRowTiles = kHeadDim <= 96 ? 2 : 1;
-  static constexpr int kWarps = 8 / kRowTiles, kThreads = kWarps * kWarpSize;
+  static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kSharedBytes =
