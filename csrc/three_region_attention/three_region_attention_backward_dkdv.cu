@@ -40,6 +40,8 @@ struct DkdvShape {
   static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kStep = 16;
   static constexpr int kStageBytes = 2 * kTileBytes<kHeadDim, kBlockM> + 3 * 4 * kBlockM;
+  static constexpr int kMinBlocks =
+      kHeadDim == 32 ? 3 : 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes = 2 * kTileBytes<kHeadDim, kBlockN> + 2 * kStageBytes;
 };
 
@@ -275,8 +277,9 @@ __device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeReg
 }
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backward_dkdv_kernel(
-    const __grid_constant__ ThreeRegionBackwardParams params) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
+    three_region_attention_backward_dkdv_kernel(
+        const __grid_constant__ ThreeRegionBackwardParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles, kStep = Shape::kStep;
   constexpr int kTile = kTileBytes<kHeadDim, kBlockM>;

@@ -27,6 +27,8 @@ struct DqShape {
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kStep = 32;
+  static constexpr int kMinBlocks =
+      kHeadDim == 32 ? 3 : 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes =
       2 * kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
 };
@@ -161,8 +163,9 @@ struct DqWarp {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads) three_region_attention_backward_dq_kernel(
-    const __grid_constant__ ThreeRegionBackwardParams params) {
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
+    three_region_attention_backward_dq_kernel(
+        const __grid_constant__ ThreeRegionBackwardParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   const ThreeRegionProblem& problem = params.problem;

@@ -35,6 +35,8 @@ struct ForwardShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
+  static constexpr int kMinBlocks =
+      2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes =
       kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
 };
@@ -216,7 +218,7 @@ struct ForwardWarp {
 };
 
 template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads)
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     three_region_attention_forward_kernel(const __grid_constant__ ThreeRegionForwardParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
