@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 
 from cogview_kernels import extension
@@ -13,3 +15,9 @@ def cuda() -> None:
     reason = extension.why_not_usable()
     if reason is not None:
         pytest.skip(reason)
+
+
+@pytest.fixture
+def record(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
+    """Keep a number beside the test's outcome in the record that check.py writes."""
+    return lambda name, value: request.node.user_properties.append((name, value))

@@ -110,7 +110,7 @@ def test_head_dims(head_dim: int) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [32, 64, 96, 128])
 def test_close_to_the_host_model(
-    head_dim: int, dtype: torch.dtype, record_property: Callable[[str, object], None]
+    head_dim: int, dtype: torch.dtype, record: Callable[[str, object], None]
 ) -> None:
     """The same source on the same inputs: what is left are the order of a tensor core's sums and
     the last bits of exp2, which may turn the rounding of a weight."""
@@ -138,7 +138,7 @@ def test_close_to_the_host_model(
         # lse is float32, whose steps are those of the sums before the logarithm.
         eps = 2.0**-18 if name == "lse" else torch.finfo(dtype).eps
         steps[name] = apart / (largest * eps)
-        record_property(f"{name}_steps_of_largest", round(steps[name], 3))
+        record(f"{name}_steps_of_largest", round(steps[name], 3))
     assert all(value <= 4 for value in steps.values()), steps
 
 

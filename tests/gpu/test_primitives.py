@@ -289,7 +289,7 @@ def test_mma_of_numbers(
     rng: np.random.Generator,
     dtype: str,
     spread: float,
-    record_property: Callable[[str, object], None],
+    record: Callable[[str, object], None],
 ) -> None:
     """Products are exact. The manual leaves the order and the rounding of the sum open: of 17
     terms, added in any order, aligned to the largest or not, each loses at most one float32 step
@@ -303,7 +303,7 @@ def test_mma_of_numbers(
     c = c.float()
     error = (mma(run, dtype, a, b, c).double() - exact(a, b, c)).abs()
     bound = 17 * 2.0**-23 * exact(a.abs(), b.abs(), c.abs())
-    record_property("error_ratio", (error / bound).max().item())
+    record("error_ratio", (error / bound).max().item())
     assert (error <= bound).all()
 
 
@@ -413,7 +413,7 @@ def test_float_as_uint(run: Primitives, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out, bits)
 
 
-def test_ex2_approx(run: Primitives, record_property: Callable[[str, object], None]) -> None:
+def test_ex2_approx(run: Primitives, record: Callable[[str, object], None]) -> None:
     """Within 2 ulp of 2^x, 1 for 0; denormal results count as zero."""
     x = np.concatenate([np.linspace(-160, 130, 100_000), np.linspace(-1, 1, 100_000)])
     special = [np.inf, -np.inf, np.nan, 0.0, -0.0, 2.0**-140, -(2.0**-140)]
@@ -426,7 +426,7 @@ def test_ex2_approx(run: Primitives, record_property: Callable[[str, object], No
     normal = (truth >= 2.0**-126 * (1 + 2.0**-21)) & (truth < 2.0**128 * (1 - 2.0**-21))
     ulp = 2.0 ** (np.floor(np.log2(truth[normal])) - 23)
     error = np.abs(y[normal] - truth[normal]) / ulp
-    record_property("error_ratio", float(error.max() / 2))
+    record("error_ratio", float(error.max() / 2))
     assert error.max() <= 2
     assert (y[truth < 2.0**-126 * (1 - 2.0**-21)] == 0).all()
     assert np.isposinf(y[truth >= 2.0**128]).all()
@@ -438,7 +438,7 @@ def test_ex2_approx(run: Primitives, record_property: Callable[[str, object], No
 
 
 def test_device_equals_model(
-    tmp_path: Path, rng: np.random.Generator, record_property: Callable[[str, object], None]
+    tmp_path: Path, rng: np.random.Generator, record: Callable[[str, object], None]
 ) -> None:
     """Where the manual leaves bits open, how far apart are they?"""
     if not torch.cuda.is_available():
@@ -447,12 +447,12 @@ def test_device_equals_model(
     x = rng.uniform(-126, 127, 320_000).astype(np.float32)
     y = [run("ex2_approx", 10_000, np.zeros_like(x), x) for run in (model, device)]
     steps = np.abs(y[0].view(np.int32).astype(np.int64) - y[1].view(np.int32))
-    record_property("ex2_ulp", int(steps.max()))
+    record("ex2_ulp", int(steps.max()))
     assert steps.max() <= 3  # two of the instruction's, one of the model's
     for dtype, torch_dtype in TYPES.items():
         a, b, c = mma_operands(rng, lambda rng, shape: rng.standard_normal(shape), 1000)
         a, b, c = a.to(torch_dtype), b.to(torch_dtype), c.float()
         sums = [mma(run, dtype, a, b, c).double() for run in (model, device)]
         apart = (sums[0] - sums[1]).abs() / exact(a.abs(), b.abs(), c.abs())
-        record_property(f"mma_{dtype}_apart", apart.max().item() * 2.0**23)
+        record(f"mma_{dtype}_apart", apart.max().item() * 2.0**23)
         assert apart.max() <= 2 * 17 * 2.0**-23
