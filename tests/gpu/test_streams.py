@@ -1,0 +1,305 @@
+"""What only a GPU's runtime can show: streams, graphs, compilation, synchronisation and memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+import cogview_kernels as ck
+from cogview_kernels import attention, extension
+
+pytestmark = pytest.mark.usefixtures("cuda")
+
+SLEEP_CYCLES = 400_000_000  # some tenths of a second
+
+Call = Callable[..., tuple[Tensor, ...]]
+
+
+def layout_on_gpu(seed: int, batch: int = 2, seqlen: int = 600) -> ck.ThreeRegionLayout:
+    generator = torch.Generator().manual_seed(seed)
+    text_len = torch.randint(5, 40, (batch,), generator=generator)
+    pivots = ck.sample_pivots(text_len, seqlen, 70, generator)
+    return ck.ThreeRegionLayout(text_len.int().cuda(), pivots.cuda(), 64, 2, 0.5, 1.5)
+
+
+def attention_inputs(seed: int, dtype: torch.dtype = torch.float16) -> list[Tensor]:
+    """q, k, v, dout, and the layout's text lengths and pivots."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(2, 8, 600, 64), (2, 4, 600, 64), (2, 4, 600, 64), (2, 8, 600, 64)]
+    normal = [torch.randn(s, generator=generator, device="cuda", dtype=dtype) for s in shapes]
+    layout = layout_on_gpu(seed)
+    assert isinstance(layout.text_len, Tensor) and layout.pivot_idx is not None
+    return [*normal, layout.text_len, layout.pivot_idx]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, dout: Tensor, text_len: Tensor, pivot_idx: Tensor
+) -> tuple[Tensor, ...]:
+    """Forward and backward."""
+    layout = ck.ThreeRegionLayout(text_len, pivot_idx, 64, 2, 0.5, 1.5)
+    leaves = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[arg-type]
+    return (out.detach(), *torch.autograd.grad(out, leaves, dout))
+
+
+def norm_inputs(seed: int) -> list[Tensor]:
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(3000, 1024), (1024,), (1024,), (3000, 1024)]
+    return [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+
+
+def normalise(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tensor, ...]:
+    leaves = [t.detach().requires_grad_() for t in (x, weight, bias)]
+    y = ck.pb_relax_layer_norm(*leaves, backend="cuda")
+    return (y.detach(), *torch.autograd.grad(y, leaves, dy))
+
+
+OPERATORS = pytest.mark.parametrize(
+    "inputs, call", [(attention_inputs, attend), (norm_inputs, normalise)], ids=["attention", "ln"]
+)
+Inputs = Callable[[int], list[Tensor]]
+
+
+def equal(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
+
+
+# Streams
+
+
+@OPERATORS
+def test_side_stream(inputs: Inputs, call: Call) -> None:
+    """Work waits for what stands before it on its stream, and for nothing else."""
+    old, new = inputs(0), inputs(1)
+    before, expected = call(*old), call(*new)
+    assert not equal(before, expected)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        call(*old)  # so that the stream has memory of its own
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        torch.cuda._sleep(SLEEP_CYCLES)
+        for tensor, value in zip(old, new, strict=True):
+            tensor.copy_(value)  # seen only by work that comes behind the sleep
+        results = call(*old)
+        done = side.record_event()
+    assert not done.query()  # queued, not waited for
+    on_default = torch.cuda.current_stream().record_event()
+    on_default.synchronize()
+    assert not done.query()  # nothing of it ran on the default stream
+    torch.cuda.synchronize()
+    assert equal(results, expected)
+
+
+@OPERATORS
+def test_two_streams_at_once(inputs: Inputs, call: Call) -> None:
+    tasks = [inputs(0), inputs(1)]
+    expected = [call(*task) for task in tasks]
+    streams = [torch.cuda.Stream() for _ in tasks]
+    torch.cuda.synchronize()
+    results: list[list[tuple[Tensor, ...]]] = [[], []]
+    for _ in range(20):
+        for stream, task, kept in zip(streams, tasks, results, strict=True):
+            with torch.cuda.stream(stream):
+                kept.append(call(*task))
+    torch.cuda.synchronize()
+    for kept, one in zip(results, expected, strict=True):
+        assert all(equal(result, one) for result in kept)
+
+
+@OPERATORS
+def test_device_guard(inputs: Inputs, call: Call) -> None:
+    """Tensors on another than the current device."""
+    if torch.cuda.device_count() < 2:
+        pytest.skip("one GPU")
+    expected = call(*inputs(0))
+    results = call(*(tensor.to("cuda:1") for tensor in inputs(0)))
+    assert all(result.device == torch.device("cuda:1") for result in results)
+    assert equal(tuple(result.to("cuda:0") for result in results), expected)
+    assert torch.cuda.current_device() == 0
+
+
+@OPERATORS
+def test_nothing_waits_for_the_device(inputs: Inputs, call: Call) -> None:
+    task = inputs(0)
+    call(*task)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call(*task)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+# Graphs
+
+
+@OPERATORS
+def test_graph(inputs: Inputs, call: Call) -> None:
+    """Captured once, forward and backward; replayed on other values, pivots and text lengths."""
+    static = inputs(0)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            call(*static)
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = call(*static)
+    for seed in (1, 2, 3):
+        values = inputs(seed)
+        for tensor, value in zip(static, values, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert equal(results, call(*values)), seed
+
+
+@OPERATORS
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+def test_compile(inputs: Inputs, call: Call, mode: str | None) -> None:
+    """One graph, forward and backward, the same numbers; with CUDA graphs too."""
+    torch._dynamo.reset()
+
+    def forward(*tensors: Tensor) -> Tensor:
+        if call is normalise:
+            return ck.pb_relax_layer_norm(*tensors, backend="cuda")
+        *heads, text_len, pivot_idx = tensors
+        layout = ck.ThreeRegionLayout(text_len, pivot_idx, 64, 2, 0.5, 1.5)
+        return ck.three_region_attention(*heads, layout, backend="cuda")  # type: ignore[arg-type]
+
+    compiled = torch.compile(forward, fullgraph=True, mode=mode)
+    for seed in (0, 1, 2, 3):  # reduce-overhead records in the second call and replays later
+        task = inputs(seed)
+        dout = task.pop(3)
+        leaves = [t.requires_grad_() for t in task[:3]]
+        torch.compiler.cudagraph_mark_step_begin()
+        out = compiled(*leaves, *task[3:])
+        gradients = torch.autograd.grad(out, leaves, dout)
+        results = tuple(t.detach().clone() for t in (out, *gradients))
+        assert equal(results, call(*inputs(seed))), seed
+
+
+# Training
+
+
+def test_autocast() -> None:
+    q, k, v, dout, text_len, pivot_idx = attention_inputs(0, torch.float32)
+    layout = ck.ThreeRegionLayout(text_len, pivot_idx, 64, 2, 0.5, 1.5)
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    with torch.autocast("cuda", torch.bfloat16):
+        out = ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[arg-type]
+    assert out.dtype == torch.bfloat16
+    gradients = torch.autograd.grad(out, leaves, dout.bfloat16())
+    expected = attend(*(t.detach().bfloat16() for t in (q, k, v, dout)), text_len, pivot_idx)
+    assert torch.equal(out, expected[0])
+    assert equal(gradients, tuple(t.float() for t in expected[1:]))
+
+
+@OPERATORS
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_activation_checkpointing(inputs: Inputs, call: Call, use_reentrant: bool) -> None:
+    task = inputs(0)
+    expected = call(*task)
+    dout = task.pop(3)
+    leaves = [t.requires_grad_() for t in task[:3]]
+
+    def forward(*tensors: Tensor) -> Tensor:
+        if call is normalise:
+            return ck.pb_relax_layer_norm(*tensors, backend="cuda")
+        layout = ck.ThreeRegionLayout(task[3], task[4], 64, 2, 0.5, 1.5)
+        return ck.three_region_attention(*tensors, layout, backend="cuda")  # type: ignore[arg-type]
+
+    out = checkpoint(forward, *leaves, use_reentrant=use_reentrant)
+    out.backward(dout)
+    assert equal((out.detach(), *(leaf.grad for leaf in leaves)), expected)  # type: ignore[arg-type]
+
+
+# Memory
+
+
+def requested() -> int:
+    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+
+
+def peak_of(call: Callable[[], object]) -> tuple[object, int]:
+    """The call's result, and the most bytes that it asked for at a time."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = requested()
+    result = call()
+    return result, int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch, num_heads, seqlen", [(1, 2, 4096), (8, 32, 1024)])
+def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> None:
+    """What the docstring says: the results, two numbers for each query row kept, and the backward's
+    workspace."""
+    num_pivots, head_dim = 100, 64
+    pivots = ck.sample_pivots(torch.full((batch,), 9), seqlen, num_pivots).cuda()
+    text_len = torch.full((batch,), 9, dtype=torch.int32, device="cuda")
+    layout = ck.ThreeRegionLayout(text_len, pivots, 128, 2)
+    shape = batch, num_heads, seqlen, head_dim
+    leaves = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for _ in range(3)]
+    dout = torch.randn(shape, device="cuda", dtype=dtype)
+
+    def forward() -> Tensor:
+        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[arg-type]
+
+    torch.autograd.grad(forward(), leaves, dout)  # whatever is made once
+    elements, rows = batch * num_heads * seqlen * head_dim, batch * num_heads * seqlen
+    out, peak = peak_of(forward)
+    assert isinstance(out, Tensor)
+    assert peak == 2 * elements + 2 * 4 * rows + 4 * batch * (2 + num_pivots)
+    _, peak = peak_of(lambda: torch.autograd.grad(out, leaves, dout))
+    num_sms = extension.num_sms(out.device)
+    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, num_pivots, 256, num_sms)
+    assert (splits > 1) == (batch == 1)
+    workspace = 4 * rows + (4 * batch * 3 * num_heads if dtype == torch.float16 else 0)
+    if splits > 1:
+        far_rows = -(-num_pivots // 64) * 64 + 256
+        workspace += 8 * splits * batch * num_heads * far_rows * head_dim
+    assert peak == 3 * 2 * elements + workspace
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Callable[[], None]]:
+    """Allow 64 MiB more than what is in use now."""
+
+    def limit() -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        allowed = torch.cuda.memory_reserved() + 2**26
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_out_of_memory(little_memory: Callable[[], None]) -> None:
+    """The usual error, forward and backward, and nothing is broken afterwards."""
+    shape = 8, 32, 4096, 64  # 128 MiB
+    q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    layout = ck.ThreeRegionLayout(9, None, 128, 2)
+
+    def forward() -> Tensor:
+        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[arg-type]
+
+    out = forward()
+    little_memory()
+    with pytest.raises(torch.OutOfMemoryError):
+        forward()
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(forward(), out)
+    assert all(t.isfinite().all() for t in torch.autograd.grad(out, leaves, dout))
