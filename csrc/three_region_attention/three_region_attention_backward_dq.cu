@@ -27,8 +27,7 @@ struct DqShape {
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kStep = 32;
-  static constexpr int kMinBlocks =
-      kHeadDim == 32 ? 3 : 2;  // to a multiprocessor, as far as registers go
+  static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes =
       2 * kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
 };

@@ -35,8 +35,7 @@ struct ForwardShape {
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kMinBlocks =
-      2;  // to a multiprocessor, as far as registers go
+  static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes =
       kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
 };
