@@ -165,7 +165,13 @@ def run_process(
 def run_group(group: Group, path: Path, deadline: float) -> None:
     """All tests of a group, in as many processes as they take down."""
     record = json.loads(path.read_text())
-    empty = {"seconds": 0.0, "finished": False, "running": None, "error": None, "tests": []}
+    empty: dict[str, Any] = {
+        "seconds": 0.0,
+        "finished": False,
+        "running": None,
+        "error": None,
+        "tests": [],
+    }
     record["groups"][group.name] = empty
     save(record, path)
     begin = time.time()

@@ -42,7 +42,7 @@ def attend(
     """Forward and backward."""
     layout = ck.ThreeRegionLayout(text_len, pivot_idx, 64, 2, 0.5, 1.5)
     leaves = [t.detach().requires_grad_() for t in (q, k, v)]
-    out = ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[arg-type]
+    out = ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
     return (out.detach(), *torch.autograd.grad(out, leaves, dout))
 
 
@@ -172,7 +172,7 @@ def test_compile(inputs: Inputs, call: Call, mode: str | None) -> None:
             return ck.pb_relax_layer_norm(*tensors, backend="cuda")
         *heads, text_len, pivot_idx = tensors
         layout = ck.ThreeRegionLayout(text_len, pivot_idx, 64, 2, 0.5, 1.5)
-        return ck.three_region_attention(*heads, layout, backend="cuda")  # type: ignore[arg-type]
+        return ck.three_region_attention(*heads, layout, backend="cuda")  # type: ignore[call-overload]
 
     compiled = torch.compile(forward, fullgraph=True, mode=mode)
     for seed in (0, 1, 2, 3):  # reduce-overhead records in the second call and replays later
@@ -194,7 +194,7 @@ def test_autocast() -> None:
     layout = ck.ThreeRegionLayout(text_len, pivot_idx, 64, 2, 0.5, 1.5)
     leaves = [t.requires_grad_() for t in (q, k, v)]
     with torch.autocast("cuda", torch.bfloat16):
-        out = ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[arg-type]
+        out = ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
     assert out.dtype == torch.bfloat16
     gradients = torch.autograd.grad(out, leaves, dout.bfloat16())
     expected = attend(*(t.detach().bfloat16() for t in (q, k, v, dout)), text_len, pivot_idx)
@@ -214,11 +214,11 @@ def test_activation_checkpointing(inputs: Inputs, call: Call, use_reentrant: boo
         if call is normalise:
             return ck.pb_relax_layer_norm(*tensors, backend="cuda")
         layout = ck.ThreeRegionLayout(task[3], task[4], 64, 2, 0.5, 1.5)
-        return ck.three_region_attention(*tensors, layout, backend="cuda")  # type: ignore[arg-type]
+        return ck.three_region_attention(*tensors, layout, backend="cuda")  # type: ignore[call-overload]
 
     out = checkpoint(forward, *leaves, use_reentrant=use_reentrant)
     out.backward(dout)
-    assert equal((out.detach(), *(leaf.grad for leaf in leaves)), expected)  # type: ignore[arg-type]
+    assert equal((out.detach(), *(leaf.grad for leaf in leaves)), expected)  # type: ignore[call-overload]
 
 
 # Memory
@@ -251,7 +251,7 @@ def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> 
     dout = torch.randn(shape, device="cuda", dtype=dtype)
 
     def forward() -> Tensor:
-        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[arg-type]
+        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
 
     torch.autograd.grad(forward(), leaves, dout)  # whatever is made once
     elements, rows = batch * num_heads * seqlen * head_dim, batch * num_heads * seqlen
@@ -292,7 +292,7 @@ def test_out_of_memory(little_memory: Callable[[], None]) -> None:
     layout = ck.ThreeRegionLayout(9, None, 128, 2)
 
     def forward() -> Tensor:
-        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[arg-type]
+        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
 
     out = forward()
     little_memory()
