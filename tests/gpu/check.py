@@ -50,7 +50,7 @@ GROUPS = (
     Group("layer norm", ("tests/test_pb_relax_layer_norm.py", "-k", "cuda"), 60),
     Group("layer norm, large", ("tests/gpu/test_layer_norm.py",), 60),
     Group("streams and graphs", ("tests/gpu/test_streams.py",), 90),
-    Group("wiring", ("tests/test_backends.py", "-k", "cuda or not (host_model or portable)"), 90),
+    Group("wiring", ("tests/test_backends.py", "-k", "cuda or takes_cpu_tensors"), 90),
     Group("sanitizer", ("tests/gpu/test_sanitizer.py",), 120),
 )
 
@@ -85,6 +85,10 @@ class Recorder:
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         known = {test["id"] for test in self.group["tests"]}
         items[:] = [item for item in items if item.nodeid not in known]
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        if report.failed:
+            self.group["error"] = f"{report.nodeid}: {report.longrepr}"[-MESSAGE_CHARS:]
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.group["running"] = nodeid
@@ -219,7 +223,7 @@ def run_build(path: Path, architecture: str) -> bool:
         test = {"id": name, "outcome": "passed", "seconds": round(time.time() - begin, 1)}
         if status != 0:
             lines = LOG.read_text()[-MESSAGE_CHARS:].strip().splitlines()
-            errors = [line for line in lines if "error" in line] or lines
+            errors = [line for line in lines if re.search("error|^cogview_kernels:", line)] or lines
             test |= {"outcome": "failed", "reason": killed or errors[0], "text": "\n".join(lines)}
         tests.append(test)
         record["groups"]["build"]["seconds"] = round(sum(test["seconds"] for test in tests), 1)
@@ -247,7 +251,7 @@ def table(record: dict[str, Any]) -> tuple[str, bool]:
             reason = " ".join(failures[0]["reason"].split())[:150]
             rows.append(f"    {failures[0]['id'].split('::')[-1]}: {reason}")
         if group["error"]:
-            rows.append(f"    stopped: {group['error'][:150]}")
+            rows.append(f"    stopped: {' '.join(group['error'].split())[-150:]}")
         if not count["passed"] and not failures:
             reasons = sorted({str(test.get("reason")) for test in tests}) or ["no tests"]
             rows.append(f"    nothing passed: {reasons[0][:150]}")

@@ -48,6 +48,8 @@ def test_outcomes(
         check.Group(name, (str(suite), "-k", which), 60)
         for name, which in (("all", "test"), ("good", "first or last"), ("none", "skips"))
     )
+    (tmp_path / "test_broken.py").write_text("import nothing_of_this_name")
+    groups += (check.Group("broken", (str(tmp_path / "test_broken.py"),), 60),)
     assert not check.check(groups, path, None)
     record = json.loads(path.read_text())
     assert record == json.loads((tmp_path / "out" / "record.json").read_text())
@@ -66,7 +68,8 @@ def test_outcomes(
     assert tests["test_hangs"]["reason"] == "killed: no word for 6 s"
     printed = capsys.readouterr().out.splitlines()
     rows = [" ".join(line.split()[:4]) for line in printed]
-    assert {"all 2 3 1", "good 2 0 0", "none 0 0 1"} <= set(rows)
+    assert {"all 2 3 1", "good 2 0 0", "none 0 0 1", "broken 0 0 0"} <= set(rows)
+    assert "No module named 'nothing_of_this_name'" in record["groups"]["broken"]["error"]
     assert "test_fails: AssertionError: one and one" in "\n".join(printed)
     assert "0.25 of allowed" in "\n".join(printed)
 
