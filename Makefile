@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 RECORD = attention-$(shell uname -m)-$(shell date +%Y-%m-%d)-$(shell git rev-parse --short HEAD)
 SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test lint format types bench check-install clean
+.PHONY: help build demo test lint format types bench kernel-table kernel-costs check-install clean
 
 help:
 	@echo "make demo           train a small CogView on handwritten digits and draw captions"
 	@echo "make test           build, lint, check types and run every test that needs no GPU"
 	@echo "make bench          time the attention against dense attention on this machine"
+	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
+	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make check-install  pip install in fresh environments, every way that is supported"
 	@echo "make format         format Python and C++"
 	@echo "make clean          remove what was built"
@@ -55,6 +57,13 @@ bench: build
 	$(BIN)/pytest benchmarks/bench_attention.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
 	  --benchmark-json=benchmarks/results/$(RECORD).json
 	$(BIN)/python benchmarks/report.py
+
+# After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
+kernel-table: build
+	$(BIN)/python benchmarks/kernel_table.py
+
+kernel-costs: build
+	$(BIN)/python benchmarks/kernel_costs.py
 
 check-install: $(VENV)/.installed
 	$(PYTHON) tests/check_install.py

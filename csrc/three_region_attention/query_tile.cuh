@@ -89,7 +89,7 @@ struct KeyStages {
   }
 
   __device__ __forceinline__ void copy(int of_stage) {
-    const auto key_of = [=](int row) { return keys[of_stage * kBlockN + row]; };
+    const auto key_of = [&](int row) { return keys[of_stage * kBlockN + row]; };
     unsigned char* tile = stages + of_stage * 2 * kTile;
     copy_rows<kHeadDim, kBlockN, kThreads>(tile, k, k_stride, key_of);
     copy_rows<kHeadDim, kBlockN, kThreads>(tile + kTile, v, v_stride, key_of);
