@@ -1,0 +1,581 @@
+"""Breaks the kernels on purpose, one place at a time, and demands that a test notices.
+
+    python tests/mutations.py               all of them; exit code 1 if one survives
+    python tests/mutations.py --only NAME   these alone; may be repeated
+    python tests/mutations.py --list        their names; fails where a kernel has changed
+
+Works in a copy of the sources, in a temporary folder, with the host model: needs what `make build`
+installs, no GPU. MAX_JOBS bounds the compilers that run at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COPIED = ("csrc", "cogview_kernels", "tests", "setup.py", "build_backend.py", "pyproject.toml")
+COPIED += ("README.md", "LICENSE")
+
+# Which tests a mutation is shown to: a pytest -k expression.
+VALUES = "many_tiles"
+DEFINITION = "equals_the_definition"
+GROUPS = "covers_everything"  # several kv heads with several heads each
+DEGENERATE = "degenerate"
+WILD = "any_values_in_the_layout"
+PACKED = "any_packed_layout"
+LEAKS = "leak or later_tokens"
+SIGN = "any_scale_and_sign"
+LOSS_SCALE = "any_loss_scale"
+LARGE = "beyond_float32"
+ACCURACY = "accuracy"  # from here on: of LayerNorm
+POISON = "poison or mates"
+STRIDES = "strides"
+
+
+@dataclass(frozen=True)
+class Mutation:
+    name: str
+    file: str  # under csrc
+    old: str  # occurs once
+    new: str
+    tests: str
+
+
+def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
+    return [Mutation(name, file, old, new, tests) for name, tests, old, new in rows]
+
+
+# Left out, since nothing that a test can see changes:
+# - the forward's weights of a row that has seen no key yet (-inf - -inf): the row ends with a NaN
+#   and is computed again;
+# - zeros for rows that a copy leaves out: their weight is zero, and what 0 * NaN makes of it is
+#   computed again;
+# - the clamps of the packing kernel's text length, which its readers repeat;
+# - the view of a warp without queries, whose results go nowhere;
+# - exponents of ds that are too large (of another head, of bounds too small): what overflows is
+#   computed again;
+# - the warp's barrier before rows are computed again: the model sees races in shared memory alone.
+MUTATIONS = [
+    *mutations(
+        "three_region_attention/three_region_attention_far_keys.cu",
+        ("padding-counts-as-pivot", VALUES, "pivot < params.k_len;", "pivot <= params.k_len;"),
+        ("text-counts-as-pivot", DEFINITION, "pivot >= text_len &&", "pivot >= 0 &&"),
+        ("repeated-pivot-counts", WILD, "pivot > largest_before;", "pivot >= largest_before;"),
+        (
+            "unsorted-pivot-of-a-later-chunk-counts",
+            WILD,
+            "largest = shfl_idx(largest_here, kWarpSize - 1);",
+            "",
+        ),
+        ("pivots-of-first-chunks-lost", VALUES, "num_pivots += popc(", "num_pivots = popc("),
+        ("padding-not-written", VALUES, "far_keys[2 + index] = params.k_len;", ""),
+    ),
+    *mutations(
+        "three_region_attention/key_list.cuh",
+        (
+            "window-begins-a-block-early",
+            VALUES,
+            "- problem.num_windows + 1)",
+            "- problem.num_windows)",
+        ),
+        (
+            "far-queries-begin-a-block-early",
+            VALUES,
+            "+ problem.num_windows) *",
+            "+ problem.num_windows - 1) *",
+        ),
+        (
+            "pivot-at-window-start-counts-twice",
+            DEFINITION,
+            "end) - 1] < bound;",
+            "end) - 1] <= bound;",
+        ),
+        (
+            "pivot-outside-the-keys",
+            PACKED,
+            "return min(max(pivots[index], 0), k_len - 1);",
+            "return pivots[index];",
+        ),
+        (
+            "text-reaches-into-the-window",
+            VALUES,
+            "min(list.far.text_len, list.last_start)",
+            "list.far.text_len",
+        ),
+        (
+            "first-pivot-takes-text-bias",
+            VALUES,
+            "return entry < list.num_text ?",
+            "return entry <= list.num_text ?",
+        ),
+        (
+            "mixed-biases-taken-for-one",
+            VALUES,
+            "((text_bias == 0.f && pivot_bias == 0.f) ||",
+            "(true ||",
+        ),
+        (
+            "equal-biases-cover-the-window",
+            DEFINITION,
+            "(text_bias == pivot_bias && window == 0)",
+            "text_bias == pivot_bias",
+        ),
+        (
+            "pivots-of-some-taken-for-all",
+            VALUES,
+            "first_start == last_start ? view.pivots_some : pivots_before(first_start)",
+            "view.pivots_some",
+        ),
+        ("no-diagonal-mask", VALUES, "window + first + 1;", "window + last + 1;"),
+        (
+            "window-start-skipped",
+            VALUES,
+            "window_some_begin = window + first_start",
+            "window_some_begin = window + last_start",
+        ),
+        ("last-group-of-entries-skipped", DEFINITION, "window + last + 1;", "window + last;"),
+    ),
+    *mutations(
+        "three_region_attention/query_tile.cuh",
+        (
+            "query-behind-the-last",
+            VALUES,
+            "position >= begin && position < end",
+            "position >= begin",
+        ),
+        (
+            "wrong-kv-head",
+            GROUPS,
+            "head / (problem.num_heads / problem.num_kv_heads)",
+            "head % problem.num_kv_heads",
+        ),
+        (
+            "key-list-without-warp-barrier",
+            VALUES,
+            "context = {list, view};\n  bar_warp_sync();",
+            "context = {list, view};",
+        ),
+        ("keys-copied-without-barrier", VALUES, "kBlockN);\n    bar_sync();", "kBlockN);"),
+        ("stage-not-waited-for", VALUES, "cp_async_wait_group<0>();", ""),
+        (
+            "stage-without-barrier",
+            VALUES,
+            "cp_async_wait_group<0>();\n    bar_sync();",
+            "cp_async_wait_group<0>();",
+        ),
+        ("stale-stage", VALUES, "if (entry > 0)", "if (entry > kBlockN)"),
+        ("stale-keys", VALUES, "entry - 2 * kBlockN", "entry - kBlockN"),
+    ),
+    *mutations(
+        "three_region_attention/tile.cuh",
+        (
+            "swizzle-mismatch",
+            VALUES,
+            "tile_offset<kHeadDim>(row + n, 2 * k + lane / 8 % 2)",
+            "(row + n) * kHeadDim * 2 + (2 * k + lane / 8 % 2) * 16",
+        ),
+        ("row-behind-the-last-stored", VALUES, "if (to >= 0)", ""),
+        (
+            "tile-reused-without-warp-barrier",
+            VALUES,
+            "t = lane % 4;\n  bar_warp_sync();",
+            "t = lane % 4;",
+        ),
+        (
+            "tile-stored-without-warp-barrier",
+            VALUES,
+            "}\n  bar_warp_sync();\n#pragma unroll 4",
+            "}\n#pragma unroll 4",
+        ),
+    ),
+    *mutations(
+        "three_region_attention/exact.cuh",
+        (
+            "infinite-logit",
+            LARGE,
+            "return logit != logit ? bias : fminf(fmaxf(logit, -kLargestFloat), kLargestFloat);",
+            "return logit;",
+        ),
+        ("exact-row-without-bias", LEAKS, "if (entry >= list.num_far) return 0.f;", "return 0.f;"),
+    ),
+    *mutations(
+        "three_region_attention/three_region_attention_forward.cu",
+        ("forward-diagonal-hidden", VALUES, "&& key <= row", "&& key < row"),
+        (
+            "forward-far-reaches-window",
+            DEFINITION,
+            "key < start[rt][half] :",
+            "key <= start[rt][half] :",
+        ),
+        ("forward-entries-before-the-list", VALUES, "is_far ? at >= 0 && key", "is_far ? key"),
+        ("forward-first-entries-lost", VALUES, "entry > -kBlockN;", "entry > 0;"),
+        (
+            "forward-group-of-entries-skipped",
+            DEFINITION,
+            "entry + 16 * n + 16)",
+            "entry + 16 * n + 15)",
+        ),
+        (
+            "forward-no-log2e",
+            VALUES,
+            "fabsf(problem.softmax_scale) * kLog2e",
+            "fabsf(problem.softmax_scale)",
+        ),
+        ("forward-sign-of-half-of-q", SIGN, "^= 0x80008000u", "^= 0x8000u"),
+        (
+            "forward-sign-without-barrier",
+            SIGN,
+            "cp_async_wait_group<0>();\n    bar_sync();",
+            "cp_async_wait_group<0>();",
+        ),
+        ("forward-l-not-rescaled", VALUES, "l[rt][half] * keep + sum", "l[rt][half] + sum"),
+        ("forward-o-not-rescaled", VALUES, "o[rt][n][2 * half] *= keep;", ""),
+        ("forward-sum-of-one-lane", VALUES, "quad_sum(state.l[rt][half])", "state.l[rt][half]"),
+        ("forward-nan-rows-kept", LEAKS, "row >= 0 && !(sum > 0.f)", "false"),
+        ("forward-exact-o-not-rescaled", LEAKS, "o[d] * keep + p", "o[d] + p"),
+    ),
+    *mutations(
+        "three_region_attention/backward.cuh",
+        ("ds-exponent-ignores-v", LOSS_SCALE, "bounds[2 * row] * v +", "bounds[2 * row] +"),
+        (
+            "ds-not-scaled",
+            LOSS_SCALE,
+            "return min(max(14 - ilogbf(bound), -100), 100);",
+            "return 0;",
+        ),
+        ("p-not-scaled", f"{LOSS_SCALE} or {VALUES}", "kIsFloat16<T> ? 15 : 0", "0"),
+    ),
+    *mutations(
+        "three_region_attention/three_region_attention_backward.cu",
+        ("dlse-missing", VALUES, "product -= backward.dlse[at];", ";"),
+        ("delta-of-half-a-row", VALUES, "mask = 1; mask < kLanes;", "mask = 2; mask < kLanes;"),
+        ("row-read-beyond-its-end", VALUES, "chunk < kChunks<kHeadDim>;", "chunk < kLanes;"),
+        ("last-split-lost", VALUES, "split < params.num_splits;", "split < params.num_splits - 1;"),
+        (
+            "pivots-written-twice-by-partial",
+            VALUES,
+            "far.pivots[begin] == key && key >= far.text_len) return;",
+            "far.pivots[begin] == key && key >= far.text_len) {}",
+        ),
+    ),
+    *mutations(
+        "three_region_attention/three_region_attention_backward_dq.cu",
+        ("dq-no-softmax-scale", VALUES, "problem.softmax_scale * exp2f(", "exp2f("),
+        ("dq-exponent-not-undone", VALUES, "exp2f(float(-exponent))", "1.f"),
+        ("dq-no-delta", VALUES, "(ds[rt][n][c] - delta[rt][half])", "ds[rt][n][c]"),
+        ("dq-diagonal-hidden", VALUES, "&& key <= i", "&& key < i"),
+        ("dq-far-reaches-window", DEFINITION, "key < start :", "key <= start :"),
+        ("dq-entries-before-the-list", VALUES, "is_far ? at >= 0 && key", "is_far ? key"),
+        ("dq-nan-rows-kept", LEAKS, "&& sum != 0.f", "&& false"),
+        ("dq-exact-no-delta", LEAKS, "p * (dp - params.delta[at])", "p * dp"),
+    ),
+    *mutations(
+        "three_region_attention/three_region_attention_backward_dkdv.cu",
+        ("dkdv-diagonal-hidden", VALUES, "visible = i >= keys.key", "visible = i > keys.key"),
+        ("dkdv-query-behind-the-window", VALUES, "i < keys.end[key_row]", "i <= keys.end[key_row]"),
+        (
+            "dkdv-first-far-query-without-bias",
+            VALUES,
+            "i >= keys.far[key_row]",
+            "i > keys.far[key_row]",
+        ),
+        ("dkdv-mixed-biases-taken-for-one", VALUES, "(all_far || none_far) &&", "true &&"),
+        ("dkdv-no-diagonal-mask", VALUES, "query >= view.all_begin &&", "true &&"),
+        ("dkdv-no-end-mask", VALUES, "query + kStep <= view.all_end;", "true;"),
+        (
+            "dkdv-last-query-skipped",
+            VALUES,
+            "query + kStep > view.some_begin",
+            "query + kStep > view.some_begin + 1",
+        ),
+        ("dkdv-no-softmax-scale", VALUES, "problem.softmax_scale * exp2f(", "exp2f("),
+        ("dkdv-shift-not-undone", VALUES, "exp2f(float(-kBackwardShift<T>))", "1.f"),
+        ("dkdv-ds-shifted-twice", VALUES, "exponent - kBackwardShift<T>", "exponent"),
+        (
+            "dkdv-last-head-of-group-dropped",
+            VALUES,
+            "int64_t(group) * num_query_tiles",
+            "int64_t(max(group - 1, 1)) * num_query_tiles",
+        ),
+        (
+            "dkdv-wrong-head-of-group",
+            DEFINITION,
+            "const int head = kv_head * group + tile / num_query_tiles;",
+            "const int head = kv_head + tile / num_query_tiles;",
+        ),
+        (
+            "dkdv-last-tiles-of-splits-lost",
+            VALUES,
+            "num_tiles * (split + 1) / num_splits",
+            "num_tiles / num_splits * (split + 1)",
+        ),
+        ("dkdv-pivots-written-twice", VALUES, "tile.key[pivot] = -1;", ""),
+        ("dkdv-text-ends-late", VALUES, "key < far.text_len;", "key <= far.text_len;"),
+        (
+            "dkdv-keys-without-barrier",
+            VALUES,
+            "tile.key[row] = key;\n  }\n  bar_sync();",
+            "tile.key[row] = key;\n  }",
+        ),
+        (
+            "dkdv-pivots-without-barrier",
+            VALUES,
+            "tile.key[pivot] = -1;\n  }\n  bar_sync();",
+            "tile.key[pivot] = -1;\n  }",
+        ),
+        (
+            "dkdv-ends-without-barrier",
+            VALUES,
+            ": first_far;\n  }\n  bar_sync();",
+            ": first_far;\n  }",
+        ),
+        (
+            "dkdv-views-without-barrier",
+            VALUES,
+            "tile.view[row] = view;\n  }\n  bar_sync();",
+            "tile.view[row] = view;\n  }",
+        ),
+        ("dkdv-tile-without-barrier", VALUES, ": -1;\n  }\n  bar_sync();\n}", ": -1;\n  }\n}"),
+        (
+            "dkdv-stage-not-waited-for",
+            VALUES,
+            "++tile) {\n    cp_async_wait_group<0>();",
+            "++tile) {",
+        ),
+        (
+            "dkdv-stage-without-barrier",
+            VALUES,
+            "cp_async_wait_group<0>();\n    bar_sync();",
+            "cp_async_wait_group<0>();",
+        ),
+        (
+            "dkdv-keys-not-waited-for",
+            DEGENERATE,
+            "cp_async_commit_group();\n  cp_async_wait_group<0>();",
+            "",
+        ),
+        (
+            "dkdv-keys-stored-without-barrier",
+            DEGENERATE,
+            "cp_async_wait_group<0>();\n  bar_sync();",
+            "cp_async_wait_group<0>();",
+        ),
+        ("dkdv-nan-keys-kept", LEAKS, "keys.key[row] >= 0 && sum != 0.f", "false"),
+        ("dkdv-exact-without-bias", LEAKS, "row + first >= first_far ? far_bias : 0.f", "0.f"),
+        (
+            "dkdv-exact-beyond-the-end",
+            LEAKS,
+            "min(from + kBlockM, keys.end[row])",
+            "from + kBlockM",
+        ),
+        ("dkdv-nan-of-a-query-dropped", LEAKS, "if (!is_exact) return;", ""),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/row.cuh",
+        (
+            "row-column-mask",
+            ACCURACY,
+            "if (column < hidden) {\n      load_vector",
+            "if (column <= hidden) {\n      load_vector",
+        ),
+        (
+            "row-reduction-without-barrier",
+            ACCURACY,
+            "bar_sync();\n#pragma unroll",
+            "#pragma unroll",
+        ),
+        (
+            "row-of-all-warps-but-one",
+            ACCURACY,
+            "int warp = 1; warp < kWarps;",
+            "int warp = 2; warp < kWarps;",
+        ),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/pb_relax_layer_norm_forward.cu",
+        (
+            "norm-eps-not-relaxed",
+            ACCURACY,
+            "const float rstd = rstd_of(var + params.eps * c * c);\n\n#pragma",
+            "const float rstd = rstd_of(var + params.eps);\n\n#pragma",
+        ),
+        (
+            "norm-any-eps-not-relaxed",
+            ACCURACY,
+            "const float rstd = rstd_of(var + params.eps * c * c);\n\n    for",
+            "const float rstd = rstd_of(var + params.eps);\n\n    for",
+        ),
+        ("norm-peak-not-an-eighth", ACCURACY, "peak * scale * 0.125f", "peak * scale"),
+        (
+            "norm-no-shift",
+            f"{ACCURACY} or offset or scale_of_a_row",
+            "(x.value[i][j] - shift)",
+            "x.value[i][j]",
+        ),
+        ("norm-zeros-counted", ACCURACY, "if (column_of<T, kThreadsPerRow>(i) < hidden) {", "{"),
+        (
+            "norm-shared-scratch",
+            ACCURACY,
+            "reduce_row<Sum, kThreadsPerRow>(sum, scratch + kWarps);",
+            "reduce_row<Sum, kThreadsPerRow>(sum, scratch);",
+        ),
+        (
+            "norm-rows-without-barrier",
+            ACCURACY,
+            "    bar_sync();\n  }\n}\n\n// Any width",
+            "  }\n}\n\n// Any width",
+        ),
+        (
+            "norm-any-rows-without-barrier",
+            ACCURACY,
+            "    bar_sync();\n  }\n}\n\ntemplate <typename T>\nbool",
+            "  }\n}\n\ntemplate <typename T>\nbool",
+        ),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/pb_relax_layer_norm_backward.cu",
+        ("norm-dx-no-xhat", ACCURACY, "(g - mean_g - xhat * mean_g_xhat)", "(g - mean_g)"),
+        (
+            "norm-dweight-of-last-row",
+            ACCURACY,
+            "dweight.value[i][j] += dy * xhat",
+            "dweight.value[i][j] = dy * xhat",
+        ),
+        ("norm-partials-without-barrier", ACCURACY, "= sum;\n  bar_sync();", "= sum;"),
+        (
+            "norm-partial-lost",
+            ACCURACY,
+            "int row = 1; row < kReduceRows;",
+            "int row = 2; row < kReduceRows;",
+        ),
+        (
+            "norm-backward-rows-without-barrier",
+            ACCURACY,
+            "is_row ? hidden : 0, g);\n    bar_sync();",
+            "is_row ? hidden : 0, g);",
+        ),
+    ),
+]
+
+# In place of the suite's profile: the first failing example is enough.
+PYTEST = """
+import sys, hypothesis, pytest
+hypothesis.settings.register_profile(
+    "mutations", derandomize=True, deadline=None, database=None,
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+)
+sys.exit(pytest.main(["--hypothesis-profile=mutations", *sys.argv[1:]]))
+"""
+
+
+class Copy:
+    """The sources in a folder of their own, and the host model built from them."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        # Never the checkout's package, which an editable install would find.
+        self.environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
+        self.environment |= {"COGVIEW_KERNELS_CUDA": "0", "COGVIEW_KERNELS_HOST_MODEL": "1"}
+        self.environment |= {"COLUMNS": "250", "PYTHONDONTWRITEBYTECODE": "1"}
+        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+        for name in COPIED:
+            if (ROOT / name).is_dir():
+                shutil.copytree(ROOT / name, folder / name, ignore=ignored)
+            else:
+                shutil.copy(ROOT / name, folder / name)
+
+    def source(self, mutation: Mutation) -> Path:
+        return self.folder / "csrc" / mutation.file
+
+    def build(self) -> None:
+        done = self._run("setup.py", "-q", "build_ext", "--inplace")
+        if done.returncode != 0:
+            raise SystemExit(f"{done.stdout}\nmutations: the copy does not compile")
+
+    def first_failure(self, tests: str) -> str | None:
+        """The first test that fails, and why; None if all pass."""
+        files = ("tests/test_attention_kernels.py", "tests/test_pb_relax_layer_norm.py")
+        done = self._run(
+            *("-c", PYTEST, "-x", "-q", "--tb=no", "-p", "no:cacheprovider"),
+            *("-k", f"host_model and ({tests})", *files),
+        )
+        failed = re.search(r"^FAILED \S*::(.*)$", done.stdout, re.MULTILINE)
+        if done.returncode == 1 and failed is not None:
+            return failed.group(1)
+        if done.returncode == 0:
+            return None
+        raise SystemExit(f"{done.stdout}\nmutations: pytest ended with {done.returncode}")
+
+    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [sys.executable, *arguments],
+            cwd=self.folder,
+            env=self.environment,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+
+
+def check_texts() -> None:
+    """Every mutation has a name of its own, and its text stands once in its file."""
+    twice = [name for name, count in Counter(m.name for m in MUTATIONS).items() if count > 1]
+    stale = [
+        f"{m.name}: stands {count} times in csrc/{m.file}: {m.old!r}"
+        for m in MUTATIONS
+        if (count := (ROOT / "csrc" / m.file).read_text().count(m.old)) != 1
+    ]
+    if twice or stale:
+        raise SystemExit("\n".join(["mutations:", *twice, *stale]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--only", action="append", metavar="NAME", help="this mutation alone")
+    parser.add_argument("--list", action="store_true", help="list the mutations")
+    arguments = parser.parse_args()
+    check_texts()
+    chosen = [m for m in MUTATIONS if arguments.only is None or m.name in arguments.only]
+    unknown = set(arguments.only or ()) - {m.name for m in chosen}
+    if unknown:
+        parser.error(f"no such mutation: {', '.join(sorted(unknown))}")
+    if arguments.list:
+        for mutation in chosen:
+            print(f"{mutation.name:42} {mutation.file}")
+        return
+
+    survived = []
+    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
+        copy = Copy(Path(folder))
+        copy.build()
+        failure = copy.first_failure(" or ".join(sorted({f"({m.tests})" for m in chosen})))
+        if failure is not None:
+            raise SystemExit(f"mutations: fails without any: {failure}")
+        for mutation in chosen:
+            begin, source = time.monotonic(), copy.source(mutation)
+            text = source.read_text()
+            source.write_text(text.replace(mutation.old, mutation.new))
+            copy.build()
+            failure = copy.first_failure(mutation.tests)
+            source.write_text(text)
+            if failure is None:
+                survived.append(mutation.name)
+            seconds = time.monotonic() - begin
+            print(f"{mutation.name:42} {seconds:3.0f} s  {failure or 'SURVIVED'}", flush=True)
+    print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
+    if survived:
+        raise SystemExit(f"mutations: survived: {', '.join(survived)}")
+
+
+if __name__ == "__main__":
+    main()
