@@ -214,7 +214,7 @@ def run_build(path: Path, architecture: str) -> bool:
         begin = time.time()
         status, killed = run_process(
             [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-            240,
+            150,
             COGVIEW_KERNELS_CUDA="1",
             COGVIEW_KERNELS_HOST_MODEL=with_host_model,
             TORCH_CUDA_ARCH_LIST=architecture,
