@@ -53,21 +53,23 @@ __device__ __forceinline__ float bias_of(const ThreeRegionProblem& problem, cons
   return (entry < list.num_text ? problem.text_bias : problem.pivot_bias) * kLog2e;
 }
 
-// Which of the warp's 16 * kRowTiles rows hold a NaN, where each lane tells of the rows of its own
-// fragments: f(row) for each of them, by the whole warp.
+// f(row), by the whole warp, for each of its 16 * kRowTiles rows that holds a NaN, where each lane
+// tells of the rows of its own fragments.
 template <int kRowTiles, typename Function>
 __device__ __forceinline__ void for_rows_with_nan(const bool (&has_nan)[kRowTiles][2], Function f) {
+  uint32_t rows = 0;
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const uint32_t lanes = vote_ballot(has_nan[rt][half]);
-      if (lanes == 0) continue;
+#pragma unroll
       for (int g = 0; g < 8; ++g) {
-        if (lanes >> (4 * g) & 0xf) f(16 * rt + 8 * half + g);
+        if (lanes >> (4 * g) & 0xf) rows |= 1u << (16 * rt + 8 * half + g);
       }
     }
   }
+  for (; rows != 0; rows &= rows - 1) f(popc((rows & -rows) - 1));
 }
 
 }  // namespace cogview

@@ -62,39 +62,11 @@ struct KeyTile {
   KeyView view[kBlockN / 16];
   int first_query, last_query;  // of all of them, as positions [first, last)
   int first_pivot;              // where they stand in `partial`: pivots from here on, or the key
-};
 
-// A key's dk and dv once more (exact.cuh), from the queries at rows [begin, end) of `head`, added
-// to the lane's columns; false where one of those queries has a NaN of its own.
-template <typename T, int kHeadDim>
-__device__ __noinline__ bool add_dkdv(const ThreeRegionBackwardParams& params, int batch, int head,
-                                      int key, int first_far, float far_bias, int begin, int end,
-                                      float* dk, float* dv) {
-  const ThreeRegionProblem& problem = params.problem;
-  const int lane = threadIdx.x % kWarpSize, first = problem.k_len - problem.q_len;
-  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
-  const int64_t head_row = (int64_t(batch) * problem.num_heads + head) * problem.q_len;
-  const T* k = row_of_head<T>(params.k, batch, kv_head, key);
-  const T* v = row_of_head<T>(params.v, batch, kv_head, key);
-  for (int row = begin; row < end; ++row) {
-    const int64_t at = head_row + row;
-    const float row_max = params.row_max[at], row_log_sum = params.row_log_sum[at];
-    const float delta = params.delta[at];
-    if (!(fabsf(row_max + row_log_sum + delta) <= kLargestFloat)) return false;
-    const T* q = row_of_head<T>(params.q, batch, head, row);
-    const T* dout = row_of_head<T>(params.dout, batch, head, row);
-    const float s = exact_logit<T, kHeadDim>(q, k, problem.softmax_scale * kLog2e,
-                                             row + first >= first_far ? far_bias : 0.f);
-    const float p = exp2f(s - row_max - row_log_sum);
-    const float ds = p * (exact_dot<T, kHeadDim>(dout, v) - delta);
-#pragma unroll
-    for (int d = 0; d < kHeadDim / kWarpSize; ++d) {
-      dk[d] += ds * to_float(q[lane + d * kWarpSize]);
-      dv[d] += p * to_float(dout[lane + d * kWarpSize]);
-    }
+  __device__ __forceinline__ int num_query_tiles(int block_m) const {
+    return (max(last_query - first_query, 0) + block_m - 1) / block_m;
   }
-  return true;
-}
+};
 
 template <typename T, typename Shape>
 struct DkdvWarp {
@@ -276,6 +248,61 @@ __device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeReg
   bar_sync();
 }
 
+// dk and dv of the key in a row of the block's tile once more (exact.cuh), from the block's tiles of
+// queries [begin, end); to `partial_*` where the block is one of several. Left alone where a query
+// that sees the key has a NaN of its own.
+template <typename T, typename Shape>
+__device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
+                                      const KeyTile<Shape::kBlockN>& keys, int row, int batch,
+                                      int kv_head, float far_bias, int begin, int end,
+                                      float* partial_dk, float* partial_dv) {
+  constexpr int kHeadDim = Shape::kHeadDim, kPerLane = kHeadDim / kWarpSize;
+  const ThreeRegionProblem& problem = params.problem;
+  const int lane = threadIdx.x % kWarpSize, first = problem.k_len - problem.q_len;
+  const int key = keys.key[row], num_query_tiles = keys.num_query_tiles(Shape::kBlockM);
+  const T* k = row_of_head<T>(params.k, batch, kv_head, key);
+  const T* v = row_of_head<T>(params.v, batch, kv_head, key);
+  float dk[kPerLane] = {}, dv[kPerLane] = {};
+  for (int tile = begin; tile < end; ++tile) {
+    const int group = problem.num_heads / problem.num_kv_heads;
+    const int head = kv_head * group + tile / num_query_tiles;
+    const int64_t head_row = (int64_t(batch) * problem.num_heads + head) * problem.q_len;
+    const int from = keys.first_query + tile % num_query_tiles * Shape::kBlockM;
+    const int to = min(from + Shape::kBlockM, keys.end[row]);
+    for (int i = max(from, key); i < to; ++i) {
+      const int64_t at = head_row + i - first;
+      const float row_max = params.row_max[at], row_log_sum = params.row_log_sum[at];
+      const float delta = params.delta[at];
+      if (!(fabsf(row_max + row_log_sum + delta) <= kLargestFloat)) return;
+      const T* q = row_of_head<T>(params.q, batch, head, i - first);
+      const T* dout = row_of_head<T>(params.dout, batch, head, i - first);
+      const float s = exact_logit<T, kHeadDim>(q, k, problem.softmax_scale * kLog2e,
+                                               i >= keys.far[row] ? far_bias : 0.f);
+      const float p = exp2f(s - row_max - row_log_sum);
+      const float ds = p * (exact_dot<T, kHeadDim>(dout, v) - delta);
+#pragma unroll
+      for (int d = 0; d < kPerLane; ++d) {
+        dk[d] += ds * to_float(q[lane + d * kWarpSize]);
+        dv[d] += p * to_float(dout[lane + d * kWarpSize]);
+      }
+    }
+  }
+  T* to_dk = reinterpret_cast<T*>(head_of(params.dk, batch, kv_head) + key * params.dk.stride.row);
+  T* to_dv = reinterpret_cast<T*>(head_of(params.dv, batch, kv_head) + key * params.dv.stride.row);
+#pragma unroll
+  for (int d = 0; d < kPerLane; ++d) {
+    const int column = lane + d * kWarpSize;
+    dk[d] *= problem.softmax_scale;
+    if (partial_dk != nullptr) {
+      partial_dk[column] = dk[d];
+      partial_dv[column] = dv[d];
+    } else {
+      to_dk[column] = from_float<T>(dk[d]);
+      to_dv[column] = from_float<T>(dv[d]);
+    }
+  }
+}
+
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     three_region_attention_backward_dkdv_kernel(
@@ -326,7 +353,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   // Tiles of queries, head after head of the group; this block's are [begin, end).
   const int group = problem.num_heads / problem.num_kv_heads;
   const int first = problem.k_len - problem.q_len;
-  const int num_query_tiles = (max(keys.last_query - keys.first_query, 0) + kBlockM - 1) / kBlockM;
+  const int num_query_tiles = keys.num_query_tiles(kBlockM);
   const int64_t num_tiles = int64_t(group) * num_query_tiles;
   const int begin = int(num_tiles * split / num_splits);
   const int end = int(num_tiles * (split + 1) / num_splits);
@@ -464,28 +491,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   }
   bar_warp_sync();
   for_rows_with_nan(has_nan, [&](int warp_key) {
-    const int row = warp_row + warp_key, key = keys.key[row];
-    float dk[kHeadDim / kWarpSize] = {}, dv[kHeadDim / kWarpSize] = {};
-    bool is_exact = true;
-    for (int tile = begin; tile < end; ++tile) {
-      const int from = query_of(tile), to = min(from + kBlockM, keys.end[row]);
-      is_exact =
-          is_exact && add_dkdv<T, kHeadDim>(params, batch, kv_head * group + tile / num_query_tiles,
-                                            key, keys.far[row], far_bias, max(from, key) - first,
-                                            to - first, dk, dv);
-    }
-    if (!is_exact) return;
-    for (int d = 0; d < kHeadDim / kWarpSize; ++d) {
-      const int column = lane + d * kWarpSize;
-      dk[d] *= problem.softmax_scale;
-      if (num_splits > 1) {
-        partial_dk[int64_t(partial_row(row)) * kHeadDim + column] = dk[d];
-        partial_dv[int64_t(partial_row(row)) * kHeadDim + column] = dv[d];
-      } else {
-        reinterpret_cast<T*>(gDk + key * params.dk.stride.row)[column] = from_float<T>(dk[d]);
-        reinterpret_cast<T*>(gDv + key * params.dv.stride.row)[column] = from_float<T>(dv[d]);
-      }
-    }
+    const int row = warp_row + warp_key;
+    const int64_t at = num_splits > 1 ? int64_t(partial_row(row)) * kHeadDim : 0;
+    dkdv_row<T, Shape>(params, keys, row, batch, kv_head, far_bias, begin, end,
+                       num_splits > 1 ? partial_dk + at : nullptr,
+                       num_splits > 1 ? partial_dv + at : nullptr);
   });
 }
 
