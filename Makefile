@@ -7,12 +7,16 @@ BIN := $(VENV)/bin
 RECORD = attention-$(shell uname -m)-$(shell date +%Y-%m-%d)-$(shell git rev-parse --short HEAD)
 SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test lint format types bench kernel-table kernel-costs check-install clean
+.PHONY: help build demo test lint format types bench kernel-table kernel-costs gpu-check sanitize \
+  mutations check-install clean
 
 help:
 	@echo "make demo           train a small CogView on handwritten digits and draw captions"
 	@echo "make test           build, lint, check types and run every test that needs no GPU"
 	@echo "make bench          time the attention against dense attention on this machine"
+	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
+	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
+	@echo "make mutations      break the kernels on purpose, a hundred times: a test must fail each time"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make check-install  pip install in fresh environments, every way that is supported"
@@ -64,6 +68,28 @@ kernel-table: build
 
 kernel-costs: build
 	$(BIN)/python benchmarks/kernel_costs.py
+
+# With the Python that holds torch there, not .venv: nothing is installed (docs/gpu.md).
+gpu-check:
+	$(PYTHON) tests/gpu/check.py
+
+# The kernels under AddressSanitizer and UBSan, then the same tests under the host model's own checks.
+SANITIZED := build/sanitize/lib
+SANITIZE_TESTS := -q --capture=sys tests/test_attention_kernels.py tests/test_pb_relax_layer_norm.py \
+  -k 'host_model and (many_tiles and 48-3 and dtype1 or any_values or any_packed or unseen or accuracy)'
+ASAN = OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
+  LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
+
+sanitize: build
+	COGVIEW_KERNELS_CUDA=0 COGVIEW_KERNELS_HOST_MODEL=1 COGVIEW_KERNELS_SANITIZE=1 \
+	  $(BIN)/python setup.py -q build --build-base build/sanitize --build-lib $(SANITIZED)
+	$(ASAN) $(BIN)/python -P -c 'from cogview_kernels import _host_model as m; assert "sanitize" in m.__file__'
+	$(ASAN) $(BIN)/pytest $(SANITIZE_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest $(SANITIZE_TESTS)
+	OMP_NUM_THREADS=1 $(BIN)/pytest -q tests/test_host_model.py
+
+mutations: build
+	$(BIN)/python tests/mutations.py
 
 check-install: $(VENV)/.installed
 	$(PYTHON) tests/check_install.py

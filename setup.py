@@ -5,8 +5,7 @@ operators, compiled for the CPU (csrc/host_model/).
 Environment: COGVIEW_KERNELS_CUDA=auto|0|1 (auto: kernels where nvcc is found; 1: fail where it is
 not), TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1, CUDA_HOME, CXX; COGVIEW_KERNELS_HOST_MODEL=1 (build
 `_host_model` too), COGVIEW_KERNELS_SANITIZE=1 (and with AddressSanitizer and UBSan in place of its
-own checks of plain accesses; LD_PRELOAD="$(gcc -print-file-name=libasan.so)" ASAN_OPTIONS=
-detect_leaks=0 python ... loads it).
+own checks of plain accesses; `make sanitize` shows how to load it).
 """
 
 from __future__ import annotations

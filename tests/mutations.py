@@ -311,8 +311,8 @@ MUTATIONS = [
         (
             "dkdv-wrong-head-of-group",
             DEFINITION,
-            "const int head = kv_head * group + tile / num_query_tiles;",
-            "const int head = kv_head + tile / num_query_tiles;",
+            "const int head = kv_head * group + tile / num_query_tiles;\n    const int query",
+            "const int head = kv_head + tile / num_query_tiles;\n    const int query",
         ),
         (
             "dkdv-last-tiles-of-splits-lost",
@@ -372,14 +372,19 @@ MUTATIONS = [
             "cp_async_wait_group<0>();",
         ),
         ("dkdv-nan-keys-kept", LEAKS, "keys.key[row] >= 0 && sum != 0.f", "false"),
-        ("dkdv-exact-without-bias", LEAKS, "row + first >= first_far ? far_bias : 0.f", "0.f"),
+        ("dkdv-exact-without-bias", LEAKS, "i >= keys.far[row] ? far_bias : 0.f", "0.f"),
         (
             "dkdv-exact-beyond-the-end",
             LEAKS,
-            "min(from + kBlockM, keys.end[row])",
-            "from + kBlockM",
+            "min(from + Shape::kBlockM, keys.end[row])",
+            "from + Shape::kBlockM",
         ),
-        ("dkdv-nan-of-a-query-dropped", LEAKS, "if (!is_exact) return;", ""),
+        (
+            "dkdv-nan-of-a-query-dropped",
+            LEAKS,
+            "if (!(fabsf(row_max + row_log_sum + delta) <= kLargestFloat)) return;",
+            "if (!(fabsf(row_max + row_log_sum + delta) <= kLargestFloat)) continue;",
+        ),
     ),
     *mutations(
         "pb_relax_layer_norm/row.cuh",

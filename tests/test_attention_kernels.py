@@ -199,6 +199,21 @@ def test_any_values_in_the_layout_are_safe(backend: str, splits: int) -> None:
     assert all(torch.equal(results[name], expected[name]) for name in RESULTS)
 
 
+def test_pivots_in_any_order(backend: str) -> None:
+    """Of an unsorted row longer than a warp, entries above all that stand before them count."""
+    unsorted = torch.randperm(90, generator=torch.Generator().manual_seed(0)).int()
+    pivot_idx = torch.cat([unsorted, torch.arange(100, 120, dtype=torch.int32)]).view(1, -1)
+    counted = pivot_idx[pivot_idx == pivot_idx.cummax(1).values].view(1, -1)
+    clean = ck.ThreeRegionLayout(0, counted, 16, 1)
+    problem = make_problem(1, 2, k_len=200, head_dim=32, dtype=torch.bfloat16, layout=clean)
+    wild = ck.ThreeRegionLayout(0, None, 16, 1)
+    object.__setattr__(wild, "pivot_idx", pivot_idx)
+    object.__setattr__(wild, "validate", lambda k_len: None)
+    expected = check(problem, backend)
+    results = run(dataclasses.replace(problem, layout=wild), backend)
+    assert all(torch.equal(results[name], expected[name]) for name in RESULTS)
+
+
 @pytest.mark.parametrize("far_keys", [[2**31 - 1, 2**31 - 1, 2**31 - 1, -5, 7], [-9, 3, 9, 2, 7]])
 def test_any_packed_layout_is_safe(backend: str, far_keys: list[int]) -> None:
     """Even what the packing kernel would never write stays inside the tensors."""
@@ -268,7 +283,7 @@ def test_hidden_keys_do_not_leak(backend: str, what: str, value: float) -> None:
 
 def test_unseen_queries_do_not_leak(backend: str) -> None:
     """One poisoned gradient: exactly the keys that its query sees know of it."""
-    layout = ck.ThreeRegionLayout(5, int32([[40, 90]]), 16, 2)
+    layout = ck.ThreeRegionLayout(5, int32([[40, 90]]), 16, 2, 0.7, -1.1)
     problem = make_problem(1, 2, k_len=150, head_dim=32, dtype=torch.bfloat16, layout=layout)
     for query in (0, 39, 70, 149):
         poisoned = dataclasses.replace(problem, dout=problem.dout.clone())

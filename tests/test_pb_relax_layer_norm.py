@@ -255,7 +255,7 @@ def assert_accurate(
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("parameter_dtype", ["same", "float32"])
-@pytest.mark.parametrize("hidden", [64, 301])
+@pytest.mark.parametrize("hidden", [64, 301, 1024])
 def test_accuracy(
     implementation: str, relax: str | None, dtype: torch.dtype, parameter_dtype: str, hidden: int
 ) -> None:
@@ -273,6 +273,16 @@ def test_accuracy(
     results = differentiate(run, [x, weight, bias], dy)
     assert [t.dtype for t in results] == [dtype, dtype, kind, kind]
     assert_accurate(results, x, weight, bias, relax, dy)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS[2:])
+@pytest.mark.parametrize("hidden", [48, 301, 1024])
+def test_a_large_offset_costs_nothing(implementation: str, hidden: int) -> None:
+    """Whole numbers around 2^20: differences are exact, so the kernels' result is, too."""
+    x = 2.0**20 + torch.randint(-8, 9, (5, hidden))
+    y = normalise(implementation, x, None, None, 1e-5, None)
+    expected = torch.nn.functional.layer_norm(x.double(), (hidden,), eps=1e-5)
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=4e-6)
 
 
 @pytest.mark.parametrize("name", ["y", "dx", "dweight", "dbias"])

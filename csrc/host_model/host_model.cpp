@@ -437,7 +437,8 @@ struct Worker {
     block_start = block_base = ++now;
     for (auto& array : arrays) std::memset(array->data, 0xff, array->bytes);
 #ifdef __SANITIZE_ADDRESS__
-    if (abandoned) __asan_unpoison_memory_region(stacks, stacks_bytes);
+    // Fibers never return on their stacks: what their frames left poisoned must not stay so.
+    __asan_unpoison_memory_region(stacks, stacks_bytes);
 #endif
     abandoned = false;
     for (int w = 0; w < num_warps(); ++w) {
