@@ -304,13 +304,18 @@ void pb_relax_layer_norm_backward_out(const Tensor& dy, const Tensor& x,
 
 // Three-region attention
 
+// The kernels read and write sixteen bytes at once.
+bool begins_aligned(const Tensor& tensor) {
+  return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+}
+
 // A tensor (batch, heads, rows, head_dim) whose rows begin at multiples of 16 bytes.
 void check_heads(const char* name, const Tensor& tensor, const Tensor& q,
                  const std::vector<int64_t>& shape) {
   check_tensor(name, tensor, q, shape);
   STD_TORCH_CHECK(tensor.scalar_type() == q.scalar_type(), name, ": expected the dtype of q");
   STD_TORCH_CHECK(tensor.stride(3) == 1, name, ": expected a contiguous last dimension");
-  bool aligned = reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
+  bool aligned = begins_aligned(tensor);
   for (int64_t i = 0; i < 3; ++i) aligned &= tensor.size(i) <= 1 || tensor.stride(i) % 8 == 0;
   STD_TORCH_CHECK(aligned, name, ": expected rows at multiples of 16 bytes");
 }
@@ -487,6 +492,7 @@ void three_region_attention_backward_out(
                      {num_splits, 2, batch, num_kv_heads,
                       three_region_attention_split_rows(problem), problem.head_dim});
     check_float32("partial", *partial);
+    STD_TORCH_CHECK(begins_aligned(*partial), "partial: expected a multiple of 16 bytes");
     params.partial = static_cast<float*>(partial->data_ptr());
   }
   run("three_region_attention_backward_out", q,

@@ -219,7 +219,7 @@ template <auto kKernel, typename Params>
 cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_bytes,
                    cudaStream_t stream, const Params& params) {
   if (num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
-  if (shared_bytes > 48 * 1024) {
+  if (shared_bytes > 0) {  // needed where it exceeds 48 KB together with shared_array
     const cudaError_t status = cudaFuncSetAttribute(
         kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;

@@ -34,6 +34,7 @@ DEGENERATE = "degenerate"
 WILD = "any_values_in_the_layout or pivots_in_any_order"
 PACKED = "any_packed_layout"
 LEAKS = "leak or later_tokens"
+EDGES = "edges_of_windows"
 SIGN = "any_scale_and_sign"
 LOSS_SCALE = "any_loss_scale"
 LARGE = "beyond_float32"
@@ -97,7 +98,7 @@ MUTATIONS = [
         ),
         (
             "pivot-at-window-start-counts-twice",
-            DEFINITION,
+            EDGES,
             "end) - 1] < bound;",
             "end) - 1] <= bound;",
         ),
@@ -242,8 +243,8 @@ MUTATIONS = [
         ("forward-l-not-rescaled", VALUES, "l[rt][half] * keep + sum", "l[rt][half] + sum"),
         ("forward-o-not-rescaled", VALUES, "o[rt][n][2 * half] *= keep;", ""),
         ("forward-sum-of-one-lane", VALUES, "quad_sum(state.l[rt][half])", "state.l[rt][half]"),
-        ("forward-nan-rows-kept", LEAKS, "row >= 0 && !(sum > 0.f)", "false"),
-        ("forward-exact-o-not-rescaled", LEAKS, "o[d] * keep + p", "o[d] + p"),
+        ("forward-nan-rows-kept", LEAKS, "row >= 0 && is_nan", "false"),
+        ("forward-exact-o-not-rescaled", LEAKS, "o[d] * (keep / l)", "o[d]"),
     ),
     *mutations(
         "three_region_attention/backward.cuh",
@@ -382,8 +383,8 @@ MUTATIONS = [
         (
             "dkdv-nan-of-a-query-dropped",
             LEAKS,
-            "if (!(fabsf(row_max + row_log_sum + delta) <= kLargestFloat)) return;",
-            "if (!(fabsf(row_max + row_log_sum + delta) <= kLargestFloat)) continue;",
+            "if (vote_ballot(!finite) != 0) return;",
+            "",
         ),
     ),
     *mutations(

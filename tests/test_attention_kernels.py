@@ -106,6 +106,15 @@ def test_many_tiles(backend: str, dtype: torch.dtype, head_dim: int, w: int, n: 
     check(make_problem(2, 2, 1, 450, 520, head_dim, dtype, layout), backend)
 
 
+@pytest.mark.parametrize("w, n", [(32, 2), (128, 1)])
+def test_pivots_at_the_edges_of_windows(backend: str, w: int, n: int) -> None:
+    """A pivot on a window's first key, or beside it: counted once."""
+    edges = torch.arange(w, 500, w)
+    pivots = torch.cat([edges - 1, edges, edges + 1]).sort().values.to(torch.int32).view(1, -1)
+    layout = ck.ThreeRegionLayout(70, pivots, w, n)
+    check(make_problem(1, 2, k_len=500, head_dim=32, dtype=torch.bfloat16, layout=layout), backend)
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_lost_result_is_caught(name: str) -> None:
     """The bounds see a lost head, and zeros."""
@@ -169,7 +178,7 @@ def test_a_window_that_covers_everything_is_causal_attention(backend: str) -> No
 
 def test_more_heads_than_a_grid_dimension(backend: str) -> None:
     layout = ck.ThreeRegionLayout(1, int32([[1, 2]]), 1, 1)
-    problem = make_problem(1, 66000, k_len=2, head_dim=32, dtype=torch.bfloat16, layout=layout)
+    problem = make_problem(1, 65600, k_len=1, head_dim=32, dtype=torch.bfloat16, layout=layout)
     if backend == "host_model":  # some seconds: forward only
         out = ck.three_region_attention(problem.q, problem.k, problem.v, layout, backend=backend)
         expected = problem.to(torch.float64).run("reference")["out"]
@@ -349,6 +358,18 @@ def test_products_beyond_float32(backend: str, size: float) -> None:
     assert out.isfinite().all() and lse.isfinite().all()
 
 
+def test_values_as_large_as_float32(backend: str) -> None:
+    """Sums of bfloat16 values overflow; their mean does not."""
+    problem = make_problem(1, 2, k_len=150, head_dim=32, dtype=torch.bfloat16)
+    v = problem.v.sign() * 3.3e38
+    qkv = [t.to(device_of(backend)) for t in (problem.q, problem.k, v)]
+    out = ck.three_region_attention(*qkv, ck.ThreeRegionLayout(5, None, 4, 2), backend=backend)
+    expected = ck.three_region_attention(
+        problem.q.double(), problem.k.double(), v.double(), ck.ThreeRegionLayout(5, None, 4, 2)
+    )
+    torch.testing.assert_close(out.cpu().double(), expected, rtol=2e-2, atol=2e36)
+
+
 def device_of(backend: str) -> str:
     return "cpu" if backend == "host_model" else "cuda"
 
@@ -367,6 +388,28 @@ def largest_scale(problem: Problem) -> int:
     truth = problem.to(torch.float64).run("reference")
     tensors = [truth["dq"], truth["dk"], truth["dv"], problem.dout.double()]
     return int(math.floor(math.log2(65504 / max(t.abs().max().item() for t in tensors))))
+
+
+@pytest.mark.parametrize("splits", [1, 40])
+def test_a_head_without_gradient_costs_the_others_nothing(backend: str, splits: int) -> None:
+    """Heads of a group share the exponent of dk; one that has no gradient must not choose it."""
+    base = make_problem(1, 2, 1, k_len=160, head_dim=64, dtype=torch.float16)
+    extension.host_model_num_sms = splits
+    dout = base.dout * 2.0**-16
+    dout[:, 1] = 0
+    problem = dataclasses.replace(base, dout=dout, dlse=torch.zeros_like(base.dlse))
+    results, truth = run(problem, backend), problem.to(torch.float64).run("reference")
+    error = (results["dk"].double() - truth["dk"]).abs().max().item()
+    assert error <= 3e-3 * truth["dk"].abs().max().item() + 2.0**-25
+
+
+def test_the_mean_of_the_largest_values_is_finite(backend: str) -> None:
+    """Weights are rounded before the values are added: 65504 must not become infinite."""
+    for key_scale in (0.5, 1.0, 2.0, 4.0):
+        problem = make_problem(1, 2, k_len=150, head_dim=32, dtype=torch.float16)
+        v = torch.full_like(problem.v, 65504.0)
+        problem = dataclasses.replace(problem, k=problem.k * key_scale, v=v)
+        assert (run(problem, backend)["out"] == 65504).all()
 
 
 @pytest.mark.parametrize("value_scale", [1.0, 2.0**10, 2.0**-10])

@@ -16,7 +16,7 @@ cudaError_t three_region_attention_backward_dkdv(const ThreeRegionBackwardParams
 
 // PB-relax: ds is rounded to the element type before two products. For float16 it is multiplied by
 // 2^e before, taken back in float32 after: |ds| <= |dout_i| |v_j| + |delta_i| stays below 2^15, and
-// what is 2^-29 of that bound is still a normal number, whatever the scale of the loss.
+// what is 2^-28 of that bound is still a normal number, whatever the scale of the loss.
 template <typename T>
 __device__ __forceinline__ int ds_exponent(const ThreeRegionBackwardParams& params, int batch,
                                            int head) {
@@ -28,7 +28,8 @@ __device__ __forceinline__ int ds_exponent(const ThreeRegionBackwardParams& para
   const float v = bounds[2 * int64_t(problem.batch) * problem.num_heads +
                          batch * problem.num_kv_heads + kv_head];
   const float bound = bounds[2 * row] * v + bounds[2 * row + 1];
-  if (!(bound > 0.f && bound <= 3.402823466e+38f)) return 0;
+  if (bound == 0.f) return 100;  // no gradient: any exponent, so the largest
+  if (!(bound <= kLargestFloat)) return 0;
   return min(max(14 - ilogbf(bound), -100), 100);
 }
 

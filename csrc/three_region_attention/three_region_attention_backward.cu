@@ -69,7 +69,10 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   if constexpr (kIsFloat16<T>) {
+    // Rows that are not finite do not count: nothing can be said of them, and others need not suffer.
     float norm = sqrtf(square), delta = reads ? fabsf(product) : 0.f;
+    norm = norm <= kLargestFloat ? norm : 0.f;
+    delta = delta <= kLargestFloat ? delta : 0.f;
 #pragma unroll
     for (int mask = kLanes; mask < kWarpSize; mask *= 2) norm = fmaxf(norm, shfl_bfly(norm, mask));
 #pragma unroll

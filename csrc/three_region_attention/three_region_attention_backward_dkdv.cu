@@ -15,6 +15,7 @@
 // Smem       k tile (later: dk) and v tile (dv)       4 kBlockN kHeadDim bytes
 //            two stages of a q and a dout tile        8 kBlockM kHeadDim bytes
 //            and of row_max, row_log_sum and delta    24 kBlockM bytes
+//            in all: 33.5, 65.5, 48.8, 64.8 KB at head dim 32, 64, 96, 128; static: KeyTile
 // Barriers   as the forward.
 // Writers    a key's dk and dv by the one block that owns it: a pivot by the block of the packed
 //            pivots, not by that of its neighbours. With several splits each writes float32 sums
@@ -43,6 +44,7 @@ struct DkdvShape {
   static constexpr int kMinBlocks =
       kHeadDim == 32 ? 3 : 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes = 2 * kTileBytes<kHeadDim, kBlockN> + 2 * kStageBytes;
+  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
 };
 
 // Who sees sixteen keys: from where on some and all of them are seen, and until where; from where
@@ -262,30 +264,46 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
   const int key = keys.key[row], num_query_tiles = keys.num_query_tiles(Shape::kBlockM);
   const T* k = row_of_head<T>(params.k, batch, kv_head, key);
   const T* v = row_of_head<T>(params.v, batch, kv_head, key);
-  float dk[kPerLane] = {}, dv[kPerLane] = {};
-  for (int tile = begin; tile < end; ++tile) {
+  // f(head, its first row in the statistics, begin, end) for the queries of a tile that see the key.
+  const auto for_tile = [&](int tile, auto f) {
     const int group = problem.num_heads / problem.num_kv_heads;
     const int head = kv_head * group + tile / num_query_tiles;
-    const int64_t head_row = (int64_t(batch) * problem.num_heads + head) * problem.q_len;
     const int from = keys.first_query + tile % num_query_tiles * Shape::kBlockM;
-    const int to = min(from + Shape::kBlockM, keys.end[row]);
-    for (int i = max(from, key); i < to; ++i) {
-      const int64_t at = head_row + i - first;
-      const float row_max = params.row_max[at], row_log_sum = params.row_log_sum[at];
-      const float delta = params.delta[at];
-      if (!(fabsf(row_max + row_log_sum + delta) <= kLargestFloat)) return;
-      const T* q = row_of_head<T>(params.q, batch, head, i - first);
-      const T* dout = row_of_head<T>(params.dout, batch, head, i - first);
-      const float s = exact_logit<T, kHeadDim>(q, k, problem.softmax_scale * kLog2e,
-                                               i >= keys.far[row] ? far_bias : 0.f);
-      const float p = exp2f(s - row_max - row_log_sum);
-      const float ds = p * (exact_dot<T, kHeadDim>(dout, v) - delta);
-#pragma unroll
-      for (int d = 0; d < kPerLane; ++d) {
-        dk[d] += ds * to_float(q[lane + d * kWarpSize]);
-        dv[d] += p * to_float(dout[lane + d * kWarpSize]);
+    f(head, (int64_t(batch) * problem.num_heads + head) * problem.q_len - first, max(from, key),
+      min(from + Shape::kBlockM, keys.end[row]));
+  };
+  bool finite = true;
+  for (int tile = begin; tile < end; ++tile) {
+    for_tile(tile, [&](int, int64_t statistics, int from, int to) {
+      for (int i = from + lane; i < to; i += kWarpSize) {
+        const int64_t at = statistics + i;
+        const float sum = params.row_max[at] + params.row_log_sum[at] + params.delta[at];
+        finite = finite && fabsf(sum) <= kLargestFloat;
       }
-    }
+    });
+  }
+  if (vote_ballot(!finite) != 0) return;
+
+  float dk[kPerLane] = {}, dv[kPerLane] = {};
+  for (int tile = begin; tile < end; ++tile) {
+    for_tile(tile, [&](int head, int64_t statistics, int from, int to) {
+      for (int i = from; i < to; ++i) {
+        const int64_t at = statistics + i;
+        const float row_max = params.row_max[at], row_log_sum = params.row_log_sum[at];
+        const float delta = params.delta[at];
+        const T* q = row_of_head<T>(params.q, batch, head, i - first);
+        const T* dout = row_of_head<T>(params.dout, batch, head, i - first);
+        const float s = exact_logit<T, kHeadDim>(q, k, problem.softmax_scale * kLog2e,
+                                                 i >= keys.far[row] ? far_bias : 0.f);
+        const float p = exp2f(s - row_max - row_log_sum);
+        const float ds = p * (exact_dot<T, kHeadDim>(dout, v) - delta);
+#pragma unroll
+        for (int d = 0; d < kPerLane; ++d) {
+          dk[d] += ds * to_float(q[lane + d * kWarpSize]);
+          dv[d] += p * to_float(dout[lane + d * kWarpSize]);
+        }
+      }
+    });
   }
   T* to_dk = reinterpret_cast<T*>(head_of(params.dk, batch, kv_head) + key * params.dk.stride.row);
   T* to_dv = reinterpret_cast<T*>(head_of(params.dv, batch, kv_head) + key * params.dv.stride.row);
@@ -451,8 +469,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const float dv_factor = exp2f(float(-kBackwardShift<T>));
   // (num_splits, 2, batch, num_kv_heads, rows, head_dim)
   const int64_t partial_stride = int64_t(partial_rows(problem)) * kHeadDim;
-  float* partial_dk = params.partial + (2 * split * grid.num_heads + head_idx) * partial_stride;
-  float* partial_dv = partial_dk + grid.num_heads * partial_stride;
+  const int64_t partial_begin = (2 * split * grid.num_heads + head_idx) * partial_stride;
+  float* partial_dk = num_splits > 1 ? params.partial + partial_begin : nullptr;
+  float* partial_dv = num_splits > 1 ? partial_dk + grid.num_heads * partial_stride : nullptr;
   const auto partial_row = [&](int row) {
     return keys.first_pivot >= 0 ? keys.first_pivot + row
                                  : partial_pivot_rows(problem) + keys.key[row];

@@ -6,6 +6,7 @@
 //            kBlockN entries of the key list as in the forward, taken in steps of kStep entries.
 // Smem       q tile (later: the dq tile) and dout tile   4 kBlockM kHeadDim bytes
 //            two stages of a k and a v tile              8 kBlockN kHeadDim bytes
+//            in all: 32, 64, 48, 64 KB at head dim 32, 64, 96, 128; static as the forward
 // Barriers   as the forward.
 // Writers    each element of dq by one thread: deterministic.
 // Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
@@ -29,7 +30,8 @@ struct DqShape {
   static constexpr int kStep = 32;
   static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes =
-      2 * kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
+      2 * kTileBytes<kHeadDim, kBlockM> + KeyStages<kHeadDim, kBlockN, kThreads>::kSharedBytes;
+  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
 };
 
 // Row i once more (exact.cuh).

@@ -13,8 +13,9 @@
 //            diagonal, the last one what is left over. A warp skips groups of sixteen entries that
 //            none of its rows sees, and masks elements only where some row does not see some entry
 //            or where two biases meet.
-// Smem       q tile (later: the out tile)   2 kBlockM kHeadDim bytes
-//            two stages of a k and a v tile 8 kBlockN kHeadDim bytes
+// Smem       q tile (later: the out tile)          2 kBlockM kHeadDim bytes
+//            two stages of a k and a v tile        8 kBlockN kHeadDim bytes
+//            in all: 24, 48, 48, 48 KB at head dim 32, 64, 96, 128; static: key lists, keys of stages
 // Barriers   bar_sync after the wait for a stage: all threads' copies are there, and all warps are
 //            done with the stage that is filled next.
 // Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
@@ -37,7 +38,8 @@ struct ForwardShape {
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes =
-      kTileBytes<kHeadDim, kBlockM> + 4 * kTileBytes<kHeadDim, kBlockN>;
+      kTileBytes<kHeadDim, kBlockM> + KeyStages<kHeadDim, kBlockN, kThreads>::kSharedBytes;
+  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
 };
 
 // Row i once more (exact.cuh).
@@ -58,15 +60,20 @@ __device__ __noinline__ void forward_row(const ThreeRegionForwardParams& params,
         exact_logit<T, kHeadDim>(q, row_of_head<T>(params.k, batch, kv_head, key),
                                  problem.softmax_scale * kLog2e, bias_of(problem, list, entry));
     const float new_m = fmaxf(m, s);
-    const float keep = m == new_m ? 1.f : exp2f(m - new_m), p = exp2f(s - new_m);
+    const float keep = m == new_m ? l : l * exp2f(m - new_m);
+    const float p = s == -INFINITY ? 0.f : exp2f(s - new_m);
     m = new_m;
-    l = l * keep + p;
+    l = keep + p;
+    if (l != l) break;
+    // o is the mean so far: no value can leave the range of v.
 #pragma unroll
-    for (int d = 0; d < kPerLane; ++d) o[d] = o[d] * keep + p * to_float(v[lane + d * kWarpSize]);
+    for (int d = 0; d < kPerLane; ++d) {
+      o[d] = l == 0.f ? 0.f : o[d] * (keep / l) + to_float(v[lane + d * kWarpSize]) * (p / l);
+    }
   }
   T* out = reinterpret_cast<T*>(head_of(params.out, batch, head) + row * params.out.stride.row);
 #pragma unroll
-  for (int d = 0; d < kPerLane; ++d) out[lane + d * kWarpSize] = from_float<T>(o[d] / l);
+  for (int d = 0; d < kPerLane; ++d) out[lane + d * kWarpSize] = from_float<T>(l != l ? l : o[d]);
   if (lane == 0) {
     const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len + row;
     params.row_max[at] = m;
@@ -278,13 +285,24 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       const float l = quad_sum(state.l[rt][half]);
       const float factor = 1.f / l;
       const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
-      float sum = l;
+      bool is_nan = !(l > 0.f);
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        sum += 0.f * (state.o[rt][n][2 * half] *= factor);
-        sum += 0.f * (state.o[rt][n][2 * half + 1] *= factor);
+#pragma unroll
+        for (int c = 2 * half; c < 2 * half + 2; ++c) {
+          float& o = state.o[rt][n][c];
+          o *= factor;
+          if constexpr (kIsFloat16<T>) {
+            // An infinite v makes it so. A finite one does not: p is rounded in o but not in l, so
+            // that the mean of the largest numbers may exceed them.
+            is_nan = is_nan || o != o;
+            if (fabsf(o) <= kLargestFloat) o = fminf(fmaxf(o, -65504.f), 65504.f);
+          } else {
+            is_nan = is_nan || !(fabsf(o) <= kLargestFloat);  // sums of bfloat16 may overflow
+          }
+        }
       }
-      has_nan[rt][half] = row >= 0 && !(sum > 0.f);
+      has_nan[rt][half] = row >= 0 && is_nan;
       if (row >= 0 && lane % 4 == 0) {
         const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
         params.row_max[at] = state.m[rt][half];

@@ -18,6 +18,10 @@ constexpr int kChunks = kHeadDim / 8;
 template <int kHeadDim, int kRows>
 constexpr int kTileBytes = kHeadDim * kRows * 2;
 
+// What a block may have on every GPU since sm_80, and what the kernels' shared_array take of it.
+constexpr int kMaxSharedBytes = 99 * 1024;
+constexpr int kStaticSharedBytes = 2048;
+
 template <int kHeadDim>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
   const int swizzle = kHeadDim % 64 == 0 ? row % 8 : row / 2 % 4;
