@@ -109,12 +109,6 @@ MUTATIONS = [
             "return pivots[index];",
         ),
         (
-            "text-reaches-into-the-window",
-            VALUES,
-            "min(list.far.text_len, list.last_start)",
-            "list.far.text_len",
-        ),
-        (
             "first-pivot-takes-text-bias",
             VALUES,
             "return entry < list.num_text ?",
