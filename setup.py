@@ -30,6 +30,7 @@ from build_backend import find_nvcc, find_torch, torch_version
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0+PTX")
 STABLE_ONLY = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  # torch 2.10
+OWN_PATHS = f"-ffile-prefix-map={ROOT}/="  # errors name csrc/ops.cpp, wherever it was built
 
 # The host model. Kernels keep the accesses that their source makes, one hook each; they alias as
 # freely as nvcc lets them. The model itself is not instrumented.
@@ -181,7 +182,7 @@ class NinjaBuild(build_ext):
             link += _link_torch(torch_folder)
         defines.append(f'-DCOGVIEW_KERNELS_TORCH="{torch}"')
 
-        host = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall"]
+        host = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", OWN_PATHS]
         host += ["-O0", "-g"] if debug else ["-O2"]
         host += [*defines, *(f"-isystem{folder}" for folder in includes)]
         lines = [
@@ -222,7 +223,12 @@ class NinjaBuild(build_ext):
         )
         build.mkdir(parents=True, exist_ok=True)
         includes = [torch_folder / "include", _pybind11(), sysconfig.get_path("include")]
-        flags = [*HOST_MODEL, *STABLE_ONLY, *(f"-isystem{folder}" for folder in includes)]
+        flags = [
+            *HOST_MODEL,
+            OWN_PATHS,
+            *STABLE_ONLY,
+            *(f"-isystem{folder}" for folder in includes),
+        ]
         instrumented = HOST_MODEL_SANITIZE if sanitize else HOST_MODEL_HOOKS
         link = [*(HOST_MODEL_SANITIZE if sanitize else []), "-lpthread", *_link_torch(torch_folder)]
         lines = ["ninja_required_version = 1.5"]
@@ -325,7 +331,8 @@ def _torch() -> tuple[Path, str]:
     if folder is None:
         raise BuildError(
             "torch is not installed in this environment: install torch>=2.10 first, or "
-            "build with isolation, or set COGVIEW_KERNELS_CUDA=0"
+            "build with isolation, or build neither the kernels nor the host model "
+            "(COGVIEW_KERNELS_CUDA=0, COGVIEW_KERNELS_HOST_MODEL=0)"
         )
     version = torch_version(folder)
     if tuple(int(part) for part in re.findall(r"\d+", version)[:2]) < (2, 10):
