@@ -492,7 +492,8 @@ void three_region_attention_backward_out(
                      {num_splits, 2, batch, num_kv_heads,
                       three_region_attention_split_rows(problem), problem.head_dim});
     check_float32("partial", *partial);
-    STD_TORCH_CHECK(begins_aligned(*partial), "partial: expected a multiple of 16 bytes");
+    STD_TORCH_CHECK(begins_aligned(*partial),
+                    "partial: expected to begin at a multiple of 16 bytes");
     params.partial = static_cast<float*>(partial->data_ptr());
   }
   run("three_region_attention_backward_out", q,
