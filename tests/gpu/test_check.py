@@ -40,12 +40,12 @@ def test_outcomes(
 ) -> None:
     (tmp_path / "out").mkdir()
     monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setattr(check, "STALL_S", 6)
+    monkeypatch.setattr(check, "STALL_S", 20)
     monkeypatch.setattr(check, "LOG", tmp_path / "log")
     suite, path = tmp_path / "test_suite.py", tmp_path / "record.json"
     suite.write_text(SUITE)
     groups = tuple(
-        check.Group(name, (str(suite), "-k", which), 60)
+        check.Group(name, (str(suite), "-k", which), 120)
         for name, which in (("all", "test"), ("good", "first or last"), ("none", "skips"))
     )
     (tmp_path / "test_broken.py").write_text("import nothing_of_this_name")
@@ -65,7 +65,7 @@ def test_outcomes(
     assert tests["test_fails"]["reason"].startswith("AssertionError: one and one")
     assert tests["test_skips"]["reason"] == "Skipped: for a reason"
     assert tests["test_dies"]["reason"] == "died with signal 6"
-    assert tests["test_hangs"]["reason"] == "killed: no word for 6 s"
+    assert tests["test_hangs"]["reason"] == "killed: no word for 20 s"
     printed = capsys.readouterr().out.splitlines()
     rows = [" ".join(line.split()[:4]) for line in printed]
     assert {"all 2 3 1", "good 2 0 0", "none 0 0 1", "broken 0 0 0"} <= set(rows)
