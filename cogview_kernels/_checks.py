@@ -59,6 +59,20 @@ def check_last_dim_contiguous(name: str, value: Tensor) -> None:
         )
 
 
+def check_no_tangent(name: str, value: Tensor | None) -> None:
+    """An operator without a forward-mode derivative would pass for a constant, unnoticed."""
+    if value is None:
+        return
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_batchedtensor(value):  # cannot be unpacked itself
+            value = torch._C._functorch.get_unwrapped(value)
+    if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
+        raise NotImplementedError(
+            f"{name}: expected no tangent, as forward-mode differentiation is not implemented "
+            "here; backend='reference' has it"
+        )
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

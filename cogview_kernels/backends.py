@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 
 import torch
@@ -23,7 +24,17 @@ def warn_once(message: str) -> None:
     """Warn the first time that ``message`` comes up in this process."""
     if message not in _warned:
         _warned.add(message)
-        warnings.warn(f"cogview_kernels: {message}", stacklevel=3)
+        warnings.warn(f"cogview_kernels: {message}", stacklevel=_stacklevel_of_the_caller())
+
+
+def _stacklevel_of_the_caller() -> int:
+    """For a warning of the calling function: the first line outside this package and torch, whose
+    modules may stand between."""
+    inside = ("cogview_kernels", "torch")
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in inside:
+        level, frame = level + 1, frame.f_back
+    return level
 
 
 def kernels_wanted(backend: str, device: torch.device) -> bool:

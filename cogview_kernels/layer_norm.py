@@ -3,6 +3,7 @@ operator that reaches the CUDA kernel."""
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from cogview_kernels._checks import (
     check_float,
     check_int,
     check_last_dim_contiguous,
+    check_no_tangent,
     check_tensor,
     describe,
     values_readable,
@@ -47,6 +49,7 @@ def pb_relax_layer_norm(
         ``(..., hidden)`` in the dtype of ``x``. A row of zeros gives ``bias``.
 
     Differentiable in ``x``, ``weight`` and ``bias``; no gradient flows through ``c``.
+    Forward mode: ``portable`` and ``reference``.
     Precision: statistics in float32 (float64 for float64), one rounding of the result.
     Under autocast: computed in the dtype of ``x``.
 
@@ -153,10 +156,13 @@ def _normalise(
     if kernels_wanted(backend, x.device) and kernels_usable(
         "pb_relax_layer_norm", backend, x.device, _unsupported(x)
     ):
+        for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
+            check_no_tangent(name, tensor)
         ops = torch.ops.cogview_kernels
         host_model = backend == "host_model"
         norm = ops.pb_relax_layer_norm_host_model if host_model else ops.pb_relax_layer_norm
-        y, _, _ = norm(x.reshape(-1, x.shape[-1]), weight, bias, eps, RELAX.index(relax))
+        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
+        y, _, _ = norm(rows, weight, bias, eps, RELAX.index(relax))
         return y.view(x.shape)
     return portable.layer_norm(x, weight, bias, eps, relax)
 
@@ -253,7 +259,7 @@ def _forward(
         peak = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1)
     if x.shape[0] > 0:
         torch.ops.cogview_kernels.pb_relax_layer_norm_forward_out(
-            x, weight, bias, peak, eps, relax, y, mean, rstd
+            x, _contiguous(weight), _contiguous(bias), peak, eps, relax, y, mean, rstd
         )
     return y, mean, rstd
 
@@ -276,9 +282,48 @@ def _backward(
     partial = x.new_empty(2, min(rows, num_workers), hidden, dtype=torch.float32)
     wanted = (None, None) if parameters is None else (dweight, dbias)
     torch.ops.cogview_kernels.pb_relax_layer_norm_backward_out(
-        dy, x, weight, mean, rstd, dx, partial, *wanted
+        dy, x, _contiguous(weight), mean.contiguous(), rstd.contiguous(), dx, partial, *wanted
     )
     return dx, dweight, dbias
+
+
+def _contiguous(parameter: Tensor | None) -> Tensor | None:
+    return None if parameter is None else parameter.contiguous()
+
+
+def _sample_by_sample(operator: Any) -> Any:
+    """The operator under vmap, one call for each sample."""
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        def call(take: Any) -> Any:
+            pairs = zip(args, in_dims, strict=True)
+            return operator(*(arg if dim is None else take(arg, dim) for arg, dim in pairs))
+
+        if info.batch_size == 0:  # the shapes of a sample's results
+            results = [t.new_empty(0, *t.shape) for t in call(lambda arg, dim: arg.sum(dim))]
+        else:
+            each = [call(lambda arg, dim, i=i: arg.select(dim, i)) for i in range(info.batch_size)]
+            results = [torch.stack(sample) for sample in zip(*each, strict=True)]
+        return tuple(results), (0,) * len(results)
+
+    return rule
+
+
+def _folded_into_rows(operator: Any) -> Any:
+    """The forward under vmap: rows that share weight, bias and no maximum know nothing of each
+    other, so the mapped dimension becomes part of them."""
+    otherwise = _sample_by_sample(operator)
+
+    def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
+        x_dim, weight_dim, bias_dim = in_dims[:3]
+        x, *rest, relax = args
+        if x_dim is None or (weight_dim, bias_dim) != (None, None) or RELAX[relax] == "tensor":
+            return otherwise(info, in_dims, *args)
+        x = x.movedim(x_dim, 0)
+        results = operator(x.flatten(0, 1), *rest, relax)
+        return tuple(result.unflatten(0, x.shape[:2]) for result in results), (0, 0, 0)
+
+    return rule
 
 
 def _define_operators(name: str, device: str) -> tuple[Any, Any]:
@@ -325,6 +370,8 @@ def _define_operators(name: str, device: str) -> tuple[Any, Any]:
     forward.register_fake(_forward_fake)
     backward.register_fake(_backward_fake)
     forward.register_autograd(gradients, setup_context=setup_context)
+    forward.register_vmap(_folded_into_rows(forward))
+    backward.register_vmap(_sample_by_sample(backward))
     return forward, backward
 
 

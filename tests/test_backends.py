@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import subprocess
-import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -26,6 +25,7 @@ from torch.utils.checkpoint import checkpoint
 import cogview_kernels as ck
 from cogview_kernels import attention, backends, extension
 
+ROOT = Path(__file__).resolve().parents[1]
 OPS = torch.ops.cogview_kernels
 WINDOW = (4, 2, 0.4, -0.7, 0.3)  # query_window, key_window_times, two biases, softmax_scale
 NO_CUDA, NO_HOST_MODEL = extension.why_not_usable(), extension.why_not_host_model()
@@ -104,7 +104,7 @@ def operator(name: str, backend: str) -> Any:
     return getattr(OPS, name).default
 
 
-@pytest.mark.parametrize("backend", ["portable", HOST_MODEL])
+@pytest.mark.parametrize("backend", ["portable", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("relax", [0, 1, 2])
 @pytest.mark.parametrize("affine", [True, False])
@@ -112,8 +112,9 @@ def test_opcheck_layer_norm(backend: str, dtype: torch.dtype, relax: int, affine
     norm, differentiate = (
         operator(name, backend) for name in ("pb_relax_layer_norm", "pb_relax_layer_norm_backward")
     )
-    x = torch.randn(5, 12).to(dtype).requires_grad_()
-    weight, bias = (torch.randn(12, requires_grad=True) for _ in range(2))
+    device = "cuda" if backend == "cuda" else "cpu"
+    x = torch.randn(5, 12, device=device).to(dtype).requires_grad_()
+    weight, bias = (torch.randn(12, device=device, requires_grad=True) for _ in range(2))
     parameters = (weight, bias) if affine else (None, None)
     torch.library.opcheck(norm, (x, *parameters, 1e-5, relax))
     with torch.no_grad():
@@ -302,6 +303,88 @@ def test_vmap_of_the_kernels(backend: str) -> None:
     assert torch.equal(batched, torch.cat([differentiate(dout)[0][None] for dout in upstream]))
 
 
+@pytest.mark.parametrize("backend", KERNELS)
+@pytest.mark.parametrize("relax", ["row", "tensor", None])
+@pytest.mark.parametrize("in_dims", [(0, None), (1, None), (0, 0), (None, 1)])
+def test_vmap_of_the_layer_norm_kernels(
+    backend: str, relax: str | None, in_dims: tuple[int | None, ...]
+) -> None:
+    def norm(x: Tensor, parameter: Tensor) -> Tensor:
+        return ck.pb_relax_layer_norm(x, parameter, parameter, relax=relax, backend=backend)
+
+    device = "cuda" if backend == "cuda" else "cpu"
+    # Samples of different magnitude, so that one maximum over all of them would be seen.
+    magnitude = torch.tensor([1.0, 4.0, 1e3], device=device).view(3, 1, 1, 1)
+    x = torch.randn(3, 4, 5, 32, device=device) * magnitude
+    parameter = torch.randn(3, 32, device=device)
+    mapped, samples = [], []
+    for part, dim in zip((x, parameter), in_dims, strict=True):
+        mapped.append(part[0] if dim is None else part.movedim(0, dim).contiguous())
+        samples.append(part[:1].expand_as(part) if dim is None else part)
+    batched = torch.func.vmap(norm, in_dims)(*mapped)
+    assert torch.equal(
+        batched, torch.stack([norm(*sample) for sample in zip(*samples, strict=True)])
+    )
+
+    x = x[0].detach().requires_grad_()
+    parameter = parameter[0].detach().requires_grad_()
+    out = norm(x, parameter)
+    upstream = torch.randn(3, *out.shape, device=device)
+    gradients = functools.partial(torch.autograd.grad, out, (x, parameter), retain_graph=True)
+    each = zip(*map(gradients, upstream), strict=True)
+    for together, alone in zip(gradients(upstream, is_grads_batched=True), each, strict=True):
+        assert torch.equal(together, torch.stack(alone))
+
+
+@pytest.mark.parametrize("backend", ["portable", *KERNELS])
+def test_vmap_over_nothing(backend: str) -> None:
+    problem = kernel_problem(backend)
+    layout, x = problem.layout, problem.q
+    none = x.expand(0, *x.shape)
+
+    def attend(q: Tensor, k: Tensor) -> Tensor:
+        return ck.three_region_attention(q, k, problem.v, layout, backend=backend)
+
+    def norm(x: Tensor, weight: Tensor | None = None) -> Tensor:
+        return ck.pb_relax_layer_norm(x, weight, weight, backend=backend)
+
+    assert torch.func.vmap(attend, (0, None))(none, problem.k).shape == none.shape
+    assert torch.func.vmap(attend, (None, 1))(x, problem.k[:, None][:, :0]).shape == none.shape
+    assert torch.func.vmap(norm)(none).shape == none.shape
+    assert torch.func.vmap(norm)(none, x.new_zeros(0, x.shape[-1])).shape == none.shape
+
+
+@pytest.mark.parametrize("backend", ["reference", "portable", *KERNELS])
+@pytest.mark.parametrize("name", ["q", "k", "v", "x", "weight", "bias"])
+def test_forward_mode(backend: str, name: str) -> None:
+    """A derivative, or an error that names the tensor: never a zero."""
+    problem = kernel_problem(backend)
+    attention_tensors = {"q": problem.q, "k": problem.k, "v": problem.v}
+    norm_tensors = dict(zip(("weight", "bias"), problem.q[0, 0], strict=False), x=problem.q)
+
+    def call(tensor: Tensor) -> Tensor:
+        if name in norm_tensors:
+            return ck.pb_relax_layer_norm(**{**norm_tensors, name: tensor}, backend=backend)
+        tensors = {**attention_tensors, name: tensor}
+        return ck.three_region_attention(**tensors, layout=problem.layout, backend=backend)
+
+    tensor = {**attention_tensors, **norm_tensors}[name]
+    tangent = torch.randn_like(tensor)
+    if backend == "reference" or (backend == "portable" and name in norm_tensors):
+        assert torch.func.jvp(call, (tensor,), (tangent,))[1].abs().max() > 0
+        return
+    refuses = pytest.raises(NotImplementedError, match=f"^{name}: expected no tangent.*'reference'")
+    with refuses:
+        torch.func.jvp(call, (tensor,), (tangent,))
+    with refuses:
+        torch.func.jvp(torch.func.vmap(call), (tensor[None],), (tangent[None],))
+    with torch.autograd.forward_ad.dual_level():
+        call(tensor)
+        torch.func.vmap(call)(tensor[None])
+        with refuses:
+            call(torch.autograd.forward_ad.make_dual(tensor, tangent))
+
+
 @pytest.mark.parametrize("backend", ["reference", "portable", *KERNELS])
 def test_second_derivatives(backend: str) -> None:
     problem = kernel_problem(backend)
@@ -375,7 +458,7 @@ def test_the_host_model_takes_cpu_tensors() -> None:
     "dtype, head_dim, k_len, match",
     [
         (torch.float32, 32, 8, "float16 and bfloat16, got torch.float32; torch.autocast casts"),
-        (torch.float64, 32, 8, "float16 and bfloat16, got torch.float64"),
+        (torch.float64, 32, 8, "float16 and bfloat16, got torch.float64; backend='portable'"),
         (torch.float16, 40, 8, r"head dimensions of \(32, 64, 96, 128\), got 40"),
         (torch.float16, 32, 2**30 + 1, r"up to 2\^30 keys, got 1073741825"),
     ],
@@ -404,7 +487,12 @@ def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
         with pytest.warns(UserWarning, match=said) as warned:
             for _ in range(3):
                 ck.three_region_attention(q, q, q, layout)
-    assert len(warned) == 1
+        norm = ck.PBRelaxLayerNorm(32, device="cuda", dtype=torch.float64).requires_grad_(False)
+        with pytest.warns(UserWarning, match="pb_relax_layer_norm: using") as warned_by_the_module:
+            norm(q.double())
+    assert len(warned) == len(warned_by_the_module) == 1
+    # The warning shows the caller's line, also with torch's modules between.
+    assert warned[0].filename == warned_by_the_module[0].filename == __file__
 
 
 def test_falling_back_does_not_break_a_graph(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -667,8 +755,10 @@ def test_operators_refuse_what_is_not_safe(
     arguments: dict[str, Any] = {"window": WINDOW, "num_splits": 1, "partial": None}
     arguments |= good_arguments()
     call_out(arguments, backward)
-    with pytest.raises(RuntimeError, match=match):
+    with pytest.raises(RuntimeError, match=match) as raised:
         call_out({**arguments, name: change(arguments[name])}, backward)
+    # A line of ops.cpp, but not where it was built.
+    assert "csrc/ops.cpp" in str(raised.value) and str(ROOT) not in str(raised.value)
 
 
 @pytest.mark.skipif(NO_HOST_MODEL is not None, reason=str(NO_HOST_MODEL))
@@ -682,6 +772,8 @@ def test_operators_refuse_workspaces_of_the_wrong_size() -> None:
             call_out({**arguments, "num_splits": 2, "partial": wrong}, True)
     with pytest.raises(RuntimeError, match="partial: expected float32"):
         call_out({**arguments, "num_splits": 2, "partial": partial.half()}, True)
+    with pytest.raises(RuntimeError, match="partial: expected to begin at a multiple of 16 bytes"):
+        call_out({**arguments, "num_splits": 2, "partial": misaligned(partial)}, True)
 
 
 @pytest.mark.skipif(NO_HOST_MODEL is not None, reason=str(NO_HOST_MODEL))
@@ -750,17 +842,9 @@ def test_what_kernels_run_on() -> None:
         ("8.0", [(8, 0), (8, 6), (8, 9)], [(7, 5), (9, 0)]),
         ("8.6", [(8, 6), (8, 9)], [(8, 0), (9, 0)]),
         ("9.0a", [(9, 0)], [(8, 9), (9, 1), (10, 0)]),
+        ("10.0", [(10, 0), (10, 3)], [(9, 0), (12, 0)]),
+        ("12.0", [(12, 0), (12, 1)], [(13, 0)]),
         ("12.0+PTX", [(12, 0), (12, 1), (13, 0)], [(10, 0), (9, 0)]),
     ):
         assert all(extension._runs_on(architecture, *device) for device in yes), architecture
         assert not any(extension._runs_on(architecture, *device) for device in no), architecture
-
-
-def test_report_of_the_installation() -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "cogview_kernels"], capture_output=True, text=True, check=True
-    )
-    for fact in ("cogview_kernels", torch.__version__, "kernels built for", "CUDA kernels here"):
-        assert fact in done.stdout
-    reason = extension.why_not_usable()
-    assert (f"not usable: {reason}" in done.stdout) == (reason is not None)
