@@ -3,7 +3,6 @@ operator that reaches the CUDA kernel."""
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -161,8 +160,7 @@ def _normalise(
         ops = torch.ops.cogview_kernels
         host_model = backend == "host_model"
         norm = ops.pb_relax_layer_norm_host_model if host_model else ops.pb_relax_layer_norm
-        rows = x.reshape(math.prod(x.shape[:-1]), x.shape[-1])
-        y, _, _ = norm(rows, weight, bias, eps, RELAX.index(relax))
+        y, _, _ = norm(x.reshape(-1, x.shape[-1]), weight, bias, eps, RELAX.index(relax))
         return y.view(x.shape)
     return portable.layer_norm(x, weight, bias, eps, relax)
 
