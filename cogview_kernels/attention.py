@@ -106,6 +106,7 @@ def three_region_attention(
     Raises:
         TypeError, ValueError: the tensor, what was expected and what came.
         KernelUnavailable: ``backend`` cannot run here; the message says why.
+        NotImplementedError: forward mode, but for ``reference``; the message names the tensor.
 
     Source: CogView, arXiv 2105.13290.
     """

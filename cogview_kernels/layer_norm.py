@@ -48,7 +48,6 @@ def pb_relax_layer_norm(
         ``(..., hidden)`` in the dtype of ``x``. A row of zeros gives ``bias``.
 
     Differentiable in ``x``, ``weight`` and ``bias``; no gradient flows through ``c``.
-    Forward mode: ``portable`` and ``reference``.
     Precision: statistics in float32 (float64 for float64), one rounding of the result.
     Under autocast: computed in the dtype of ``x``.
 
@@ -56,6 +55,7 @@ def pb_relax_layer_norm(
         TypeError, ValueError: the tensor, what was expected and what came. NaN in ``weight`` or
             ``bias`` is refused where they can be read without a synchronisation (on the CPU).
         KernelUnavailable: ``backend`` cannot run here; the message says why.
+        NotImplementedError: forward mode through the kernels; the message names the tensor.
 
     Source: CogView, arXiv 2105.13290, "Precision Bottleneck Relaxation".
     """

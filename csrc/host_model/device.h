@@ -7,6 +7,11 @@
 // Modelled exactly: fragments, rounding of conversions, what each instruction reads and writes and
 // when it becomes visible. Not modelled: the order and width in which a tensor core adds (here
 // float32, one k after the other, 16-bit products exact), the last bits of ex2.approx, time.
+//
+// Two limits of the checks. Where tensors share memory (q, k and v of one packed projection), an
+// address belongs to the first that spans it: an access meant for another is not told apart.
+// Dynamic shared memory is one region: an index that leaves one of its arrays for the next is seen
+// only as a race, or as a read of what nobody wrote.
 #pragma once
 
 #include <algorithm>
