@@ -220,11 +220,11 @@ cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_b
                    cudaStream_t stream, const Params& params) {
   if (num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 0) {  // needed where it exceeds 48 KB together with shared_array
-    const cudaError_t status = cudaFuncSetAttribute(
-        kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    const cudaError_t status =
+        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
-  kKernel<<<dim3(unsigned(num_blocks), unsigned(grid_y)), num_threads, shared_bytes, stream>>>(
+  kKernel<<<dim3(unsigned(num_blocks), unsigned(grid_y)), num_threads, shared_bytes, stream> > >(
       params);
   return cudaGetLastError();
 }
