@@ -224,8 +224,8 @@ cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_b
         cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
     if (status != cudaSuccess) return status;
   }
-  kKernel<<<dim3(unsigned(num_blocks), unsigned(grid_y)), num_threads, shared_bytes, stream> > >(
-      params);
+  const dim3 grid(unsigned(num_blocks), unsigned(grid_y), 1);
+  kKernel<<<grid, num_threads, shared_bytes, stream>>>(params);
   return cudaGetLastError();
 }
 
