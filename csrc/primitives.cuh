@@ -225,7 +225,9 @@ cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_b
     if (status != cudaSuccess) return status;
   }
   const dim3 grid(unsigned(num_blocks), unsigned(grid_y), 1);
+  // clang-format off: it reads >>> as three brackets
   kKernel<<<grid, num_threads, shared_bytes, stream>>>(params);
+  // clang-format on
   return cudaGetLastError();
 }
 
