@@ -315,7 +315,7 @@ MUTATIONS = [
             "num_tiles * (split + 1) / num_splits",
             "num_tiles / num_splits * (split + 1)",
         ),
-        ("dkdv-pivots-written-twice", VALUES, "tile.key[pivot] = -1;", ";"),
+        ("dkdv-pivots-written-twice", EDGES, "tile.key[pivot] = -1;", ";"),
         ("dkdv-text-ends-late", VALUES, "key < far.text_len;", "key <= far.text_len;"),
         (
             "dkdv-keys-without-barrier",
@@ -373,12 +373,6 @@ MUTATIONS = [
             LEAKS,
             "min(from + Shape::kBlockM, keys.end[row])",
             "from + Shape::kBlockM",
-        ),
-        (
-            "dkdv-nan-of-a-query-dropped",
-            LEAKS,
-            "if (vote_ballot(!finite) != 0) return;",
-            "",
         ),
     ),
     *mutations(
