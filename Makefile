@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RECORD = attention-$(shell uname -m)-$(shell date +%Y-%m-%d)-$(shell git rev-parse --short HEAD)
-SOURCES := $(shell find csrc -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: help build demo test lint format types bench kernel-table kernel-costs gpu-check sanitize \
   mutations check-install clean

@@ -51,11 +51,6 @@ __device__ __forceinline__ void bar_warp_sync() { __syncwarp(); }
 // Wait for all threads of the block and make their shared memory writes visible (bar.sync).
 __device__ __forceinline__ void bar_sync() { __syncthreads(); }
 
-// bar_sync that also tells whether any thread's predicate holds (barrier.red.or.pred).
-__device__ __forceinline__ bool bar_red_or(bool predicate) {
-  return __syncthreads_or(predicate) != 0;
-}
-
 // Shared memory: an array of the block's own, one for each instantiation.
 template <typename T, int kSize>
 __device__ __forceinline__ T* shared_array() {

@@ -55,7 +55,7 @@ __attribute__((const)) unsigned grid_dim_y();
 uint32_t shfl(const char* primitive, uint32_t value, int source_lane, Where where);
 uint32_t vote_ballot(bool predicate, Where where);
 void bar_warp_sync(Where where);
-bool bar_sync(const char* primitive, bool predicate, Where where);
+void bar_sync(Where where);
 void* shared_array(const void* key, int bytes);
 unsigned char* dynamic_shared();
 uint4 ld_global_v4(const void* address, Where where);
@@ -125,12 +125,7 @@ __forceinline__ uint32_t vote_ballot(bool predicate, Where where = Where::curren
 __forceinline__ void bar_warp_sync(Where where = Where::current()) {
   host_model::bar_warp_sync(where);
 }
-__forceinline__ void bar_sync(Where where = Where::current()) {
-  host_model::bar_sync("bar_sync", false, where);
-}
-__forceinline__ bool bar_red_or(bool predicate, Where where = Where::current()) {
-  return host_model::bar_sync("bar_red_or", predicate, where);
-}
+__forceinline__ void bar_sync(Where where = Where::current()) { host_model::bar_sync(where); }
 
 // Its address stands for the instantiation.
 template <typename T, int kSize>

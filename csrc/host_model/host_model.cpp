@@ -366,7 +366,6 @@ struct Worker {
 
   int64_t block = 0;
   int num_exited = 0, num_at_barrier = 0;
-  bool barrier_predicate = false, barrier_result = false;
   uint32_t now = 0, block_start = 0, block_base = 0;
   bool abandoned = false;  // fibers of the last block did not end
 
@@ -433,7 +432,6 @@ struct Worker {
   void run_block(int64_t new_block) {
     block = new_block;
     num_exited = num_at_barrier = 0;
-    barrier_predicate = false;
     block_start = block_base = ++now;
     for (auto& array : arrays) std::memset(array->data, 0xff, array->bytes);
 #ifdef __SANITIZE_ADDRESS__
@@ -583,38 +581,29 @@ struct Worker {
     work(warp);
   }
 
-  bool barrier(Fiber& fiber, const char* primitive, bool predicate, const Where& where) {
+  void barrier(Fiber& fiber, const Where& where) {
     if (num_exited != 0) {
       for (int thread = 0; thread < launch->num_threads; ++thread) {
         if ((fibers[thread].warp->exited & fibers[thread].bit()) == 0) continue;
-        fail(fiber, "divergent barrier: " + place(primitive, where) +
+        fail(fiber, "divergent barrier: " + place("bar_sync", where) +
                         format(", but thread %d has returned", thread));
       }
     }
     if (num_at_barrier == 0) {
-      barrier_primitive = primitive;
       barrier_where = where;
       barrier_first = fiber.thread;
-    } else if (barrier_primitive != primitive || !same_place(barrier_where, where)) {
-      fail(fiber, "divergent barrier: " + place(primitive, where) +
+    } else if (!same_place(barrier_where, where)) {
+      fail(fiber, "divergent barrier: " + place("bar_sync", where) +
                       format(", but thread %u waits at ", barrier_first) +
-                      place(barrier_primitive, barrier_where));
+                      place("bar_sync", barrier_where));
     }
-    barrier_predicate |= predicate;
-    if (++num_at_barrier < launch->num_threads) {
-      wait(fiber, primitive, where);
-      return barrier_result;
-    }
+    if (++num_at_barrier < launch->num_threads) return wait(fiber, "bar_sync", where);
     flush_sites();
     ++counts.barriers;
     num_at_barrier = 0;
-    barrier_result = barrier_predicate;
-    barrier_predicate = false;
     block_base = ++now;
     for (int w = 0; w < num_warps(); ++w) warps[w].runnable = kAllLanes;
-    return barrier_result;
   }
-  const char* barrier_primitive = nullptr;
   Where barrier_where;
   unsigned barrier_first = 0;
 
@@ -1190,9 +1179,7 @@ void bar_warp_sync(Where where) {
                     [&worker](Warp& warp) { warp.base = ++worker.now; });
 }
 
-bool bar_sync(const char* primitive, bool predicate, Where where) {
-  return running->worker->barrier(*running, primitive, predicate, where);
-}
+void bar_sync(Where where) { running->worker->barrier(*running, where); }
 
 void* shared_array(const void* key, int bytes) {
   return running->worker->shared_array(*running, key, bytes);

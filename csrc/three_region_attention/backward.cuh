@@ -8,11 +8,11 @@
 
 namespace cogview {
 
-// Kernels in the order in which they run.
-cudaError_t three_region_attention_backward_dq(const ThreeRegionBackwardParams& params,
-                                               cudaStream_t stream);
+// Steps of three_region_attention_backward, after delta and the bounds.
 cudaError_t three_region_attention_backward_dkdv(const ThreeRegionBackwardParams& params,
                                                  cudaStream_t stream);
+cudaError_t three_region_attention_backward_dq(const ThreeRegionBackwardParams& params,
+                                               cudaStream_t stream);
 
 // PB-relax: ds is rounded to the element type before two products. For float16 it is multiplied by
 // 2^e before, taken back in float32 after: |ds| <= |dout_i| |v_j| + |delta_i| stays below 2^15, and

@@ -1,5 +1,5 @@
 // One row at a time, over what it sees and nothing else: for rows in which the tensor cores met a
-// NaN. A hidden key or query has weight zero, but 0 * NaN and 0 * inf are NaN, and products beyond
+// NaN, or bfloat16 sums left float32. A hidden key or query has weight zero, but 0 * NaN and 0 * inf are NaN, and products beyond
 // float32 are infinite; here nothing hidden is touched, and logits of finite inputs stay finite.
 // Slow and seldom. Each function is called by a whole warp, which shares the columns of a row.
 #pragma once

@@ -154,17 +154,9 @@ cudaError_t launch_rows(const ThreeRegionBackwardParams& params, bool of_v, cuda
 
 template <typename T>
 cudaError_t launch_rows(const ThreeRegionBackwardParams& params, bool of_v, cudaStream_t stream) {
-  switch (params.problem.head_dim) {
-    case 32:
-      return launch_rows<T, 32>(params, of_v, stream);
-    case 64:
-      return launch_rows<T, 64>(params, of_v, stream);
-    case 96:
-      return launch_rows<T, 96>(params, of_v, stream);
-    case 128:
-      return launch_rows<T, 128>(params, of_v, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_head_dim(params.problem.head_dim, [&](auto head_dim) {
+    return launch_rows<T, decltype(head_dim)::value>(params, of_v, stream);
+  });
 }
 
 template <typename T>

@@ -528,17 +528,9 @@ cudaError_t launch_dkdv(const ThreeRegionBackwardParams& params, cudaStream_t st
 
 template <typename T>
 cudaError_t launch_dkdv(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
-  switch (params.problem.head_dim) {
-    case 32:
-      return launch_dkdv<T, 32>(params, stream);
-    case 64:
-      return launch_dkdv<T, 64>(params, stream);
-    case 96:
-      return launch_dkdv<T, 96>(params, stream);
-    case 128:
-      return launch_dkdv<T, 128>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  return with_head_dim(params.problem.head_dim, [&](auto head_dim) {
+    return launch_dkdv<T, decltype(head_dim)::value>(params, stream);
+  });
 }
 
 }  // namespace

@@ -135,4 +135,20 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
 template <typename T>
 constexpr bool kIsFloat16 = std::is_same_v<T, Half>;
 
+// f(std::integral_constant<int, head_dim>()), if there are kernels for it.
+template <typename Function>
+cudaError_t with_head_dim(int head_dim, Function f) {
+  switch (head_dim) {
+    case 32:
+      return f(std::integral_constant<int, 32>());
+    case 64:
+      return f(std::integral_constant<int, 64>());
+    case 96:
+      return f(std::integral_constant<int, 96>());
+    case 128:
+      return f(std::integral_constant<int, 128>());
+  }
+  return cudaErrorInvalidValue;
+}
+
 }  // namespace cogview

@@ -54,11 +54,6 @@ KERNEL(vote_ballot_kernel) {
   store(p, i, vote_ballot(load<int>(p.a, i) != 0));
 }
 
-KERNEL(bar_red_or_kernel) {
-  const int i = thread_number();
-  store(p, i, int(bar_red_or(load<int>(p.a, i) != 0)));
-}
-
 KERNEL(popc_kernel) {
   const int i = thread_number();
   store(p, i, popc(load<uint32_t>(p.a, i)));
@@ -173,7 +168,6 @@ const std::map<std::string, Launch> kPrimitives = {
     {"shfl_bfly", kLaunch<shfl_bfly_kernel>},
     {"shfl_idx", kLaunch<shfl_idx_kernel>},
     {"vote_ballot", kLaunch<vote_ballot_kernel>},
-    {"bar_red_or", kLaunch<bar_red_or_kernel, 128>},
     {"popc", kLaunch<popc_kernel>},
     {"copy_v4", kLaunch<copy_v4_kernel>},
     {"red_global_max", kLaunch<red_global_max_kernel>},

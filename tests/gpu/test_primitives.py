@@ -152,14 +152,6 @@ def test_vote_ballot(run: Primitives, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out, np.repeat(bits.astype(np.uint32), 32).reshape(64, 32))
 
 
-def test_bar_red_or(run: Primitives, rng: np.random.Generator) -> None:
-    holds = np.zeros((64, 128), np.int32)
-    some = np.arange(64) % 2 == 1
-    holds[some, rng.integers(0, 128, 32)] = 4
-    out = run("bar_red_or", 64, np.full((64, 128), -1, np.int32), holds)
-    np.testing.assert_array_equal(out, np.repeat(some, 128).reshape(64, 128))
-
-
 def test_popc(run: Primitives, rng: np.random.Generator) -> None:
     bits = words(rng, 64, 32)
     bits[0, :2] = 0, 2**32 - 1

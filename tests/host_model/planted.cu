@@ -321,10 +321,9 @@ KERNEL(collectives) {
   const float neighbour = shfl_bfly(float(threadIdx.x), 5);
   const int first = shfl_idx(int(threadIdx.x), 3);
   const uint32_t thirds = vote_ballot(lane % 3 == 0);
-  const bool any = bar_red_or(threadIdx.x == 40), none = bar_red_or(false);
   const bool right = neighbour == float(threadIdx.x ^ 5) &&
                      first == int(threadIdx.x / 32 * 32 + 3) && thirds == 0x49249249u &&
-                     popc(thirds) == 11 && any && !none;
+                     popc(thirds) == 11;
   p.out[threadIdx.x] = right ? 1.f : 0.f;
 }
 
