@@ -2,7 +2,12 @@
 
 from cogview_kernels.attention import three_region_attention
 from cogview_kernels.backends import KernelUnavailable
-from cogview_kernels.layer_norm import PBRelaxLayerNorm, pb_relax_layer_norm, sandwich_residual
+from cogview_kernels.layer_norm import (
+    PBRelaxLayerNorm,
+    patch,
+    pb_relax_layer_norm,
+    sandwich_residual,
+)
 from cogview_kernels.layout import ThreeRegionLayout, sample_pivots
 
 __version__ = "0.1.0"
@@ -11,6 +16,7 @@ __all__ = [
     "KernelUnavailable",
     "PBRelaxLayerNorm",
     "ThreeRegionLayout",
+    "patch",
     "pb_relax_layer_norm",
     "sample_pivots",
     "sandwich_residual",

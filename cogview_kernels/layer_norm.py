@@ -1,9 +1,9 @@
 """``pb_relax_layer_norm`` and ``sandwich_residual``: the public functions, their module, and the
-operator that reaches the CUDA kernel."""
+operators that reach the CUDA kernels."""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -64,7 +64,49 @@ def pb_relax_layer_norm(
     eps = _check_eps(eps)
     _check_input("x", x)
     _check_parameters("x", x, weight=weight, bias=bias)
-    return _normalise(x, weight, bias, eps, relax, backend)
+    if backend == "reference":
+        return reference.pb_relax_layer_norm(x, weight, bias, eps, relax)
+    norm = _operator("pb_relax_layer_norm", backend, {"x": x, "weight": weight, "bias": bias})
+    if norm is None:
+        return portable.layer_norm(x, weight, bias, eps, relax)
+    y, _ = norm(_as_rows(x), weight, bias, eps, RELAX.index(relax))
+    return y.view(x.shape)
+
+
+@overload
+def sandwich_residual(
+    f: Tensor,
+    residual: Tensor,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    eps: float = ...,
+    relax: str | None = ...,
+    backend: str = ...,
+    *,
+    dropout_p: float = ...,
+    final_norm: Literal[True] = ...,
+    generator: torch.Generator | None = ...,
+) -> tuple[Tensor, Tensor]: ...
+
+
+@overload
+def sandwich_residual(
+    f: Tensor,
+    residual: Tensor,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    pre_weight: None,
+    pre_bias: None,
+    eps: float = ...,
+    relax: str | None = ...,
+    backend: str = ...,
+    *,
+    dropout_p: float = ...,
+    final_norm: Literal[False],
+    generator: torch.Generator | None = ...,
+) -> tuple[Tensor, None]: ...
 
 
 def sandwich_residual(
@@ -77,8 +119,12 @@ def sandwich_residual(
     eps: float = 1e-5,
     relax: str | None = "row",
     backend: str = "auto",
-) -> tuple[Tensor, Tensor]:
-    """The step between two sub-layers: ``h = residual + LN_post(f)``, ``z = LN_pre(h)``.
+    *,
+    dropout_p: float = 0.0,
+    final_norm: bool = True,
+    generator: torch.Generator | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """The step between two sub-layers: ``h = residual + LN_post(dropout(f))``, ``z = LN_pre(h)``.
 
     Args:
         f: ``(..., hidden)``, output of the branch.
@@ -86,17 +132,28 @@ def sandwich_residual(
         post_weight, post_bias, pre_weight, pre_bias: as ``weight`` and ``bias`` of
             :func:`pb_relax_layer_norm`.
         eps, relax, backend: as there; both norms share them.
+        dropout_p: probability in [0, 1] with which an element of ``f`` becomes zero, in steps of
+            ``2^-16``; the others are divided by ``1 - dropout_p``. For training: 0 in evaluation.
+        final_norm: ``False`` leaves out the norm of ``h`` (behind the last sub-layer);
+            ``pre_weight`` and ``pre_bias`` are then ``None``.
+        generator: seeds the dropout, on the device of ``f``; default: torch's. Activation
+            checkpointing draws the same elements again from torch's alone.
 
     Returns:
         ``(h, z)``, each with the shape and dtype of ``residual``; ``z`` is the norm of the rounded
-        ``h``.
+        ``h``, or ``None`` without ``final_norm``.
 
-    Differentiable in all tensors. Raises as :func:`pb_relax_layer_norm`.
+    Differentiable in all tensors. Which elements are dropped depends on the seed alone (an int64
+    that each call with dropout draws on the device), not on the backend.
+    Precision: as there; ``h`` is rounded once, the norm of ``f`` before it is not.
+    Under autocast: computed in the dtypes that come. Raises as :func:`pb_relax_layer_norm`.
     Source: CogView, arXiv 2105.13290, "Sandwich LayerNorm".
     """
     check_choice("backend", backend, BACKENDS)
     check_choice("relax", relax, RELAX)
+    check_choice("final_norm", final_norm, (True, False))
     eps = _check_eps(eps)
+    dropout = _check_dropout(dropout_p)
     _check_input("f", f)
     _check_input("residual", residual)
     if residual.shape != f.shape:
@@ -106,9 +163,77 @@ def sandwich_residual(
         raise TypeError(f"residual: expected dtype {f.dtype} or float32, got {residual.dtype}")
     if residual.device != f.device:
         raise ValueError(f"residual: expected device {f.device} as f, got {residual.device}")
+    for name, parameter in (("pre_weight", pre_weight), ("pre_bias", pre_bias)):
+        if parameter is not None and not final_norm:
+            raise ValueError(f"{name}: expected None without final_norm, got {describe(parameter)}")
     _check_parameters("residual", residual, pre_weight=pre_weight, pre_bias=pre_bias)
-    h = (residual + _normalise(f, post_weight, post_bias, eps, relax, backend)).to(residual.dtype)
-    return h, _normalise(h, pre_weight, pre_bias, eps, relax, backend)
+    _check_generator(generator, f)
+
+    parameters = {
+        "post_weight": post_weight,
+        "post_bias": post_bias,
+        "pre_weight": pre_weight,
+        "pre_bias": pre_bias,
+    }
+    sandwich = _operator("sandwich_residual", backend, {"f": f, "residual": residual, **parameters})
+    seed = None if dropout == 0 else _draw_seed(f.device, generator)
+    if sandwich is None:
+        dropped = None if seed is None else portable.dropout_mask(seed, dropout, f.shape)
+        module = reference if backend == "reference" else portable
+        return module.sandwich_residual(
+            f, residual, *parameters.values(), dropped, dropout / 65536, eps, relax, final_norm
+        )
+    h, z, _, _ = sandwich(
+        _as_rows(f),
+        _as_rows(residual),
+        final_norm,
+        *parameters.values(),
+        seed,
+        dropout,
+        eps,
+        RELAX.index(relax),
+    )
+    return h.view(f.shape), z.view(f.shape) if final_norm else None
+
+
+def patch(model: torch.nn.Module, relax: str | None = None) -> torch.nn.Module:
+    """Let every ``nn.LayerNorm`` of ``model`` over one dimension run on these kernels.
+
+    The modules themselves become :class:`PBRelaxLayerNorm`: parameters, hooks, names and state_dict
+    stay, and so do optimizers and whatever else refers to them. Subclasses of ``nn.LayerNorm`` and
+    norms over several dimensions are left alone, and so are norms that were patched before.
+
+    Args:
+        model: changed in place; may be a norm itself.
+        relax: as in :func:`pb_relax_layer_norm`; ``None`` computes what ``nn.LayerNorm`` does. In
+            evaluation, ``nn.TransformerEncoderLayer`` has a fused path of its own, which ``None``
+            leaves on; it knows plain LayerNorm alone, so that any other value turns it off.
+
+    Returns:
+        ``model``.
+
+    Raises:
+        ValueError: a norm with an eps that :func:`pb_relax_layer_norm` refuses, by its name; then
+            nothing was changed.
+    """
+    check_choice("relax", relax, RELAX)
+    norms = {
+        name: module
+        for name, module in model.named_modules()
+        if type(module) is torch.nn.LayerNorm and len(module.normalized_shape) == 1
+    }
+    for name, norm in norms.items():
+        _check_eps(norm.eps, f"{name}.eps" if name else "eps")
+    for norm in norms.values():
+        norm.__class__ = PBRelaxLayerNorm
+        norm.relax = relax  # type: ignore[assignment]
+    for module in model.modules() if relax is not None else ():
+        # What the fused path asks for; nested tensors, for padded batches, know nothing else.
+        if isinstance(module, torch.nn.TransformerEncoderLayer):
+            module.activation_relu_or_gelu = 0
+        elif isinstance(module, torch.nn.TransformerEncoder):
+            module.use_nested_tensor = False
+    return model
 
 
 class PBRelaxLayerNorm(torch.nn.LayerNorm):
@@ -136,33 +261,39 @@ class PBRelaxLayerNorm(torch.nn.LayerNorm):
         self.relax = relax
 
     def forward(self, x: Tensor) -> Tensor:
-        return pb_relax_layer_norm(x, self.weight, self.bias, self.eps, self.relax)
+        return pb_relax_layer_norm(
+            _contiguous_rows(x), self.weight, self.bias, self.eps, self.relax
+        )
 
     def extra_repr(self) -> str:
         return f"{super().extra_repr()}, relax={self.relax!r}"
 
 
-def _normalise(
-    x: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    eps: float,
-    relax: str | None,
-    backend: str,
-) -> Tensor:
-    if backend == "reference":
-        return reference.pb_relax_layer_norm(x, weight, bias, eps, relax)
-    if kernels_wanted(backend, x.device) and kernels_usable(
-        "pb_relax_layer_norm", backend, x.device, _unsupported(x)
+def _operator(function: str, backend: str, tensors: dict[str, Tensor | None]) -> Any:
+    """The operator that runs the kernels on ``tensors``, or ``None`` where ``portable`` is to
+    compute. The first of them decides."""
+    x = next(iter(tensors.values()))
+    assert x is not None
+    if not kernels_wanted(backend, x.device) or not kernels_usable(
+        function, backend, x.device, _unsupported(x)
     ):
-        for name, tensor in (("x", x), ("weight", weight), ("bias", bias)):
-            check_no_tangent(name, tensor)
-        ops = torch.ops.cogview_kernels
-        host_model = backend == "host_model"
-        norm = ops.pb_relax_layer_norm_host_model if host_model else ops.pb_relax_layer_norm
-        y, _, _ = norm(x.reshape(-1, x.shape[-1]), weight, bias, eps, RELAX.index(relax))
-        return y.view(x.shape)
-    return portable.layer_norm(x, weight, bias, eps, relax)
+        return None
+    for name, tensor in tensors.items():
+        check_no_tangent(name, tensor)
+    name = f"{function}_host_model" if backend == "host_model" else function
+    return getattr(torch.ops.cogview_kernels, name)
+
+
+def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
+    return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
+
+
+def _as_rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1])
+
+
+def _contiguous_rows(tensor: Tensor) -> Tensor:
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def _unsupported(x: Tensor) -> str | None:
@@ -172,10 +303,28 @@ def _unsupported(x: Tensor) -> str | None:
     return None
 
 
-def _check_eps(eps: float) -> float:
-    if check_float("eps", eps) < 1e-30:  # eps / 64 must not vanish in float32
-        raise ValueError(f"eps: expected at least 1e-30, got {eps}")
+def _check_eps(eps: float, name: str = "eps") -> float:
+    if check_float(name, eps) < 1e-30:  # eps / 64 must not vanish in float32
+        raise ValueError(f"{name}: expected at least 1e-30, got {eps}")
     return float(eps)
+
+
+def _check_dropout(dropout_p: float) -> int:
+    """``dropout_p`` in units of ``2^-16``."""
+    if not 0 <= check_float("dropout_p", dropout_p) <= 1:
+        raise ValueError(f"dropout_p: expected a probability, got {dropout_p}")
+    return round(dropout_p * 65536)
+
+
+def _check_generator(generator: torch.Generator | None, f: Tensor) -> None:
+    if generator is None:
+        return
+    if not isinstance(generator, torch.Generator):
+        raise TypeError(f"generator: expected a torch.Generator, got {describe(generator)}")
+    if generator.device.type != f.device.type:
+        raise ValueError(
+            f"generator: expected device {f.device.type} as f, got {generator.device.type}"
+        )
 
 
 def _check_input(name: str, tensor: Tensor) -> None:
@@ -215,74 +364,182 @@ def _check_parameter(name: str, parameter: Tensor | None, x_name: str, x: Tensor
         raise ValueError(f"{name}: expected numbers, got NaN")
 
 
-# The operators, on rows: forward keeps mean and rstd for the backward. Outputs and workspace are
-# allocated here, so that running out of memory stays torch.OutOfMemoryError.
+# The operators, on rows: what the forward keeps for the backward are float32 statistics of each
+# normalised row, see csrc/pb_relax_layer_norm. Outputs and workspace are allocated here, so that
+# running out of memory stays torch.OutOfMemoryError, and by shapes alone, so that a call can be
+# captured in a CUDA graph.
 
 extension.LIBRARY.define(
-    "pb_relax_layer_norm_forward_out(Tensor x, Tensor? weight, Tensor? bias, Tensor? peak, "
-    "float eps, int relax, Tensor(a!) y, Tensor(b!) mean, Tensor(c!) rstd) -> ()"
+    "pb_relax_layer_norm_forward_out(Tensor x, Tensor? weight, Tensor? bias, float eps, int relax, "
+    "int num_blocks, Tensor(a!)? peak, Tensor(b!) y, Tensor(c!) statistics) -> ()"
 )
 extension.LIBRARY.define(
-    "pb_relax_layer_norm_backward_out(Tensor dy, Tensor x, Tensor? weight, Tensor mean, "
-    "Tensor rstd, Tensor(a!) dx, Tensor(b!) partial, Tensor(c!)? dweight, Tensor(d!)? dbias) -> ()"
+    "pb_relax_layer_norm_backward_out(Tensor dy, Tensor x, Tensor? weight, Tensor statistics, "
+    "int num_blocks, Tensor(a!) dx, Tensor(b!)? partial, Tensor(c!)? dweight, Tensor(d!)? dbias) "
+    "-> ()"
+)
+extension.LIBRARY.define(
+    "sandwich_residual_forward_out(Tensor f, Tensor residual, Tensor? post_weight, "
+    "Tensor? post_bias, Tensor? pre_weight, Tensor? pre_bias, Tensor? seed, int dropout, "
+    "float eps, int relax, int num_blocks, Tensor(a!)? peaks, Tensor(b!) h, Tensor(c!)? z, "
+    "Tensor(d!) f_statistics, Tensor(e!)? h_statistics) -> ()"
+)
+extension.LIBRARY.define(
+    "sandwich_residual_backward_out(Tensor dh, Tensor? dz, Tensor f, Tensor? h, "
+    "Tensor? post_weight, Tensor? pre_weight, Tensor f_statistics, Tensor? h_statistics, "
+    "Tensor? seed, int dropout, int num_blocks, Tensor(a!) df, Tensor(b!)? dresidual, "
+    "Tensor(c!)? partial, Tensor(d!)? dpost_weight, Tensor(e!)? dpost_bias, "
+    "Tensor(f!)? dpre_weight, Tensor(g!)? dpre_bias) -> ()"
 )
 
 
 def _forward_fake(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    statistic = x.new_empty(x.shape[0], dtype=torch.float32)
-    return x.new_empty(x.shape), statistic, torch.empty_like(statistic)
+) -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), x.new_empty(x.shape[0], 4, dtype=torch.float32)
 
 
 def _backward_fake(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     parameters: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    size = 0 if parameters is None else x.shape[1]
-    dweight = x.new_empty(size, dtype=parameters or torch.float32)
-    return x.new_empty(x.shape), dweight, torch.empty_like(dweight)
+    return x.new_empty(x.shape), *_empty_parameters(x, parameters)
+
+
+def _sandwich_fake(
+    f: Tensor, residual: Tensor, final_norm: bool, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Without the final norm, the rows of its results have no elements."""
+    rows, hidden = f.shape
+    h, z = residual.new_empty(rows, hidden), residual.new_empty(rows, hidden if final_norm else 0)
+    statistics = f.new_empty(rows, 4, dtype=torch.float32)
+    return h, z, statistics, statistics.new_empty(rows, 4 if final_norm else 0)
+
+
+def _sandwich_backward_fake(
+    dh: Tensor, dz: Tensor | None, f: Tensor, h: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Without the final norm, the gradient of residual is dh and not here."""
+    rows, hidden = f.shape
+    dresidual = dh.new_empty(rows, 0 if dz is None else hidden)
+    post, pre = (_empty_parameters(f, dtype) for dtype in rest[-2:])
+    return f.new_empty(f.shape), dresidual, *post, *pre
+
+
+def _empty_parameters(x: Tensor, dtype: torch.dtype | None) -> tuple[Tensor, Tensor]:
+    """The gradients of weight and bias; of no elements where none is wanted."""
+    dweight = x.new_empty(0 if dtype is None else x.shape[1], dtype=dtype or torch.float32)
+    return dweight, torch.empty_like(dweight)
 
 
 def _forward(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
-) -> tuple[Tensor, Tensor, Tensor]:
-    y, mean, rstd = _forward_fake(x, weight, bias, eps, relax)
-    peak = None
-    if RELAX[relax] == "tensor" and x.numel() > 0:
-        peak = torch.linalg.vector_norm(x, float("inf"), dtype=torch.float32).view(1)
+) -> tuple[Tensor, Tensor]:
+    y, statistics = _forward_fake(x, weight, bias, eps, relax)
     if x.shape[0] > 0:
+        peak = x.new_zeros(1, dtype=torch.float32) if RELAX[relax] == "tensor" else None
+        parameters = _contiguous(weight), _contiguous(bias)
         torch.ops.cogview_kernels.pb_relax_layer_norm_forward_out(
-            x, _contiguous(weight), _contiguous(bias), peak, eps, relax, y, mean, rstd
+            x, *parameters, eps, relax, _num_blocks(x), peak, y, statistics
         )
-    return y, mean, rstd
+    return y, statistics
 
 
 def _backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor | None,
-    mean: Tensor,
-    rstd: Tensor,
+    statistics: Tensor,
     parameters: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = _backward_fake(dy, x, weight, mean, rstd, parameters)
-    rows, hidden = x.shape
-    if rows == 0:
+    dx, dweight, dbias = _backward_fake(dy, x, weight, statistics, parameters)
+    if x.shape[0] == 0:
         return dx, dweight.zero_(), dbias.zero_()
-    # Workers whose partial sums of dweight and dbias are added at the end: two blocks for each
-    # multiprocessor; four workers share a block where a warp holds a row.
-    num_workers = 2 * extension.num_sms(x.device) * (4 if hidden <= 512 else 1)
-    partial = x.new_empty(2, min(rows, num_workers), hidden, dtype=torch.float32)
-    wanted = (None, None) if parameters is None else (dweight, dbias)
+    num_blocks, partial = _num_blocks(x), None
+    if parameters is not None:
+        partial = x.new_empty(2, num_blocks, x.shape[1], dtype=torch.float32)
     torch.ops.cogview_kernels.pb_relax_layer_norm_backward_out(
-        dy, x, _contiguous(weight), mean.contiguous(), rstd.contiguous(), dx, partial, *wanted
+        _contiguous_rows(dy),
+        x,
+        _contiguous(weight),
+        statistics.contiguous(),
+        num_blocks,
+        dx,
+        partial,
+        _wanted(dweight),
+        _wanted(dbias),
     )
     return dx, dweight, dbias
+
+
+def _sandwich(
+    f: Tensor, residual: Tensor, final_norm: bool, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    h, z, f_statistics, h_statistics = _sandwich_fake(f, residual, final_norm)
+    if f.shape[0] > 0:
+        *parameters, seed, dropout, eps, relax = rest
+        peaks = f.new_zeros(2, dtype=torch.float32) if RELAX[relax] == "tensor" else None
+        torch.ops.cogview_kernels.sandwich_residual_forward_out(
+            f,
+            residual,
+            *map(_contiguous, parameters),
+            seed,
+            dropout,
+            eps,
+            relax,
+            _num_blocks(f),
+            peaks,
+            h,
+            z if final_norm else None,
+            f_statistics,
+            h_statistics if final_norm else None,
+        )
+    return h, z, f_statistics, h_statistics
+
+
+def _sandwich_backward(
+    dh: Tensor, dz: Tensor | None, f: Tensor, h: Tensor | None, *rest: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    df, dresidual, *gradients = results = _sandwich_backward_fake(dh, dz, f, h, *rest)
+    post_weight, pre_weight, f_statistics, h_statistics, seed, dropout, *_ = rest
+    if f.shape[0] == 0:
+        for gradient in gradients:
+            gradient.zero_()
+        return results
+    num_blocks, partial = _num_blocks(f), None
+    if any(gradient.numel() > 0 for gradient in gradients):
+        shape = 2 if dz is None else 4, num_blocks, f.shape[1]
+        partial = f.new_empty(shape, dtype=torch.float32)
+    torch.ops.cogview_kernels.sandwich_residual_backward_out(
+        _contiguous_rows(dh),
+        None if dz is None else _contiguous_rows(dz),
+        f,
+        h,
+        _contiguous(post_weight),
+        _contiguous(pre_weight),
+        f_statistics.contiguous(),
+        _contiguous(h_statistics),
+        seed,
+        dropout,
+        num_blocks,
+        df,
+        None if dz is None else dresidual,
+        partial,
+        *map(_wanted, gradients),
+    )
+    return results
+
+
+def _num_blocks(x: Tensor) -> int:
+    """Blocks that share the rows; each leaves a partial sum of the parameters' gradients."""
+    return min(x.shape[0], extension.num_sms(x.device))
+
+
+def _wanted(gradient: Tensor) -> Tensor | None:
+    return gradient if gradient.numel() > 0 else None
 
 
 def _contiguous(parameter: Tensor | None) -> Tensor | None:
@@ -307,76 +564,155 @@ def _sample_by_sample(operator: Any) -> Any:
     return rule
 
 
-def _folded_into_rows(operator: Any) -> Any:
-    """The forward under vmap: rows that share weight, bias and no maximum know nothing of each
-    other, so the mapped dimension becomes part of them."""
+def _folded_into_rows(operator: Any, num_inputs: int) -> Any:
+    """A forward under vmap: rows that share their parameters and no maximum know nothing of each
+    other, so the mapped dimension becomes part of them. Of a seed they know: it counts them."""
     otherwise = _sample_by_sample(operator)
 
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
-        x_dim, weight_dim, bias_dim = in_dims[:3]
-        x, *rest, relax = args
-        if x_dim is None or (weight_dim, bias_dim) != (None, None) or RELAX[relax] == "tensor":
+        inputs, rest = args[:num_inputs], args[num_inputs:]
+        seeded = any(isinstance(arg, Tensor) and not arg.is_floating_point() for arg in rest)
+        mapped = [dim is not None for dim in in_dims]
+        alike = all(mapped[:num_inputs]) and not any(mapped[num_inputs:])
+        if not alike or seeded or RELAX[rest[-1]] == "tensor":
             return otherwise(info, in_dims, *args)
-        x = x.movedim(x_dim, 0)
-        results = operator(x.flatten(0, 1), *rest, relax)
-        return tuple(result.unflatten(0, x.shape[:2]) for result in results), (0, 0, 0)
+        samples = [x.movedim(dim, 0) for x, dim in zip(inputs, in_dims, strict=False)]
+        results = operator(*(x.flatten(0, 1) for x in samples), *rest)
+        shape = samples[0].shape[:2]
+        return tuple(result.unflatten(0, shape) for result in results), (0,) * len(results)
 
     return rule
 
 
-def _define_operators(name: str, device: str) -> tuple[Any, Any]:
-    """The functional operators that call the kernels on tensors of ``device``."""
-    forward = torch.library.custom_op(
-        name,
-        _forward,
-        mutates_args=(),
-        device_types=device,
-        schema="(Tensor x, Tensor? weight, Tensor? bias, float eps, int relax)"
-        " -> (Tensor y, Tensor mean, Tensor rstd)",
+def _define(name: str, device: str, function: Any, fake: Any, schema: str) -> Any:
+    operator = torch.library.custom_op(
+        name, function, mutates_args=(), device_types=device, schema=schema
     )
-    backward = torch.library.custom_op(
+    operator.register_fake(fake)
+    return operator
+
+
+def _define_norm(name: str, device: str) -> tuple[Any, Any]:
+    """The functional operators that call the norm's kernels on tensors of ``device``."""
+    forward = _define(
+        name,
+        device,
+        _forward,
+        _forward_fake,
+        "(Tensor x, Tensor? weight, Tensor? bias, float eps, int relax)"
+        " -> (Tensor y, Tensor statistics)",
+    )
+    backward = _define(
         f"{name}_backward",
+        device,
         _backward,
-        mutates_args=(),
-        device_types=device,
-        schema="(Tensor dy, Tensor x, Tensor? weight, Tensor mean, Tensor rstd, "
-        "ScalarType? parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+        _backward_fake,
+        "(Tensor dy, Tensor x, Tensor? weight, Tensor statistics, ScalarType? parameters)"
+        " -> (Tensor dx, Tensor dweight, Tensor dbias)",
     )
 
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         x, weight, bias, _, _ = inputs
-        _, mean, rstd = output
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.mark_non_differentiable(mean, rstd)
-        ctx.parameter_dtype = next((t.dtype for t in (weight, bias) if t is not None), None)
+        _, statistics = output
+        ctx.save_for_backward(x, weight, statistics)
+        ctx.mark_non_differentiable(statistics)
+        ctx.set_materialize_grads(False)
+        ctx.parameters = _dtype_of(weight, bias)
 
-    def gradients(
-        ctx: Any, dy: Tensor, dmean: Tensor | None, drstd: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        parameters = ctx.parameter_dtype if any(ctx.needs_input_grad[1:3]) else None
-        if dy.stride(-1) != 1:
-            dy = dy.contiguous()
-        dx, dweight, dbias = backward(dy, *ctx.saved_tensors, parameters)
-        return (
-            dx,
-            dweight if ctx.needs_input_grad[1] else None,
-            dbias if ctx.needs_input_grad[2] else None,
-            None,
-            None,
-        )
+    def gradients(ctx: Any, dy: Tensor, _: None) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        parameters = ctx.parameters if any(wanted[1:3]) else None
+        results = backward(dy, *ctx.saved_tensors, parameters)
+        return *_those(wanted, results), None, None
 
-    forward.register_fake(_forward_fake)
-    backward.register_fake(_backward_fake)
     forward.register_autograd(gradients, setup_context=setup_context)
-    forward.register_vmap(_folded_into_rows(forward))
+    forward.register_vmap(_folded_into_rows(forward, 1))
     backward.register_vmap(_sample_by_sample(backward))
     return forward, backward
 
 
-_define_operators("cogview_kernels::pb_relax_layer_norm_host_model", "cpu")
-for _operator, _cpu_kernel in zip(
-    _define_operators("cogview_kernels::pb_relax_layer_norm", "cuda"),
-    (portable.layer_norm_rows, portable.layer_norm_rows_backward),
-    strict=True,
+def _define_sandwich(name: str, device: str) -> tuple[Any, Any]:
+    """The functional operators that call the sandwich's kernels on tensors of ``device``."""
+    forward = _define(
+        name,
+        device,
+        _sandwich,
+        _sandwich_fake,
+        "(Tensor f, Tensor residual, bool final_norm, Tensor? post_weight, Tensor? post_bias, "
+        "Tensor? pre_weight, Tensor? pre_bias, Tensor? seed, int dropout, float eps, int relax)"
+        " -> (Tensor h, Tensor z, Tensor f_statistics, Tensor h_statistics)",
+    )
+    backward = _define(
+        f"{name}_backward",
+        device,
+        _sandwich_backward,
+        _sandwich_backward_fake,
+        "(Tensor dh, Tensor? dz, Tensor f, Tensor? h, Tensor? post_weight, Tensor? pre_weight, "
+        "Tensor f_statistics, Tensor? h_statistics, Tensor? seed, int dropout, "
+        "ScalarType? post_parameters, ScalarType? pre_parameters) -> (Tensor df, "
+        "Tensor dresidual, Tensor dpost_weight, Tensor dpost_bias, Tensor dpre_weight, "
+        "Tensor dpre_bias)",
+    )
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        f, _, final_norm, *parameters, seed, dropout, _, _ = inputs
+        h, z, f_statistics, h_statistics = output
+        kept = (h, h_statistics) if final_norm else (None, None)
+        ctx.save_for_backward(f, kept[0], parameters[0], parameters[2], f_statistics, kept[1], seed)
+        ctx.mark_non_differentiable(f_statistics, h_statistics)
+        ctx.set_materialize_grads(False)
+        ctx.final_norm, ctx.dropout = final_norm, dropout
+        ctx.parameters = _dtype_of(*parameters[:2]), _dtype_of(*parameters[2:])
+
+    def gradients(
+        ctx: Any, dh: Tensor | None, dz: Tensor | None, *_: None
+    ) -> tuple[Tensor | None, ...]:
+        wanted = ctx.needs_input_grad
+        if ctx.final_norm:
+            dh, dz = _or_zeros(dh, dz), _or_zeros(dz, dh)
+        else:
+            dz = None
+        post = ctx.parameters[0] if any(wanted[3:5]) else None
+        pre = ctx.parameters[1] if any(wanted[5:7]) else None
+        df, dresidual, *of_parameters = backward(dh, dz, *ctx.saved_tensors, ctx.dropout, post, pre)
+        dresidual = dresidual if ctx.final_norm else dh
+        return df, dresidual, None, *_those(wanted[3:7], of_parameters), None, None, None, None
+
+    forward.register_autograd(gradients, setup_context=setup_context)
+    forward.register_vmap(_folded_into_rows(forward, 2))
+    backward.register_vmap(_sample_by_sample(backward))
+    return forward, backward
+
+
+def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+    """A row of zeros stands for all of them where there is no gradient."""
+    if gradient is not None:
+        return gradient
+    assert like is not None
+    return like.new_zeros(1, like.shape[1]).expand(like.shape)
+
+
+def _dtype_of(*parameters: Tensor | None) -> torch.dtype | None:
+    return next((t.dtype for t in parameters if t is not None), None)
+
+
+def _those(wanted: tuple[bool, ...], results: Any) -> tuple[Tensor | None, ...]:
+    return tuple(t if want else None for want, t in zip(wanted, results, strict=False))
+
+
+for _name, _define_operators, _cpu_kernels in (
+    (
+        "pb_relax_layer_norm",
+        _define_norm,
+        (portable.layer_norm_rows, portable.layer_norm_rows_backward),
+    ),
+    (
+        "sandwich_residual",
+        _define_sandwich,
+        (portable.sandwich_residual_rows, portable.sandwich_residual_rows_backward),
+    ),
 ):
-    _operator.register_kernel("cpu")(_cpu_kernel)
+    _define_operators(f"cogview_kernels::{_name}_host_model", "cpu")
+    _operators = _define_operators(f"cogview_kernels::{_name}", "cuda")
+    for _custom_op, _cpu_kernel in zip(_operators, _cpu_kernels, strict=True):
+        _custom_op.register_kernel("cpu")(_cpu_kernel)

@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "pb_relax_layer_norm/pb_relax_layer_norm.h"
+#include "sandwich_residual/sandwich_residual.h"
 #include "three_region_attention/three_region_attention.h"
 
 #ifndef COGVIEW_HOST_MODEL
@@ -46,10 +46,6 @@ struct Argument {
 
 const Tensor* tensor_or_null(const std::optional<Tensor>& tensor) {
   return tensor.has_value() ? &*tensor : nullptr;
-}
-
-const void* pointer_or_null(const std::optional<Tensor>& tensor) {
-  return tensor.has_value() ? tensor->data_ptr() : nullptr;
 }
 
 #ifdef COGVIEW_HOST_MODEL
@@ -163,8 +159,8 @@ int to_int(const char* name, int64_t value) {
   return static_cast<int>(value);
 }
 
-cogview::DType dtype_of(const char* name, const Tensor& tensor) {
-  switch (tensor.scalar_type()) {
+cogview::DType dtype_of(const char* name, ScalarType dtype) {
+  switch (dtype) {
     case ScalarType::Float:
       return cogview::DType::kFloat32;
     case ScalarType::Half:
@@ -176,138 +172,342 @@ cogview::DType dtype_of(const char* name, const Tensor& tensor) {
   }
 }
 
-// PB-relax LayerNorm
-
-// A matrix with contiguous rows.
-void check_matrix(const char* name, const Tensor& tensor, const Tensor& x) {
-  check_tensor(name, tensor, x, shape_of_tensor(x));
-  STD_TORCH_CHECK(tensor.size(1) <= 1 || tensor.stride(1) == 1, name, ": expected contiguous rows");
-  STD_TORCH_CHECK(tensor.scalar_type() == x.scalar_type(), name, ": expected the dtype of x");
+cogview::DType dtype_of(const char* name, const Tensor& tensor) {
+  return dtype_of(name, tensor.scalar_type());
 }
-
-void check_parameter(const char* name, const std::optional<Tensor>& parameter, const Tensor& x,
-                     cogview::RowsAndColumns& shape, bool& seen) {
-  if (!parameter.has_value()) return;
-  check_contiguous(name, *parameter, x, {shape.hidden});
-  const cogview::DType dtype = dtype_of(name, *parameter);
-  STD_TORCH_CHECK(dtype == shape.dtype || dtype == cogview::DType::kFloat32, name,
-                  ": expected the dtype of x or float32");
-  STD_TORCH_CHECK(!seen || dtype == shape.weight_dtype, name,
-                  ": expected the dtype of the other parameters");
-  shape.weight_dtype = dtype;
-  seen = true;
-}
-
-cogview::RowsAndColumns shape_of(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(1) > 0, "x: expected shape (rows, hidden)");
-  STD_TORCH_CHECK(x.size(1) <= std::numeric_limits<int32_t>::max(), "x: hidden is too large");
-  const cogview::DType dtype = dtype_of("x", x);
-  return {x.size(0), x.size(1), dtype, dtype};
-}
-
-// y, mean and rstd are written.
-void pb_relax_layer_norm_forward_out(const Tensor& x, std::optional<Tensor> weight,
-                                     std::optional<Tensor> bias, std::optional<Tensor> peak,
-                                     double eps, int64_t relax, Tensor y, Tensor mean,
-                                     Tensor rstd) {
-  cogview::PbRelaxLayerNormForwardParams params = {};
-  params.shape = shape_of(x);
-  const auto [rows, hidden] = std::pair(params.shape.rows, params.shape.hidden);
-  check_matrix("x", x, x);
-  check_matrix("y", y, x);
-  check_contiguous("y", y, x, {rows, hidden});
-  bool seen = false;
-  check_parameter("weight", weight, x, params.shape, seen);
-  check_parameter("bias", bias, x, params.shape, seen);
-  for (const auto& [name, statistic] : {std::pair("mean", &mean), std::pair("rstd", &rstd)}) {
-    check_contiguous(name, *statistic, x, {rows});
-    check_float32(name, *statistic);
-  }
-  STD_TORCH_CHECK(relax >= 0 && relax <= 2, "relax: expected 0, 1 or 2");
-  params.relax = static_cast<cogview::Relax>(relax);
-  STD_TORCH_CHECK((params.relax == cogview::Relax::kTensor) == peak.has_value(),
-                  "peak: expected with relax = 2, and only then");
-  if (peak.has_value()) {
-    check_contiguous("peak", *peak, x, {1});
-    check_float32("peak", *peak);
-  }
-
-  params.x = x.data_ptr();
-  params.x_row_stride = x.stride(0);
-  params.weight = pointer_or_null(weight);
-  params.bias = pointer_or_null(bias);
-  params.peak = static_cast<const float*>(pointer_or_null(peak));
-  params.y = y.data_ptr();
-  params.mean = static_cast<float*>(mean.data_ptr());
-  params.rstd = static_cast<float*>(rstd.data_ptr());
-  params.eps = static_cast<float>(eps);
-  run("pb_relax_layer_norm_forward_out", x,
-      {{"x", &x, Access::kRead},
-       {"weight", tensor_or_null(weight), Access::kRead},
-       {"bias", tensor_or_null(bias), Access::kRead},
-       {"peak", tensor_or_null(peak), Access::kRead},
-       {"y", &y, Access::kWriteAll},
-       {"mean", &mean, Access::kWriteAll},
-       {"rstd", &rstd, Access::kWriteAll}},
-      [&](cudaStream_t stream) { return pb_relax_layer_norm_forward(params, stream); });
-}
-
-// dx, partial and, where given, dweight and dbias are written.
-void pb_relax_layer_norm_backward_out(const Tensor& dy, const Tensor& x,
-                                      std::optional<Tensor> weight, const Tensor& mean,
-                                      const Tensor& rstd, Tensor dx, Tensor partial,
-                                      std::optional<Tensor> dweight, std::optional<Tensor> dbias) {
-  cogview::PbRelaxLayerNormBackwardParams params = {};
-  params.shape = shape_of(x);
-  const auto [rows, hidden] = std::pair(params.shape.rows, params.shape.hidden);
-  check_matrix("x", x, x);
-  check_matrix("dy", dy, x);
-  check_matrix("dx", dx, x);
-  check_contiguous("dx", dx, x, {rows, hidden});
-  bool seen = false;
-  check_parameter("weight", weight, x, params.shape, seen);
-  check_parameter("dweight", dweight, x, params.shape, seen);
-  check_parameter("dbias", dbias, x, params.shape, seen);
-  for (const auto& [name, statistic] : {std::pair("mean", &mean), std::pair("rstd", &rstd)}) {
-    check_contiguous(name, *statistic, x, {rows});
-    check_float32(name, *statistic);
-  }
-  const int64_t num_partials = partial.dim() == 3 ? partial.size(1) : 1;
-  STD_TORCH_CHECK(num_partials >= 1, "partial: expected at least one row");
-  check_contiguous("partial", partial, x, {2, to_int("partial", num_partials), hidden});
-  check_float32("partial", partial);
-
-  params.dy = dy.data_ptr();
-  params.dy_row_stride = dy.stride(0);
-  params.x = x.data_ptr();
-  params.x_row_stride = x.stride(0);
-  params.weight = pointer_or_null(weight);
-  params.mean = static_cast<const float*>(mean.data_ptr());
-  params.rstd = static_cast<const float*>(rstd.data_ptr());
-  params.dx = dx.data_ptr();
-  params.partial = static_cast<float*>(partial.data_ptr());
-  params.num_partials = num_partials;
-  params.dweight = const_cast<void*>(pointer_or_null(dweight));
-  params.dbias = const_cast<void*>(pointer_or_null(dbias));
-  run("pb_relax_layer_norm_backward_out", x,
-      {{"dy", &dy, Access::kRead},
-       {"x", &x, Access::kRead},
-       {"weight", tensor_or_null(weight), Access::kRead},
-       {"mean", &mean, Access::kRead},
-       {"rstd", &rstd, Access::kRead},
-       {"dx", &dx, Access::kWriteAll},
-       {"partial", &partial, Access::kWorkspace},
-       {"dweight", tensor_or_null(dweight), Access::kWriteAll},
-       {"dbias", tensor_or_null(dbias), Access::kWriteAll}},
-      [&](cudaStream_t stream) { return pb_relax_layer_norm_backward(params, stream); });
-}
-
-// Three-region attention
 
 // The kernels read and write sixteen bytes at once.
 bool begins_aligned(const Tensor& tensor) {
   return reinterpret_cast<uintptr_t>(tensor.data_ptr()) % 16 == 0;
 }
+
+// LayerNorms
+
+// The rows that an operator works on.
+struct Rows {
+  const Tensor& like;  // for devices
+  int64_t rows, hidden;
+};
+
+Rows rows_of(const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name,
+                  ": expected shape (rows, hidden) with elements");
+  STD_TORCH_CHECK(x.size(1) <= std::numeric_limits<int32_t>::max(), name, ": hidden is too large");
+  return {x, x.size(0), x.size(1)};
+}
+
+// A matrix of contiguous rows; null where it is not given.
+cogview::ConstRows const_rows(const char* name, const Tensor* tensor, const Rows& shape,
+                              ScalarType dtype) {
+  if (tensor == nullptr) return {};
+  check_tensor(name, *tensor, shape.like, {shape.rows, shape.hidden});
+  STD_TORCH_CHECK(tensor->size(1) <= 1 || tensor->stride(1) == 1, name,
+                  ": expected contiguous rows");
+  STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, ": unexpected dtype");
+  return {tensor->data_ptr(), tensor->stride(0)};
+}
+
+// A contiguous matrix that is written; null where it is not given.
+void* written_rows(const char* name, const Tensor* tensor, const Rows& shape, ScalarType dtype) {
+  if (tensor == nullptr) return nullptr;
+  const_rows(name, tensor, shape, dtype);
+  STD_TORCH_CHECK(tensor->is_contiguous(), name, ": expected a contiguous tensor");
+  return tensor->data_ptr();
+}
+
+cogview::RowStatistics* statistics_of(const char* name, const Tensor* tensor, const Rows& shape) {
+  if (tensor == nullptr) return nullptr;
+  check_contiguous(name, *tensor, shape.like, {shape.rows, 4});
+  check_float32(name, *tensor);
+  STD_TORCH_CHECK(begins_aligned(*tensor), name, ": expected to begin at a multiple of 16 bytes");
+  return static_cast<cogview::RowStatistics*>(tensor->data_ptr());
+}
+
+// A weight, a bias or a gradient of them; null where it is not given. `norm_dtype`: of its input.
+void* parameter_of(const char* name, const std::optional<Tensor>& parameter, const Rows& shape,
+                   ScalarType norm_dtype, cogview::DType* dtype) {
+  if (!parameter.has_value()) return nullptr;
+  check_contiguous(name, *parameter, shape.like, {shape.hidden});
+  STD_TORCH_CHECK(
+      parameter->scalar_type() == norm_dtype || parameter->scalar_type() == ScalarType::Float, name,
+      ": expected the dtype of the norm's input or float32");
+  *dtype = dtype_of(name, *parameter);
+  return parameter->data_ptr();
+}
+
+cogview::NormParameters norm_parameters(const char* weight_name,
+                                        const std::optional<Tensor>& weight, const char* bias_name,
+                                        const std::optional<Tensor>& bias, const Rows& shape,
+                                        ScalarType norm_dtype) {
+  cogview::NormParameters norm = {nullptr, nullptr, dtype_of("the norm's input", norm_dtype)};
+  norm.weight = parameter_of(weight_name, weight, shape, norm_dtype, &norm.dtype);
+  norm.bias = parameter_of(bias_name, bias, shape, norm_dtype, &norm.dtype);
+  STD_TORCH_CHECK(
+      !weight.has_value() || !bias.has_value() || weight->scalar_type() == bias->scalar_type(),
+      bias_name, ": expected the dtype of ", weight_name);
+  return norm;
+}
+
+void check_residual_dtype(ScalarType f_dtype, ScalarType h_dtype) {
+  STD_TORCH_CHECK(h_dtype == f_dtype || h_dtype == ScalarType::Float,
+                  "residual: expected the dtype of f or float32");
+}
+
+cogview::Relax relax_of(int64_t relax) {
+  STD_TORCH_CHECK(relax >= 0 && relax <= 2, "relax: expected 0, 1 or 2");
+  return static_cast<cogview::Relax>(relax);
+}
+
+int num_blocks_of(int64_t num_blocks) {
+  STD_TORCH_CHECK(num_blocks >= 1, "num_blocks: expected at least 1, got ", num_blocks);
+  return to_int("num_blocks", num_blocks);
+}
+
+// Float32 maxima, zero before; there if and only if one maximum is taken over the whole tensor.
+float* peaks_of(const char* name, const std::optional<Tensor>& peaks, const Rows& shape,
+                cogview::Relax relax, int64_t number) {
+  STD_TORCH_CHECK((relax == cogview::Relax::kTensor) == peaks.has_value(), name,
+                  ": expected with relax = 2, and only then");
+  if (!peaks.has_value()) return nullptr;
+  check_contiguous(name, *peaks, shape.like, {number});
+  check_float32(name, *peaks);
+  return static_cast<float*>(peaks->data_ptr());
+}
+
+cogview::Dropout dropout_of(const std::optional<Tensor>& seed, int64_t dropout, const Rows& shape) {
+  STD_TORCH_CHECK(dropout >= 0 && dropout <= 65536, "dropout: expected 0 to 65536, got ", dropout);
+  STD_TORCH_CHECK((dropout > 0) == seed.has_value(),
+                  "seed: expected where elements are dropped, and only then");
+  if (!seed.has_value()) return {};
+  check_contiguous("seed", *seed, shape.like, {1});
+  STD_TORCH_CHECK(seed->scalar_type() == ScalarType::Long, "seed: expected int64");
+  return {static_cast<const int64_t*>(seed->data_ptr()), static_cast<int>(dropout)};
+}
+
+// The post norm's eps in units of elements that are not multiplied by 1 / (1 - p).
+float eps_of(double eps, cogview::Relax relax, const cogview::Dropout& dropout) {
+  const double kept = 1 - dropout.threshold / 65536.0;
+  return static_cast<float>(relax == cogview::Relax::kNone ? eps * kept * kept : eps);
+}
+
+// The gradients of weights and biases that are wanted, and the rows of their partial sums.
+class ParameterGradients {
+ public:
+  ParameterGradients(const std::optional<Tensor>& partial, int num_blocks, const Rows& shape)
+      : partial_(partial), shape_(shape) {
+    sums_.num_blocks = num_blocks;
+    sums_.hidden = shape.hidden;
+  }
+
+  void add(const char* name, const std::optional<Tensor>& gradient, ScalarType norm_dtype) {
+    cogview::ParameterGradient& last = sums_.gradients[sums_.num_gradients++];
+    last.data = parameter_of(name, gradient, shape_, norm_dtype, &last.dtype);
+    wanted_ |= last.data != nullptr;
+  }
+
+  // After the last `add`.
+  float* partial() {
+    STD_TORCH_CHECK(wanted_ == partial_.has_value(),
+                    "partial: expected with gradients of parameters, and only then");
+    if (!wanted_) return nullptr;
+    check_contiguous("partial", *partial_, shape_.like,
+                     {sums_.num_gradients, sums_.num_blocks, shape_.hidden});
+    check_float32("partial", *partial_);
+    STD_TORCH_CHECK(begins_aligned(*partial_),
+                    "partial: expected to begin at a multiple of 16 bytes");
+    return static_cast<float*>(partial_->data_ptr());
+  }
+
+  cudaError_t add_up(cudaStream_t stream) {
+    sums_.partial = partial();
+    return wanted_ ? pb_relax_layer_norm_partial_sums(sums_, stream) : cudaSuccess;
+  }
+
+ private:
+  const std::optional<Tensor>& partial_;
+  const Rows& shape_;
+  cogview::PartialSumsParams sums_ = {};
+  bool wanted_ = false;
+};
+
+// y and statistics are written; peak becomes max|x|.
+void pb_relax_layer_norm_forward_out(const Tensor& x, std::optional<Tensor> weight,
+                                     std::optional<Tensor> bias, double eps, int64_t relax,
+                                     int64_t num_blocks, std::optional<Tensor> peak, Tensor y,
+                                     Tensor statistics) {
+  const Rows shape = rows_of("x", x);
+  const ScalarType dtype = x.scalar_type();
+  cogview::PbRelaxLayerNormForwardParams params = {};
+  params.rows = shape.rows;
+  params.hidden = shape.hidden;
+  params.x_dtype = params.y_dtype = dtype_of("x", x);
+  params.x = const_rows("x", &x, shape, dtype);
+  params.parameters = norm_parameters("weight", weight, "bias", bias, shape, dtype);
+  params.relax = relax_of(relax);
+  params.eps = static_cast<float>(eps);
+  params.num_blocks = num_blocks_of(num_blocks);
+  params.peak = peaks_of("peak", peak, shape, params.relax, 1);
+  params.y = written_rows("y", &y, shape, dtype);
+  params.statistics = statistics_of("statistics", &statistics, shape);
+  run("pb_relax_layer_norm_forward_out", x,
+      {{"x", &x, Access::kRead},
+       {"weight", tensor_or_null(weight), Access::kRead},
+       {"bias", tensor_or_null(bias), Access::kRead},
+       {"peak", tensor_or_null(peak), Access::kWorkspace},
+       {"y", &y, Access::kWriteAll},
+       {"statistics", &statistics, Access::kWriteAll}},
+      [&](cudaStream_t stream) { return pb_relax_layer_norm_forward(params, stream); });
+}
+
+// dx, partial and, where given, dweight and dbias are written.
+void pb_relax_layer_norm_backward_out(const Tensor& dy, const Tensor& x,
+                                      std::optional<Tensor> weight, const Tensor& statistics,
+                                      int64_t num_blocks, Tensor dx, std::optional<Tensor> partial,
+                                      std::optional<Tensor> dweight, std::optional<Tensor> dbias) {
+  const Rows shape = rows_of("x", x);
+  const ScalarType dtype = x.scalar_type();
+  cogview::PbRelaxLayerNormBackwardParams params = {};
+  params.rows = shape.rows;
+  params.hidden = shape.hidden;
+  params.x_dtype = params.dy_dtype = dtype_of("x", x);
+  params.dy = const_rows("dy", &dy, shape, dtype);
+  params.x = const_rows("x", &x, shape, dtype);
+  params.weight = parameter_of("weight", weight, shape, dtype, &params.weight_dtype);
+  params.statistics = statistics_of("statistics", &statistics, shape);
+  params.num_blocks = num_blocks_of(num_blocks);
+  params.dx = written_rows("dx", &dx, shape, dtype);
+  ParameterGradients gradients(partial, params.num_blocks, shape);
+  gradients.add("dweight", dweight, dtype);
+  gradients.add("dbias", dbias, dtype);
+  params.partial = gradients.partial();
+  run("pb_relax_layer_norm_backward_out", x,
+      {{"dy", &dy, Access::kRead},
+       {"x", &x, Access::kRead},
+       {"weight", tensor_or_null(weight), Access::kRead},
+       {"statistics", &statistics, Access::kRead},
+       {"dx", &dx, Access::kWriteAll},
+       {"partial", tensor_or_null(partial), Access::kWorkspace},
+       {"dweight", tensor_or_null(dweight), Access::kWriteAll},
+       {"dbias", tensor_or_null(dbias), Access::kWriteAll}},
+      [&](cudaStream_t stream) {
+        const cudaError_t status = pb_relax_layer_norm_backward(params, stream);
+        return status == cudaSuccess ? gradients.add_up(stream) : status;
+      });
+}
+
+// h, z and their statistics are written; peaks become max|f| and max|h|. Without z: h alone.
+void sandwich_residual_forward_out(const Tensor& f, const Tensor& residual,
+                                   std::optional<Tensor> post_weight,
+                                   std::optional<Tensor> post_bias,
+                                   std::optional<Tensor> pre_weight, std::optional<Tensor> pre_bias,
+                                   std::optional<Tensor> seed, int64_t dropout, double eps,
+                                   int64_t relax, int64_t num_blocks, std::optional<Tensor> peaks,
+                                   Tensor h, std::optional<Tensor> z, Tensor f_statistics,
+                                   std::optional<Tensor> h_statistics) {
+  const Rows shape = rows_of("f", f);
+  const ScalarType f_dtype = f.scalar_type(), h_dtype = h.scalar_type();
+  cogview::SandwichResidualForwardParams params = {};
+  params.rows = shape.rows;
+  params.hidden = shape.hidden;
+  params.f_dtype = dtype_of("f", f);
+  params.h_dtype = dtype_of("h", h);
+  check_residual_dtype(f_dtype, h_dtype);
+  params.f = const_rows("f", &f, shape, f_dtype);
+  params.residual = const_rows("residual", &residual, shape, h_dtype);
+  params.post = norm_parameters("post_weight", post_weight, "post_bias", post_bias, shape, f_dtype);
+  params.pre = norm_parameters("pre_weight", pre_weight, "pre_bias", pre_bias, shape, h_dtype);
+  params.dropout = dropout_of(seed, dropout, shape);
+  params.relax = relax_of(relax);
+  params.post_eps = eps_of(eps, params.relax, params.dropout);
+  params.pre_eps = static_cast<float>(eps);
+  params.num_blocks = num_blocks_of(num_blocks);
+  params.peaks = peaks_of("peaks", peaks, shape, params.relax, 2);
+  params.h = written_rows("h", &h, shape, h_dtype);
+  params.z = written_rows("z", tensor_or_null(z), shape, h_dtype);
+  params.f_statistics = statistics_of("f_statistics", &f_statistics, shape);
+  params.h_statistics = statistics_of("h_statistics", tensor_or_null(h_statistics), shape);
+  STD_TORCH_CHECK(z.has_value() == h_statistics.has_value(), "h_statistics: expected with z");
+  run("sandwich_residual_forward_out", f,
+      {{"f", &f, Access::kRead},
+       {"residual", &residual, Access::kRead},
+       {"post_weight", tensor_or_null(post_weight), Access::kRead},
+       {"post_bias", tensor_or_null(post_bias), Access::kRead},
+       {"pre_weight", tensor_or_null(pre_weight), Access::kRead},
+       {"pre_bias", tensor_or_null(pre_bias), Access::kRead},
+       {"seed", tensor_or_null(seed), Access::kRead},
+       {"peaks", tensor_or_null(peaks), Access::kWorkspace},
+       {"h", &h, Access::kWriteAll},
+       {"z", tensor_or_null(z), Access::kWriteAll},
+       {"f_statistics", &f_statistics, Access::kWriteAll},
+       {"h_statistics", tensor_or_null(h_statistics), Access::kWriteAll}},
+      [&](cudaStream_t stream) { return sandwich_residual_forward(params, stream); });
+}
+
+// df, dresidual, partial and the wanted gradients are written. Without a final norm there is no dz,
+// h, h_statistics and dresidual, which is dh.
+void sandwich_residual_backward_out(
+    const Tensor& dh, std::optional<Tensor> dz, const Tensor& f, std::optional<Tensor> h,
+    std::optional<Tensor> post_weight, std::optional<Tensor> pre_weight, const Tensor& f_statistics,
+    std::optional<Tensor> h_statistics, std::optional<Tensor> seed, int64_t dropout,
+    int64_t num_blocks, Tensor df, std::optional<Tensor> dresidual, std::optional<Tensor> partial,
+    std::optional<Tensor> dpost_weight, std::optional<Tensor> dpost_bias,
+    std::optional<Tensor> dpre_weight, std::optional<Tensor> dpre_bias) {
+  const Rows shape = rows_of("f", f);
+  const ScalarType f_dtype = f.scalar_type(), h_dtype = dh.scalar_type();
+  cogview::SandwichResidualBackwardParams params = {};
+  params.rows = shape.rows;
+  params.hidden = shape.hidden;
+  params.f_dtype = dtype_of("f", f);
+  params.h_dtype = dtype_of("dh", dh);
+  check_residual_dtype(f_dtype, h_dtype);
+  params.dh = const_rows("dh", &dh, shape, h_dtype);
+  params.dz = const_rows("dz", tensor_or_null(dz), shape, h_dtype);
+  params.f = const_rows("f", &f, shape, f_dtype);
+  params.h = const_rows("h", tensor_or_null(h), shape, h_dtype);
+  params.post_weight = parameter_of("post_weight", post_weight, shape, f_dtype, &params.post_dtype);
+  params.pre_weight = parameter_of("pre_weight", pre_weight, shape, h_dtype, &params.pre_dtype);
+  params.dropout = dropout_of(seed, dropout, shape);
+  params.f_statistics = statistics_of("f_statistics", &f_statistics, shape);
+  params.h_statistics = statistics_of("h_statistics", tensor_or_null(h_statistics), shape);
+  params.num_blocks = num_blocks_of(num_blocks);
+  params.df = written_rows("df", &df, shape, f_dtype);
+  params.dresidual = written_rows("dresidual", tensor_or_null(dresidual), shape, h_dtype);
+  const bool has_z = dz.has_value();
+  STD_TORCH_CHECK(
+      h.has_value() == has_z && h_statistics.has_value() == has_z && dresidual.has_value() == has_z,
+      "h, h_statistics, dresidual: expected with dz, and only then");
+  ParameterGradients gradients(partial, params.num_blocks, shape);
+  gradients.add("dpost_weight", dpost_weight, f_dtype);
+  gradients.add("dpost_bias", dpost_bias, f_dtype);
+  if (has_z) {
+    gradients.add("dpre_weight", dpre_weight, h_dtype);
+    gradients.add("dpre_bias", dpre_bias, h_dtype);
+  }
+  params.partial = gradients.partial();
+  run("sandwich_residual_backward_out", f,
+      {{"dh", &dh, Access::kRead},
+       {"dz", tensor_or_null(dz), Access::kRead},
+       {"f", &f, Access::kRead},
+       {"h", tensor_or_null(h), Access::kRead},
+       {"post_weight", tensor_or_null(post_weight), Access::kRead},
+       {"pre_weight", tensor_or_null(pre_weight), Access::kRead},
+       {"f_statistics", &f_statistics, Access::kRead},
+       {"h_statistics", tensor_or_null(h_statistics), Access::kRead},
+       {"seed", tensor_or_null(seed), Access::kRead},
+       {"df", &df, Access::kWriteAll},
+       {"dresidual", tensor_or_null(dresidual), Access::kWriteAll},
+       {"partial", tensor_or_null(partial), Access::kWorkspace},
+       {"dpost_weight", tensor_or_null(dpost_weight), Access::kWriteAll},
+       {"dpost_bias", tensor_or_null(dpost_bias), Access::kWriteAll},
+       {"dpre_weight", tensor_or_null(dpre_weight), Access::kWriteAll},
+       {"dpre_bias", tensor_or_null(dpre_bias), Access::kWriteAll}},
+      [&](cudaStream_t stream) {
+        const cudaError_t status = sandwich_residual_backward(params, stream);
+        return status == cudaSuccess ? gradients.add_up(stream) : status;
+      });
+}
+
+// Three-region attention
 
 // A tensor (batch, heads, rows, head_dim) whose rows begin at multiples of 16 bytes.
 void check_heads(const char* name, const Tensor& tensor, const Tensor& q,
@@ -520,6 +720,8 @@ void three_region_attention_backward_out(
 STABLE_TORCH_LIBRARY_IMPL(cogview_kernels, COGVIEW_DISPATCH_KEY, m) {
   m.impl("pb_relax_layer_norm_forward_out", TORCH_BOX(&pb_relax_layer_norm_forward_out));
   m.impl("pb_relax_layer_norm_backward_out", TORCH_BOX(&pb_relax_layer_norm_backward_out));
+  m.impl("sandwich_residual_forward_out", TORCH_BOX(&sandwich_residual_forward_out));
+  m.impl("sandwich_residual_backward_out", TORCH_BOX(&sandwich_residual_backward_out));
   m.impl("three_region_attention_far_keys_out", TORCH_BOX(&three_region_attention_far_keys_out));
   m.impl("three_region_attention_forward_out", TORCH_BOX(&three_region_attention_forward_out));
   m.impl("three_region_attention_backward_out", TORCH_BOX(&three_region_attention_backward_out));

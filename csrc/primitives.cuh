@@ -32,6 +32,9 @@ using BFloat16 = __nv_bfloat16;
 __device__ __forceinline__ float shfl_bfly(float value, int lane_mask) {
   return __shfl_xor_sync(0xffffffffu, value, lane_mask);
 }
+__device__ __forceinline__ uint32_t shfl_bfly(uint32_t value, int lane_mask) {
+  return __shfl_xor_sync(0xffffffffu, value, lane_mask);
+}
 
 // The register of lane `source_lane` (shfl.sync.idx.b32).
 __device__ __forceinline__ int shfl_idx(int value, int source_lane) {
@@ -64,6 +67,16 @@ __device__ __forceinline__ unsigned char* dynamic_shared() {
   return bytes;
 }
 
+// Sixteen bytes of shared memory (ld.shared.v4).
+__device__ __forceinline__ uint4 ld_shared_v4(const void* address) {
+  return *static_cast<const uint4*>(address);
+}
+
+// Sixteen bytes to shared memory (st.shared.v4).
+__device__ __forceinline__ void st_shared_v4(void* address, uint4 value) {
+  *static_cast<uint4*>(address) = value;
+}
+
 // Global memory
 
 // Sixteen bytes that the kernel never writes (ld.global.nc.v4).
@@ -73,7 +86,10 @@ __device__ __forceinline__ uint4 ld_global_nc_v4(const void* address) {
 
 // Sixteen bytes to global memory (st.global.v4).
 __device__ __forceinline__ void st_global_v4(void* address, uint4 value) {
-  *static_cast<uint4*>(address) = value;
+  asm volatile(
+      "st.global.v4.u32 [%0], {%1, %2, %3, %4};\n" ::"l"(__cvta_generic_to_global(address)),
+      "r"(value.x), "r"(value.y), "r"(value.z), "r"(value.w)
+      : "memory");
 }
 
 // The larger of *address and value, to *address (red.global.max.u32).
@@ -208,6 +224,14 @@ __device__ __forceinline__ uint32_t cvt_rn_x2<BFloat16>(float low, float high) {
 }
 
 // Launch
+
+// Shared memory that a block may have, in bytes: its arrays and what is asked for at launch.
+inline cudaError_t max_shared_bytes(int* bytes) {
+  int device = 0;
+  const cudaError_t status = cudaGetDevice(&device);
+  if (status != cudaSuccess) return status;
+  return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
+}
 
 // Run kKernel(params) on num_blocks x grid_y blocks with `shared_bytes` of dynamic_shared().
 template <auto kKernel, typename Params>

@@ -40,4 +40,6 @@ PYBIND11_MODULE(_host_model, m) {
         "What was counted in each launch since the last call (report.h): a list of dicts.");
   m.def("set_num_threads", &host_model::set_num_threads, py::arg("num_threads"),
         "Blocks run on so many threads of the CPU.");
+  m.def("set_max_shared_bytes", &host_model::set_max_shared_bytes, py::arg("bytes"),
+        "A block may have so much shared memory; 227 KB at first.");
 }

@@ -58,6 +58,8 @@ void bar_warp_sync(Where where);
 void bar_sync(Where where);
 void* shared_array(const void* key, int bytes);
 unsigned char* dynamic_shared();
+uint4 ld_shared_v4(const void* address, Where where);
+void st_shared_v4(void* address, uint4 value, Where where);
 uint4 ld_global_v4(const void* address, Where where);
 void st_global_v4(void* address, uint4 value, Where where);
 void red_global_max(uint32_t* address, uint32_t value, Where where);
@@ -66,6 +68,8 @@ void cp_async_commit_group();
 void cp_async_wait_group(int pending);
 Registers4 ldmatrix(const void* row, bool transposed, Where where);
 Float4 mma(Element element, Float4 c, Registers4 a, uint64_t b, Where where);
+
+int max_shared_bytes();
 
 // Runs kernel(params) for every thread. `name` is what the compiler calls the kernel.
 cudaError_t launch(std::string_view name, void (*kernel)(const void*), const void* params,
@@ -115,6 +119,9 @@ __forceinline__ float shfl_bfly(float value, int lane_mask, Where where = Where:
   return std::bit_cast<float>(host_model::shfl("shfl_bfly", std::bit_cast<uint32_t>(value),
                                                int(threadIdx.x % 32) ^ lane_mask, where));
 }
+__forceinline__ uint32_t shfl_bfly(uint32_t value, int lane_mask, Where where = Where::current()) {
+  return host_model::shfl("shfl_bfly", value, int(threadIdx.x % 32) ^ lane_mask, where);
+}
 __forceinline__ int shfl_idx(int value, int source_lane, Where where = Where::current()) {
   return int(host_model::shfl("shfl_idx", uint32_t(value), source_lane, where));
 }
@@ -138,6 +145,12 @@ __forceinline__ T* shared_array() {
 }
 __forceinline__ unsigned char* dynamic_shared() { return host_model::dynamic_shared(); }
 
+__forceinline__ uint4 ld_shared_v4(const void* address, Where where = Where::current()) {
+  return host_model::ld_shared_v4(address, where);
+}
+__forceinline__ void st_shared_v4(void* address, uint4 value, Where where = Where::current()) {
+  host_model::st_shared_v4(address, value, where);
+}
 __forceinline__ uint4 ld_global_nc_v4(const void* address, Where where = Where::current()) {
   return host_model::ld_global_v4(address, where);
 }
@@ -230,6 +243,11 @@ __forceinline__ T from_float(float value) {
 template <typename T>
 __forceinline__ uint32_t cvt_rn_x2(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+inline cudaError_t max_shared_bytes(int* bytes) {
+  *bytes = host_model::max_shared_bytes();
+  return cudaSuccess;
 }
 
 template <auto kKernel, typename Params>

@@ -65,7 +65,7 @@ constexpr size_t kPageBytes = 4096;
 constexpr int kLanes = 32;
 constexpr uint32_t kAllLanes = 0xffffffffu;
 constexpr int kMaxThreads = 1024;
-constexpr int kMaxSharedBytes = 227 * 1024;
+std::atomic<int> max_shared{227 * 1024};  // bytes that a block may have
 constexpr size_t kSectorBytes = 32;
 
 std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
@@ -1054,7 +1054,7 @@ cudaError_t launch(std::string_view name, void (*kernel)(const void*), const voi
   if (op->status != cudaSuccess) return op->status;
   if (grid_x < 1 || grid_x > INT32_MAX || grid_y < 1 || grid_y > 65535 || num_threads < 1 ||
       num_threads > kMaxThreads || num_threads % kLanes != 0 || shared_bytes < 0 ||
-      shared_bytes > kMaxSharedBytes || grid_x * grid_y >= int64_t(kByAtomics)) {
+      shared_bytes > max_shared || grid_x * grid_y >= int64_t(kByAtomics)) {
     return op->status = set_error(
                kernel_name(name) +
                format(
@@ -1127,6 +1127,10 @@ std::vector<LaunchReport> take_report() {
   return std::exchange(model().reports, {});
 }
 
+int max_shared_bytes() { return max_shared; }
+
+void set_max_shared_bytes(int bytes) { max_shared = bytes; }
+
 void set_num_threads(int num_threads) {
   const std::lock_guard lock(model().launch_mutex);
   model().num_threads = size_t(std::max(num_threads, 1));
@@ -1189,6 +1193,26 @@ unsigned char* dynamic_shared() {
   Worker& worker = *running->worker;
   if (worker.launch->shared_bytes == 0) return nullptr;
   return reinterpret_cast<unsigned char*>(worker.arrays[0]->data);
+}
+
+uint4 ld_shared_v4(const void* address, Where where) {
+  const Access access = ACCESS("read", 16, false);
+  Fiber& fiber = *running;
+  Worker& worker = *fiber.worker;
+  SharedArray& array = worker.shared_operand(fiber, access, address);
+  worker.read_shared(fiber, access, array, size_t(static_cast<const char*>(address) - array.data));
+  worker.count_access(fiber, access, reinterpret_cast<uintptr_t>(address), 0);
+  return *static_cast<const uint4*>(address);
+}
+
+void st_shared_v4(void* address, uint4 value, Where where) {
+  const Access access = ACCESS("write", 16, true);
+  Fiber& fiber = *running;
+  Worker& worker = *fiber.worker;
+  SharedArray& array = worker.shared_operand(fiber, access, address);
+  worker.write_shared(fiber, access, array, size_t(static_cast<char*>(address) - array.data));
+  worker.count_access(fiber, access, reinterpret_cast<uintptr_t>(address), 0);
+  *static_cast<uint4*>(address) = value;
 }
 
 uint4 ld_global_v4(const void* address, Where where) {

@@ -33,4 +33,7 @@ std::vector<LaunchReport> take_report();
 // Blocks run on so many threads of the CPU, at least 1.
 void set_num_threads(int num_threads);
 
+// Shared memory that a block may have; 227 KB, as on sm_90, at first.
+void set_max_shared_bytes(int bytes);
+
 }  // namespace host_model

@@ -7,48 +7,106 @@ namespace cogview {
 
 enum class Relax : int { kNone = 0, kRow = 1, kTensor = 2 };
 
-// What every launch knows of the matrix it normalises.
-struct RowsAndColumns {
-  int64_t rows;
-  int64_t hidden;
-  DType dtype;         // of x, y, dy and dx
-  DType weight_dtype;  // of weight, bias, dweight and dbias: `dtype` or float32
+// A matrix of contiguous rows, row_stride elements apart; null where it is not given.
+struct ConstRows {
+  const void* data;
+  int64_t row_stride;
 };
 
+// The weight and bias of a norm, or their gradients' destinations.
+struct NormParameters {
+  const void* weight;  // (hidden), may be null: 1
+  const void* bias;    // (hidden), may be null: 0
+  DType dtype;         // of both
+};
+
+// Elements of the input that count as zero: those whose 16 random bits are less than `threshold`.
+struct Dropout {
+  const int64_t* seed;  // (1); null: none are dropped
+  int threshold;        // of 65536
+};
+
+// What the backward needs of a row, beside the row: with all in scaled units,
+// xhat = ((x * scale - rough_mean) - shift) * rstd.
+struct alignas(16) RowStatistics {
+  float rough_mean, shift, rstd, scale;
+};
+
+// How rows are dealt out to threads, the same in all kernels. Columns go in vectors of eight. A row
+// belongs to threads_per_row threads, whole warps, of which thread t holds vectors t,
+// t + threads_per_row, ... A block works on rows_per_block rows at once, in step, and goes on to
+// those of its next round. Rows arrive in shared memory, a round ahead where there are two stages.
+struct RowPlan {
+  int threads_per_row;
+  int rows_per_block;
+  int stages;        // 1 or 2
+  bool aligned;      // hidden % 8 == 0, and rows begin at multiples of 16 bytes
+  int shared_bytes;  // dynamic
+  int num_blocks;
+
+  int num_threads() const { return threads_per_row * rows_per_block; }
+};
+
+// y = LN(x), or y = residual + LN(dropout(x)).
 struct PbRelaxLayerNormForwardParams {
-  RowsAndColumns shape;
-  const void* x;         // (rows, hidden), rows x_row_stride elements apart
-  int64_t x_row_stride;  // in elements
-  const void* weight;    // (hidden), may be null: 1
-  const void* bias;      // (hidden), may be null: 0
-  const float* peak;     // (1), max|x| over the tensor; only for Relax::kTensor
-  void* y;               // (rows, hidden), contiguous
-  float* mean;           // (rows)
-  float* rstd;           // (rows), 1 / sqrt(var + eps c^2)
+  int64_t rows, hidden;
+  DType x_dtype, y_dtype;  // where they differ, y is float32
+  ConstRows x;             // (rows, hidden)
+  ConstRows residual;      // (rows, hidden) of y_dtype, may be null: 0
+  NormParameters parameters;
+  Dropout dropout;
   float eps;
   Relax relax;
+  int num_blocks;             // that the rows are dealt out to, at most
+  float* peak;                // (1), zero: becomes max|x|; for Relax::kTensor
+  bool peak_is_known;         // peak holds max|x|
+  float* y_peak;              // (1), may be null: becomes the larger of itself and max|y|
+  void* y;                    // (rows, hidden), contiguous
+  RowStatistics* statistics;  // (rows)
+  RowPlan plan;               // set by the launcher
 };
 
+// dx = add + the gradient of LN(dropout(x)).
 struct PbRelaxLayerNormBackwardParams {
-  RowsAndColumns shape;
-  const void* dy;         // (rows, hidden), rows dy_row_stride elements apart
-  int64_t dy_row_stride;  // in elements
-  const void* x;          // (rows, hidden), rows x_row_stride elements apart
-  int64_t x_row_stride;   // in elements
-  const void* weight;     // (hidden), may be null: 1
-  const float* mean;      // (rows)
-  const float* rstd;      // (rows)
-  void* dx;               // (rows, hidden), contiguous
-  float* partial;         // (2, num_partials, hidden): sums of dy * xhat, sums of dy
-  int64_t num_partials;   // at least 1; rows are dealt out to this many workers
-  void* dweight;          // (hidden), may be null: not wanted
-  void* dbias;            // (hidden), may be null: not wanted
+  int64_t rows, hidden;
+  DType x_dtype, dy_dtype;  // where they differ, dy is float32; dx has x_dtype
+  ConstRows dy;             // (rows, hidden)
+  ConstRows x;              // (rows, hidden)
+  ConstRows add;            // (rows, hidden) of x_dtype, may be null: 0
+  const void* weight;       // (hidden), may be null: 1
+  DType weight_dtype;
+  Dropout dropout;
+  const RowStatistics* statistics;  // (rows)
+  int num_blocks;  // that the rows are dealt out to: exactly as many rows of `partial` are written
+  void* dx;        // (rows, hidden), contiguous
+  float* partial;  // (2, num_blocks, hidden): sums of dy * xhat, sums of dy; may be null
+  RowPlan plan;    // set by the launcher
 };
 
-// Both return the status of their launches; arguments were checked by the caller.
+// A weight's or bias's gradient, the sum of its rows of `partial`.
+struct ParameterGradient {
+  void* data;  // (hidden), may be null: not wanted
+  DType dtype;
+};
+constexpr int kMaxGradients = 4;
+
+struct PartialSumsParams {
+  const float* partial;  // (num_gradients, num_blocks, hidden)
+  int num_gradients;
+  int num_blocks;
+  int64_t hidden;
+  ParameterGradient gradients[kMaxGradients];
+};
+
+// All return the status of their launches; arguments were checked by the caller.
 cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& params,
                                         cudaStream_t stream);
 cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& params,
                                          cudaStream_t stream);
+cudaError_t pb_relax_layer_norm_partial_sums(const PartialSumsParams& params, cudaStream_t stream);
+
+// max|x| of all elements that are not dropped, joined into params.peak.
+cudaError_t pb_relax_layer_norm_peak(const PbRelaxLayerNormForwardParams& params,
+                                     cudaStream_t stream);
 
 }  // namespace cogview

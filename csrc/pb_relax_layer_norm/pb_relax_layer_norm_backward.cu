@@ -1,236 +1,267 @@
 // PB-relax LayerNorm, backward.
 //
 // Math, c being detached, with xhat = (x - mean) * rstd and g = dy * weight:
-//   dx = rstd * (g - mean(g) - xhat * mean(g * xhat))       means over the row's columns
+//   dx = [add +] rstd * (g - mean(g) - xhat * mean(g * xhat))      means over the row's columns
 //   dweight = sum over rows of dy * xhat;  dbias = sum over rows of dy
+// Dropped elements of x count as zero, and their dx is `add`.
 //
-// Layout     dy, x: rows at a stride; dx contiguous; partial (2, num_partials, hidden) float32.
-// Grid       num_partials workers of kThreadsPerRow threads; worker w takes rows w,
-//            w + num_partials, ... and keeps its columns' sums in registers until the end.
-// Threads    row.cuh, so that dy and x are read once and dx is written once. Wide or unaligned rows
-//            take the `any` kernel: a block per worker, two passes, sums kept in `partial`.
-// Smem       scratch of reduce_row: 2 floats per warp.
-// Barriers   bar.sync inside reduce_row; one more before scratch is written for the next row.
-// Writers    each element of dx and of `partial` by one thread; a second kernel adds the partial
-//            rows in a fixed order. No atomics: deterministic.
+// Layout     dy, x, add: rows at a stride; dx contiguous; partial (2, num_blocks, hidden) float32.
+// Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
+// Threads    threads_per_row to a row: dy, x and add are read once and dx is written once. Sums for
+//            dweight and dbias stay in registers until the end. Rows that are wider, or do not fit
+//            a block's shared memory, take the `wide` kernel: a row at a time, two passes over it,
+//            column sums in `partial`.
+// Smem       slots for arriving rows and their statistics, two rounds of them; weight; scratch.
+//            At the end the slots carry column sums from the threads of one row to those of another.
+// Barriers   bar.sync once the weight is there, inside reduce_row, and around that last exchange.
+// Writers    each element of dx and of `partial` by one thread; another kernel adds the partial rows
+//            in a fixed order. No atomics: deterministic.
 // Rounding   float32 throughout; dx, dweight and dbias rounded once.
 // Reference  gradient of cogview_kernels.reference.pb_relax_layer_norm
 
-#include "row.cuh"
+#include "gradients.cuh"
 
 namespace cogview {
 namespace {
 
-template <typename T, int kThreadsPerRow>
-__global__ void __launch_bounds__(kBlockThreads<kThreadsPerRow>, 1)
+constexpr int kMaxThreads = 512;
+
+template <typename X, typename Y, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads, 1)
     pb_relax_layer_norm_backward_kernel(const PbRelaxLayerNormBackwardParams params) {
-  constexpr int kWarps = kBlockThreads<kThreadsPerRow> / kWarpSize;
-  float* scratch = shared_array<float, 2 * kWarps>();
-  const int64_t hidden = params.shape.hidden;
+  constexpr int kXSlots = 1, kYSlots = kXSlots + kVectors * kPieces<X>;
+  constexpr int kAddSlots = kYSlots + kVectors * kPieces<Y>;
+  constexpr int kSlots = kAddSlots + kVectors * kPieces<X>;
+  const RowPlan& plan = params.plan;
+  const RowThread me(plan);
+  const int hidden = int(params.hidden);
   const float inverse_hidden = 1.f / float(hidden);
-  const bool weight_is_float32 = params.shape.weight_dtype == DType::kFloat32;
-  const int64_t first_worker = int64_t(blockIdx.x) * kRowsPerBlock<kThreadsPerRow>;
-  const int64_t worker = first_worker + threadIdx.x / kThreadsPerRow;
+  const bool has_add = params.add.data != nullptr;
+  const int stage_slots = has_add ? kSlots : kAddSlots;
+  float* scratch = shared_array<float, 2 * 2 * kMaxWarps>();
+  const SharedParameters<1, kVectors> parameters(plan, stage_slots, me);
+  parameters.template fill<X>(0, params.weight, params.weight_dtype, 1.f, hidden, me);
+  bar_sync();
 
-  RowRegisters<T> dweight = {}, dbias = {};
-  // All threads of a block walk the same number of rows: the first worker has the most.
-  for (int64_t begin = 0; first_worker + begin < params.shape.rows; begin += params.num_partials) {
-    const int64_t row = worker + begin;
-    const bool is_row = worker < params.num_partials && row < params.shape.rows;
-    RowRegisters<T> x, g;
-    load_row<T, kThreadsPerRow>(static_cast<const T*>(params.x) + row * params.x_row_stride,
-                                is_row ? hidden : 0, x);
-    load_row<T, kThreadsPerRow>(static_cast<const T*>(params.dy) + row * params.dy_row_stride,
-                                is_row ? hidden : 0, g);
-    const float mean = is_row ? params.mean[row] : 0.f;
-    const float rstd = is_row ? params.rstd[row] : 0.f;
-
-    float sums[2] = {0.f, 0.f};  // of g, of g * xhat
-#pragma unroll
-    for (int i = 0; i < kVectorsPerThread<T>; ++i) {
-      const int column = column_of<T, kThreadsPerRow>(i);
-      if (column < hidden) {
-        float weight[kVector<T>];
-        load_parameter<T>(params.weight, weight_is_float32, column, 1.f, weight);
-#pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) {
-          const float dy = g.value[i][j];
-          const float xhat = x.value[i][j] = (x.value[i][j] - mean) * rstd;
-          dweight.value[i][j] += dy * xhat;
-          dbias.value[i][j] += dy;
-          g.value[i][j] = dy * weight[j];
-          sums[0] += g.value[i][j];
-          sums[1] += g.value[i][j] * xhat;
-        }
-      }
+  ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
+  const auto copy = [&](int64_t row, bool is_row, const Slots& slots) {
+    cp_async_16(slots.first, params.statistics + row, is_row);
+    copy_row<X, kVectors>(params.x, row, is_row, hidden, plan.aligned, me, slots, kXSlots);
+    copy_row<Y, kVectors>(params.dy, row, is_row, hidden, plan.aligned, me, slots, kYSlots);
+    if (has_add) {
+      copy_row<X, kVectors>(params.add, row, is_row, hidden, plan.aligned, me, slots, kAddSlots);
     }
-    reduce_row<Sum, kThreadsPerRow>(sums, scratch);
-    const float mean_g = sums[0] * inverse_hidden, mean_g_xhat = sums[1] * inverse_hidden;
+  };
+  const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int round) {
+    const RowStatistics statistics = slots.load_statistics(0);
+    uint32_t kept[kVectors] = {};
+    float x[kColumns], dy[kColumns], weight[kColumns];
+    const auto load_x = [&](int i) {
+      Vector<X> vector = slots.load<X>(kXSlots + i * kPieces<X>);
+      if (params.dropout.seed != nullptr) keep_columns(kept[i], vector);
+      unpack(vector, x);
+    };
+    float row_sums[2] = {0.f, 0.f};  // of g, of g * xhat
 #pragma unroll
-    for (int i = 0; i < kVectorsPerThread<T>; ++i) {
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) {
-        g.value[i][j] = rstd * (g.value[i][j] - mean_g - x.value[i][j] * mean_g_xhat);
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      if (params.dropout.seed != nullptr) {
+        kept[i] = kept_columns(params.dropout, row, me.vector_idx(i));
       }
+      load_x(i);
+      unpack(slots.load<Y>(kYSlots + i * kPieces<Y>), dy);
+      parameters.load(0, i, weight);
+      add_columns(x, dy, weight, statistics, row_sums, sums.value[0][i], sums.value[1][i]);
     }
-    store_row<T, kThreadsPerRow>(static_cast<T*>(params.dx) + row * hidden, is_row ? hidden : 0, g);
-    bar_sync();
-  }
-
-  if (worker < params.num_partials) {
-    float* sum_dweight = params.partial + worker * hidden;
-    float* sum_dbias = params.partial + (params.num_partials + worker) * hidden;
+    reduce_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me, Add());
+    const float mean_g = row_sums[0] * inverse_hidden, mean_g_xhat = row_sums[1] * inverse_hidden;
+    if (!is_row) return;
 #pragma unroll
-    for (int i = 0; i < kVectorsPerThread<T>; ++i) {
-      const int column = column_of<T, kThreadsPerRow>(i);
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      load_x(i);
+      unpack(slots.load<Y>(kYSlots + i * kPieces<Y>), dy);
+      parameters.load(0, i, weight);
 #pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) {
-        if (column + j < hidden) {
-          sum_dweight[column + j] = dweight.value[i][j];
-          sum_dbias[column + j] = dbias.value[i][j];
-        }
+      for (int j = 0; j < kColumns; ++j) {
+        x[j] = gradient_of(dy[j] * weight[j], normalised(x[j], statistics), mean_g, mean_g_xhat,
+                           statistics);
+        if (params.dropout.seed != nullptr && (kept[i] >> j & 1u) == 0) x[j] = 0.f;
       }
+      if (has_add) {
+        unpack(slots.load<X>(kAddSlots + i * kPieces<X>), dy);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) x[j] += dy[j];
+      }
+      store_vector_at(static_cast<X*>(params.dx) + row * hidden, me.column(i), hidden, plan.aligned,
+                      pack<X>(x));
     }
-  }
+  };
+  for_each_row(plan, params.rows, stage_slots, me, copy, compute);
+  if (params.partial != nullptr) sums.store(params.partial, hidden, me);
 }
 
-// Any width and alignment: a block per worker; each thread adds to columns of `partial` that no
+// Any width: a block works on a row at a time; each thread adds to columns of `partial` that no
 // other thread touches.
-template <typename T>
-__global__ void __launch_bounds__(256)
-    pb_relax_layer_norm_backward_any_kernel(const PbRelaxLayerNormBackwardParams params) {
-  constexpr int kWarps = 256 / kWarpSize;
-  float* scratch = shared_array<float, 2 * kWarps>();
-  const int64_t hidden = params.shape.hidden;
-  const bool weight_is_float32 = params.shape.weight_dtype == DType::kFloat32;
-  float* sum_dweight = params.partial + blockIdx.x * hidden;
-  float* sum_dbias = params.partial + (params.num_partials + blockIdx.x) * hidden;
-  for (int64_t column = threadIdx.x; column < hidden; column += 256) {
-    sum_dweight[column] = 0.f;
-    sum_dbias[column] = 0.f;
+template <typename X, typename Y>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    pb_relax_layer_norm_backward_wide_kernel(const PbRelaxLayerNormBackwardParams params) {
+  const RowPlan& plan = params.plan;
+  const RowThread me(plan);
+  const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
+  const float inverse_hidden = 1.f / float(hidden);
+  float* scratch = shared_array<float, 2 * 2 * kMaxWarps>();
+  float* dweight = nullptr;
+  float* dbias = nullptr;
+  if (params.partial != nullptr) {
+    dweight = params.partial + int64_t(blockIdx.x) * hidden;
+    dbias = params.partial + (int64_t(gridDim.x) + blockIdx.x) * hidden;
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+      for (int64_t column = v * kColumns; column < min(hidden, (v + 1) * kColumns); ++column) {
+        dweight[column] = dbias[column] = 0.f;
+      }
+    }
   }
 
-  for (int64_t row = blockIdx.x; row < params.shape.rows; row += params.num_partials) {
-    const T* x = static_cast<const T*>(params.x) + row * params.x_row_stride;
-    const T* dy = static_cast<const T*>(params.dy) + row * params.dy_row_stride;
-    T* dx = static_cast<T*>(params.dx) + row * hidden;
-    const float mean = params.mean[row], rstd = params.rstd[row];
-
-    float sums[2] = {0.f, 0.f};
-    for (int64_t column = threadIdx.x; column < hidden; column += 256) {
-      const float gradient = to_float(dy[column]);
-      const float xhat = (to_float(x[column]) - mean) * rstd;
-      const float g = gradient * load_parameter<T>(params.weight, weight_is_float32, column, 1.f);
-      sum_dweight[column] += gradient * xhat;
-      sum_dbias[column] += gradient;
-      sums[0] += g;
-      sums[1] += g * xhat;
+  int round = 0;
+  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x, ++round) {
+    const RowStatistics statistics = params.statistics[row];
+    float x[kColumns], dy[kColumns], weight[kColumns];
+    uint32_t kept = 0;
+    const auto load = [&](int64_t vector_idx) {
+      const X* x_row = static_cast<const X*>(params.x.data) + row * params.x.row_stride;
+      const Y* dy_row = static_cast<const Y*>(params.dy.data) + row * params.dy.row_stride;
+      Vector<X> vector = load_vector_at(x_row, vector_idx * kColumns, hidden, plan.aligned);
+      if (params.dropout.seed != nullptr) {
+        kept = kept_columns(params.dropout, row, vector_idx);
+        keep_columns(kept, vector);
+      }
+      unpack(vector, x);
+      unpack(load_vector_at(dy_row, vector_idx * kColumns, hidden, plan.aligned), dy);
+      load_parameter<X>(params.weight, params.weight_dtype, 1.f, vector_idx * kColumns, hidden,
+                        weight);
+    };
+    float row_sums[2] = {0.f, 0.f};
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+      load(v);
+      float dweight_here[kColumns] = {}, dbias_here[kColumns] = {};
+      add_columns(x, dy, weight, statistics, row_sums, dweight_here, dbias_here);
+      if (dweight == nullptr) continue;
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        if (v * kColumns + j >= hidden) continue;
+        dweight[v * kColumns + j] += dweight_here[j];
+        dbias[v * kColumns + j] += dbias_here[j];
+      }
     }
-    reduce_row<Sum, 256>(sums, scratch);
-    const float mean_g = sums[0] / float(hidden), mean_g_xhat = sums[1] / float(hidden);
-    for (int64_t column = threadIdx.x; column < hidden; column += 256) {
-      const float xhat = (to_float(x[column]) - mean) * rstd;
-      const float g =
-          to_float(dy[column]) * load_parameter<T>(params.weight, weight_is_float32, column, 1.f);
-      dx[column] = from_float<T>(rstd * (g - mean_g - xhat * mean_g_xhat));
+    reduce_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me, Add());
+    const float mean_g = row_sums[0] * inverse_hidden, mean_g_xhat = row_sums[1] * inverse_hidden;
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+      load(v);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        x[j] = gradient_of(dy[j] * weight[j], normalised(x[j], statistics), mean_g, mean_g_xhat,
+                           statistics);
+        if (params.dropout.seed != nullptr && (kept >> j & 1u) == 0) x[j] = 0.f;
+      }
+      if (params.add.data != nullptr) {
+        const X* add_row = static_cast<const X*>(params.add.data) + row * params.add.row_stride;
+        unpack(load_vector_at(add_row, v * kColumns, hidden, plan.aligned), dy);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) x[j] += dy[j];
+      }
+      store_vector_at(static_cast<X*>(params.dx) + row * hidden, v * kColumns, hidden, plan.aligned,
+                      pack<X>(x));
     }
-    bar_sync();
   }
 }
 
-constexpr int kReduceColumns = 32, kReduceRows = 8;
+constexpr int kSumColumns = 32, kSumRows = 8;
 
-// dweight and dbias: block x adds 32 columns of the partial sums, blockIdx.y tells which of both.
-template <typename W>
-__global__ void __launch_bounds__(kReduceColumns* kReduceRows)
-    pb_relax_layer_norm_backward_reduce_kernel(const PbRelaxLayerNormBackwardParams params) {
-  float* scratch = shared_array<float, kReduceRows * kReduceColumns>();
-  const int64_t hidden = params.shape.hidden;
-  const int column_in_block = threadIdx.x % kReduceColumns;
-  const int row_in_block = threadIdx.x / kReduceColumns;
-  const int64_t column = int64_t(blockIdx.x) * kReduceColumns + column_in_block;
-  W* out = static_cast<W*>(blockIdx.y == 0 ? params.dweight : params.dbias);
-  if (out == nullptr) return;  // the whole block
+// A gradient for each blockIdx.y: block x adds up 32 columns of its partial rows.
+__global__ void __launch_bounds__(kSumColumns* kSumRows)
+    pb_relax_layer_norm_partial_sums_kernel(const PartialSumsParams params) {
+  float* scratch = shared_array<float, kSumRows * kSumColumns>();
+  const ParameterGradient& gradient = params.gradients[blockIdx.y];
+  if (gradient.data == nullptr) return;  // the whole block
+  const int64_t hidden = params.hidden;
+  const int column_in_block = int(threadIdx.x) % kSumColumns;
+  const int row_in_block = int(threadIdx.x) / kSumColumns;
+  const int64_t column = int64_t(blockIdx.x) * kSumColumns + column_in_block;
 
   float sum = 0.f;
   if (column < hidden) {
-    const float* source = params.partial + blockIdx.y * params.num_partials * hidden + column;
-    for (int64_t row = row_in_block; row < params.num_partials; row += kReduceRows) {
+    const float* source =
+        params.partial + int64_t(blockIdx.y) * params.num_blocks * hidden + column;
+#pragma unroll 4
+    for (int row = row_in_block; row < params.num_blocks; row += kSumRows) {
       sum += source[row * hidden];
     }
   }
-  scratch[row_in_block * kReduceColumns + column_in_block] = sum;
+  scratch[row_in_block * kSumColumns + column_in_block] = sum;
   bar_sync();
-  if (row_in_block == 0 && column < hidden) {
-    for (int row = 1; row < kReduceRows; ++row) {
-      sum += scratch[row * kReduceColumns + column_in_block];
-    }
-    out[column] = from_float<W>(sum);
+  if (row_in_block > 0 || column >= hidden) return;
+  for (int row = 1; row < kSumRows; ++row) sum += scratch[row * kSumColumns + column_in_block];
+  switch (gradient.dtype) {
+    case DType::kFloat32:
+      static_cast<float*>(gradient.data)[column] = sum;
+      return;
+    case DType::kFloat16:
+      static_cast<Half*>(gradient.data)[column] = from_float<Half>(sum);
+      return;
+    case DType::kBFloat16:
+      static_cast<BFloat16*>(gradient.data)[column] = from_float<BFloat16>(sum);
+      return;
   }
 }
 
-template <typename W>
-cudaError_t launch_reduce(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-  const int64_t blocks = (params.shape.hidden + kReduceColumns - 1) / kReduceColumns;
-  return launch<pb_relax_layer_norm_backward_reduce_kernel<W>>(
-      blocks, 2, kReduceColumns * kReduceRows, 0, stream, params);
-}
-
-template <typename T>
-bool is_aligned(const PbRelaxLayerNormBackwardParams& params) {
-  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-  return params.shape.hidden % kVector<T> == 0 && params.x_row_stride % kVector<T> == 0 &&
-         params.dy_row_stride % kVector<T> == 0 &&
-         (address(params.x) | address(params.dy) | address(params.dx) | address(params.weight)) %
-                 16 ==
-             0;
-}
-
-template <typename T, int kThreadsPerRow>
+template <typename X, typename Y, int kVectors>
 cudaError_t launch_rows(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-  constexpr int kWorkers = kRowsPerBlock<kThreadsPerRow>;
-  return launch<pb_relax_layer_norm_backward_kernel<T, kThreadsPerRow>>(
-      (params.num_partials + kWorkers - 1) / kWorkers, 1, kBlockThreads<kThreadsPerRow>, 0, stream,
-      params);
+  return launch<pb_relax_layer_norm_backward_kernel<X, Y, kVectors>>(
+      params.num_blocks, 1, params.plan.num_threads(), params.plan.shared_bytes, stream, params);
 }
 
-// dx and the partial sums.
-template <typename T>
-cudaError_t launch_rows(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-  const int64_t hidden = params.shape.hidden;
-  if (is_aligned<T>(params)) {
-    if (hidden <= 32 * kElementsPerThread) return launch_rows<T, 32>(params, stream);
-    if (hidden <= 128 * kElementsPerThread) return launch_rows<T, 128>(params, stream);
-    if (hidden <= 256 * kElementsPerThread) return launch_rows<T, 256>(params, stream);
-    if (hidden <= 512 * kElementsPerThread) return launch_rows<T, 512>(params, stream);
-  }
-  return launch<pb_relax_layer_norm_backward_any_kernel<T>>(params.num_partials, 1, 256, 0, stream,
-                                                            params);
-}
-
-template <typename T>
-cudaError_t launch_backward(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-  const cudaError_t status = launch_rows<T>(params, stream);
-  if (status != cudaSuccess || (params.dweight == nullptr && params.dbias == nullptr)) {
-    return status;
-  }
-  return params.shape.weight_dtype == DType::kFloat32 ? launch_reduce<float>(params, stream)
-                                                      : launch_reduce<T>(params, stream);
+template <typename X, typename Y>
+cudaError_t launch_backward(PbRelaxLayerNormBackwardParams params, cudaStream_t stream) {
+  const int x_pieces = pieces_of(params.x_dtype), dy_pieces = pieces_of(params.dy_dtype);
+  RowNeeds needs = {};
+  needs.rows = params.rows;
+  needs.hidden = params.hidden;
+  needs.num_blocks = params.num_blocks;
+  needs.max_threads = kMaxThreads;
+  needs.stage_pieces = (params.add.data == nullptr ? 1 : 2) * x_pieces + dy_pieces;
+  needs.extra_pieces = 1;  // the row's statistics
+  needs.num_parameters = 1;
+  const int vectors = vectors_for(params.hidden, kMaxThreads);
+  bool fits = false;
+  const cudaError_t status = plan_rows(needs, vectors, &params.plan, &fits);
+  if (status != cudaSuccess) return status;
+  if (fits && vectors == 1) return launch_rows<X, Y, 1>(params, stream);
+  if (fits && vectors == 2) return launch_rows<X, Y, 2>(params, stream);
+  if (fits && vectors == 4) return launch_rows<X, Y, 4>(params, stream);
+  params.plan.threads_per_row = kMaxThreads;
+  return launch<pb_relax_layer_norm_backward_wide_kernel<X, Y>>(params.num_blocks, 1, kMaxThreads,
+                                                                0, stream, params);
 }
 
 }  // namespace
 
-cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& params,
+cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& given,
                                          cudaStream_t stream) {
-  switch (params.shape.dtype) {
-    case DType::kFloat32:
-      return launch_backward<float>(params, stream);
-    case DType::kFloat16:
-      return launch_backward<Half>(params, stream);
-    case DType::kBFloat16:
-      return launch_backward<BFloat16>(params, stream);
-  }
-  return cudaErrorInvalidValue;
+  PbRelaxLayerNormBackwardParams params = given;
+  params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.x, params.x_dtype) &&
+                        rows_aligned(params.dy, params.dy_dtype) &&
+                        rows_aligned(params.add, params.x_dtype) &&
+                        rows_aligned({params.dx, params.hidden}, params.x_dtype);
+  return with_dtypes(params.x_dtype, params.dy_dtype, [&](auto x, auto dy) {
+    return launch_backward<typename decltype(x)::Type, typename decltype(dy)::Type>(params, stream);
+  });
+}
+
+cudaError_t pb_relax_layer_norm_partial_sums(const PartialSumsParams& params, cudaStream_t stream) {
+  return launch<pb_relax_layer_norm_partial_sums_kernel>(ceil_div(params.hidden, kSumColumns),
+                                                         params.num_gradients,
+                                                         kSumColumns * kSumRows, 0, stream, params);
 }
 
 }  // namespace cogview

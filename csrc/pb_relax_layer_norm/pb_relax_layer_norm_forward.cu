@@ -1,21 +1,17 @@
-// PB-relax LayerNorm, forward.
+// PB-relax LayerNorm, forward; also the sandwich's first half alone: its residual and dropout.
 //
 // Math, for each row x of `hidden` columns, with c = max|x| / 8 over the row or the tensor:
-//   y = (x - mean) / sqrt(var + eps c^2) * weight + bias
-// computed on xs = x * s, with s the power of two that brings the maximum to [1, 2), so that no
-// square leaves float32's range and scaling is exact:
-//   d = xs - mean(xs);  shift = mean(d);  var = mean(d^2) - shift^2
-//   y = (d - shift) / sqrt(var + eps (c s)^2) * weight + bias
-// shift is the rounding error of the first mean, tiny: with it, large offsets stay exact.
+//   y = [residual +] (x - mean) / sqrt(var + eps c^2) * weight + bias
+// computed as row.cuh has it. Dropped elements of x count as zero: what is kept would be scaled by
+// 1 / (1 - p), which the norm undoes; without relaxation it is eps that shrinks, by (1 - p)^2.
 //
-// Layout     x: rows x_row_stride apart; y contiguous; mean, rstd: float32, one per row.
-// Grid       one block per kRowsPerBlock rows, striding over the rows.
-// Threads    row.cuh: kThreadsPerRow threads own a row and keep it in registers, so that x is read
-//            once and y written once. Rows that do not fit or are not aligned to 16 bytes take the
-//            `any` kernel: one block per row, three passes over x.
-// Smem       scratch of reduce_row: 4 floats per warp.
-// Barriers   bar.sync inside reduce_row, each reduction with scratch of its own; one more between
-//            the last read of a row's scratch and the next row's first write.
+// Layout     x, residual: rows at a stride; y contiguous; statistics: sixteen bytes a row.
+// Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).
+// Threads    threads_per_row to a row, which they keep in registers: x and residual are read once
+//            and y is written once. Rows that are wider, or do not fit a block's shared memory,
+//            take the `wide` kernel: one block per row, three passes over x.
+// Smem       slots for arriving rows, two rounds of them; weight and bias; scratch of the sums.
+// Barriers   bar.sync once weight and bias are there, and inside reduce_row.
 // Rounding   float32 throughout, y rounded once.
 // Reference  cogview_kernels.reference.pb_relax_layer_norm
 
@@ -24,213 +20,225 @@
 namespace cogview {
 namespace {
 
-constexpr float kLargest = 3.402823466e+38f;   // of float32
-constexpr float kSmallest = 1.175494351e-38f;  // normal: a constant row has no deviation to divide
+constexpr int kMaxThreads = 1024;
+constexpr int kWideThreads = 512;
 
-// The power of two s with max|x| * s in [1, 2), as far as s itself is a normal number.
-__device__ __forceinline__ float relaxing_scale(float peak, Relax relax) {
-  if (!(peak > 0.f)) return 1.f;
-  int exponent = min(max(ilogbf(peak), -126), 126);
-  if (relax == Relax::kNone) exponent = max(exponent, -60);  // eps s^2 must stay finite
-  return exp2f(float(-exponent));
+// Join max|value| over the threads of a warp into *peak. A NaN's bits are larger than all others.
+__device__ __forceinline__ void join_peak(float* peak, uint32_t bits) {
+#pragma unroll
+  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+    bits = max(bits, shfl_bfly(bits, mask));
+  }
+  if (threadIdx.x % kWarpSize == 0) red_global_max(reinterpret_cast<uint32_t*>(peak), bits);
 }
 
-// c * s, the relaxing constant in the scaled row's units. Rows of zeros take c = 1.
-__device__ __forceinline__ float scaled_constant(float peak, float scale, Relax relax) {
-  return relax == Relax::kNone || peak == 0.f ? scale : peak * scale * 0.125f;
+// `count`: how many of the columns there are.
+template <typename T>
+__device__ __forceinline__ uint32_t peak_bits(uint32_t bits, Vector<T> vector, int64_t count) {
+  float value[kColumns];
+  clear_beyond(count, vector);
+  unpack(vector, value);
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) bits = max(bits, float_as_uint(fabsf(value[j])));
+  return bits;
 }
 
-// Both keep a NaN, which fminf and fmaxf would drop.
-__device__ __forceinline__ float rstd_of(float variance) {
-  return 1.f / sqrtf(variance < kSmallest ? kSmallest : variance);
-}
-__device__ __forceinline__ float finite_rstd(float rstd_of_scaled, float scale) {
-  const float rstd = rstd_of_scaled * scale;
-  return rstd > kLargest ? kLargest : rstd;
-}
-
-template <typename T, int kThreadsPerRow>
-__global__ void __launch_bounds__(kBlockThreads<kThreadsPerRow>, 1)
+template <typename X, typename Y, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads, 1)
     pb_relax_layer_norm_forward_kernel(const PbRelaxLayerNormForwardParams params) {
-  constexpr int kWarps = kBlockThreads<kThreadsPerRow> / kWarpSize;
-  float* scratch = shared_array<float, 4 * kWarps>();
-  const int64_t hidden = params.shape.hidden;
+  constexpr int kXSlots = kVectors * kPieces<X>, kSlots = kXSlots + kVectors * kPieces<Y>;
+  const RowPlan& plan = params.plan;
+  const RowThread me(plan);
+  const int hidden = int(params.hidden);
+  const bool has_residual = params.residual.data != nullptr;
+  const int stage_slots = has_residual ? kSlots : kXSlots;
+  float* scratch = shared_array<float, kScratchFloats>();
+  const NormParameters& given = params.parameters;
+  const SharedParameters<2, kVectors> parameters(plan, stage_slots, me);  // weight, bias
+  parameters.template fill<X>(0, given.weight, given.dtype, 1.f, hidden, me);
+  parameters.template fill<X>(1, given.bias, given.dtype, 0.f, hidden, me);
+  bar_sync();
+
+  uint32_t y_peak = 0;
+  const auto copy = [&](int64_t row, bool is_row, const Slots& slots) {
+    copy_row<X, kVectors>(params.x, row, is_row, hidden, plan.aligned, me, slots, 0);
+    if (has_residual) {
+      copy_row<Y, kVectors>(params.residual, row, is_row, hidden, plan.aligned, me, slots, kXSlots);
+    }
+  };
+  const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int) {
+    Vector<X> x[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      x[i] = slots.load<X>(i * kPieces<X>);
+      if (params.dropout.seed != nullptr) {
+        keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), x[i]);
+        slots.store(i * kPieces<X>, x[i]);
+      }
+    }
+    // In registers, or again from shared memory where there are not enough of them.
+    const auto load_x = [&](int i) {
+      return sizeof(X) == 4 ? slots.load<X>(i * kPieces<X>) : x[i];
+    };
+    const RowStatistics statistics = statistics_of_row<kVectors>(
+        load_x, hidden, params.eps, params.relax, params.peak, me, scratch);
+    if (!is_row) return;
+    Y* y_row = static_cast<Y*>(params.y) + row * hidden;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      Vector<Y> residual = {};
+      if (has_residual) residual = slots.load<Y>(kXSlots + i * kPieces<Y>);
+      float weight[kColumns], bias[kColumns];
+      parameters.load(0, i, weight);
+      parameters.load(1, i, bias);
+      const Vector<Y> y = normalise(load_x(i), residual, statistics, weight, bias);
+      store_vector_at(y_row, me.column(i), hidden, plan.aligned, y);
+      if (params.y_peak != nullptr) y_peak = peak_bits(y_peak, y, hidden - me.column(i));
+    }
+    if (me.in_row == 0) params.statistics[row] = statistics;
+  };
+  for_each_row(plan, params.rows, stage_slots, me, copy, compute);
+  if (params.y_peak != nullptr) join_peak(params.y_peak, y_peak);
+}
+
+// Any width: one block per row, which is read again for each step.
+template <typename X, typename Y>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    pb_relax_layer_norm_forward_wide_kernel(const PbRelaxLayerNormForwardParams params) {
+  const RowPlan& plan = params.plan;
+  const RowThread me(plan);
+  const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
+  float* scratch = shared_array<float, kScratchFloats>();
+  const NormParameters& given = params.parameters;
+
   const float inverse_hidden = 1.f / float(hidden);
-  const bool weight_is_float32 = params.shape.weight_dtype == DType::kFloat32;
-  const int64_t first_row = int64_t(blockIdx.x) * kRowsPerBlock<kThreadsPerRow>;
-  const int64_t row_step = int64_t(gridDim.x) * kRowsPerBlock<kThreadsPerRow>;
-
-  for (int64_t block_row = first_row; block_row < params.shape.rows; block_row += row_step) {
-    const int64_t row = block_row + threadIdx.x / kThreadsPerRow;
-    const bool is_row = row < params.shape.rows;  // the same for all threads of a row
-    RowRegisters<T> x;
-    load_row<T, kThreadsPerRow>(static_cast<const T*>(params.x) + row * params.x_row_stride,
-                                is_row ? hidden : 0, x);
-
-    float peak[1] = {0.f};
-    if (params.relax == Relax::kTensor) {
-      peak[0] = params.peak[0];
-    } else {
-#pragma unroll
-      for (int i = 0; i < kVectorsPerThread<T>; ++i) {
-#pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) peak[0] = fmaxf(peak[0], fabsf(x.value[i][j]));
+  uint32_t y_peak = 0;
+  for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x) {
+    const X* x_row = static_cast<const X*>(params.x.data) + row * params.x.row_stride;
+    const auto load_x = [&](int64_t vector_idx) {
+      Vector<X> x = load_vector_at(x_row, vector_idx * kColumns, hidden, plan.aligned);
+      if (params.dropout.seed != nullptr) {
+        keep_columns(kept_columns(params.dropout, row, vector_idx), x);
       }
-      reduce_row<Max, kThreadsPerRow>(peak, scratch);
+      return x;
+    };
+    float x[kColumns];
+    RoughSums rough;
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
+      unpack(load_x(v), x);
+      rough.add(x);
     }
-    const float scale = relaxing_scale(peak[0], params.relax);
-
-    float sum[1] = {0.f};
-#pragma unroll
-    for (int i = 0; i < kVectorsPerThread<T>; ++i) {
-#pragma unroll
-      for (int j = 0; j < kVector<T>; ++j) sum[0] += x.value[i][j] *= scale;
+    reduce_row(rough.number, scratch, me, MaxThenAdd());
+    Moments moments(rough, inverse_hidden, params.relax,
+                    params.relax == Relax::kTensor ? *params.peak : 0.f);
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
+      unpack(load_x(v), x);
+      moments.add(x, int(min(hidden - v * kColumns, int64_t{kColumns})));
     }
-    reduce_row<Sum, kThreadsPerRow>(sum, scratch + kWarps);
-    const float rough_mean = sum[0] * inverse_hidden;
+    reduce_row(moments.number, scratch + 3 * kMaxWarps, me, Add());
+    const RowStatistics statistics = moments.statistics(inverse_hidden, params.eps, params.relax);
 
-    float moments[2] = {0.f, 0.f};  // of what is left: sum, sum of squares
-#pragma unroll
-    for (int i = 0; i < kVectorsPerThread<T>; ++i) {
-      if (column_of<T, kThreadsPerRow>(i) < hidden) {
-#pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) {
-          const float d = x.value[i][j] -= rough_mean;
-          moments[0] += d;
-          moments[1] += d * d;
-        }
+    const Y* residual_row =
+        static_cast<const Y*>(params.residual.data) + row * params.residual.row_stride;
+    Y* y_row = static_cast<Y*>(params.y) + row * hidden;
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
+      Vector<Y> residual = {};
+      if (params.residual.data != nullptr) {
+        residual = load_vector_at(residual_row, v * kColumns, hidden, plan.aligned);
       }
+      float weight[kColumns], bias[kColumns];
+      load_parameter<X>(given.weight, given.dtype, 1.f, v * kColumns, hidden, weight);
+      load_parameter<X>(given.bias, given.dtype, 0.f, v * kColumns, hidden, bias);
+      const Vector<Y> y = normalise(load_x(v), residual, statistics, weight, bias);
+      store_vector_at(y_row, v * kColumns, hidden, plan.aligned, y);
+      if (params.y_peak != nullptr) y_peak = peak_bits(y_peak, y, hidden - v * kColumns);
     }
-    reduce_row<Sum, kThreadsPerRow>(moments, scratch + 2 * kWarps);
-    const float shift = moments[0] * inverse_hidden;
-    const float var = fmaxf(moments[1] * inverse_hidden - shift * shift, 0.f);
-    const float c = scaled_constant(peak[0], scale, params.relax);
-    const float rstd = rstd_of(var + params.eps * c * c);
-
-#pragma unroll
-    for (int i = 0; i < kVectorsPerThread<T>; ++i) {
-      const int column = column_of<T, kThreadsPerRow>(i);
-      if (column < hidden) {
-        float weight[kVector<T>], bias[kVector<T>];
-        load_parameter<T>(params.weight, weight_is_float32, column, 1.f, weight);
-        load_parameter<T>(params.bias, weight_is_float32, column, 0.f, bias);
-#pragma unroll
-        for (int j = 0; j < kVector<T>; ++j) {
-          x.value[i][j] = (x.value[i][j] - shift) * rstd * weight[j] + bias[j];
-        }
-      }
-    }
-    store_row<T, kThreadsPerRow>(static_cast<T*>(params.y) + row * hidden, is_row ? hidden : 0, x);
-    if (is_row && threadIdx.x % kThreadsPerRow == 0) {
-      params.mean[row] = (rough_mean + shift) / scale;
-      params.rstd[row] = finite_rstd(rstd, scale);
-    }
-    bar_sync();
+    if (threadIdx.x == 0) params.statistics[row] = statistics;
   }
+  if (params.y_peak != nullptr) join_peak(params.y_peak, y_peak);
 }
 
-// Any width and alignment: one block per row, which is read again for each step.
-template <typename T>
-__global__ void __launch_bounds__(256)
-    pb_relax_layer_norm_forward_any_kernel(const PbRelaxLayerNormForwardParams params) {
-  constexpr int kWarps = 256 / kWarpSize;
-  float* scratch = shared_array<float, 4 * kWarps>();
-  const int64_t hidden = params.shape.hidden;
-  const bool weight_is_float32 = params.shape.weight_dtype == DType::kFloat32;
-
-  for (int64_t row = blockIdx.x; row < params.shape.rows; row += gridDim.x) {
-    const T* x = static_cast<const T*>(params.x) + row * params.x_row_stride;
-    T* y = static_cast<T*>(params.y) + row * hidden;
-
-    float peak[1] = {0.f};
-    if (params.relax == Relax::kTensor) {
-      peak[0] = params.peak[0];
-    } else {
-      for (int64_t column = threadIdx.x; column < hidden; column += 256) {
-        peak[0] = fmaxf(peak[0], fabsf(to_float(x[column])));
-      }
-      reduce_row<Max, 256>(peak, scratch);
+// max|x| over the tensor, joined into `peak`: exact, so that the order does not matter.
+template <typename X>
+__global__ void __launch_bounds__(kWideThreads, 1)
+    pb_relax_layer_norm_peak_kernel(const PbRelaxLayerNormForwardParams params) {
+  const RowPlan& plan = params.plan;
+  const RowThread me(plan);
+  const int64_t num_vectors = (params.hidden + kColumns - 1) / kColumns;
+  const int64_t step = int64_t(gridDim.x) * plan.rows_per_block;
+  uint32_t bits = 0;
+  for (int64_t row = int64_t(blockIdx.x) * plan.rows_per_block + me.row_in_block; row < params.rows;
+       row += step) {
+    const X* x_row = static_cast<const X*>(params.x.data) + row * params.x.row_stride;
+    for (int64_t v = me.in_row; v < num_vectors; v += me.threads_per_row) {
+      Vector<X> x = load_vector_at(x_row, v * kColumns, params.hidden, plan.aligned);
+      if (params.dropout.seed != nullptr) keep_columns(kept_columns(params.dropout, row, v), x);
+      bits = peak_bits(bits, x, kColumns);
     }
-    const float scale = relaxing_scale(peak[0], params.relax);
-
-    float sum[1] = {0.f};
-    for (int64_t column = threadIdx.x; column < hidden; column += 256) {
-      sum[0] += to_float(x[column]) * scale;
-    }
-    reduce_row<Sum, 256>(sum, scratch + kWarps);
-    const float rough_mean = sum[0] / float(hidden);
-
-    float moments[2] = {0.f, 0.f};
-    for (int64_t column = threadIdx.x; column < hidden; column += 256) {
-      const float d = to_float(x[column]) * scale - rough_mean;
-      moments[0] += d;
-      moments[1] += d * d;
-    }
-    reduce_row<Sum, 256>(moments, scratch + 2 * kWarps);
-    const float shift = moments[0] / float(hidden);
-    const float var = fmaxf(moments[1] / float(hidden) - shift * shift, 0.f);
-    const float c = scaled_constant(peak[0], scale, params.relax);
-    const float rstd = rstd_of(var + params.eps * c * c);
-
-    for (int64_t column = threadIdx.x; column < hidden; column += 256) {
-      const float d = to_float(x[column]) * scale - rough_mean - shift;
-      const float weight = load_parameter<T>(params.weight, weight_is_float32, column, 1.f);
-      const float bias = load_parameter<T>(params.bias, weight_is_float32, column, 0.f);
-      y[column] = from_float<T>(d * rstd * weight + bias);
-    }
-    if (threadIdx.x == 0) {
-      params.mean[row] = (rough_mean + shift) / scale;
-      params.rstd[row] = finite_rstd(rstd, scale);
-    }
-    bar_sync();
   }
+  join_peak(params.peak, bits);
 }
 
-template <typename T>
-bool is_aligned(const PbRelaxLayerNormForwardParams& params) {
-  const auto address = [](const void* pointer) { return reinterpret_cast<uintptr_t>(pointer); };
-  return params.shape.hidden % kVector<T> == 0 && params.x_row_stride % kVector<T> == 0 &&
-         (address(params.x) | address(params.y) | address(params.weight) | address(params.bias)) %
-                 16 ==
-             0;
-}
-
-template <typename T, int kThreadsPerRow>
+template <typename X, typename Y, int kVectors>
 cudaError_t launch_rows(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
-  constexpr int kRows = kRowsPerBlock<kThreadsPerRow>;
-  const int64_t blocks = (params.shape.rows + kRows - 1) / kRows;
-  return launch<pb_relax_layer_norm_forward_kernel<T, kThreadsPerRow>>(
-      blocks < INT32_MAX ? blocks : INT32_MAX, 1, kBlockThreads<kThreadsPerRow>, 0, stream, params);
+  const RowPlan& plan = params.plan;
+  return launch<pb_relax_layer_norm_forward_kernel<X, Y, kVectors>>(
+      plan.num_blocks, 1, plan.num_threads(), plan.shared_bytes, stream, params);
 }
 
-template <typename T>
-cudaError_t launch_forward(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
-  const int64_t rows = params.shape.rows, hidden = params.shape.hidden;
-  if (is_aligned<T>(params)) {
-    if (hidden <= 32 * kElementsPerThread) return launch_rows<T, 32>(params, stream);
-    if (hidden <= 128 * kElementsPerThread) return launch_rows<T, 128>(params, stream);
-    if (hidden <= 256 * kElementsPerThread) return launch_rows<T, 256>(params, stream);
-    if (hidden <= 512 * kElementsPerThread) return launch_rows<T, 512>(params, stream);
-    if (hidden <= 1024 * kElementsPerThread) return launch_rows<T, 1024>(params, stream);
-  }
-  return launch<pb_relax_layer_norm_forward_any_kernel<T>>(rows < INT32_MAX ? rows : INT32_MAX, 1,
-                                                           256, 0, stream, params);
+template <typename X, typename Y>
+cudaError_t launch_forward(PbRelaxLayerNormForwardParams params, cudaStream_t stream) {
+  RowNeeds needs = {};
+  needs.rows = params.rows;
+  needs.hidden = params.hidden;
+  needs.num_blocks = params.num_blocks;
+  needs.max_threads = kMaxThreads;
+  needs.stage_pieces = pieces_of(params.x_dtype);
+  if (params.residual.data != nullptr) needs.stage_pieces += pieces_of(params.y_dtype);
+  needs.num_parameters = 2;
+  const int vectors = vectors_for(params.hidden, kMaxThreads);
+  bool fits = false;
+  const cudaError_t status = plan_rows(needs, vectors, &params.plan, &fits);
+  if (status != cudaSuccess) return status;
+  if (fits && vectors == 1) return launch_rows<X, Y, 1>(params, stream);
+  if (fits && vectors == 2) return launch_rows<X, Y, 2>(params, stream);
+  params.plan.threads_per_row = kWideThreads;
+  return launch<pb_relax_layer_norm_forward_wide_kernel<X, Y>>(
+      params.rows < INT32_MAX ? params.rows : INT32_MAX, 1, kWideThreads, 0, stream, params);
 }
 
 }  // namespace
 
-cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& params,
+cudaError_t pb_relax_layer_norm_peak(const PbRelaxLayerNormForwardParams& given,
+                                     cudaStream_t stream) {
+  PbRelaxLayerNormForwardParams params = given;
+  RowPlan& plan = params.plan;
+  plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.x, params.x_dtype);
+  plan.threads_per_row = min(threads_for(params.hidden, 1), kWideThreads);
+  plan.rows_per_block = kWideThreads / plan.threads_per_row;
+  constexpr int64_t kBlocksPerSm = 4;  // each thread has one load under way: many threads
+  plan.num_blocks =
+      int(min(ceil_div(params.rows, plan.rows_per_block), kBlocksPerSm * params.num_blocks));
+  return with_dtypes(params.x_dtype, params.x_dtype, [&](auto x, auto) {
+    return launch<pb_relax_layer_norm_peak_kernel<typename decltype(x)::Type>>(
+        plan.num_blocks, 1, plan.num_threads(), 0, stream, params);
+  });
+}
+
+cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& given,
                                         cudaStream_t stream) {
-  if (params.shape.rows == 0) return cudaSuccess;
-  switch (params.shape.dtype) {
-    case DType::kFloat32:
-      return launch_forward<float>(params, stream);
-    case DType::kFloat16:
-      return launch_forward<Half>(params, stream);
-    case DType::kBFloat16:
-      return launch_forward<BFloat16>(params, stream);
+  PbRelaxLayerNormForwardParams params = given;
+  if (params.relax == Relax::kTensor && !params.peak_is_known) {
+    const cudaError_t status = pb_relax_layer_norm_peak(params, stream);
+    if (status != cudaSuccess) return status;
   }
-  return cudaErrorInvalidValue;
+  params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.x, params.x_dtype) &&
+                        rows_aligned(params.residual, params.y_dtype) &&
+                        rows_aligned({params.y, params.hidden}, params.y_dtype);
+  return with_dtypes(params.x_dtype, params.y_dtype, [&](auto x, auto y) {
+    return launch_forward<typename decltype(x)::Type, typename decltype(y)::Type>(params, stream);
+  });
 }
 
 }  // namespace cogview

@@ -67,6 +67,14 @@ KERNEL(copy_v4_kernel) {  // sixteen bytes for each thread
   st_global_v4(static_cast<char*>(p.out) + 16 * i, bits);
 }
 
+KERNEL(shared_v4_kernel) {  // sixteen bytes of the neighbour's, through shared memory
+  const int i = thread_number();
+  unsigned char* shared = dynamic_shared();
+  st_shared_v4(shared + 16 * threadIdx.x, ld_global_nc_v4(static_cast<const char*>(p.a) + 16 * i));
+  bar_sync();
+  st_global_v4(static_cast<char*>(p.out) + 16 * i, ld_shared_v4(shared + 16 * (threadIdx.x ^ 1)));
+}
+
 KERNEL(red_global_max_kernel) {  // a: the value, b: where in out
   const int i = thread_number();
   red_global_max(static_cast<uint32_t*>(p.out) + load<int>(p.b, i), load<uint32_t>(p.a, i));
@@ -170,6 +178,7 @@ const std::map<std::string, Launch> kPrimitives = {
     {"vote_ballot", kLaunch<vote_ballot_kernel>},
     {"popc", kLaunch<popc_kernel>},
     {"copy_v4", kLaunch<copy_v4_kernel>},
+    {"shared_v4", kLaunch<shared_v4_kernel, 32, 32 * 16>},
     {"red_global_max", kLaunch<red_global_max_kernel>},
     {"cp_async_16", kLaunch<cp_async_kernel<16>, 32, 32 * 16>},
     {"cp_async_4", kLaunch<cp_async_kernel<4>, 32, 32 * 4>},

@@ -169,6 +169,13 @@ def test_copy_v4(run: Primitives, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(run("copy_v4", 64, np.zeros_like(bits), bits), bits)
 
 
+def test_shared_v4(run: Primitives, rng: np.random.Generator) -> None:
+    """st_shared_v4 and ld_shared_v4."""
+    bits = words(rng, 64, 32, 4)
+    neighbour = bits[:, np.arange(32) ^ 1]
+    np.testing.assert_array_equal(run("shared_v4", 64, np.zeros_like(bits), bits), neighbour)
+
+
 def test_red_global_max(run: Primitives, rng: np.random.Generator) -> None:
     """Many threads of many blocks meet in few places; as unsigned numbers."""
     value, place = words(rng, 64, 32), rng.integers(0, 40, (64, 32), dtype=np.int32)

@@ -1,0 +1,81 @@
+// Gradients of weights and biases, as the backward kernels collect them.
+#pragma once
+
+#include "row.cuh"
+
+namespace cogview {
+
+// A thread's sums for its columns, one set for each gradient.
+template <int kGradients, int kVectors>
+struct ColumnSums {
+  float value[kGradients][kVectors][kColumns] = {};
+
+  // The sums of the rows that the block worked on side by side are added up, in order, and go to
+  // the block's rows of `partial` (kGradients, gridDim.x, hidden). After the last round: the slots
+  // where rows arrived are free.
+  __device__ __forceinline__ void store(float* partial, int64_t hidden, const RowThread& me) {
+    uint4* slots = reinterpret_cast<uint4*>(dynamic_shared()) + me.in_row;
+    const int rows = int(blockDim.x) / me.threads_per_row;
+    for (int other = 1; other < rows; ++other) {
+      bar_sync();
+      uint4* slot = slots;
+#pragma unroll
+      for (int g = 0; g < kGradients; ++g) {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          if (me.row_in_block == other) {
+            const Vector<float> sums = pack<float>(value[g][i]);
+            st_shared_v4(slot, sums.piece[0]);
+            st_shared_v4(slot + me.threads_per_row, sums.piece[1]);
+          }
+          slot += 2 * me.threads_per_row;
+        }
+      }
+      bar_sync();
+      slot = slots;
+#pragma unroll
+      for (int g = 0; g < kGradients; ++g) {
+#pragma unroll
+        for (int i = 0; i < kVectors; ++i) {
+          if (me.row_in_block == 0) {
+            float sums[kColumns];
+            unpack(Vector<float>{{ld_shared_v4(slot), ld_shared_v4(slot + me.threads_per_row)}},
+                   sums);
+#pragma unroll
+            for (int j = 0; j < kColumns; ++j) value[g][i][j] += sums[j];
+          }
+          slot += 2 * me.threads_per_row;
+        }
+      }
+    }
+    if (me.row_in_block > 0) return;
+#pragma unroll
+    for (int g = 0; g < kGradients; ++g) {
+      float* row = partial + (int64_t{g} * gridDim.x + blockIdx.x) * hidden;
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        store_vector_at(row, me.column(i), hidden, hidden % kColumns == 0,
+                        pack<float>(value[g][i]));
+      }
+    }
+  }
+};
+
+// What a thread adds to its row's sums of g and of g xhat, with g = dy weight; and its columns'
+// sums of dy xhat and dy. x becomes xhat, dy becomes g.
+__device__ __forceinline__ void add_columns(float (&x)[kColumns], float (&dy)[kColumns],
+                                            const float (&weight)[kColumns],
+                                            const RowStatistics& statistics, float (&row_sums)[2],
+                                            float (&dweight)[kColumns], float (&dbias)[kColumns]) {
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    x[j] = normalised(x[j], statistics);
+    dweight[j] += dy[j] * x[j];
+    dbias[j] += dy[j];
+    dy[j] *= weight[j];
+    row_sums[0] += dy[j];
+    row_sums[1] += dy[j] * x[j];
+  }
+}
+
+}  // namespace cogview

@@ -1,0 +1,210 @@
+// Sandwich residual, backward.
+//
+// Math, with hhat and fhat the normalised rows of h and dropout(f):
+//   dresidual = dh + the gradient of LN_pre for dz
+//   df = the gradient of LN_post for dresidual, zero where f was dropped
+//   dpre_weight = sum over rows of dz * hhat;          dpre_bias = sum over rows of dz
+//   dpost_weight = sum over rows of dresidual * fhat;  dpost_bias = sum over rows of dresidual
+// with the gradient of a norm as pb_relax_layer_norm_backward.cu has it.
+//
+// Layout     dh, dz, f, h: rows at a stride; df, dresidual contiguous; partial (4, num_blocks,
+//            hidden) float32, the post weight's and bias's sums first.
+// Grid, threads, shared memory, barriers, writers: as there, with four rows arriving together. Each
+//            of dh, dz, f, h is read once; df and dresidual are written once. Deterministic.
+// Otherwise  two launches of pb_relax_layer_norm_backward: where a row is too wide, and without z.
+// Rounding   float32 throughout, df goes on from dresidual before it is rounded.
+// Reference  gradient of cogview_kernels.reference.sandwich_residual
+
+#include "../pb_relax_layer_norm/gradients.cuh"
+#include "sandwich_residual.h"
+
+namespace cogview {
+namespace {
+
+constexpr int kMaxThreads = 512;
+
+template <typename F, typename H, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    sandwich_residual_backward_kernel(const SandwichResidualBackwardParams params) {
+  // Slots: statistics of f and of h, then f, h, and for each vector dh and dz side by side.
+  constexpr int kFSlots = 2, kHSlots = kFSlots + kVectors * kPieces<F>;
+  constexpr int kDhSlots = kHSlots + kVectors * kPieces<H>, kDzSlots = kDhSlots + kPieces<H>;
+  constexpr int kGradientStep = 2 * kPieces<H>;
+  constexpr int kStageSlots = kDhSlots + kVectors * kGradientStep;
+  const RowPlan& plan = params.plan;
+  const RowThread me(plan);
+  const int64_t hidden = params.hidden;
+  const float inverse_hidden = 1.f / float(hidden);
+  float* scratch = shared_array<float, 2 * 2 * kMaxWarps>();
+  const SharedParameters<2, kVectors> parameters(plan, kStageSlots, me);  // post, pre weight
+  parameters.template fill<F>(0, params.post_weight, params.post_dtype, 1.f, hidden, me);
+  parameters.template fill<H>(1, params.pre_weight, params.pre_dtype, 1.f, hidden, me);
+  bar_sync();
+
+  ColumnSums<4, kVectors> sums;  // dresidual * fhat, dresidual, dz * hhat, dz
+  const auto copy = [&](int64_t row, bool is_row, const Slots& slots) {
+    cp_async_16(slots.first, params.f_statistics + row, is_row);
+    cp_async_16(slots.first + 1, params.h_statistics + row, is_row);
+    copy_row<F, kVectors>(params.f, row, is_row, hidden, plan.aligned, me, slots, kFSlots);
+    copy_row<H, kVectors>(params.h, row, is_row, hidden, plan.aligned, me, slots, kHSlots);
+    copy_row<H, kVectors>(params.dh, row, is_row, hidden, plan.aligned, me, slots, kDhSlots,
+                          kGradientStep);
+    copy_row<H, kVectors>(params.dz, row, is_row, hidden, plan.aligned, me, slots, kDzSlots,
+                          kGradientStep);
+  };
+  const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int) {
+    const RowStatistics f_statistics = slots.load_statistics(0);
+    const RowStatistics h_statistics = slots.load_statistics(1);
+
+    float h_sums[2] = {0.f, 0.f};  // of g, of g * hhat, with g = dz * pre_weight
+    float weight[kColumns];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      float h[kColumns], dz[kColumns];
+      unpack(slots.load<H>(kHSlots + i * kPieces<H>), h);
+      unpack(slots.load<H>(kDzSlots + i * kGradientStep), dz);
+      parameters.load(1, i, weight);
+      add_columns(h, dz, weight, h_statistics, h_sums, sums.value[2][i], sums.value[3][i]);
+    }
+    reduce_row(h_sums, scratch, me, Add());
+    const float mean_gh = h_sums[0] * inverse_hidden, mean_gh_hhat = h_sums[1] * inverse_hidden;
+
+    uint32_t kept[kVectors] = {};
+    float f_sums[2] = {0.f, 0.f};  // of g, of g * fhat, with g = dresidual * post_weight
+    const auto load_f = [&](int i, float (&f)[kColumns]) {
+      Vector<F> vector = slots.load<F>(kFSlots + i * kPieces<F>);
+      if (params.dropout.seed != nullptr) keep_columns(kept[i], vector);
+      unpack(vector, f);
+    };
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      float h[kColumns], dz[kColumns], dresidual[kColumns];
+      unpack(slots.load<H>(kHSlots + i * kPieces<H>), h);
+      unpack(slots.load<H>(kDzSlots + i * kGradientStep), dz);
+      unpack(slots.load<H>(kDhSlots + i * kGradientStep), dresidual);
+      parameters.load(1, i, weight);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        dresidual[j] += gradient_of(dz[j] * weight[j], normalised(h[j], h_statistics), mean_gh,
+                                    mean_gh_hhat, h_statistics);
+        if (me.column(i) + j >= hidden) dresidual[j] = 0.f;
+      }
+      if (is_row) {
+        store_vector_at(static_cast<H*>(params.dresidual) + row * hidden, me.column(i), hidden,
+                        plan.aligned, pack<H>(dresidual));
+      }
+      // It is needed once more, unrounded: over dh, and dz where that has sixteen bits, too.
+      slots.store(kDhSlots + i * kGradientStep, pack<float>(dresidual));
+      if (params.dropout.seed != nullptr) {
+        kept[i] = kept_columns(params.dropout, row, me.vector_idx(i));
+      }
+      load_f(i, h);
+      parameters.load(0, i, weight);
+      add_columns(h, dresidual, weight, f_statistics, f_sums, sums.value[0][i], sums.value[1][i]);
+    }
+    reduce_row(f_sums, scratch + 2 * kMaxWarps, me, Add());
+    const float mean_gf = f_sums[0] * inverse_hidden, mean_gf_fhat = f_sums[1] * inverse_hidden;
+
+    if (!is_row) return;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      float f[kColumns], dresidual[kColumns];
+      load_f(i, f);
+      unpack(slots.load<float>(kDhSlots + i * kGradientStep), dresidual);
+      parameters.load(0, i, weight);
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) {
+        f[j] = gradient_of(dresidual[j] * weight[j], normalised(f[j], f_statistics), mean_gf,
+                           mean_gf_fhat, f_statistics);
+      }
+      Vector<F> df = pack<F>(f);
+      if (params.dropout.seed != nullptr) keep_columns(kept[i], df);
+      store_vector_at(static_cast<F*>(params.df) + row * hidden, me.column(i), hidden, plan.aligned,
+                      df);
+    }
+  };
+  for_each_row(plan, params.rows, kStageSlots, me, copy, compute);
+  if (params.partial != nullptr) sums.store(params.partial, hidden, me);
+}
+
+template <typename F, typename H, int kVectors>
+cudaError_t launch_rows(const SandwichResidualBackwardParams& params, cudaStream_t stream) {
+  return launch<sandwich_residual_backward_kernel<F, H, kVectors>>(
+      params.num_blocks, 1, params.plan.num_threads(), params.plan.shared_bytes, stream, params);
+}
+
+// One norm after the other.
+cudaError_t launch_norms(const SandwichResidualBackwardParams& params, cudaStream_t stream) {
+  const int64_t gradient = int64_t{params.num_blocks} * params.hidden;  // of `partial`
+  PbRelaxLayerNormBackwardParams norm = {};
+  norm.rows = params.rows;
+  norm.hidden = params.hidden;
+  norm.num_blocks = params.num_blocks;
+  norm.dy = params.dh;
+  norm.dy_dtype = params.h_dtype;
+  if (params.dresidual != nullptr) {
+    norm.dy = params.dz;
+    norm.x_dtype = params.h_dtype;
+    norm.x = params.h;
+    norm.add = params.dh;
+    norm.weight = params.pre_weight;
+    norm.weight_dtype = params.pre_dtype;
+    norm.statistics = params.h_statistics;
+    norm.dx = params.dresidual;
+    norm.partial = params.partial == nullptr ? nullptr : params.partial + 2 * gradient;
+    const cudaError_t status = pb_relax_layer_norm_backward(norm, stream);
+    if (status != cudaSuccess) return status;
+    norm.dy = {params.dresidual, params.hidden};
+  }
+  norm.x_dtype = params.f_dtype;
+  norm.x = params.f;
+  norm.add = {};
+  norm.weight = params.post_weight;
+  norm.weight_dtype = params.post_dtype;
+  norm.dropout = params.dropout;
+  norm.statistics = params.f_statistics;
+  norm.dx = params.df;
+  norm.partial = params.partial;
+  return pb_relax_layer_norm_backward(norm, stream);
+}
+
+template <typename F, typename H>
+cudaError_t launch_backward(SandwichResidualBackwardParams params, cudaStream_t stream) {
+  RowNeeds needs = {};
+  needs.rows = params.rows;
+  needs.hidden = params.hidden;
+  needs.num_blocks = params.num_blocks;
+  needs.max_threads = kMaxThreads;
+  needs.stage_pieces = pieces_of(params.f_dtype) + 3 * pieces_of(params.h_dtype);
+  needs.extra_pieces = 2;  // statistics
+  needs.num_parameters = 2;
+  const int vectors = vectors_for(params.hidden, kMaxThreads);
+  bool fits = false;
+  const cudaError_t status = plan_rows(needs, vectors, &params.plan, &fits);
+  if (status != cudaSuccess) return status;
+  if (fits && vectors == 1) return launch_rows<F, H, 1>(params, stream);
+  if (fits && vectors == 2) return launch_rows<F, H, 2>(params, stream);
+  return launch_norms(params, stream);
+}
+
+}  // namespace
+
+cudaError_t sandwich_residual_backward(const SandwichResidualBackwardParams& given,
+                                       cudaStream_t stream) {
+  if (given.dresidual == nullptr) return launch_norms(given, stream);
+  SandwichResidualBackwardParams params = given;
+  const DType h_dtype = params.h_dtype;
+  params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.f, params.f_dtype) &&
+                        rows_aligned(params.h, h_dtype) && rows_aligned(params.dh, h_dtype) &&
+                        rows_aligned(params.dz, h_dtype) &&
+                        rows_aligned({params.df, params.hidden}, params.f_dtype) &&
+                        rows_aligned({params.dresidual, params.hidden}, h_dtype);
+  return with_dtypes(params.f_dtype, h_dtype, [&](auto f, auto h) {
+    return launch_backward<typename decltype(f)::Type, typename decltype(h)::Type>(params, stream);
+  });
+}
+
+}  // namespace cogview

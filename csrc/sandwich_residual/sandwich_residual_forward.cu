@@ -1,0 +1,163 @@
+// Sandwich residual, forward.
+//
+// Math  h = residual + LN_post(dropout(f));  z = LN_pre(h), of the rounded h
+// with both norms as pb_relax_layer_norm_forward.cu has them.
+//
+// Layout     f, residual: rows at a stride; h, z contiguous; statistics: sixteen bytes a row.
+// Grid, threads, shared memory, barriers: as there, with both rows arriving together. f and
+//            residual are read once, h and z are written once.
+// Otherwise  two launches of pb_relax_layer_norm_forward: where a row is too wide, without z, and
+//            for Relax::kTensor, whose second norm needs the maximum over all of h.
+// Rounding   float32 throughout, h and z rounded once each.
+// Reference  cogview_kernels.reference.sandwich_residual
+
+#include "../pb_relax_layer_norm/row.cuh"
+#include "sandwich_residual.h"
+
+namespace cogview {
+namespace {
+
+constexpr int kMaxThreads = 1024;
+
+template <typename F, typename H, int kVectors>
+__global__ void __launch_bounds__(kMaxThreads, 1)
+    sandwich_residual_forward_kernel(const SandwichResidualForwardParams params) {
+  constexpr int kFSlots = kVectors * kPieces<F>, kStageSlots = kFSlots + kVectors * kPieces<H>;
+  const RowPlan& plan = params.plan;
+  const RowThread me(plan);
+  const int hidden = int(params.hidden);
+  float* scratch = shared_array<float, kScratchFloats>();
+  const NormParameters &post = params.post, &pre = params.pre;
+  const SharedParameters<4, kVectors> parameters(plan, kStageSlots, me);
+  parameters.template fill<F>(0, post.weight, post.dtype, 1.f, hidden, me);
+  parameters.template fill<F>(1, post.bias, post.dtype, 0.f, hidden, me);
+  parameters.template fill<H>(2, pre.weight, pre.dtype, 1.f, hidden, me);
+  parameters.template fill<H>(3, pre.bias, pre.dtype, 0.f, hidden, me);
+  bar_sync();
+
+  const auto copy = [&](int64_t row, bool is_row, const Slots& slots) {
+    copy_row<F, kVectors>(params.f, row, is_row, hidden, plan.aligned, me, slots, 0);
+    copy_row<H, kVectors>(params.residual, row, is_row, hidden, plan.aligned, me, slots, kFSlots);
+  };
+  const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int) {
+    Vector<F> f[kVectors];
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      f[i] = slots.load<F>(i * kPieces<F>);
+      if (params.dropout.seed != nullptr) {
+        keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), f[i]);
+      }
+    }
+    const RowStatistics f_statistics = statistics_of_row<kVectors>(
+        [&](int i) { return f[i]; }, hidden, params.post_eps, params.relax, nullptr, me, scratch);
+    float weight[kColumns], bias[kColumns];
+    // h takes the residual's slots, and is all zero beyond the row's end.
+    const auto load_h = [&](int i) { return slots.load<H>(kFSlots + i * kPieces<H>); };
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      parameters.load(0, i, weight);
+      parameters.load(1, i, bias);
+      Vector<H> h = normalise(f[i], load_h(i), f_statistics, weight, bias);
+      clear_beyond(hidden - me.column(i), h);
+      slots.store(kFSlots + i * kPieces<H>, h);
+    }
+    const RowStatistics h_statistics = statistics_of_row<kVectors>(
+        load_h, hidden, params.pre_eps, params.relax, nullptr, me, scratch);
+    if (!is_row) return;
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      const Vector<H> h = load_h(i);
+      store_vector_at(static_cast<H*>(params.h) + row * hidden, me.column(i), hidden, plan.aligned,
+                      h);
+      parameters.load(2, i, weight);
+      parameters.load(3, i, bias);
+      const Vector<H> z = normalise(h, Vector<H>{}, h_statistics, weight, bias);
+      store_vector_at(static_cast<H*>(params.z) + row * hidden, me.column(i), hidden, plan.aligned,
+                      z);
+    }
+    if (me.in_row == 0) {
+      params.f_statistics[row] = f_statistics;
+      params.h_statistics[row] = h_statistics;
+    }
+  };
+  for_each_row(plan, params.rows, kStageSlots, me, copy, compute);
+}
+
+template <typename F, typename H, int kVectors>
+cudaError_t launch_rows(const SandwichResidualForwardParams& params, cudaStream_t stream) {
+  const RowPlan& plan = params.plan;
+  return launch<sandwich_residual_forward_kernel<F, H, kVectors>>(
+      plan.num_blocks, 1, plan.num_threads(), plan.shared_bytes, stream, params);
+}
+
+// One norm after the other.
+cudaError_t launch_norms(const SandwichResidualForwardParams& params, cudaStream_t stream) {
+  PbRelaxLayerNormForwardParams norm = {};
+  norm.rows = params.rows;
+  norm.hidden = params.hidden;
+  norm.x_dtype = params.f_dtype;
+  norm.y_dtype = params.h_dtype;
+  norm.x = params.f;
+  norm.residual = params.residual;
+  norm.parameters = params.post;
+  norm.dropout = params.dropout;
+  norm.eps = params.post_eps;
+  norm.relax = params.relax;
+  norm.num_blocks = params.num_blocks;
+  norm.peak = params.peaks;
+  norm.y_peak = params.z == nullptr || params.peaks == nullptr ? nullptr : params.peaks + 1;
+  norm.y = params.h;
+  norm.statistics = params.f_statistics;
+  const cudaError_t status = pb_relax_layer_norm_forward(norm, stream);
+  if (status != cudaSuccess || params.z == nullptr) return status;
+
+  norm.x_dtype = params.h_dtype;
+  norm.x = {params.h, params.hidden};
+  norm.residual = {};
+  norm.parameters = params.pre;
+  norm.dropout = {};
+  norm.eps = params.pre_eps;
+  norm.peak = norm.y_peak;
+  norm.peak_is_known = true;
+  norm.y_peak = nullptr;
+  norm.y = params.z;
+  norm.statistics = params.h_statistics;
+  return pb_relax_layer_norm_forward(norm, stream);
+}
+
+template <typename F, typename H>
+cudaError_t launch_forward(SandwichResidualForwardParams params, cudaStream_t stream) {
+  RowNeeds needs = {};
+  needs.rows = params.rows;
+  needs.hidden = params.hidden;
+  needs.num_blocks = params.num_blocks;
+  needs.max_threads = kMaxThreads;
+  needs.stage_pieces = pieces_of(params.f_dtype) + pieces_of(params.h_dtype);
+  needs.num_parameters = 4;
+  const int vectors = vectors_for(params.hidden, kMaxThreads);
+  bool fits = false;
+  const cudaError_t status = plan_rows(needs, vectors, &params.plan, &fits);
+  if (status != cudaSuccess) return status;
+  if (fits && vectors == 1) return launch_rows<F, H, 1>(params, stream);
+  if (fits && vectors == 2) return launch_rows<F, H, 2>(params, stream);
+  return launch_norms(params, stream);
+}
+
+}  // namespace
+
+cudaError_t sandwich_residual_forward(const SandwichResidualForwardParams& given,
+                                      cudaStream_t stream) {
+  if (given.z == nullptr || given.relax == Relax::kTensor) return launch_norms(given, stream);
+  SandwichResidualForwardParams params = given;
+  params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.f, params.f_dtype) &&
+                        rows_aligned(params.residual, params.h_dtype) &&
+                        rows_aligned({params.h, params.hidden}, params.h_dtype) &&
+                        rows_aligned({params.z, params.hidden}, params.h_dtype);
+  return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
+    return launch_forward<typename decltype(f)::Type, typename decltype(h)::Type>(params, stream);
+  });
+}
+
+}  // namespace cogview
