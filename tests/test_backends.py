@@ -118,11 +118,11 @@ def test_opcheck_layer_norm(backend: str, dtype: torch.dtype, relax: int, affine
     parameters = (weight, bias) if affine else (None, None)
     torch.library.opcheck(norm, (x, *parameters, 1e-5, relax))
     with torch.no_grad():
-        _, mean, rstd = norm(x, *parameters, 1e-5, relax)
+        _, statistics = norm(x, *parameters, 1e-5, relax)
     weight_or_none = weight.detach() if affine else None
     torch.library.opcheck(
         differentiate,
-        (x.detach(), x.detach(), weight_or_none, mean, rstd, torch.float32 if affine else None),
+        (x.detach(), x.detach(), weight_or_none, statistics, torch.float32 if affine else None),
     )
 
 
@@ -423,9 +423,12 @@ def test_nothing_is_left_unwritten(deterministic: None) -> None:
         assert all(results[name].isfinite().all() for name in RESULTS)
     assert ck.sample_pivots(torch.tensor([3, 60]), 64, 10).max() == 64
     x = torch.randn(5, 12, requires_grad=True)
-    y, mean, rstd = OPS.pb_relax_layer_norm(x, None, None, 1e-5, 1)
+    y, statistics = OPS.pb_relax_layer_norm(x, None, None, 1e-5, 1)
     assert torch.autograd.grad(y.sum(), x)[0].isfinite().all()
-    assert mean.isfinite().all() and rstd.isfinite().all()
+    assert statistics.isfinite().all()
+    results = OPS.sandwich_residual(x, x, True, *(None,) * 4, torch.tensor([3]), 6554, 1e-5, 1)
+    assert torch.autograd.grad(results[:2], x, (y, y))[0].isfinite().all()
+    assert all(result.isfinite().all() for result in results)
 
 
 # Backends
@@ -804,15 +807,18 @@ def test_fake_cuda_tensors() -> None:
     with FakeTensorMode():
         x = torch.randn(6, 16, device="cuda", dtype=torch.float16)
         weight = torch.ones(16, device="cuda")
-        y, mean, rstd = OPS.pb_relax_layer_norm(x, weight, weight, 1e-5, 1)
+        y, statistics = OPS.pb_relax_layer_norm(x, weight, weight, 1e-5, 1)
         dx, dweight, dbias = OPS.pb_relax_layer_norm_backward(
-            y, x, weight, mean, rstd, torch.float32
+            y, x, weight, statistics, torch.float32
         )
-        shapes = {y: (6, 16), mean: (6,), rstd: (6,), dx: (6, 16), dweight: (16,), dbias: (16,)}
+        shapes = {y: (6, 16), statistics: (6, 4), dx: (6, 16), dweight: (16,), dbias: (16,)}
         for tensor, shape in shapes.items():
             assert tensor.shape == shape and tensor.device.type == "cuda"
-            assert tensor.dtype == (torch.float16 if len(shape) == 2 else torch.float32)
+            assert tensor.dtype == (torch.float16 if shape == (6, 16) else torch.float32)
         assert ck.pb_relax_layer_norm(x, weight, weight).device.type == "cuda"
+        for tensor in ck.sandwich_residual(x, x.float(), *[weight] * 4, dropout_p=0.1):
+            assert (tensor.shape, tensor.dtype) == ((6, 16), torch.float32)
+            assert tensor.device.type == "cuda"
 
         q = torch.randn(2, 16, 4, 32, device="cuda", dtype=torch.bfloat16).transpose(1, 2)
         k = torch.randn(2, 2, 16, 32, device="cuda", dtype=torch.bfloat16)

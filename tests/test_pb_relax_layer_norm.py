@@ -1,4 +1,4 @@
-"""pb_relax_layer_norm, sandwich_residual and PBRelaxLayerNorm."""
+"""pb_relax_layer_norm, PBRelaxLayerNorm and patch."""
 
 from __future__ import annotations
 
@@ -152,19 +152,6 @@ def test_gradients_are_those_of_the_values(backend: str, relax: str | None) -> N
 
     assert torch.autograd.gradcheck(norm, (x, weight, bias))
     assert torch.autograd.gradgradcheck(norm, (x, weight, bias))
-
-
-@pytest.mark.parametrize("backend", ["reference", "portable"])
-def test_sandwich_gradients_are_those_of_the_values(backend: str) -> None:
-    tensors = [
-        torch.randn(shape, dtype=torch.float64, requires_grad=True)
-        for shape in ((3, 5), (3, 5), 5, 5, 5, 5)
-    ]
-
-    def sandwich(*tensors: Tensor) -> Any:
-        return ck.sandwich_residual(*tensors, eps=0.3, relax=None, backend=backend)
-
-    assert torch.autograd.gradcheck(sandwich, tensors)
 
 
 def test_no_gradient_flows_through_the_maximum() -> None:
@@ -449,43 +436,7 @@ def test_operator_without_weight_or_bias(
         torch.testing.assert_close(value, right)
 
 
-# Sandwich and module
-
-
-@pytest.mark.parametrize("backend", ["auto", "portable", "reference", HOST_MODEL])
-@pytest.mark.parametrize("relax", RELAX)
-@pytest.mark.parametrize("dtype, residual_dtype", [(torch.float32,) * 2, (torch.half, torch.float)])
-def test_sandwich_is_its_definition(
-    backend: str, relax: str | None, dtype: torch.dtype, residual_dtype: torch.dtype
-) -> None:
-    f = torch.randn(2, 5, 12).to(dtype).requires_grad_()
-    residual = (10 * torch.randn(2, 5, 12)).to(residual_dtype).requires_grad_()
-    parameters = [torch.randn(12).to(dtype).requires_grad_() for _ in range(4)]
-    if dtype != residual_dtype:
-        parameters = [p.detach().float().requires_grad_() for p in parameters]
-    h, z = ck.sandwich_residual(f, residual, *parameters, 1e-3, relax, backend)
-    assert h.dtype == z.dtype == residual_dtype and h.shape == z.shape == f.shape
-    right_h = residual + ck.pb_relax_layer_norm(f, *parameters[:2], 1e-3, relax, backend)
-    right_z = ck.pb_relax_layer_norm(right_h, *parameters[2:], 1e-3, relax, backend)
-    assert torch.equal(h, right_h) and torch.equal(z, right_z)
-    leaves = [f, residual, *parameters]
-    upstream = (torch.randn_like(h), torch.randn_like(z))
-    actual = torch.autograd.grad((h, z), leaves, upstream)
-    expected = torch.autograd.grad((right_h, right_z), leaves, upstream)
-    for value, right in zip(actual, expected, strict=True):
-        torch.testing.assert_close(value, right)
-        assert value.abs().max() > 0
-
-
-def test_sandwich_in_float16_at_the_end_of_the_range() -> None:
-    """Sandwich-LN's point: whatever the branch returns, what is added to the residual is small."""
-    f = (torch.randn(4, 32).sign() * 65504).half().requires_grad_()
-    residual = torch.randn(4, 32).half().requires_grad_()
-    h, z = ck.sandwich_residual(f, residual, None, None, None, None)
-    assert h.abs().max() < 10 and z.abs().max() < 10
-    (h.float().sum() + z.float().square().sum()).backward()
-    for leaf in (f, residual):
-        assert leaf.grad is not None and leaf.grad.isfinite().all()
+# Module and patch
 
 
 def test_module_shares_its_state_with_nn_layer_norm() -> None:
@@ -522,6 +473,108 @@ def test_module_copies_and_casts(relax: str | None) -> None:
     assert f"relax={relax!r}" in repr(module) and "eps=0.001" in repr(module)
     meta = ck.PBRelaxLayerNorm(7, relax=relax, device="meta", dtype=torch.float16)
     assert meta(torch.empty(2, 7, device="meta", dtype=torch.float16)).shape == (2, 7)
+
+
+class Net(nn.Module):
+    """Norms in several places, one of them in two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.norms = nn.ModuleList([nn.LayerNorm(6, eps=1e-3), nn.LayerNorm(6, bias=False)])
+        self.shared = self.norms[0]
+        self.plain = nn.LayerNorm(6, elementwise_affine=False)
+        self.image = nn.LayerNorm((3, 6))
+        self.other = type("Derived", (nn.LayerNorm,), {})(6)
+        for parameter in self.parameters():
+            nn.init.normal_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in (self.norms[0], self.linear, self.norms[1], self.shared, self.plain):
+            x = layer(x)
+        return self.other(self.image(x))
+
+
+def test_patched_models_compute_the_same() -> None:
+    model, x = Net(), torch.randn(4, 3, 6)
+    state = copy.deepcopy(model.state_dict())
+    parameters, expected = list(model.parameters()), model(x)
+    names = [name for name, _ in model.named_modules()]
+    assert ck.patch(model) is model
+    for norm in (*model.norms, model.plain):
+        assert type(norm) is ck.PBRelaxLayerNorm and norm.relax is None
+    assert model.shared is model.norms[0]
+    assert type(model.image) is nn.LayerNorm and type(model.other).__name__ == "Derived"
+    torch.testing.assert_close(model(x), expected)
+    # What others hold on to is still the model's own.
+    assert all(one is two for one, two in zip(parameters, model.parameters(), strict=True))
+    assert names == [name for name, _ in model.named_modules()]
+    assert list(model.state_dict()) == list(state)
+    Net().load_state_dict(model.state_dict())
+    model.load_state_dict(Net().state_dict())
+    model.load_state_dict(state)
+
+    ck.patch(model, relax="row")
+    assert model.plain.relax is None, "patched once"
+    twin = copy.deepcopy(model)
+    torch.testing.assert_close(twin(x), expected)
+    assert type(twin.plain) is ck.PBRelaxLayerNorm and "relax=None" in repr(twin.plain)
+    columns = x.transpose(1, 2).contiguous().transpose(1, 2)
+    torch.testing.assert_close(model(columns), expected)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), expected)
+
+
+def test_patching_keeps_hooks_and_optimizers() -> None:
+    model, x = nn.Sequential(nn.Linear(6, 6), nn.LayerNorm(6)).eval(), torch.randn(2, 6)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    seen = []
+    model[1].register_forward_hook(lambda module, args, output: seen.append(type(module)))
+    ck.patch(model)
+    assert not model[1].training
+    before = model[1].weight.clone()
+    model(x).square().sum().backward()
+    optimizer.step()
+    assert seen == [ck.PBRelaxLayerNorm] and not torch.equal(model[1].weight, before)
+
+
+def test_a_norm_alone_is_patched() -> None:
+    norm, x = nn.LayerNorm(6), 100 * torch.randn(2, 6)
+    assert ck.patch(norm, relax="row") is norm and isinstance(norm, ck.PBRelaxLayerNorm)
+    assert torch.equal(norm(x), ck.pb_relax_layer_norm(x, norm.weight, norm.bias, relax="row"))
+
+
+@pytest.mark.parametrize("relax", RELAX)
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("nested", [True, False])
+def test_patched_transformer_encoders(relax: str | None, training: bool, nested: bool) -> None:
+    """Torch's fused path for evaluation, which would overlook relaxation, is not in the way."""
+    layer = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True, layer_norm_eps=0.5)
+    model = nn.TransformerEncoder(layer, 2, nn.LayerNorm(8), enable_nested_tensor=nested)
+    model.train(training)
+    x = torch.randn(3, 5, 8)
+    padding = torch.arange(5) >= torch.tensor([[5], [3], [4]])
+    with torch.set_grad_enabled(training):
+        expected = model(x, src_key_padding_mask=padding)
+        ck.patch(model, relax)
+        actual = model(x, src_key_padding_mask=padding)
+    same = torch.isclose(actual, expected, rtol=1e-4, atol=1e-5)[~padding]
+    assert same.all() == (relax is None)
+    if relax is not None:
+        model.train()
+        in_training = model(x, src_key_padding_mask=padding)
+        torch.testing.assert_close(actual[~padding], in_training[~padding])
+
+
+def test_an_eps_that_cannot_be_patched_is_named() -> None:
+    model = nn.Sequential(nn.LayerNorm(4), nn.Sequential(nn.Linear(4, 4), nn.LayerNorm(4, eps=0)))
+    with pytest.raises(ValueError, match=r"^1\.1\.eps: expected at least 1e-30, got 0"):
+        ck.patch(model)
+    assert type(model[0]) is nn.LayerNorm, "nothing was changed"
+    with pytest.raises(ValueError, match=r"^eps: expected at least"):
+        ck.patch(nn.LayerNorm(4, eps=0.0))
+    with pytest.raises(ValueError, match="relax: expected one of"):
+        ck.patch(model, relax="rows")
 
 
 # Bad input
@@ -568,34 +621,6 @@ def test_bad_input_is_named(
     ck.pb_relax_layer_norm(**good)
     with refused(error, match):
         ck.pb_relax_layer_norm(**{**good, **arguments})
-
-
-@pytest.mark.parametrize(
-    "arguments, error, match",
-    [
-        ({"f": X.int()}, TypeError, "f: expected float64"),
-        ({"residual": None}, TypeError, "residual: expected a tensor"),
-        ({"residual": X[:2]}, ValueError, r"residual: expected \(3, 4\) as f, got \(2, 4\)"),
-        ({"residual": X.half()}, TypeError, "residual: expected dtype torch.float32.*float16"),
-        ({"residual": X.to("meta")}, ValueError, "residual: expected device cpu as f, got meta"),
-        ({"residual": torch.randn(4, 3).t()}, ValueError, "residual: expected a contiguous last"),
-        ({"post_weight": ONES[:2]}, ValueError, r"post_weight: expected \(4,\).*\(2,\)"),
-        ({"post_bias": NAN}, ValueError, "post_bias: expected numbers, got NaN"),
-        ({"pre_weight": ONES.double()}, TypeError, "pre_weight: expected a tensor of dtype"),
-        ({"pre_bias": ONES[:2]}, ValueError, r"pre_bias: expected \(4,\)"),
-        ({"eps": 0}, ValueError, "eps: expected at least"),
-        ({"relax": "no"}, ValueError, "relax: expected one of"),
-        ({"backend": "no"}, ValueError, "backend: expected one of"),
-    ],
-)
-def test_bad_sandwiches_are_named(
-    arguments: dict[str, Any], error: type[Exception], match: str
-) -> None:
-    names = ("post_weight", "post_bias", "pre_weight", "pre_bias")
-    good: dict[str, Any] = {"f": X, "residual": X, **dict.fromkeys(names, ONES)}
-    ck.sandwich_residual(**good)
-    with refused(error, match):
-        ck.sandwich_residual(**{**good, **arguments})
 
 
 def test_bad_modules_are_named() -> None:
