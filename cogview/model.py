@@ -68,7 +68,6 @@ class SelfAttention(nn.Module):
         self.num_heads = config.num_heads
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # rows Q; K; V
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(
         self,
@@ -95,7 +94,7 @@ class SelfAttention(nn.Module):
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask.tril(k.shape[2] - q.shape[2])
             )
-        return self.dropout(self.dense(out.transpose(1, 2).reshape(batch, length, hidden)))
+        return self.dense(out.transpose(1, 2).reshape(batch, length, hidden))
 
 
 class MLP(nn.Module):
@@ -103,10 +102,9 @@ class MLP(nn.Module):
         super().__init__()
         self.dense_h_to_4h = nn.Linear(config.hidden_size, 4 * config.hidden_size)
         self.dense_4h_to_h = nn.Linear(4 * config.hidden_size, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, z: torch.Tensor) -> torch.Tensor:
-        return self.dropout(self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(z), approximate="tanh")))
+        return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(z), approximate="tanh"))
 
 
 class Layer(nn.Module):
@@ -120,6 +118,7 @@ class Layer(nn.Module):
     def __init__(self, config: ModelConfig, index: int) -> None:
         super().__init__()
         self.index = index
+        self.dropout = config.dropout
         self.input_layernorm = _layer_norm(config)
         self.attention = SelfAttention(config)
         self.post_attention_layernorm = _layer_norm(config)
@@ -139,9 +138,10 @@ class Layer(nn.Module):
         layout: ck.ThreeRegionLayout | None,
         cache: KVCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
+        p = self.dropout if self.training else 0.0
         f = self.attention(z, layout, cache, self.index)
-        h, z = _add_and_norm(f, h, self.third_layernorm, self.post_attention_layernorm)
-        return _add_and_norm(self.mlp(z), h, self.fourth_layernorm, next_norm)
+        h, z = _add_and_norm(f, h, self.third_layernorm, self.post_attention_layernorm, p)
+        return _add_and_norm(self.mlp(z), h, self.fourth_layernorm, next_norm, p)
 
 
 def _layer_norm(config: ModelConfig) -> ck.PBRelaxLayerNorm:
@@ -150,17 +150,23 @@ def _layer_norm(config: ModelConfig) -> ck.PBRelaxLayerNorm:
 
 
 def _add_and_norm(
-    f: torch.Tensor, h: torch.Tensor, post: ck.PBRelaxLayerNorm | None, pre: ck.PBRelaxLayerNorm
+    f: torch.Tensor,
+    h: torch.Tensor,
+    post: ck.PBRelaxLayerNorm | None,
+    pre: ck.PBRelaxLayerNorm,
+    dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sandwich-LN `h + post(f)`, or Pre-LN `h + f` without `post`; and `pre` of the sum.
+    """Sandwich-LN `h + post(dropout(f))`, or Pre-LN `h + dropout(f)` without `post`; and `pre` of
+    the sum.
 
     Under autocast f comes in half precision, and the residual stream stays float32.
     """
     if post is None:
-        h = h + f
+        h = h + F.dropout(f, dropout_p)
         return h, pre(h)
+    parameters = post.weight, post.bias, pre.weight, pre.bias
     return ck.sandwich_residual(
-        f, h, post.weight, post.bias, pre.weight, pre.bias, eps=pre.eps, relax=pre.relax
+        f, h, *parameters, eps=pre.eps, relax=pre.relax, dropout_p=dropout_p
     )
 
 
