@@ -61,21 +61,45 @@ struct ColumnSums {
   }
 };
 
-// What a thread adds to its row's sums of g and of g xhat, with g = dy weight; and its columns'
-// sums of dy xhat and dy. x becomes xhat, dy becomes g.
-__device__ __forceinline__ void add_columns(float (&x)[kColumns], float (&dy)[kColumns],
-                                            const float (&weight)[kColumns],
-                                            const RowStatistics& statistics, float (&row_sums)[2],
+// x becomes xhat.
+__device__ __forceinline__ void normalise(float (&x)[kColumns], const RowStatistics& row) {
+  const float offset = row.shift * row.rstd;
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    x[j] = (x[j] * row.scale - row.rough_mean) * row.rstd - offset;
+  }
+}
+
+// What a thread adds to its row's sums of g and of g xhat, with g = dy weight, and to its columns'
+// sums of dy xhat and dy. dy becomes g.
+__device__ __forceinline__ void add_columns(const float (&xhat)[kColumns], float (&dy)[kColumns],
+                                            const float (&weight)[kColumns], float (&row_sums)[2],
                                             float (&dweight)[kColumns], float (&dbias)[kColumns]) {
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
-    x[j] = normalised(x[j], statistics);
-    dweight[j] += dy[j] * x[j];
+    dweight[j] += dy[j] * xhat[j];
     dbias[j] += dy[j];
     dy[j] *= weight[j];
     row_sums[0] += dy[j];
-    row_sums[1] += dy[j] * x[j];
+    row_sums[1] += dy[j] * xhat[j];
   }
 }
+
+// A row's sums of g and of g xhat, and what follows from them: the gradient for x.
+struct RowGradient {
+  float mean_g_xhat, offset, rstd, scale;
+
+  __device__ __forceinline__ RowGradient(const float (&row_sums)[2], float inverse_hidden,
+                                         const RowStatistics& row)
+      : mean_g_xhat(row_sums[1] * inverse_hidden),
+        offset(row_sums[0] * inverse_hidden * row.rstd),
+        rstd(row.rstd),
+        scale(row.scale) {}
+
+  // (g - mean(g) - xhat mean(g xhat)) rstd, in the units of x. rstd scale may exceed float32.
+  __device__ __forceinline__ float operator()(float g, float xhat) const {
+    return ((g - xhat * mean_g_xhat) * rstd - offset) * scale;
+  }
+};
 
 }  // namespace cogview

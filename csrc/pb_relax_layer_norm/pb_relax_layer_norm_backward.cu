@@ -55,11 +55,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int round) {
     const RowStatistics statistics = slots.load_statistics(0);
     uint32_t kept[kVectors] = {};
-    float x[kColumns], dy[kColumns], weight[kColumns];
-    const auto load_x = [&](int i) {
-      Vector<X> vector = slots.load<X>(kXSlots + i * kPieces<X>);
-      if (params.dropout.seed != nullptr) keep_columns(kept[i], vector);
-      unpack(vector, x);
+    float xhat[kVectors][kColumns], g[kVectors][kColumns], weight[kColumns];
+    const auto load = [&](int i) {  // g is still dy
+      Vector<X> x = slots.load<X>(kXSlots + i * kPieces<X>);
+      if (params.dropout.seed != nullptr) keep_columns(kept[i], x);
+      unpack(x, xhat[i]);
+      normalise(xhat[i], statistics);
+      unpack(slots.load<Y>(kYSlots + i * kPieces<Y>), g[i]);
+      parameters.load(0, i, weight);
     };
     float row_sums[2] = {0.f, 0.f};  // of g, of g * xhat
 #pragma unroll
@@ -68,33 +71,28 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (params.dropout.seed != nullptr) {
         kept[i] = kept_columns(params.dropout, row, me.vector_idx(i));
       }
-      load_x(i);
-      unpack(slots.load<Y>(kYSlots + i * kPieces<Y>), dy);
-      parameters.load(0, i, weight);
-      add_columns(x, dy, weight, statistics, row_sums, sums.value[0][i], sums.value[1][i]);
+      load(i);
+      add_columns(xhat[i], g[i], weight, row_sums, sums.value[0][i], sums.value[1][i]);
     }
     reduce_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me, Add());
-    const float mean_g = row_sums[0] * inverse_hidden, mean_g_xhat = row_sums[1] * inverse_hidden;
+    const RowGradient gradient(row_sums, inverse_hidden, statistics);
     if (!is_row) return;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (me.column(i) >= hidden) continue;
-      load_x(i);
-      unpack(slots.load<Y>(kYSlots + i * kPieces<Y>), dy);
-      parameters.load(0, i, weight);
+      if constexpr (kVectors > 2) {  // registers are short: again
+        load(i);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) g[i][j] *= weight[j];
+      }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        x[j] = gradient_of(dy[j] * weight[j], normalised(x[j], statistics), mean_g, mean_g_xhat,
-                           statistics);
-        if (params.dropout.seed != nullptr && (kept[i] >> j & 1u) == 0) x[j] = 0.f;
+        g[i][j] = gradient(g[i][j], xhat[i][j]);
+        if (params.dropout.seed != nullptr && (kept[i] >> j & 1u) == 0) g[i][j] = 0.f;
       }
-      if (has_add) {
-        unpack(slots.load<X>(kAddSlots + i * kPieces<X>), dy);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) x[j] += dy[j];
-      }
+      if (has_add) add_vector(slots.load<X>(kAddSlots + i * kPieces<X>), g[i]);
       store_vector_at(static_cast<X*>(params.dx) + row * hidden, me.column(i), hidden, plan.aligned,
-                      pack<X>(x));
+                      pack<X>(g[i]));
     }
   };
   for_each_row(plan, params.rows, stage_slots, me, copy, compute);
@@ -126,26 +124,26 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   int round = 0;
   for (int64_t row = blockIdx.x; row < params.rows; row += gridDim.x, ++round) {
     const RowStatistics statistics = params.statistics[row];
-    float x[kColumns], dy[kColumns], weight[kColumns];
+    float xhat[kColumns], g[kColumns], weight[kColumns];
     uint32_t kept = 0;
-    const auto load = [&](int64_t vector_idx) {
+    const auto load = [&](int64_t v) {  // g is still dy
       const X* x_row = static_cast<const X*>(params.x.data) + row * params.x.row_stride;
       const Y* dy_row = static_cast<const Y*>(params.dy.data) + row * params.dy.row_stride;
-      Vector<X> vector = load_vector_at(x_row, vector_idx * kColumns, hidden, plan.aligned);
+      Vector<X> x = load_vector_at(x_row, v * kColumns, hidden, plan.aligned);
       if (params.dropout.seed != nullptr) {
-        kept = kept_columns(params.dropout, row, vector_idx);
-        keep_columns(kept, vector);
+        kept = kept_columns(params.dropout, row, v);
+        keep_columns(kept, x);
       }
-      unpack(vector, x);
-      unpack(load_vector_at(dy_row, vector_idx * kColumns, hidden, plan.aligned), dy);
-      load_parameter<X>(params.weight, params.weight_dtype, 1.f, vector_idx * kColumns, hidden,
-                        weight);
+      unpack(x, xhat);
+      normalise(xhat, statistics);
+      unpack(load_vector_at(dy_row, v * kColumns, hidden, plan.aligned), g);
+      load_parameter<X>(params.weight, params.weight_dtype, 1.f, v * kColumns, hidden, weight);
     };
     float row_sums[2] = {0.f, 0.f};
     for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
       load(v);
       float dweight_here[kColumns] = {}, dbias_here[kColumns] = {};
-      add_columns(x, dy, weight, statistics, row_sums, dweight_here, dbias_here);
+      add_columns(xhat, g, weight, row_sums, dweight_here, dbias_here);
       if (dweight == nullptr) continue;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
@@ -155,23 +153,20 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       }
     }
     reduce_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me, Add());
-    const float mean_g = row_sums[0] * inverse_hidden, mean_g_xhat = row_sums[1] * inverse_hidden;
+    const RowGradient gradient(row_sums, inverse_hidden, statistics);
     for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
       load(v);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        x[j] = gradient_of(dy[j] * weight[j], normalised(x[j], statistics), mean_g, mean_g_xhat,
-                           statistics);
-        if (params.dropout.seed != nullptr && (kept >> j & 1u) == 0) x[j] = 0.f;
+        g[j] = gradient(g[j] * weight[j], xhat[j]);
+        if (params.dropout.seed != nullptr && (kept >> j & 1u) == 0) g[j] = 0.f;
       }
       if (params.add.data != nullptr) {
         const X* add_row = static_cast<const X*>(params.add.data) + row * params.add.row_stride;
-        unpack(load_vector_at(add_row, v * kColumns, hidden, plan.aligned), dy);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) x[j] += dy[j];
+        add_vector(load_vector_at(add_row, v * kColumns, hidden, plan.aligned), g);
       }
       store_vector_at(static_cast<X*>(params.dx) + row * hidden, v * kColumns, hidden, plan.aligned,
-                      pack<X>(x));
+                      pack<X>(g));
     }
   }
 }

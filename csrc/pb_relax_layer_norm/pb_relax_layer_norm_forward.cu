@@ -67,32 +67,28 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
   };
   const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int) {
-    Vector<X> x[kVectors];
+    float x[kVectors][kColumns];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      x[i] = slots.load<X>(i * kPieces<X>);
+      Vector<X> vector = slots.load<X>(i * kPieces<X>);
       if (params.dropout.seed != nullptr) {
-        keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), x[i]);
-        slots.store(i * kPieces<X>, x[i]);
+        keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), vector);
       }
+      unpack(vector, x[i]);
     }
-    // In registers, or again from shared memory where there are not enough of them.
-    const auto load_x = [&](int i) {
-      return sizeof(X) == 4 ? slots.load<X>(i * kPieces<X>) : x[i];
-    };
-    const RowStatistics statistics = statistics_of_row<kVectors>(
-        load_x, hidden, params.eps, params.relax, params.peak, me, scratch);
+    const RowStatistics statistics =
+        statistics_of_row<X>(x, hidden, params.eps, params.relax, params.peak, me, scratch);
     if (!is_row) return;
     Y* y_row = static_cast<Y*>(params.y) + row * hidden;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (me.column(i) >= hidden) continue;
-      Vector<Y> residual = {};
-      if (has_residual) residual = slots.load<Y>(kXSlots + i * kPieces<Y>);
       float weight[kColumns], bias[kColumns];
       parameters.load(0, i, weight);
       parameters.load(1, i, bias);
-      const Vector<Y> y = normalise(load_x(i), residual, statistics, weight, bias);
+      normalise(x[i], statistics, weight, bias);
+      if (has_residual) add_vector(slots.load<Y>(kXSlots + i * kPieces<Y>), x[i]);
+      const Vector<Y> y = pack<Y>(x[i]);
       store_vector_at(y_row, me.column(i), hidden, plan.aligned, y);
       if (params.y_peak != nullptr) y_peak = peak_bits(y_peak, y, hidden - me.column(i));
     }
@@ -124,7 +120,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       return x;
     };
     float x[kColumns];
-    RoughSums rough;
+    RoughSums<X> rough;
     for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       unpack(load_x(v), x);
       rough.add(x);
@@ -132,10 +128,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     reduce_row(rough.number, scratch, me, MaxThenAdd());
     Moments moments(rough, inverse_hidden, params.relax,
                     params.relax == Relax::kTensor ? *params.peak : 0.f);
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
+    const auto load_d = [&](int64_t v) {
       unpack(load_x(v), x);
       moments.add(x, int(min(hidden - v * kColumns, int64_t{kColumns})));
-    }
+    };
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) load_d(v);
     reduce_row(moments.number, scratch + 3 * kMaxWarps, me, Add());
     const RowStatistics statistics = moments.statistics(inverse_hidden, params.eps, params.relax);
 
@@ -143,14 +140,15 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         static_cast<const Y*>(params.residual.data) + row * params.residual.row_stride;
     Y* y_row = static_cast<Y*>(params.y) + row * hidden;
     for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
-      Vector<Y> residual = {};
-      if (params.residual.data != nullptr) {
-        residual = load_vector_at(residual_row, v * kColumns, hidden, plan.aligned);
-      }
       float weight[kColumns], bias[kColumns];
       load_parameter<X>(given.weight, given.dtype, 1.f, v * kColumns, hidden, weight);
       load_parameter<X>(given.bias, given.dtype, 0.f, v * kColumns, hidden, bias);
-      const Vector<Y> y = normalise(load_x(v), residual, statistics, weight, bias);
+      load_d(v);
+      normalise(x, statistics, weight, bias);
+      if (params.residual.data != nullptr) {
+        add_vector(load_vector_at(residual_row, v * kColumns, hidden, plan.aligned), x);
+      }
+      const Vector<Y> y = pack<Y>(x);
       store_vector_at(y_row, v * kColumns, hidden, plan.aligned, y);
       if (params.y_peak != nullptr) y_peak = peak_bits(y_peak, y, hidden - v * kColumns);
     }

@@ -2,6 +2,8 @@
 // RowPlan tells how rows and columns are dealt out.
 #pragma once
 
+#include <type_traits>
+
 #include "../primitives.cuh"
 #include "pb_relax_layer_norm.h"
 
@@ -346,9 +348,9 @@ struct SharedParameters {
 // Statistics
 
 // With s the power of two that brings the row's maximum to [1, 2), so that no square leaves
-// float32's range and scaling is exact, and xs = x s:
-//   d = xs - rough_mean;  shift = mean(d);  var = mean(d^2) - shift^2
-//   rstd = 1 / sqrt(var + eps (c s)^2);     xhat = (d - shift) rstd
+// float32's range and scaling is exact:
+//   d = x s - rough_mean;  shift = mean(d);  var = mean(d^2) - shift^2
+//   rstd = 1 / sqrt(var + eps (c s)^2);      xhat = (d - shift) rstd
 // shift is the rounding error of the first mean, tiny: with it, large offsets stay exact.
 
 constexpr float kSmallest = 1.175494351e-38f;  // normal: a constant row has no deviation to divide
@@ -371,19 +373,30 @@ __device__ __forceinline__ float rstd_of(float variance) {
   return 1.f / sqrtf(variance < kSmallest ? kSmallest : variance);
 }
 
-// Sums from which the maximum and the mean come, before it is known how the row should be scaled:
-// scaled down, for rows whose sum could overflow, and up, for rows of denormal numbers.
-constexpr float kDown = 0x1p-16f, kUp = 0x1p64f, kTiny = 0x1p-32f;
+// The maximum, and sums from which the mean comes before it is known how the row should be scaled:
+// scaled down, as the sum could overflow, and up, for rows of denormal numbers. float16 has neither
+// so large nor so small numbers that one sum would not do.
+template <typename T>
 struct RoughSums {
-  float number[3] = {0.f, 0.f, 0.f};  // max|x|, sum of x kDown, sum of x kUp
+  static constexpr bool kOneSum = std::is_same_v<T, Half>;
+  static constexpr float kDown = kOneSum ? 1.f : 0x1p-16f, kUp = 0x1p64f, kTiny = 0x1p-32f;
+  float number[kOneSum ? 2 : 3] = {};  // max|x|, sum of x kDown, sum of x kUp
 
   __device__ __forceinline__ void add(const float (&x)[kColumns]) {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
       number[0] = fmaxf(number[0], fabsf(x[j]));
       number[1] += x[j] * kDown;
-      number[2] += x[j] * kUp;
+      if constexpr (!kOneSum) number[2] += x[j] * kUp;
     }
+  }
+
+  // Of a row in units of `scale`.
+  __device__ __forceinline__ float sum(float scale) const {
+    if constexpr (!kOneSum) {
+      if (number[0] < kTiny) return number[2] * (scale / kUp);
+    }
+    return number[1] * (scale / kDown);
   }
 };
 
@@ -392,19 +405,19 @@ struct Moments {
   float number[2] = {0.f, 0.f};
   float peak, scale, rough_mean;
 
-  // `sums` are those of the whole row, tensor_peak max|x| of the tensor for Relax::kTensor.
-  __device__ __forceinline__ Moments(const RoughSums& sums, float inverse_hidden, Relax relax,
+  // `sums` are those of the whole row, tensor_peak is max|x| of the tensor for Relax::kTensor.
+  template <typename T>
+  __device__ __forceinline__ Moments(const RoughSums<T>& sums, float inverse_hidden, Relax relax,
                                      float tensor_peak) {
-    const float row_peak = sums.number[0];
-    peak = relax == Relax::kTensor ? tensor_peak : row_peak;
+    peak = relax == Relax::kTensor ? tensor_peak : sums.number[0];
     scale = relaxing_scale(peak, relax);
-    const float sum =
-        row_peak < kTiny ? sums.number[2] * (scale / kUp) : sums.number[1] * (scale / kDown);
-    rough_mean = sum * inverse_hidden;
+    rough_mean = sums.sum(scale) * inverse_hidden;
   }
 
-  // `count`: how many of these columns the row has.
-  __device__ __forceinline__ void add(const float (&x)[kColumns], int count) {
+  // x becomes d. `count`: how many of these columns the row has.
+  __device__ __forceinline__ void add(float (&x)[kColumns], int count) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) x[j] = x[j] * scale - rough_mean;
     if (count >= kColumns) {
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) add(x[j]);
@@ -415,8 +428,7 @@ struct Moments {
       }
     }
   }
-  __device__ __forceinline__ void add(float x) {
-    const float d = x * scale - rough_mean;
+  __device__ __forceinline__ void add(float d) {
     number[0] += d;
     number[1] += d * d;
   }
@@ -434,56 +446,39 @@ struct Moments {
 constexpr int kMaxWarps = 32;
 constexpr int kScratchFloats = 5 * kMaxWarps;  // of statistics_of_row
 
-// Statistics of a row of which load(i) is this thread's vector i.
-template <int kVectors, typename Load>
-__device__ __forceinline__ RowStatistics statistics_of_row(const Load& load, int64_t hidden,
-                                                           float eps, Relax relax,
+// Statistics of a row of numbers of dtype T, whose columns become d.
+template <typename T, int kVectors>
+__device__ __forceinline__ RowStatistics statistics_of_row(float (&x)[kVectors][kColumns],
+                                                           int hidden, float eps, Relax relax,
                                                            const float* tensor_peak,
                                                            const RowThread& me, float* scratch) {
   const float inverse_hidden = 1.f / float(hidden);
-  RoughSums rough;
-  float x[kColumns];
+  RoughSums<T> rough;
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    unpack(load(i), x);
-    rough.add(x);
-  }
+  for (int i = 0; i < kVectors; ++i) rough.add(x[i]);
   reduce_row(rough.number, scratch, me, MaxThenAdd());
   Moments moments(rough, inverse_hidden, relax, relax == Relax::kTensor ? *tensor_peak : 0.f);
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    unpack(load(i), x);
-    moments.add(x, int(hidden) - me.column(i));
-  }
+  for (int i = 0; i < kVectors; ++i) moments.add(x[i], hidden - me.column(i));
   reduce_row(moments.number, scratch + 3 * kMaxWarps, me, Add());
   return moments.statistics(inverse_hidden, eps, relax);
 }
 
-// (x - mean) / sqrt(var + eps c^2).
-__device__ __forceinline__ float normalised(float x, const RowStatistics& row) {
-  return (x * row.scale - row.rough_mean - row.shift) * row.rstd;
-}
-
-// Columns of residual + LN(x), or of LN(x) with a residual of zeros.
-template <typename X, typename Y>
-__device__ __forceinline__ Vector<Y> normalise(const Vector<X>& x, const Vector<Y>& residual,
-                                               const RowStatistics& statistics,
-                                               const float (&weight)[kColumns],
-                                               const float (&bias)[kColumns]) {
-  float value[kColumns], add[kColumns];
-  unpack(x, value);
-  unpack(residual, add);
+// d becomes LN(x).
+__device__ __forceinline__ void normalise(float (&d)[kColumns], const RowStatistics& row,
+                                          const float (&weight)[kColumns],
+                                          const float (&bias)[kColumns]) {
+  const float offset = row.shift * row.rstd;
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) {
-    value[j] = normalised(value[j], statistics) * weight[j] + bias[j] + add[j];
-  }
-  return pack<Y>(value);
+  for (int j = 0; j < kColumns; ++j) d[j] = (d[j] * row.rstd - offset) * weight[j] + bias[j];
 }
 
-// The norm's gradient for x, with g = dy weight and the row's means of g and g xhat.
-__device__ __forceinline__ float gradient_of(float g, float xhat, float mean_g, float mean_g_xhat,
-                                             const RowStatistics& row) {
-  return (g - mean_g - xhat * mean_g_xhat) * row.rstd * row.scale;
+template <typename T>
+__device__ __forceinline__ void add_vector(const Vector<T>& vector, float (&to)[kColumns]) {
+  float value[kColumns];
+  unpack(vector, value);
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) to[j] += value[j];
 }
 
 // Dtypes

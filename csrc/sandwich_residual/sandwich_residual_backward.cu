@@ -58,37 +58,40 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
     float h_sums[2] = {0.f, 0.f};  // of g, of g * hhat, with g = dz * pre_weight
     float weight[kColumns];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (me.column(i) >= hidden) continue;
-      float h[kColumns], dz[kColumns];
-      unpack(slots.load<H>(kHSlots + i * kPieces<H>), h);
+    const auto load_h = [&](int i, float (&hhat)[kColumns], float (&dz)[kColumns]) {
+      unpack(slots.load<H>(kHSlots + i * kPieces<H>), hhat);
+      normalise(hhat, h_statistics);
       unpack(slots.load<H>(kDzSlots + i * kGradientStep), dz);
       parameters.load(1, i, weight);
-      add_columns(h, dz, weight, h_statistics, h_sums, sums.value[2][i], sums.value[3][i]);
-    }
-    reduce_row(h_sums, scratch, me, Add());
-    const float mean_gh = h_sums[0] * inverse_hidden, mean_gh_hhat = h_sums[1] * inverse_hidden;
-
-    uint32_t kept[kVectors] = {};
-    float f_sums[2] = {0.f, 0.f};  // of g, of g * fhat, with g = dresidual * post_weight
-    const auto load_f = [&](int i, float (&f)[kColumns]) {
-      Vector<F> vector = slots.load<F>(kFSlots + i * kPieces<F>);
-      if (params.dropout.seed != nullptr) keep_columns(kept[i], vector);
-      unpack(vector, f);
     };
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (me.column(i) >= hidden) continue;
-      float h[kColumns], dz[kColumns], dresidual[kColumns];
-      unpack(slots.load<H>(kHSlots + i * kPieces<H>), h);
-      unpack(slots.load<H>(kDzSlots + i * kGradientStep), dz);
+      float hhat[kColumns], dz[kColumns];
+      load_h(i, hhat, dz);
+      add_columns(hhat, dz, weight, h_sums, sums.value[2][i], sums.value[3][i]);
+    }
+    reduce_row(h_sums, scratch, me, Add());
+    const RowGradient h_gradient(h_sums, inverse_hidden, h_statistics);
+
+    uint32_t kept[kVectors] = {};
+    float f_sums[2] = {0.f, 0.f};  // of g, of g * fhat, with g = dresidual * post_weight
+    const auto load_f = [&](int i, float (&fhat)[kColumns]) {
+      Vector<F> f = slots.load<F>(kFSlots + i * kPieces<F>);
+      if (params.dropout.seed != nullptr) keep_columns(kept[i], f);
+      unpack(f, fhat);
+      normalise(fhat, f_statistics);
+      parameters.load(0, i, weight);
+    };
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+      if (me.column(i) >= hidden) continue;
+      float xhat[kColumns], dz[kColumns], dresidual[kColumns];
+      load_h(i, xhat, dz);
       unpack(slots.load<H>(kDhSlots + i * kGradientStep), dresidual);
-      parameters.load(1, i, weight);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        dresidual[j] += gradient_of(dz[j] * weight[j], normalised(h[j], h_statistics), mean_gh,
-                                    mean_gh_hhat, h_statistics);
+        dresidual[j] += h_gradient(dz[j] * weight[j], xhat[j]);
         if (me.column(i) + j >= hidden) dresidual[j] = 0.f;
       }
       if (is_row) {
@@ -100,27 +103,24 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       if (params.dropout.seed != nullptr) {
         kept[i] = kept_columns(params.dropout, row, me.vector_idx(i));
       }
-      load_f(i, h);
-      parameters.load(0, i, weight);
-      add_columns(h, dresidual, weight, f_statistics, f_sums, sums.value[0][i], sums.value[1][i]);
+      load_f(i, xhat);
+      add_columns(xhat, dresidual, weight, f_sums, sums.value[0][i], sums.value[1][i]);
     }
     reduce_row(f_sums, scratch + 2 * kMaxWarps, me, Add());
-    const float mean_gf = f_sums[0] * inverse_hidden, mean_gf_fhat = f_sums[1] * inverse_hidden;
+    const RowGradient f_gradient(f_sums, inverse_hidden, f_statistics);
 
     if (!is_row) return;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (me.column(i) >= hidden) continue;
-      float f[kColumns], dresidual[kColumns];
-      load_f(i, f);
+      float fhat[kColumns], dresidual[kColumns];
+      load_f(i, fhat);
       unpack(slots.load<float>(kDhSlots + i * kGradientStep), dresidual);
-      parameters.load(0, i, weight);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        f[j] = gradient_of(dresidual[j] * weight[j], normalised(f[j], f_statistics), mean_gf,
-                           mean_gf_fhat, f_statistics);
+        fhat[j] = f_gradient(dresidual[j] * weight[j], fhat[j]);
       }
-      Vector<F> df = pack<F>(f);
+      Vector<F> df = pack<F>(fhat);
       if (params.dropout.seed != nullptr) keep_columns(kept[i], df);
       store_vector_at(static_cast<F*>(params.df) + row * hidden, me.column(i), hidden, plan.aligned,
                       df);

@@ -17,7 +17,7 @@
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 896;  // 72 registers each: 64 do not hold two rows of columns
 
 template <typename F, typename H, int kVectors>
 __global__ void __launch_bounds__(kMaxThreads, 1)
@@ -40,42 +40,45 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     copy_row<H, kVectors>(params.residual, row, is_row, hidden, plan.aligned, me, slots, kFSlots);
   };
   const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int) {
-    Vector<F> f[kVectors];
+    float x[kVectors][kColumns], weight[kColumns], bias[kColumns];
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      f[i] = slots.load<F>(i * kPieces<F>);
+      Vector<F> f = slots.load<F>(i * kPieces<F>);
       if (params.dropout.seed != nullptr) {
-        keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), f[i]);
+        keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), f);
       }
+      unpack(f, x[i]);
     }
-    const RowStatistics f_statistics = statistics_of_row<kVectors>(
-        [&](int i) { return f[i]; }, hidden, params.post_eps, params.relax, nullptr, me, scratch);
-    float weight[kColumns], bias[kColumns];
-    // h takes the residual's slots, and is all zero beyond the row's end.
-    const auto load_h = [&](int i) { return slots.load<H>(kFSlots + i * kPieces<H>); };
+    const RowStatistics f_statistics =
+        statistics_of_row<F>(x, hidden, params.post_eps, params.relax, nullptr, me, scratch);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (me.column(i) >= hidden) continue;
-      parameters.load(0, i, weight);
-      parameters.load(1, i, bias);
-      Vector<H> h = normalise(f[i], load_h(i), f_statistics, weight, bias);
-      clear_beyond(hidden - me.column(i), h);
-      slots.store(kFSlots + i * kPieces<H>, h);
+      Vector<H> h = {};  // zero beyond the row's end
+      if (me.column(i) < hidden) {
+        parameters.load(0, i, weight);
+        parameters.load(1, i, bias);
+        normalise(x[i], f_statistics, weight, bias);
+        add_vector(slots.load<H>(kFSlots + i * kPieces<H>), x[i]);
+        h = pack<H>(x[i]);
+        clear_beyond(hidden - me.column(i), h);
+        if (is_row) {
+          store_vector_at(static_cast<H*>(params.h) + row * hidden, me.column(i), hidden,
+                          plan.aligned, h);
+        }
+      }
+      unpack(h, x[i]);
     }
-    const RowStatistics h_statistics = statistics_of_row<kVectors>(
-        load_h, hidden, params.pre_eps, params.relax, nullptr, me, scratch);
+    const RowStatistics h_statistics =
+        statistics_of_row<H>(x, hidden, params.pre_eps, params.relax, nullptr, me, scratch);
     if (!is_row) return;
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (me.column(i) >= hidden) continue;
-      const Vector<H> h = load_h(i);
-      store_vector_at(static_cast<H*>(params.h) + row * hidden, me.column(i), hidden, plan.aligned,
-                      h);
       parameters.load(2, i, weight);
       parameters.load(3, i, bias);
-      const Vector<H> z = normalise(h, Vector<H>{}, h_statistics, weight, bias);
+      normalise(x[i], h_statistics, weight, bias);
       store_vector_at(static_cast<H*>(params.z) + row * hidden, me.column(i), hidden, plan.aligned,
-                      z);
+                      pack<H>(x[i]));
     }
     if (me.in_row == 0) {
       params.f_statistics[row] = f_statistics;
