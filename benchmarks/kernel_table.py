@@ -9,7 +9,6 @@ build/kernel_table first.
 from __future__ import annotations
 
 import hashlib
-import importlib
 import json
 import os
 import re
@@ -24,6 +23,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+from counting import host_model
 
 import cogview_kernels as ck
 from cogview_kernels import extension
@@ -34,6 +34,9 @@ CACHE = ROOT / "build" / "kernel_table"
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"
 
 ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0", "12.0")
+
+# Of the norms: too wide for shared memory, 4 vectors to a thread of the backward, 1, 2.
+NORM_WIDTHS = (32768, 10240, 768, 2560)
 
 # Per SM: KiB of shared memory, warps, CTAs ("Technical Specifications per Compute Capability" in
 # the CUDA C++ Programming Guide). Register file and allocation units are the same for all.
@@ -47,6 +50,11 @@ SM_LIMITS = {
 }
 SM_REGISTERS, SM_PARTITIONS = 65536, 4
 REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 256, 128, 1024  # per warp; per CTA; per CTA
+
+
+def shared_kib(architecture: str) -> int:
+    """Of an SM; architecture as "9.0a" or "sm_90a"."""
+    return SM_LIMITS[re.sub(r"sm_|\.|[af]$", "", architecture)][0]
 
 
 def ctas_per_sm(
@@ -76,6 +84,8 @@ INSTRUCTIONS = {
     "loads_16": r"LDG\b.*\.(128|256)",
     "stores_16": r"STG\b.*\.(128|256)",
     "cp_async_16": r"LDGSTS\b.*\.128",
+    "shared_loads_16": r"LDS\b.*\.128",
+    "shared_stores_16": r"STS\b.*\.128",
     "narrow": r"(LDG|STG|LDGSTS)\b(?!.*\.(128|256))",  # global accesses of less than 16 bytes
     "ldmatrix": r"LDSM\b",
     "mma": r"\w*MMA\b",
@@ -189,13 +199,34 @@ def source_name(name: str) -> str:
     return name.replace("__half", "Half").replace("__nv_bfloat16", "BFloat16")
 
 
-def launches() -> dict[str, tuple[int, int]]:
-    """Threads and bytes of dynamic shared memory of each kernel's launch, as the host model saw."""
-    reason = extension.why_not_host_model()
-    if reason is not None:
-        raise SystemExit(reason)
-    host_model = importlib.import_module("cogview_kernels._host_model")
-    host_model.take_report()
+Launches = dict[int, dict[str, tuple[int, int]]]
+
+
+def launches() -> Launches:
+    """Threads and bytes of dynamic shared memory of each kernel's launch, as the host model saw,
+    for each size of an SM's shared memory in KiB: the norms take what they find."""
+    model = host_model()
+    sizes = sorted({shared_kib(architecture) for architecture in ARCHITECTURES})
+    found: Launches = {}
+
+    def seen() -> dict[str, tuple[int, int]]:
+        return {
+            source_name(launch["kernel"]): (launch["threads"], launch["dynamic_shared"])
+            for launch in model.take_report()
+        }
+
+    model.take_report()
+    launch_attention()
+    attention = seen()
+    for kib in sizes:
+        model.set_max_shared_bytes(kib * 1024 - SHARED_RESERVED)
+        launch_norms()
+        found[kib] = attention | seen()
+    # A kernel for which a block has no room stands there with the launch of a larger one.
+    return {kib: found[sizes[-1]] | found[kib] for kib in sizes}
+
+
+def launch_attention() -> None:
     layout = ck.ThreeRegionLayout(4, torch.tensor([[5, 9]], dtype=torch.int32), 8, 1)
     # So many multiprocessors that the keys which many queries see are dealt out to several blocks.
     with mock.patch.object(extension, "host_model_num_sms", 132):
@@ -203,15 +234,32 @@ def launches() -> dict[str, tuple[int, int]]:
             q, k, v = torch.randn(3, 1, 1, 65, head_dim, dtype=dtype).requires_grad_().unbind()
             out = ck.three_region_attention(q, k, v, layout, backend="host_model")
             out.sum().backward()
-    widths = (8, 2048, 4096, 8192, 16384, 9)  # threads to a row: 32 to 1024, and `any`
-    for dtype, hidden in product((torch.float32, torch.float16, torch.bfloat16), widths):
-        x = torch.randn(1, hidden, dtype=dtype, requires_grad=True)
-        weight, bias = torch.ones(2, hidden, dtype=dtype).requires_grad_().unbind()
-        ck.pb_relax_layer_norm(x, weight, bias, backend="host_model").sum().backward()
-    return {
-        source_name(launch["kernel"]): (launch["threads"], launch["dynamic_shared"])
-        for launch in host_model.take_report()
-    }
+
+
+def launch_norms() -> None:
+    """Each kernel at the widths of NORM_WIDTHS that it takes, the last one in the end; with rows
+    enough to fill a block."""
+    dtypes = torch.float32, torch.float16, torch.bfloat16
+
+    def leaf(dtype: torch.dtype, *shape: int) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype).requires_grad_()
+
+    for hidden, f_dtype, h_dtype in product(NORM_WIDTHS, dtypes, dtypes):
+        if h_dtype not in (f_dtype, torch.float32):
+            continue
+        rows = -(-16384 // hidden)
+        f, residual = leaf(f_dtype, rows, hidden), leaf(h_dtype, rows, hidden)
+        post, pre = leaf(f_dtype, hidden), leaf(h_dtype, hidden)
+        half, _ = ck.sandwich_residual(
+            f, residual, post, None, None, None, final_norm=False, backend="host_model"
+        )
+        h, z = ck.sandwich_residual(f, residual, post, None, pre, None, backend="host_model")
+        torch.autograd.backward([half, h, z], [torch.ones_like(h)] * 3)
+    # These are launched by the sandwich too, with a residual: what stands in the table is without.
+    for hidden, dtype, relax in product(NORM_WIDTHS, dtypes, ("tensor", "row")):
+        x, weight = leaf(dtype, -(-16384 // hidden), hidden), leaf(dtype, hidden)
+        y = ck.pb_relax_layer_norm(x, weight, None, relax=relax, backend="host_model")
+        y.backward(torch.ones_like(y))
 
 
 def missing_architectures() -> Path | None:
@@ -228,13 +276,16 @@ def missing_architectures() -> Path | None:
     return CACHE / "lib" / "cogview_kernels" / module().name
 
 
-def record(modules: list[Path], launched: dict[str, tuple[int, int]]) -> dict[str, Any]:
+def record(modules: list[Path], launched: Launches) -> dict[str, Any]:
     """Facts of all kernels of the modules, in the page's order."""
     found = [disassemble(path) for path in modules]
     (nvcc,) = {part["nvcc"] for part in found}
     rows = [row for part in found for row in part["kernels"]]
     for row in rows:
-        _, row["dynamic_shared"] = launched[row["kernel"]]
+        bound = row["threads"]
+        launch = launched[shared_kib(row["architecture"])][row["kernel"]]
+        row["threads"], row["dynamic_shared"] = launch
+        assert row["threads"] <= bound, f"{row['kernel']}: more threads than its launch bound"
         shared = row["static_shared"] + row["dynamic_shared"]
         row["ctas_per_sm"], row["limit"] = ctas_per_sm(
             row["architecture"], row["threads"], row["registers"], shared
@@ -258,6 +309,8 @@ HEADINGS = {
     "loads_16": "loads 16 B",
     "stores_16": "stores 16 B",
     "cp_async_16": "cp.async 16 B",
+    "shared_loads_16": "shared loads 16 B",
+    "shared_stores_16": "shared stores 16 B",
     "narrow": "narrow",
     "ldmatrix": "ldmatrix",
     "mma": "mma",

@@ -1,14 +1,12 @@
-"""What the attention's kernels compute and move stays close to what they must."""
+"""What the kernels compute and move stays close to what they must."""
 
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import sys
 from itertools import groupby
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -20,20 +18,16 @@ ROOT = Path(__file__).resolve().parents[1]
 STALE = "differs from docs/kernel_costs.json: run `make kernel-costs` and commit what it writes"
 
 
-def load_kernel_costs() -> ModuleType:
-    path = ROOT / "benchmarks" / "kernel_costs.py"
-    spec = importlib.util.spec_from_file_location("kernel_costs", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # dataclasses look their module up
-    spec.loader.exec_module(module)
-    return module
+sys.path.append(str(ROOT / "benchmarks"))
+import attention_costs  # noqa: E402
+import kernel_costs  # noqa: E402
+import norm_costs  # noqa: E402
 
-
-kernel_costs = load_kernel_costs()
 COMMITTED = json.loads(kernel_costs.RECORD.read_text())
-BY_CASE = {case: list(rows) for case, rows in groupby(COMMITTED, lambda row: row["case"])}
+BY_CASE = {
+    case: list(rows) for case, rows in groupby(COMMITTED["attention"], lambda row: row["case"])
+}
+NORMS = {(row["case"], row["operator"]): row for row in COMMITTED["norms"]}
 
 # Issued over useful products, moved bytes over those that must be touched.
 BOUNDS = {
@@ -49,7 +43,7 @@ BACKWARD_OF_FIVE = 1.6
 # A compiler may join two loads of the same number, and what is not a row is loaded by plain code.
 TOLERANCE = {"moved_far_keys": 0.05, "shared_accesses": 0.05, "bank_conflicts": 0.1}
 
-cases = pytest.mark.parametrize("case", kernel_costs.CASES, ids=str)
+cases = pytest.mark.parametrize("case", attention_costs.CASES, ids=str)
 
 
 @pytest.fixture
@@ -59,23 +53,22 @@ def host_model() -> None:
         pytest.skip(reason)
 
 
-def test_the_page_shows_the_record() -> None:
-    text = kernel_costs.PAGE.read_text()
-    shown = text.split(kernel_costs.BEGIN)[1].split(kernel_costs.END)[0]
-    assert shown.strip() == kernel_costs.table(COMMITTED).strip()
+@pytest.mark.parametrize("part", kernel_costs.PARTS)
+def test_the_page_shows_the_record(part: str) -> None:
+    assert kernel_costs.shown(part) == kernel_costs.PARTS[part].table(COMMITTED[part]).strip()
 
 
 @cases
 def test_committed_counts_are_within_bounds(case: Any) -> None:
     rows = BY_CASE[str(case)]
-    for row in [*rows, kernel_costs.backward(rows)]:
+    for row in [*rows, attention_costs.backward(rows)]:
         products, moved = BOUNDS[row["kernel"]]
         # One query leaves most of a tile of products empty: what it costs is its bytes.
         if case.queries > 1:
             assert row["products"] <= products * row["useful_products"], row
-        assert kernel_costs.moved(row) <= moved * row["must_touch"], row
+        assert attention_costs.moved(row) <= moved * row["must_touch"], row
     if case.queries > 1:
-        total = kernel_costs.backward(rows)
+        total = attention_costs.backward(rows)
         assert total["products"] <= BACKWARD_OF_FIVE * total["useful_products"] * 5 / 7
 
 
@@ -86,19 +79,19 @@ def test_committed_counts_are_plausible(case: Any) -> None:
     rows = {row["kernel"]: row for row in BY_CASE[str(case)]}
     for row in rows.values():
         assert row["products"] >= row["useful_products"]
-        assert kernel_costs.moved(row) >= row["must_touch"]
+        assert attention_costs.moved(row) >= row["must_touch"]
     for kernel in ("forward", "backward_dq"):
-        height = kernel_costs.tile_rows(kernel, case.head_dim)
-        tiles = sum(1 for _ in kernel_costs.query_tiles(case, height))
+        height = attention_costs.tile_rows(kernel, case.head_dim)
+        tiles = sum(1 for _ in attention_costs.query_tiles(case, height))
         assert rows[kernel]["blocks"] == case.num_heads * tiles
-    height = kernel_costs.tile_rows("backward_dkdv", case.head_dim)
+    height = attention_costs.tile_rows("backward_dkdv", case.head_dim)
     tiles = -(-case.seqlen // height) + -(-case.num_pivots // height)
     assert rows["backward_dkdv"]["blocks"] == case.num_kv_heads * tiles
 
 
 @cases
 def test_counts_are_those_committed(case: Any, host_model: None) -> None:
-    rows = kernel_costs.count(case)
+    rows = attention_costs.count(case)
     for row, committed in zip(rows, BY_CASE[str(case)], strict=True):
         for name, value in committed.items():
             tolerance = value * TOLERANCE.get(name, 0)
@@ -108,8 +101,8 @@ def test_counts_are_those_committed(case: Any, host_model: None) -> None:
     # one query is left to loop over as where all are.
     conflicts = {row["kernel"]: row["bank_conflicts"] for row in rows}
     one_query = {
-        kernel_costs.short_name(launch): launch["bank_conflicts"]
-        for launch in kernel_costs.launches(dataclasses.replace(case, q_len=1))
+        attention_costs.short_name(launch): launch["bank_conflicts"]
+        for launch in attention_costs.launches(dataclasses.replace(case, q_len=1))
     }
     assert conflicts["backward_dkdv"] == one_query["backward_dkdv"]
     assert conflicts["forward"] == conflicts["backward_dq"] == 0
@@ -118,7 +111,9 @@ def test_counts_are_those_committed(case: Any, host_model: None) -> None:
 @pytest.mark.parametrize("q_len", [0, 150])
 def test_needs_by_hand(q_len: int) -> None:
     """Pairs and rows counted one by one from the definition."""
-    case = kernel_costs.Case(300, 48, 2, 40, text_len=20, num_heads=4, num_kv_heads=2, q_len=q_len)
+    case = attention_costs.Case(
+        300, 48, 2, 40, text_len=20, num_heads=4, num_kv_heads=2, q_len=q_len
+    )
     pivots = case.layout().pivot_idx[0].tolist()
     seen_by = {
         i: {j for j in range(300) if region_of(i, j, 20, pivots, 48, 2)}
@@ -136,9 +131,70 @@ def test_needs_by_hand(q_len: int) -> None:
         for seen in seen_by.values()
     )
     row = 2 * 64
-    assert kernel_costs.needs(case) == {
+    assert attention_costs.needs(case) == {
         "forward": (2 * 64 * pairs, 4 * case.queries * (2 * row + 4) + keys * 2 * row),
         "backward_row": (0, 4 * case.queries * (2 * row + 4)),
         "backward_dkdv": (4 * 64 * pairs, 2 * 300 * 4 * row + queries * (2 * row + 8)),
         "backward_dq": (3 * 64 * pairs, 4 * case.queries * (3 * row + 8) + keys * 2 * row),
     }
+
+
+# The widest rows: two norms where the sandwich's rows do not fit a block, each row twice or three
+# times where one norm's do not.
+BY_TWO_NORMS = "512 x 16384"
+
+
+@pytest.mark.parametrize("case", norm_costs.CASES, ids=str)
+def test_committed_norms_move_each_activation_once(case: Any) -> None:
+    rows = [row for (name, _), row in NORMS.items() if name == str(case)]
+    assert [row["operator"] for row in rows] == list(norm_costs.PASSES)
+    for row in rows:
+        assert row["bank_conflicts"] == 0, row
+        if str(case).startswith(BY_TWO_NORMS):
+            assert row["activations"] >= row["floor"]
+            continue
+        assert row["passes"] == norm_costs.PASSES[row["operator"]]
+        assert row["activations"] == row["floor"]
+        assert not any("wide" in launch["kernel"] for launch in row["launches"])
+
+
+@pytest.mark.parametrize(
+    ("case", "bound"),
+    [(norm_costs.CASES[0], 0.05), (norm_costs.CASES[1], 0.06)],
+    ids=str,
+)
+def test_committed_norms_move_little_beside_activations(case: Any, bound: float) -> None:
+    for operator in norm_costs.PASSES:
+        row = NORMS[str(case), operator]
+        assert row["parameters"] + row["partial_sums"] < bound * row["floor"], row
+
+
+@pytest.mark.parametrize("case", norm_costs.CASES[:2], ids=str)
+def test_norms_are_those_committed(case: Any, host_model: None) -> None:
+    """Counted again with a tenth of the rows: activations and statistics follow the rows,
+    parameters and partial sums the blocks, and those are as many, and as large."""
+    fewer = dataclasses.replace(case, rows=6 * norm_costs.NUM_SMS)
+    for row in norm_costs.count(fewer):
+        committed = NORMS[str(case), row["operator"]]
+        for name in ("launches", "passes", "parameters", "partial_sums", "bank_conflicts"):
+            assert row[name] == committed[name], f"{name} {STALE}"
+        for name in ("floor", "activations", "statistics"):
+            assert row[name] * case.rows == committed[name] * fewer.rows, f"{name} {STALE}"
+
+
+def test_floors_by_hand() -> None:
+    """Bytes of 8192 x 2560 activations, by the formulas of docs/kernel_costs.md."""
+    matrix = 8192 * 2560 * 2
+    floors = {
+        "plain forward": (2, 2),
+        "plain forward, relax tensor": (3, 3),
+        "plain backward": (3, 3),
+        "sandwich forward": (4, 7),
+        "sandwich forward, relax tensor": (6, 10),
+        "sandwich forward, no final norm": (3, 5),
+        "sandwich backward": (6, 10),
+        "sandwich backward, no final norm": (3, 4),
+    }
+    for case, which in zip(norm_costs.CASES[:2], (0, 1), strict=True):
+        for operator, halves in floors.items():
+            assert NORMS[str(case), operator]["floor"] == halves[which] * matrix

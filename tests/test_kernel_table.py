@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import re
 import shutil
+import sys
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
@@ -14,29 +14,27 @@ import pytest
 from cogview_kernels import extension
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import kernel_table  # noqa: E402
+
 STALE = "differs from docs/kernels.json: run `make kernel-table` and commit what it writes"
 
-# Kernels that read what does not come in sixteen bytes: rows of any alignment, columns of sums,
-# the pivots. The others write whole rows too, but for the one that writes a number to a row.
-NARROW_LOADS = ("_any_kernel", "_reduce_kernel", "_far_keys_kernel")
-NARROW_STORES = (*NARROW_LOADS, "_backward_row_kernel")
+# Kernels that read what does not come in sixteen bytes: columns of sums, the pivots. The others
+# write whole rows too, but for those that write a number to a row or to a tensor.
+NARROW_LOADS = ("_partial_sums_kernel", "_reduce_kernel", "_far_keys_kernel")
+NARROW_STORES = (*NARROW_LOADS, "_backward_row_kernel", "_peak_kernel")
+# Rows so wide do not fit a small SM with float32 gradients: there the launcher goes another way.
+FOUR_VECTORS = re.compile(r"pb_relax_layer_norm_backward_kernel<\w+, \w+, 4>")
+SMALL = re.compile("sm_(86|89|120)")
 TENSOR_CORES = ("attention_forward_kernel", "_backward_dq_kernel", "_backward_dkdv_kernel")
 
 
-def load_kernel_table() -> ModuleType:
-    spec = importlib.util.spec_from_file_location(
-        "kernel_table", ROOT / "benchmarks" / "kernel_table.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-kernel_table = load_kernel_table()
 COMMITTED = json.loads(kernel_table.RECORD.read_text())
-LAUNCHES = {row["kernel"]: (row["threads"], row["dynamic_shared"]) for row in COMMITTED["kernels"]}
+LAUNCHES: dict[int, dict[str, tuple[int, int]]] = {}
+for _row in COMMITTED["kernels"]:
+    _launches = LAUNCHES.setdefault(kernel_table.shared_kib(_row["architecture"]), {})
+    _launches[_row["kernel"]] = _row["threads"], _row["dynamic_shared"]
+KERNELS = {row["kernel"] for row in COMMITTED["kernels"]}
 
 
 def by_name(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]:
@@ -61,7 +59,7 @@ def built(ptxas: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
     if kernel_table.cuobjdump() is None or shutil.which("c++filt") is None:
         pytest.skip("no cuobjdump (the dev extra has it) or no c++filt")
     kernels = {row["kernel"] for row in kernel_table.disassemble(kernel_table.module())["kernels"]}
-    assert kernels <= set(LAUNCHES), STALE
+    assert kernels <= KERNELS, STALE
     facts = kernel_table.record([kernel_table.module()], LAUNCHES)
     facts["kernels"] = [
         row for row in facts["kernels"] if (row["kernel"], row["architecture"]) in ptxas
@@ -110,7 +108,10 @@ def test_ctas_per_sm_by_hand(
         ("LDGSTS.E", {"narrow"}),
         ("LDGDEPBAR", set()),
         ("LDSM.16.MT88.4", {"ldmatrix"}),
-        ("LDS.128", set()),
+        ("LDS.128", {"shared_loads_16"}),
+        ("LDS.U.64", set()),
+        ("STS.128", {"shared_stores_16"}),
+        ("STS", set()),
         ("HMMA.16816.F32.BF16", {"mma"}),
         ("HGMMA.64x64x16.F32", {"mma"}),
         ("FFMA", set()),
@@ -132,7 +133,8 @@ def assert_sound(rows: list[dict[str, Any]]) -> None:
         name = f"{row['kernel']} on {row['architecture']}"
         kernel = row["kernel"].partition("<")[0]
         assert row["local"] == 0, f"{name}: spills, or an array in local memory"
-        assert row["ctas_per_sm"] >= 1, f"{name}: does not fit on an SM"
+        if not (FOUR_VECTORS.fullmatch(row["kernel"]) and SMALL.fullmatch(row["architecture"])):
+            assert row["ctas_per_sm"] >= 1, f"{name}: does not fit on an SM"
         if not kernel.endswith(NARROW_LOADS):
             assert row["loads_16"] + row["cp_async_16"] > 0, f"{name}: no load of sixteen bytes"
         if not kernel.endswith(NARROW_STORES):
@@ -142,12 +144,62 @@ def assert_sound(rows: list[dict[str, Any]]) -> None:
             assert (row[column] > 0) == expected, f"{name}: {row[column]} {column}"
 
 
+def accesses_of_a_row(kernel: str) -> tuple[int, int] | None:
+    """How many times sixteen bytes a thread of the kernel copies to shared memory for a row and
+    stores of it; None where the kernel does not keep rows there."""
+    match = re.fullmatch(r"(\w+)_kernel<(\w+), (\w+), (\d)>", kernel)
+    if match is None or "three_region" in kernel:
+        return None
+    name, *types, vectors = match.groups()
+    x, y = (2 if dtype == "float" else 1 for dtype in types)
+    copied, stored = {
+        "pb_relax_layer_norm_forward": (x, y),
+        "pb_relax_layer_norm_backward": (x + y, x),
+        "sandwich_residual_forward": (x + y, 2 * y),
+        "sandwich_residual_backward": (x + 3 * y, x + y),
+    }[name]
+    return int(vectors) * copied, int(vectors) * stored
+
+
+def assert_rows_move_in_sixteen_bytes(rows: list[dict[str, Any]]) -> None:
+    """Where rows are aligned; the same code holds the way for those that are not."""
+    for row in rows:
+        accesses = accesses_of_a_row(row["kernel"])
+        if accesses is None:
+            continue
+        name = f"{row['kernel']} on {row['architecture']}"
+        copied, stored = accesses
+        assert row["cp_async_16"] >= copied, f"{name}: rows arrive in smaller pieces"
+        assert row["shared_loads_16"] >= copied, f"{name}: rows are taken up in smaller pieces"
+        assert row["stores_16"] >= stored, f"{name}: rows are stored in smaller pieces"
+
+
 def test_committed_kernels_are_sound() -> None:
     """For each architecture the same kernels, and the machine code that their sources ask for."""
     assert_sound(COMMITTED["kernels"])
+    assert_rows_move_in_sixteen_bytes(COMMITTED["kernels"])
     rows = by_name(COMMITTED["kernels"])
     architectures = {f"sm_{name.replace('.', '')}" for name in kernel_table.ARCHITECTURES}
     assert set(rows) == {(kernel, other) for kernel, _ in rows for other in architectures}
+
+
+def test_every_row_kernel_of_the_norms_is_committed() -> None:
+    """One for each pair of dtypes and number of vectors to a thread."""
+    pairs = [("float", "float")]
+    pairs += [(x, y) for x in ("Half", "BFloat16") for y in (x, "float")]
+    kernels = {
+        f"{name}_kernel<{x}, {y}, {vectors}>"
+        for name, up_to in {
+            "pb_relax_layer_norm_forward": 2,
+            "pb_relax_layer_norm_backward": 4,
+            "sandwich_residual_forward": 2,
+            "sandwich_residual_backward": 2,
+        }.items()
+        for x, y in pairs
+        for vectors in (1, 2, 4)
+        if vectors <= up_to
+    }
+    assert kernels == {kernel for kernel in KERNELS if accesses_of_a_row(kernel) is not None}
 
 
 def test_built_kernels_are_those_committed(ptxas: dict[tuple[str, str], dict[str, Any]]) -> None:
@@ -165,7 +217,7 @@ def test_built_kernels_are_those_committed(ptxas: dict[tuple[str, str], dict[str
 
 
 def test_launches_of_the_host_model() -> None:
-    """Blocks have as many threads as their kernels are bound to, and the shared memory stated."""
+    """Blocks have the threads and the shared memory stated."""
     reason = extension.why_not_host_model()
     if reason is not None:
         pytest.skip(reason)
@@ -181,6 +233,7 @@ def test_built_machine_code(
         assert found[key]["registers"] == row["registers"], key
         assert found[key]["static_shared"] == row["static_smem_bytes"], key
     assert_sound(built["kernels"])
+    assert_rows_move_in_sixteen_bytes(built["kernels"])
     if built["nvcc"] == COMMITTED["nvcc"]:
         committed = by_name(COMMITTED["kernels"])
         for key, row in found.items():
