@@ -348,48 +348,53 @@ def sandwich_residual(
 
     ``h`` is rounded once: the norm of ``f`` is added to ``residual`` before it is.
     """
-    f, post_eps = _drop(f, dropped, dropout_p, eps, relax)
-    h = residual + _wide_layer_norm(f, post_weight, post_bias, post_eps, relax)
+    f, unit = _drop(f, dropped, dropout_p)
+    h = residual + _wide_layer_norm(f, post_weight, post_bias, eps, relax, unit)
     h = h.to(residual.dtype)
     return h, layer_norm(h, pre_weight, pre_bias, eps, relax) if final_norm else None
 
 
 def _wide_layer_norm(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: str | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relax: str | None,
+    unit: float = 1.0,
 ) -> Tensor:
-    """The norm before it is rounded.
+    """The norm of ``x / unit`` before it is rounded.
 
     With ``u = x / max|x|`` the norm is ``LN(8 u)``, and ``var(8 u) + eps = 64 (var(u) + eps/64)``:
     one division keeps everything in range, denormal rows included.
     """
     u = x.to(_accumulate_dtype(x.dtype))
     weight, bias = (None if t is None else t.to(u.dtype) for t in (weight, bias))
-    peak = _peak(u, relax)
-    if peak is not None:
+    peak = _peak(u, relax, unit)
+    if peak is None:
+        eps *= unit**2
+    else:
         u, eps = u / peak, eps / 64
     return torch.nn.functional.layer_norm(u, u.shape[-1:], weight, bias, eps)
 
 
-def _peak(x: Tensor, relax: str | None) -> Tensor | None:
-    """``max|x|``, or 8 where all is zero; ``None`` for plain LayerNorm."""
+def _peak(x: Tensor, relax: str | None, unit: float) -> Tensor | None:
+    """``max|x|``, or 8 units where all is zero; ``None`` for plain LayerNorm."""
     if relax is None or x.numel() == 0:
         return None
     magnitude = x.detach().abs()
     peak = magnitude.amax(-1, keepdim=True) if relax == "row" else magnitude.amax()
-    return peak.masked_fill(peak == 0, 8.0)
+    return peak.masked_fill(peak == 0, 8.0 * unit)
 
 
-def _drop(
-    f: Tensor, dropped: Tensor | None, dropout_p: float, eps: float, relax: str | None
-) -> tuple[Tensor, float]:
-    """``f`` with its dropped elements zero, and the eps with which its norm is the one of ``f``
-    divided by ``1 - dropout_p``: a norm sees the scale of its input in eps alone, and relaxation
-    scales that along. Nothing is divided, so nothing overflows."""
+def _drop(f: Tensor, dropped: Tensor | None, dropout_p: float) -> tuple[Tensor, float]:
+    """``f`` with its dropped elements zero, and the unit that the others are measured in.
+
+    They would be divided by ``1 - dropout_p``. But a norm sees the scale of its input in eps alone,
+    and relaxation scales that along: nothing is divided, so nothing overflows.
+    """
     if dropped is None:
-        return f, eps
-    if relax is None and dropout_p < 1:
-        eps *= (1 - dropout_p) ** 2
-    return f.masked_fill(dropped, 0.0), eps
+        return f, 1.0
+    return f.masked_fill(dropped, 0.0), 1 - dropout_p or 1.0  # nothing is left that has a unit
 
 
 def dropout_mask(seed: Tensor, dropout: int, shape: torch.Size) -> Tensor:
@@ -477,8 +482,8 @@ def sandwich_residual_rows(
     """``h``, ``z`` and the statistics of both norms' inputs; without the final norm, the rows of
     its results have no elements."""
     dropped = None if seed is None else dropout_mask(seed, dropout, f.shape)
-    f, post_eps = _drop(f, dropped, dropout / 65536, eps, _RELAX[relax])
-    post, f_statistics = _rows_forward(f, post_weight, post_bias, post_eps, _RELAX[relax])
+    f, unit = _drop(f, dropped, dropout / 65536)
+    post, f_statistics = _rows_forward(f, post_weight, post_bias, eps, _RELAX[relax], unit)
     h = (residual + post).to(residual.dtype)
     if not final_norm:
         return h, h.new_empty(h.shape[0], 0), f_statistics, f_statistics.new_empty(h.shape[0], 0)
@@ -521,11 +526,16 @@ def sandwich_residual_rows_backward(
 
 
 def _rows_forward(
-    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: str | None
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relax: str | None,
+    unit: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     wide = x.to(_accumulate_dtype(x.dtype))
-    peak = _peak(wide, relax)
-    scale = c = wide.new_ones(())
+    peak = _peak(wide, relax, unit)
+    scale, c = wide.new_ones(()), wide.new_full((), unit)
     if peak is not None:
         scale = (1 / peak).clamp_max(2.0**126)  # in range for the smallest denormal number
         c = (peak * scale).nan_to_num(1.0) / 8  # an infinite peak leaves zeros

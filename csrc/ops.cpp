@@ -284,10 +284,10 @@ cogview::Dropout dropout_of(const std::optional<Tensor>& seed, int64_t dropout, 
   return {static_cast<const int64_t*>(seed->data_ptr()), static_cast<int>(dropout)};
 }
 
-// The post norm's eps in units of elements that are not multiplied by 1 / (1 - p).
-float eps_of(double eps, cogview::Relax relax, const cogview::Dropout& dropout) {
-  const double kept = 1 - dropout.threshold / 65536.0;
-  return static_cast<float>(relax == cogview::Relax::kNone ? eps * kept * kept : eps);
+cogview::Epsilon eps_of(double eps, const cogview::Dropout& dropout) {
+  // Where everything is dropped, nothing is there to be divided.
+  const double kept = dropout.threshold == 65536 ? 1.0 : 1 - dropout.threshold / 65536.0;
+  return {static_cast<float>(eps), static_cast<float>(eps * kept * kept)};
 }
 
 // The gradients of weights and biases that are wanted, and the rows of their partial sums.
@@ -344,7 +344,7 @@ void pb_relax_layer_norm_forward_out(const Tensor& x, std::optional<Tensor> weig
   params.x = const_rows("x", &x, shape, dtype);
   params.parameters = norm_parameters("weight", weight, "bias", bias, shape, dtype);
   params.relax = relax_of(relax);
-  params.eps = static_cast<float>(eps);
+  params.eps = eps_of(eps, {});
   params.num_blocks = num_blocks_of(num_blocks);
   params.peak = peaks_of("peak", peak, shape, params.relax, 1);
   params.y = written_rows("y", &y, shape, dtype);
@@ -418,8 +418,8 @@ void sandwich_residual_forward_out(const Tensor& f, const Tensor& residual,
   params.pre = norm_parameters("pre_weight", pre_weight, "pre_bias", pre_bias, shape, h_dtype);
   params.dropout = dropout_of(seed, dropout, shape);
   params.relax = relax_of(relax);
-  params.post_eps = eps_of(eps, params.relax, params.dropout);
-  params.pre_eps = static_cast<float>(eps);
+  params.post_eps = eps_of(eps, params.dropout);
+  params.pre_eps = eps_of(eps, {});
   params.num_blocks = num_blocks_of(num_blocks);
   params.peaks = peaks_of("peaks", peaks, shape, params.relax, 2);
   params.h = written_rows("h", &h, shape, h_dtype);

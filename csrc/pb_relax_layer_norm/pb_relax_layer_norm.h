@@ -7,6 +7,13 @@ namespace cogview {
 
 enum class Relax : int { kNone = 0, kRow = 1, kTensor = 2 };
 
+// What is added to the variance, in units of c^2. Where elements are dropped, those that are kept
+// would be divided by 1 - p; they are not, as the norm undoes it, but where c is 1: without
+// relaxation and for rows of zeros. There eps is multiplied by (1 - p)^2.
+struct Epsilon {
+  float relaxed, plain;
+};
+
 // A matrix of contiguous rows, row_stride elements apart; null where it is not given.
 struct ConstRows {
   const void* data;
@@ -55,7 +62,7 @@ struct PbRelaxLayerNormForwardParams {
   ConstRows residual;      // (rows, hidden) of y_dtype, may be null: 0
   NormParameters parameters;
   Dropout dropout;
-  float eps;
+  Epsilon eps;
   Relax relax;
   int num_blocks;             // that the rows are dealt out to, at most
   float* peak;                // (1), zero: becomes max|x|; for Relax::kTensor

@@ -175,7 +175,7 @@ constexpr int kSumColumns = 32, kSumRows = 8;
 
 // A gradient for each blockIdx.y: block x adds up 32 columns of its partial rows.
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
-    pb_relax_layer_norm_partial_sums_kernel(const PartialSumsParams params) {
+    pb_relax_layer_norm_partial_sums_kernel(const __grid_constant__ PartialSumsParams params) {
   float* scratch = shared_array<float, kSumRows * kSumColumns>();
   const ParameterGradient& gradient = params.gradients[blockIdx.y];
   if (gradient.data == nullptr) return;  // the whole block

@@ -2,8 +2,8 @@
 //
 // Math, for each row x of `hidden` columns, with c = max|x| / 8 over the row or the tensor:
 //   y = [residual +] (x - mean) / sqrt(var + eps c^2) * weight + bias
-// computed as row.cuh has it. Dropped elements of x count as zero: what is kept would be scaled by
-// 1 / (1 - p), which the norm undoes; without relaxation it is eps that shrinks, by (1 - p)^2.
+// computed as row.cuh has it. Dropped elements of x count as zero; Epsilon tells what becomes of the
+// factor 1 / (1 - p) of the others.
 //
 // Layout     x, residual: rows at a stride; y contiguous; statistics: sixteen bytes a row.
 // Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).

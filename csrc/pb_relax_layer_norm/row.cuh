@@ -363,9 +363,12 @@ __device__ __forceinline__ float relaxing_scale(float peak, Relax relax) {
   return exp2f(float(-exponent));
 }
 
-// c * s, the relaxing constant in the scaled row's units. Rows of zeros take c = 1.
-__device__ __forceinline__ float scaled_constant(float peak, float scale, Relax relax) {
-  return relax == Relax::kNone || peak == 0.f ? scale : peak * scale * 0.125f;
+// eps c^2 in the scaled row's units. Rows of zeros take c = 1.
+__device__ __forceinline__ float scaled_epsilon(const Epsilon& eps, float peak, float scale,
+                                                Relax relax) {
+  const bool plain = relax == Relax::kNone || peak == 0.f;
+  const float c = plain ? scale : peak * scale * 0.125f;
+  return (plain ? eps.plain : eps.relaxed) * c * c;
 }
 
 // Keeps a NaN, which fmaxf would drop.
@@ -434,12 +437,11 @@ struct Moments {
   }
 
   // After `number` became those of the whole row.
-  __device__ __forceinline__ RowStatistics statistics(float inverse_hidden, float eps,
+  __device__ __forceinline__ RowStatistics statistics(float inverse_hidden, const Epsilon& eps,
                                                       Relax relax) const {
     const float shift = number[0] * inverse_hidden;
     const float var = fmaxf(number[1] * inverse_hidden - shift * shift, 0.f);
-    const float c = scaled_constant(peak, scale, relax);
-    return {rough_mean, shift, rstd_of(var + eps * c * c), scale};
+    return {rough_mean, shift, rstd_of(var + scaled_epsilon(eps, peak, scale, relax)), scale};
   }
 };
 
@@ -449,8 +451,8 @@ constexpr int kScratchFloats = 5 * kMaxWarps;  // of statistics_of_row
 // Statistics of a row of numbers of dtype T, whose columns become d.
 template <typename T, int kVectors>
 __device__ __forceinline__ RowStatistics statistics_of_row(float (&x)[kVectors][kColumns],
-                                                           int hidden, float eps, Relax relax,
-                                                           const float* tensor_peak,
+                                                           int hidden, const Epsilon& eps,
+                                                           Relax relax, const float* tensor_peak,
                                                            const RowThread& me, float* scratch) {
   const float inverse_hidden = 1.f / float(hidden);
   RoughSums<T> rough;

@@ -14,8 +14,7 @@ struct SandwichResidualForwardParams {
   NormParameters post;     // of f's norm
   NormParameters pre;      // of h's norm
   Dropout dropout;
-  float post_eps;  // of the post norm: with dropout not always that of the other
-  float pre_eps;
+  Epsilon post_eps, pre_eps;
   Relax relax;
   int num_blocks;               // that the rows are dealt out to, at most
   float* peaks;                 // (2), zero: become max|f|, max|h|; for Relax::kTensor
