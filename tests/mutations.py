@@ -38,9 +38,15 @@ EDGES = "edges_of_windows"
 SIGN = "any_scale_and_sign"
 LOSS_SCALE = "any_loss_scale"
 LARGE = "beyond_float32"
-ACCURACY = "accuracy"  # from here on: of LayerNorm
-POISON = "poison or mates"
-STRIDES = "strides"
+NORMS = "norm_equals or sandwich_equals"  # from here on: of LayerNorm
+SANDWICH = "sandwich_equals"
+KINDS = "each_kind_of_row"
+PLACES = "places_do_not_matter"
+ROUNDS = "many_rounds"
+RERUNS = "reruns_and_multiprocessors"
+DROPPED = "what_is_dropped"
+OFFSET = "large_offset"
+OVERFLOW = "nothing_overflows"
 
 
 @dataclass(frozen=True)
@@ -378,74 +384,390 @@ MUTATIONS = [
     *mutations(
         "pb_relax_layer_norm/row.cuh",
         (
-            "row-column-mask",
-            ACCURACY,
-            "if (column < hidden) {\n      load_vector",
-            "if (column <= hidden) {\n      load_vector",
+            "narrow-row-read-beyond-its-end",
+            NORMS,
+            "if (column + j < hidden) elements[j] =",
+            "if (column + j <= hidden) elements[j] =",
         ),
         (
+            "row-written-beyond-its-end",
+            NORMS,
+            "if (column + j < hidden) row[",
+            "if (column + j <= hidden) row[",
+        ),
+        ("row-copied-beyond-its-end", NORMS, "&& column < hidden);", "&& column <= hidden);"),
+        (
+            "odd-row-copied-beyond-its-end",
+            NORMS,
+            "is_row && column + j < hidden ?",
+            "is_row && column + j <= hidden ?",
+        ),
+        ("rows-behind-the-last-copied", NORMS, "is_row && column < hidden);", "column < hidden);"),
+        ("row-stride-ignored", PLACES, "+ row * rows.row_stride;", "+ row * hidden;"),
+        (
+            "row-stride-taken-for-aligned",
+            PLACES,
+            "rows.row_stride % (kColumns / pieces_of(dtype)) == 0",
+            "true",
+        ),
+        (
+            "row-address-taken-for-aligned",
+            PLACES,
+            "reinterpret_cast<uintptr_t>(rows.data) % kPieceBytes == 0",
+            "true",
+        ),
+        (
+            "parameter-taken-for-aligned",
+            PLACES,
+            "&& reinterpret_cast<uintptr_t>(parameter) % kPieceBytes == 0",
+            "",
+        ),
+        ("philox-of-nine-rounds", DROPPED, "round < 10;", "round < 9;"),
+        ("dropout-halves-swapped", DROPPED, "16 * (j % 2)", "16 * (1 - j % 2)"),
+        (
+            "dropout-one-step-late",
+            SANDWICH,
+            "bits >= dropout.threshold",
+            "bits > dropout.threshold",
+        ),
+        (
+            "dropout-of-two-rows-alike",
+            DROPPED,
+            "uint32_t(vector_idx), uint32_t(row),",
+            "uint32_t(vector_idx), uint32_t(row / 2),",
+        ),
+        (
+            "dropped-wrong-half",
+            DROPPED,
+            "j % 2 == 0 ? mask | 0xffff0000u",
+            "j % 2 == 1 ? mask | 0xffff0000u",
+        ),
+        ("one-column-too-many-kept", KINDS, "(1u << count) - 1u", "(2u << count) - 1u"),
+        (
             "row-reduction-without-barrier",
-            ACCURACY,
-            "bar_sync();\n#pragma unroll",
-            "#pragma unroll",
+            ROUNDS,
+            "bar_sync();\n#pragma unroll\n  for (int n = 0;",
+            "#pragma unroll\n  for (int n = 0;",
         ),
         (
             "row-of-all-warps-but-one",
-            ACCURACY,
-            "int warp = 1; warp < kWarps;",
-            "int warp = 2; warp < kWarps;",
+            ROUNDS,
+            "int warp = 1; warp < num_warps;",
+            "int warp = 2; warp < num_warps;",
+        ),
+        (
+            "sums-of-another-row",
+            ROUNDS,
+            "scratch + me.row_in_block * num_warps * kCount;",
+            "scratch;",
+        ),
+        ("maximum-summed", KINDS, "n == 0 ? fmaxf(a, b) : a + b", "a + b"),
+        ("stages-not-swapped", ROUNDS, "now = next;", ""),
+        ("rows-not-waited-for", ROUNDS, "cp_async_wait_group<1>();", ""),
+        (
+            "single-rows-not-waited-for",
+            NORMS,
+            "} else {\n      cp_async_wait_group<0>();",
+            "} else {",
+        ),
+        (
+            "next-row-not-copied",
+            ROUNDS,
+            "if (plan.stages == 2) {\n      copy(row + step, row + step < rows, next);",
+            "if (plan.stages == 2) {\n      copy(row, row < rows, next);",
+        ),
+        ("absent-parameter-is-zero", KINDS, "out[j] = absent;", "out[j] = 0.f;"),
+        (
+            "parameter-of-another-dtype",
+            NORMS,
+            "} else if (dtype == DType::kFloat32) {",
+            "} else if (false) {",
+        ),
+        (
+            "parameters-share-slots",
+            RERUNS,
+            "slots_apart(kCount * kVectors * kPieces<float>)",
+            "slots_apart(kCount * kPieces<float>)",
+        ),
+        ("peak-not-an-eighth", KINDS, "peak * scale * 0.125f", "peak * scale"),
+        ("eps-not-relaxed", KINDS, "eps.relaxed) * c * c;", "eps.relaxed);"),
+        (
+            "plain-norm-relaxed",
+            KINDS,
+            "plain = relax == Relax::kNone || peak == 0.f;",
+            "plain = peak == 0.f;",
+        ),
+        (
+            "zeros-without-constant",
+            KINDS,
+            "plain = relax == Relax::kNone || peak == 0.f;",
+            "plain = relax == Relax::kNone;",
+        ),
+        (
+            "dropped-zeros-in-other-units",
+            KINDS,
+            "plain ? eps.plain : eps.relaxed",
+            "relax == Relax::kNone ? eps.plain : eps.relaxed",
+        ),
+        ("eps-out-of-range", KINDS, "exponent = max(exponent, -60);", ""),
+        ("sum-out-of-range", OVERFLOW, "kOneSum ? 1.f : 0x1p-16f", "kOneSum ? 1.f : 1.f"),
+        ("sum-of-denormals-lost", KINDS, "if (number[0] < kTiny)", "if (false)"),
+        ("shift-not-in-variance", OFFSET, "- shift * shift, 0.f)", ", 0.f)"),
+        ("forward-no-shift", OFFSET, "(d[j] * row.rstd - offset)", "(d[j] * row.rstd)"),
+        ("padding-in-moments", KINDS, "if (j < count) add(x[j]);", "add(x[j]);"),
+        (
+            "peak-of-the-row-alone",
+            KINDS,
+            "peak = relax == Relax::kTensor ? tensor_peak :",
+            "peak = false ? tensor_peak :",
+        ),
+        (
+            "row-scratch-shared",
+            ROUNDS,
+            "scratch + 3 * kMaxWarps, me, Add());",
+            "scratch, me, Add());",
+        ),
+        ("statistics-swapped", OFFSET, "return {rough_mean, shift,", "return {shift, rough_mean,"),
+        ("bias-weighted", KINDS, "* weight[j] + bias[j];", "* (weight[j] + bias[j]);"),
+        (
+            "plan-without-statistics",
+            RERUNS,
+            "vectors * needs.stage_pieces + needs.extra_pieces",
+            "vectors * needs.stage_pieces",
+        ),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/gradients.cuh",
+        ("backward-no-shift", OFFSET, "* row.rstd - offset;", "* row.rstd;"),
+        ("dx-no-xhat", KINDS, "(g - xhat * mean_g_xhat) * rstd", "g * rstd"),
+        ("dx-no-mean", KINDS, "* rstd - offset) * scale", "* rstd) * scale"),
+        ("dx-in-scaled-units", KINDS, "- offset) * scale;", "- offset);"),
+        (
+            "sums-of-some-rows-lost",
+            KINDS,
+            "int other = 1; other < rows;",
+            "int other = 2; other < rows;",
+        ),
+        ("sums-exchanged-without-barrier", KINDS, "bar_sync();\n      uint4* slot", "uint4* slot"),
+        ("sums-read-without-barrier", KINDS, "bar_sync();\n      slot = slots;", "slot = slots;"),
+        (
+            "sums-share-slots",
+            KINDS,
+            "st_shared_v4(slot + me.threads_per_row, sums.piece[1]);",
+            "st_shared_v4(slot + 1, sums.piece[1]);",
+        ),
+        (
+            "partial-row-stride",
+            KINDS,
+            "(int64_t{g} * gridDim.x + blockIdx.x) * hidden",
+            "(int64_t{g} + blockIdx.x) * hidden",
+        ),
+        ("dweight-of-the-last-row", KINDS, "dweight[j] += dy[j]", "dweight[j] = dy[j]"),
+        (
+            "dbias-weighted",
+            KINDS,
+            "dbias[j] += dy[j];\n    dy[j] *= weight[j];",
+            "dy[j] *= weight[j];\n    dbias[j] += dy[j];",
         ),
     ),
     *mutations(
         "pb_relax_layer_norm/pb_relax_layer_norm_forward.cu",
         (
-            "norm-eps-not-relaxed",
-            ACCURACY,
-            "const float rstd = rstd_of(var + params.eps * c * c);\n\n#pragma",
-            "const float rstd = rstd_of(var + params.eps);\n\n#pragma",
+            "peak-without-nan",
+            KINDS,
+            "float_as_uint(fabsf(value[j]))",
+            "float_as_uint(fmaxf(fabsf(value[j]), 0.f))",
         ),
         (
-            "norm-any-eps-not-relaxed",
-            ACCURACY,
-            "const float rstd = rstd_of(var + params.eps * c * c);\n\n    for",
-            "const float rstd = rstd_of(var + params.eps);\n\n    for",
+            "y-peak-of-padding",
+            KINDS,
+            "peak_bits(y_peak, y, hidden - me.column(i))",
+            "peak_bits(y_peak, y, kColumns)",
         ),
-        ("norm-peak-not-an-eighth", ACCURACY, "peak * scale * 0.125f", "peak * scale"),
         (
-            "norm-no-shift",
-            f"{ACCURACY} or offset or scale_of_a_row",
-            "(x.value[i][j] - shift)",
-            "x.value[i][j]",
+            "peak-of-dropped",
+            DROPPED,
+            "kept_columns(params.dropout, row, v), x);",
+            "kept_columns(params.dropout, row, v) | 0xffu, x);",
         ),
-        ("norm-zeros-counted", ACCURACY, "if (column_of<T, kThreadsPerRow>(i) < hidden) {", "{"),
         (
-            "norm-shared-scratch",
-            ACCURACY,
-            "reduce_row<Sum, kThreadsPerRow>(sum, scratch + kWarps);",
-            "reduce_row<Sum, kThreadsPerRow>(sum, scratch);",
+            "forward-dropout-lost",
+            DROPPED,
+            "keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), vector);",
+            "",
+        ),
+        ("forward-row-behind-the-last", KINDS, "if (!is_row) return;", ""),
+        (
+            "wide-padding-in-moments",
+            OFFSET,
+            "int(min(hidden - v * kColumns, int64_t{kColumns}))",
+            "kColumns",
+        ),
+        (
+            "wide-scratch-shared",
+            OVERFLOW,
+            "scratch + 3 * kMaxWarps, me, Add());",
+            "scratch, me, Add());",
+        ),
+        (
+            "wide-forward-dropout-lost",
+            DROPPED,
+            "vector_idx), x);\n      }\n      return x;",
+            "vector_idx) | 0xffu, x);\n      }\n      return x;",
+        ),
+        (
+            "wide-forward-residual-lost",
+            OVERFLOW,
+            "if (params.residual.data != nullptr) {\n        add_vector",
+            "if (false) {\n        add_vector",
         ),
     ),
     *mutations(
         "pb_relax_layer_norm/pb_relax_layer_norm_backward.cu",
-        ("norm-dx-no-xhat", ACCURACY, "(g - mean_g - xhat * mean_g_xhat)", "(g - mean_g)"),
+        ("dx-of-dropped", DROPPED, "(kept[i] >> j & 1u) == 0) g[i][j] = 0.f;", "false) {}"),
+        ("wide-dx-of-dropped", DROPPED, "(kept >> j & 1u) == 0) g[j] = 0.f;", "false) {}"),
         (
-            "norm-dweight-of-last-row",
-            ACCURACY,
-            "dweight.value[i][j] += dy * xhat",
-            "dweight.value[i][j] = dy * xhat",
+            "backward-other-dropout",
+            DROPPED,
+            "kept_columns(params.dropout, row, me.vector_idx(i));",
+            "kept_columns(params.dropout, row + 1, me.vector_idx(i));",
         ),
-        ("norm-partials-without-barrier", ACCURACY, "= sum;\n  bar_sync();", "= sum;"),
+        ("add-lost", OVERFLOW, "if (has_add) add_vector", "if (false) add_vector"),
         (
-            "norm-partial-lost",
-            ACCURACY,
-            "int row = 1; row < kReduceRows;",
-            "int row = 2; row < kReduceRows;",
+            "wide-add-lost",
+            OVERFLOW,
+            "if (params.add.data != nullptr) {\n        const X* add_row",
+            "if (false) {\n        const X* add_row",
+        ),
+        ("add-taken-for-aligned", PLACES, "rows_aligned(params.add, params.x_dtype) &&", ""),
+        (
+            "backward-scratch-shared",
+            RERUNS,
+            "scratch + round % 2 * 2 * kMaxWarps, me, Add());\n    const RowGradient gradient"
+            "(row_sums, inverse_hidden, statistics);\n    if",
+            "scratch, me, Add());\n    const RowGradient gradient"
+            "(row_sums, inverse_hidden, statistics);\n    if",
         ),
         (
-            "norm-backward-rows-without-barrier",
-            ACCURACY,
-            "is_row ? hidden : 0, g);\n    bar_sync();",
-            "is_row ? hidden : 0, g);",
+            "wide-backward-scratch-shared",
+            OVERFLOW,
+            "scratch + round % 2 * 2 * kMaxWarps, me, Add());\n    const RowGradient gradient"
+            "(row_sums, inverse_hidden, statistics);\n    for",
+            "scratch, me, Add());\n    const RowGradient gradient"
+            "(row_sums, inverse_hidden, statistics);\n    for",
+        ),
+        (
+            "wide-partials-not-cleared",
+            ROUNDS,
+            "dweight[column] = dbias[column] = 0.f;",
+            "dweight[column] = 0.f;",
+        ),
+        ("partials-without-barrier", KINDS, "= sum;\n  bar_sync();", "= sum;"),
+        (
+            "partial-lost",
+            KINDS,
+            "int row = 1; row < kSumRows;",
+            "int row = 2; row < kSumRows;",
+        ),
+        (
+            "partial-of-another-gradient",
+            KINDS,
+            "int64_t(blockIdx.y) * params.num_blocks * hidden",
+            "int64_t(blockIdx.y) * hidden",
+        ),
+    ),
+    *mutations(
+        "sandwich_residual/sandwich_residual_forward.cu",
+        ("h-padding-not-cleared", KINDS, "clear_beyond(hidden - me.column(i), h);", ""),
+        ("z-of-unrounded-h", SANDWICH, "unpack(h, x[i]);", ""),
+        ("pre-eps-shrunk", ROUNDS, "params.pre_eps, params.relax", "params.post_eps, params.relax"),
+        (
+            "pre-weight-of-post",
+            KINDS,
+            "parameters.load(2, i, weight);",
+            "parameters.load(0, i, weight);",
+        ),
+        (
+            "sandwich-dropout-lost",
+            DROPPED,
+            "keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), f);",
+            "",
+        ),
+        (
+            "sandwich-residual-lost",
+            KINDS,
+            "add_vector(slots.load<H>(kFSlots + i * kPieces<H>), x[i]);",
+            "",
+        ),
+        (
+            "sandwich-statistics-swapped",
+            KINDS,
+            "params.f_statistics[row] = f_statistics;",
+            "params.f_statistics[row] = h_statistics;",
+        ),
+        ("norms-without-residual", KINDS, "norm.residual = params.residual;", ""),
+        ("norms-peak-of-f", KINDS, "norm.peak = norm.y_peak;", "norm.peak = params.peaks;"),
+        ("norms-drop-twice", KINDS, "norm.dropout = {};", ""),
+    ),
+    *mutations(
+        "sandwich_residual/sandwich_residual_backward.cu",
+        (
+            "dresidual-padding-not-cleared",
+            KINDS,
+            "if (me.column(i) + j >= hidden) dresidual[j] = 0.f;",
+            "",
+        ),
+        ("df-of-dropped", DROPPED, "keep_columns(kept[i], df);", ""),
+        ("fhat-of-dropped", DROPPED, "keep_columns(kept[i], f);", ""),
+        (
+            "sandwich-other-dropout",
+            DROPPED,
+            "kept_columns(params.dropout, row, me.vector_idx(i));",
+            "kept_columns(params.dropout, row, me.in_row);",
+        ),
+        ("dh-lost", KINDS, "dresidual[j] += h_gradient", "dresidual[j] = h_gradient"),
+        (
+            "post-sums-swapped",
+            KINDS,
+            "f_sums, sums.value[0][i], sums.value[1][i]",
+            "f_sums, sums.value[1][i], sums.value[0][i]",
+        ),
+        (
+            "sandwich-scratch-shared",
+            ROUNDS,
+            "scratch + 2 * kMaxWarps, me, Add());",
+            "scratch, me, Add());",
+        ),
+        (
+            "statistics-of-h-for-f",
+            KINDS,
+            "f_statistics = slots.load_statistics(0);",
+            "f_statistics = slots.load_statistics(1);",
+        ),
+        (
+            "post-weight-of-pre",
+            KINDS,
+            "parameters.load(0, i, weight);",
+            "parameters.load(1, i, weight);",
+        ),
+        ("norms-df-from-dz", OVERFLOW, "norm.dy = {params.dresidual, params.hidden};", ""),
+        ("norms-backward-without-dropout", DROPPED, "norm.dropout = params.dropout;", ""),
+        (
+            "norms-partial-of-another",
+            ROUNDS,
+            "params.partial + 2 * gradient",
+            "params.partial + gradient",
+        ),
+        ("norms-add-twice", OVERFLOW, "norm.add = {};", ""),
+    ),
+    *mutations(
+        "ops.cpp",
+        ("eps-half-shrunk", ROUNDS, "eps * kept * kept", "eps * kept"),
+        (
+            "row-stride-not-passed",
+            PLACES,
+            "return {tensor->data_ptr(), tensor->stride(0)};",
+            "return {tensor->data_ptr(), tensor->size(1)};",
         ),
     ),
 ]
@@ -487,7 +809,7 @@ class Copy:
 
     def first_failure(self, tests: str) -> str | None:
         """The first test that fails, and why; None if all pass."""
-        files = ("tests/test_attention_kernels.py", "tests/test_pb_relax_layer_norm.py")
+        files = ("tests/test_attention_kernels.py", "tests/test_layer_norm_kernels.py")
         done = self._run(
             *("-c", PYTEST, "-x", "-q", "--tb=no", "-p", "no:cacheprovider"),
             *("-k", f"host_model and ({tests})", *files),

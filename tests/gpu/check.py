@@ -42,13 +42,15 @@ class Group:
     budget_s: int
 
 
+CALLS = ("tests/test_pb_relax_layer_norm.py", "tests/test_sandwich_residual.py")
 # What tells most comes first.
 GROUPS = (
     Group("primitives", ("tests/gpu/test_primitives.py",), 60),
     Group("attention", ("tests/test_attention_kernels.py", "-k", "cuda"), 120),
     Group("attention, large", ("tests/gpu/test_attention.py",), 90),
-    Group("layer norm", ("tests/test_pb_relax_layer_norm.py", "-k", "cuda"), 60),
-    Group("layer norm, large", ("tests/gpu/test_layer_norm.py",), 60),
+    Group("layer norm", ("tests/test_layer_norm_kernels.py", "-k", "cuda"), 100),
+    Group("layer norm, large", ("tests/gpu/test_layer_norm.py",), 80),
+    Group("layer norm, calls", (*CALLS, "-k", "cuda"), 80),
     Group("streams and graphs", ("tests/gpu/test_streams.py",), 90),
     Group("wiring", ("tests/test_backends.py", "-k", "cuda or takes_cpu_tensors"), 90),
     Group("sanitizer", ("tests/gpu/test_sanitizer.py",), 120),

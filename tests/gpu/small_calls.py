@@ -3,6 +3,8 @@ Inputs come from the CPU, so that hardly a kernel runs but those under test."""
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -38,6 +40,21 @@ def normalise(hidden: int, dtype: torch.dtype, relax: str) -> None:
         assert result.cpu().isfinite().all()
 
 
+def step(hidden: int, dtypes: tuple[torch.dtype, torch.dtype], relax: str, final: bool) -> None:
+    """The sandwich, with dropout."""
+    f, h = dtypes
+    tensors = [on_gpu(9, hidden, dtype=f), on_gpu(9, hidden, dtype=h)]
+    tensors += [on_gpu(hidden, dtype=torch.float32) for _ in range(4 if final else 2)]
+    leaves = [t.requires_grad_() for t in tensors]
+    parameters = [*leaves[2:], *(None,) * (6 - len(leaves))]
+    settings: dict[str, Any] = {"relax": relax, "backend": "cuda", "final_norm": final}
+    results = ck.sandwich_residual(*leaves[:2], *parameters, dropout_p=0.1, **settings)
+    results = results if final else results[:1]
+    upstream = [on_gpu(9, hidden, dtype=h) for _ in results]
+    for result in (*results, *torch.autograd.grad(results, leaves, upstream)):
+        assert result.cpu().isfinite().all()
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     for head_dim in attention.HEAD_DIMS:
@@ -47,4 +64,9 @@ if __name__ == "__main__":
         for dtype in (torch.float32, torch.float16):
             normalise(hidden, dtype, "row")
     normalise(1000, torch.bfloat16, "tensor")
+    for hidden in (7, 512, 1000, 2560, 5120, 17000):
+        for dtype in (torch.float32, torch.float16):
+            step(hidden, (dtype, torch.float32), "row", True)
+    step(1000, (torch.bfloat16, torch.bfloat16), "tensor", True)
+    step(1000, (torch.float16, torch.float32), "row", False)
     print("all calls ran")

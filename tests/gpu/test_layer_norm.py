@@ -1,5 +1,5 @@
 """The LayerNorm kernels at widths and numbers of rows that only a GPU reaches;
-tests/test_pb_relax_layer_norm.py holds the small ones, for the GPU too."""
+tests/test_layer_norm_kernels.py holds the small ones, for the GPU too."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from test_layer_norm_kernels import OF_A_ROW, PAIRS, PARAMETERS, Problem, excess_of, laid_out, same
 from torch import Tensor
 
 import cogview_kernels as ck
+from cogview_kernels import portable
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -142,3 +144,99 @@ def test_reruns_are_bitwise_equal(hidden: int) -> None:
 
     first, second = (differentiate(own, x, weight, bias, dy) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+# The sandwich residual
+
+
+def sandwich(
+    rows: int,
+    hidden: int,
+    dtypes: tuple[torch.dtype, torch.dtype],
+    relax: str | None = "row",
+    dropout: int = 0,
+) -> Problem:
+    f, h = dtypes
+    tensors = {"f": normal(rows, hidden, dtype=f), "residual": normal(rows, hidden, dtype=h)}
+    tensors |= {name: normal(hidden) for name in PARAMETERS}
+    upstream = {name: normal(rows, hidden, dtype=h) for name in ("h", "z")}
+    return Problem(tensors, upstream, relax=relax, dropout=dropout)
+
+
+def assert_accurate(problem: Problem, record: Callable[[str, object], None]) -> None:
+    excess = excess_of(problem, problem.run("cuda"))
+    record("error_ratio", max(excess.values()))
+    assert max(excess.values()) <= 1, excess
+
+
+@pytest.mark.parametrize("dtypes", PAIRS)
+def test_widths_of_the_sandwich(
+    dtypes: tuple[torch.dtype, torch.dtype], record: Callable[[str, object], None]
+) -> None:
+    errors = {}
+    for n, hidden in enumerate(WIDTHS):
+        problem = sandwich(67, hidden, dtypes, (None, "row", "row", "tensor")[n % 4], n % 3 * 6554)
+        errors[hidden] = max(excess_of(problem, problem.run("cuda")).values())
+    record("error_ratio", max(errors.values()))
+    assert max(errors.values()) <= 1, {w: error for w, error in errors.items() if error > 1}
+
+
+@pytest.mark.parametrize("hidden", [3, 64, 264])
+def test_many_rows_of_the_sandwich(hidden: int, record: Callable[[str, object], None]) -> None:
+    dtypes = torch.bfloat16, torch.float32
+    assert_accurate(sandwich(2**16 + 1, hidden, dtypes, dropout=6554), record)
+
+
+def test_sandwich_of_more_than_2_to_the_31_elements() -> None:
+    """Rows know nothing of each other: those at the ends have the bits of a call of their own."""
+    rows, hidden = 2**20, 2056
+    if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
+        pytest.skip("needs 70 GiB")
+    problem = sandwich(rows, hidden, (torch.float16, torch.float16))
+    assert problem.rows.numel() > 2**31
+    results = problem.run("cuda")
+    for some in (slice(0, 500), slice(rows - 500, rows)):
+        alone = problem.map(lambda t, some=some: t[some] if t.ndim == 2 else t).run("cuda")
+        here = {n: results[n][some] for n in OF_A_ROW if n in results}
+        assert not same(here, alone)
+    expected = {"dpre_bias": problem.upstream["z"], "dpost_bias": results["dresidual"]}
+    for name, tensor in expected.items():
+        total = sum(chunk.double().sum(0) for chunk in tensor.split(2**16))
+        torch.testing.assert_close(results[name].double(), total, rtol=1e-3, atol=4.0)
+
+
+def test_sandwich_rows_with_offsets_beyond_int32() -> None:
+    problem = sandwich(5, 1000, (torch.bfloat16, torch.bfloat16))
+    expected = problem.run("cuda")
+    stride = 2**29 + 8
+    memory = normal(1, dtype=torch.bfloat16).new_empty(4 * stride + 1000)
+    for name, tensor in problem.matrices().items():
+        far = memory.as_strided(tensor.shape, (stride, 1)).copy_(tensor)
+        assert not same(problem.change(name, far).run("cuda"), expected), name
+
+
+@pytest.mark.parametrize("layout", ["padded", "odd rows", "odd address"])
+@pytest.mark.parametrize("hidden", [1000, 17000])
+def test_sandwich_at_any_stride(layout: str, hidden: int) -> None:
+    problem = sandwich(300, hidden, (torch.float16, torch.float32), dropout=6554)
+    moved = problem.map(lambda tensor: laid_out(tensor, layout))
+    assert not same(moved.run("cuda"), problem.run("cuda"))
+
+
+@pytest.mark.parametrize("rows, hidden", [(70_000, 40), (3000, 1000), (50, 17000)])
+def test_dropout_is_that_of_the_portable_path(rows: int, hidden: int) -> None:
+    """Element for element, forward and backward, with the mask made on the CPU."""
+    problem = sandwich(rows, hidden, (torch.float16, torch.float32), dropout=13107)
+    dropped = portable.dropout_mask(torch.tensor([problem.seed]), 13107, problem.rows.shape).cuda()
+    results = problem.run("cuda")
+    assert not results["df"][dropped].any()
+    assert (results["df"][~dropped] != 0).double().mean() > 0.99
+    poisoned = problem.change("f", problem.tensors["f"].masked_fill(dropped, math.nan))
+    assert not same(poisoned.run("cuda"), results)
+
+
+@pytest.mark.parametrize("hidden", [8, 1000, 17000])
+def test_sandwich_reruns_are_bitwise_equal(hidden: int) -> None:
+    for relax in ("row", "tensor"):
+        problem = sandwich(5000, hidden, (torch.float16, torch.float32), relax, 6554)
+        assert not same(problem.run("cuda"), problem.run("cuda"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import cogview_kernels as ck
-from cogview_kernels import attention, extension
+from cogview_kernels import attention, extension, layer_norm, portable
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -58,8 +59,27 @@ def normalise(x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor) -> tuple[Tens
     return (y.detach(), *torch.autograd.grad(y, leaves, dy))
 
 
+def sandwich_inputs(seed: int) -> list[Tensor]:
+    """f, residual, the four parameters, dh, dz."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+    shapes = [(3000, 1024)] * 2 + [(1024,)] * 4 + [(3000, 1024)] * 2
+    return [torch.randn(shape, generator=generator, device="cuda") for shape in shapes]
+
+
+def step(*tensors: Tensor, **settings: Any) -> tuple[Tensor, ...]:
+    """Forward and backward of the sandwich."""
+    leaves = [t.detach().requires_grad_() for t in tensors[:6]]
+    h, z = ck.sandwich_residual(*leaves, backend="cuda", **settings)
+    gradients = torch.autograd.grad((h, z), leaves, tensors[6:])
+    return (h.detach(), z.detach(), *gradients)
+
+
+ATTENTION, NORM = (attention_inputs, attend), (norm_inputs, normalise)
+ONE_RESULT = pytest.mark.parametrize("inputs, call", [ATTENTION, NORM], ids=["attention", "ln"])
 OPERATORS = pytest.mark.parametrize(
-    "inputs, call", [(attention_inputs, attend), (norm_inputs, normalise)], ids=["attention", "ln"]
+    "inputs, call",
+    [ATTENTION, NORM, (sandwich_inputs, step)],
+    ids=["attention", "ln", "sandwich"],
 )
 Inputs = Callable[[int], list[Tensor]]
 
@@ -136,6 +156,39 @@ def test_nothing_waits_for_the_device(inputs: Inputs, call: Call) -> None:
         torch.cuda.set_sync_debug_mode("default")
 
 
+def test_dropout_waits_for_nothing() -> None:
+    """The seed is drawn on the device and stays there."""
+    task = sandwich_inputs(0)
+    step(*task, dropout_p=0.1)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*task, dropout_p=0.1)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_dropout_on_a_side_stream() -> None:
+    """The same seed drops the same there, while the default stream is at other work."""
+    task = sandwich_inputs(0)
+    torch.manual_seed(1)
+    expected = step(*task, dropout_p=0.1)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    with torch.cuda.stream(side):
+        step(*task, dropout_p=0.1)  # so that the stream has memory of its own
+    torch.cuda.synchronize()
+    torch.manual_seed(1)
+    torch.cuda._sleep(SLEEP_CYCLES)
+    busy = torch.cuda.current_stream().record_event()
+    with torch.cuda.stream(side):
+        results = step(*task, dropout_p=0.1)
+    side.synchronize()
+    assert not busy.query()  # nothing of it was queued behind the sleep
+    torch.cuda.synchronize()
+    assert equal(results, expected)
+
+
 # Graphs
 
 
@@ -161,7 +214,48 @@ def test_graph(inputs: Inputs, call: Call) -> None:
         assert equal(results, call(*values)), seed
 
 
-@OPERATORS
+@pytest.mark.parametrize("own_generator", [False, True])
+def test_replays_draw_new_masks(own_generator: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward and backward in one graph share a mask, and every replay has another: with torch's
+    generator, which graphs know of, and with one that the graph was told of."""
+    static = sandwich_inputs(0)
+    generator = torch.Generator("cuda").manual_seed(5) if own_generator else None
+    seeds: list[Tensor] = []
+    draw = layer_norm._draw_seed
+
+    def draw_and_keep(*arguments: Any) -> Tensor:
+        seeds.append(draw(*arguments))
+        return seeds[-1]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        step(*static, dropout_p=0.25, generator=generator)
+    torch.cuda.current_stream().wait_stream(side)
+    monkeypatch.setattr(layer_norm, "_draw_seed", draw_and_keep)
+    graph = torch.cuda.CUDAGraph()
+    if generator is not None:
+        graph.register_generator_state(generator)
+    with torch.cuda.graph(graph):
+        results = step(*static, dropout_p=0.25, generator=generator)
+    (seed,) = seeds
+    masks = []
+    for values in (sandwich_inputs(1), sandwich_inputs(1), sandwich_inputs(2)):
+        for tensor, value in zip(static, values, strict=True):
+            tensor.copy_(value)
+        graph.replay()
+        torch.cuda.synchronize()
+        dropped = portable.dropout_mask(seed, 16384, static[0].shape)
+        assert ((results[2] == 0) == dropped).double().mean() > 0.9999  # some gradients are zero
+        assert not results[2][dropped].any()
+        with monkeypatch.context() as patch:
+            patch.setattr(layer_norm, "_draw_seed", lambda *arguments: seed.clone())
+            assert equal(results, step(*values, dropout_p=0.25))
+        masks.append(dropped)
+    assert not any(torch.equal(masks[a], masks[b]) for a, b in ((0, 1), (0, 2), (1, 2)))
+
+
+@ONE_RESULT
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compile(inputs: Inputs, call: Call, mode: str | None) -> None:
     """One graph, forward and backward, the same numbers; with CUDA graphs too."""
@@ -202,7 +296,7 @@ def test_autocast() -> None:
     assert equal(gradients, tuple(t.float() for t in expected[1:]))
 
 
-@OPERATORS
+@ONE_RESULT
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_activation_checkpointing(inputs: Inputs, call: Call, use_reentrant: bool) -> None:
     task = inputs(0)
@@ -219,6 +313,49 @@ def test_activation_checkpointing(inputs: Inputs, call: Call, use_reentrant: boo
     out = checkpoint(forward, *leaves, use_reentrant=use_reentrant)
     out.backward(dout)
     assert equal((out.detach(), *(leaf.grad for leaf in leaves)), expected)  # type: ignore[call-overload]
+
+
+@pytest.mark.parametrize("mode", [None, "reduce-overhead"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_compile_the_sandwich(mode: str | None, dropout_p: float) -> None:
+    """One graph, forward and backward, with dropout that is drawn inside it."""
+    torch._dynamo.reset()
+
+    def forward(*tensors: Tensor) -> Any:
+        return ck.sandwich_residual(*tensors, backend="cuda", dropout_p=dropout_p)
+
+    compiled = torch.compile(forward, fullgraph=True, mode=mode)
+    before = None
+    for seed in (0, 1, 2, 3):  # reduce-overhead records in the second call and replays later
+        task = sandwich_inputs(seed)
+        leaves = [t.requires_grad_() for t in task[:6]]
+        torch.compiler.cudagraph_mark_step_begin()
+        both = compiled(*leaves)
+        gradients = torch.autograd.grad(both, leaves, task[6:])
+        results = tuple(t.detach().clone() for t in (*both, *gradients))
+        if dropout_p == 0:
+            assert equal(results, step(*sandwich_inputs(seed))), seed
+            continue
+        dropped = results[2] == 0
+        assert 0.24 < dropped.double().mean() < 0.26
+        assert before is None or not torch.equal(dropped, before)
+        before = dropped
+
+
+@pytest.mark.parametrize("use_reentrant", [False, True])
+def test_checkpointing_drops_the_same_again(use_reentrant: bool) -> None:
+    task = sandwich_inputs(0)
+    torch.manual_seed(3)
+    expected = step(*task, dropout_p=0.25)
+    torch.manual_seed(3)
+    leaves = [t.requires_grad_() for t in task[:6]]
+
+    def forward(*tensors: Tensor) -> Any:
+        return ck.sandwich_residual(*tensors, backend="cuda", dropout_p=0.25)
+
+    h, z = checkpoint(forward, *leaves, use_reentrant=use_reentrant)
+    torch.autograd.backward((h, z), task[6:])
+    assert equal((h.detach(), z.detach(), *(leaf.grad for leaf in leaves)), expected)  # type: ignore[arg-type]
 
 
 # Memory
@@ -282,6 +419,24 @@ def little_memory() -> Iterator[Callable[[], None]]:
 
     yield limit
     torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_memory_of_the_sandwich() -> None:
+    """The results and sixteen bytes a row and norm are kept; the backward has partial sums."""
+    *tensors, dh, dz = sandwich_inputs(0)
+    leaves = [t.half().requires_grad_() for t in tensors]
+    rows, hidden = dh.shape
+
+    def forward() -> Any:
+        return ck.sandwich_residual(*leaves, backend="cuda")
+
+    upstream = dh.half(), dz.half()
+    torch.autograd.grad(forward(), leaves, upstream)  # whatever is made once
+    results, peak = peak_of(forward)
+    assert peak == 2 * 2 * rows * hidden + 2 * 16 * rows
+    _, peak = peak_of(lambda: torch.autograd.grad(results, leaves, upstream))
+    partial = 4 * 4 * extension.num_sms(dh.device) * hidden
+    assert peak == 2 * 2 * rows * hidden + 4 * 2 * hidden + partial
 
 
 def test_out_of_memory(little_memory: Callable[[], None]) -> None:
