@@ -71,7 +71,6 @@ def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
 # - the view of a warp without queries, whose results go nowhere;
 # - exponents of ds that are too large (of another head, of bounds too small): what overflows is
 #   computed again;
-# - the barrier between a block's rows in the LayerNorm forward, whose grid has a block for each;
 # - the warp's barrier before rows are computed again: the model sees races in shared memory alone.
 MUTATIONS = [
     *mutations(
