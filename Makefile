@@ -16,7 +16,7 @@ help:
 	@echo "make bench          time the attention against dense attention on this machine"
 	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
-	@echo "make mutations      break the kernels on purpose, a hundred times: a test must fail each time"
+	@echo "make mutations      break the kernels on purpose, two hundred times: a test must fail each time"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make check-install  pip install in fresh environments, every way that is supported"
