@@ -16,7 +16,7 @@ help:
 	@echo "make bench          time the attention against dense attention on this machine"
 	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
-	@echo "make mutations      break the kernels on purpose, two hundred times: a test must fail each time"
+	@echo "make mutations      break the kernels on purpose, nearly two hundred times: a test must fail each time"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make check-install  pip install in fresh environments, every way that is supported"
@@ -76,7 +76,8 @@ gpu-check:
 # The kernels under AddressSanitizer and UBSan, then the same tests under the host model's own checks.
 SANITIZED := build/sanitize/lib
 SANITIZE_TESTS := -q --capture=sys tests/test_attention_kernels.py tests/test_pb_relax_layer_norm.py \
-  -k 'host_model and (many_tiles and 48-3 and dtype1 or any_values or any_packed or unseen or accuracy)'
+  tests/test_layer_norm_kernels.py -k 'host_model and (many_tiles and 48-3 and dtype1 or any_values or any_packed \
+  or unseen or accuracy or many_rounds or places_do_not_matter)'
 ASAN = OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
 
