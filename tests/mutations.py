@@ -561,7 +561,7 @@ MUTATIONS = [
             "(int64_t{g} * gridDim.x + blockIdx.x) * hidden",
             "(int64_t{g} + blockIdx.x) * hidden",
         ),
-        ("dweight-of-the-last-row", KINDS, "dweight[j] += dy[j]", "dweight[j] = dy[j]"),
+        ("dweight-of-the-last-row", ROUNDS, "dweight[j] += dy[j]", "dweight[j] = dy[j]"),
         (
             "dbias-weighted",
             KINDS,
