@@ -667,16 +667,20 @@ def _define_sandwich(name: str, device: str) -> tuple[Any, Any]:
     def gradients(
         ctx: Any, dh: Tensor | None, dz: Tensor | None, *_: None
     ) -> tuple[Tensor | None, ...]:
-        wanted = ctx.needs_input_grad
-        if ctx.final_norm:
-            dh, dz = _or_zeros(dh, dz), _or_zeros(dz, dh)
+        f, h, post_weight, pre_weight, f_statistics, h_statistics, seed = ctx.saved_tensors
+        post_wanted, pre_wanted = ctx.needs_input_grad[3:5], ctx.needs_input_grad[5:7]
+        if not ctx.final_norm or dz is None:  # nobody uses z: as if it were not there
+            dz = h = pre_weight = h_statistics = None
+            pre_wanted = (False, False)
         else:
-            dz = None
-        post = ctx.parameters[0] if any(wanted[3:5]) else None
-        pre = ctx.parameters[1] if any(wanted[5:7]) else None
-        df, dresidual, *of_parameters = backward(dh, dz, *ctx.saved_tensors, ctx.dropout, post, pre)
-        dresidual = dresidual if ctx.final_norm else dh
-        return df, dresidual, None, *_those(wanted[3:7], of_parameters), None, None, None, None
+            dh = _or_zeros(dh, dz)
+        post = ctx.parameters[0] if any(post_wanted) else None
+        pre = ctx.parameters[1] if any(pre_wanted) else None
+        kept = f, h, post_weight, pre_weight, f_statistics, h_statistics, seed
+        df, dresidual, *of_parameters = backward(dh, dz, *kept, ctx.dropout, post, pre)
+        dresidual = dh if dz is None else dresidual
+        of_parameters = _those((*post_wanted, *pre_wanted), of_parameters)
+        return df, dresidual, None, *of_parameters, None, None, None, None
 
     forward.register_autograd(gradients, setup_context=setup_context)
     forward.register_vmap(_folded_into_rows(forward, 2))
@@ -684,11 +688,10 @@ def _define_sandwich(name: str, device: str) -> tuple[Any, Any]:
     return forward, backward
 
 
-def _or_zeros(gradient: Tensor | None, like: Tensor | None) -> Tensor:
+def _or_zeros(gradient: Tensor | None, like: Tensor) -> Tensor:
     """A row of zeros stands for all of them where there is no gradient."""
     if gradient is not None:
         return gradient
-    assert like is not None
     return like.new_zeros(1, like.shape[1]).expand(like.shape)
 
 

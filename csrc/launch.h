@@ -11,6 +11,9 @@
 
 namespace cogview {
 
+// Shared memory that a kernel has at most in arrays of its own, beside what is asked for at launch.
+constexpr int kMaxArrayBytes = 2048;
+
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 }  // namespace cogview

@@ -239,8 +239,14 @@ cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_b
                    cudaStream_t stream, const Params& params) {
   if (num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 0) {  // needed where it exceeds 48 KB together with shared_array
-    const cudaError_t status =
-        cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared_bytes);
+    // The attribute is the kernel's: the same for all its launches, or one of another thread, or of
+    // a captured graph, could find it too small.
+    int most = 0;
+    cudaError_t status = max_shared_bytes(&most);
+    if (status != cudaSuccess) return status;
+    most -= kMaxArrayBytes;
+    if (most < shared_bytes) most = shared_bytes;
+    status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (status != cudaSuccess) return status;
   }
   const dim3 grid(unsigned(num_blocks), unsigned(grid_y), 1);

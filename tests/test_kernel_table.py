@@ -181,6 +181,7 @@ def test_committed_kernels_are_sound() -> None:
     rows = by_name(COMMITTED["kernels"])
     architectures = {f"sm_{name.replace('.', '')}" for name in kernel_table.ARCHITECTURES}
     assert set(rows) == {(kernel, other) for kernel, _ in rows for other in architectures}
+    assert max(row["static_shared"] for row in rows.values()) <= 2048, "kMaxArrayBytes, launch.h"
 
 
 def test_every_row_kernel_of_the_norms_is_committed() -> None:

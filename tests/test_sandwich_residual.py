@@ -394,6 +394,17 @@ def test_without_the_final_norm(implementation: str, relax: str | None, dropout_
         assert one.dtype == two.dtype and one.any()
 
 
+@pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
+def test_parameters_that_nothing_depends_on_have_no_gradient(implementation: str) -> None:
+    """None, not zeros, which an optimizer with momentum or weight decay would take for one."""
+    leaves = make_leaves(3, 40)
+    h, _ = sandwich(implementation, *leaves)
+    *found, weight, bias = torch.autograd.grad(h.sum(), leaves, allow_unused=True)
+    assert weight is None and bias is None
+    assert all(gradient is not None for gradient in found)
+    torch.testing.assert_close(found[1], torch.ones(3, 40))
+
+
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_either_result_may_go_without_a_gradient(implementation: str) -> None:
     leaves = make_leaves(3, 24)

@@ -538,7 +538,6 @@ inline int vectors_for(int64_t hidden, int max_threads) {
 
 // *fits: whether a block has the threads and the room for a row. Sets all of *plan but `aligned`.
 inline cudaError_t plan_rows(const RowNeeds& needs, int vectors, RowPlan* plan, bool* fits) {
-  constexpr int kOwnArrays = 2048;  // bytes of shared_array, beside the dynamic ones
   int limit = 0;
   const cudaError_t status = max_shared_bytes(&limit);
   const int64_t threads = threads_for(needs.hidden, vectors);
@@ -550,7 +549,7 @@ inline cudaError_t plan_rows(const RowNeeds& needs, int vectors, RowPlan* plan, 
   for (int stages = 2; stages > 0 && !*fits; --stages) {
     const int64_t rows =
         min(min(needs.max_threads / threads, ceil_div(needs.rows, needs.num_blocks)),
-            (limit - kOwnArrays - parameter_bytes) / (stages * stage_bytes));
+            (limit - kMaxArrayBytes - parameter_bytes) / (stages * stage_bytes));
     if (rows < 1) continue;
     plan->threads_per_row = int(threads);
     plan->rows_per_block = int(rows);

@@ -83,6 +83,7 @@ def check(
         for got, expected, other, scale in zip(each_row, truth, of_torch, scales, strict=False):
             allowed = 2 * largest(other.double() - expected) + float32 * scale
             allowed += (torch.finfo(x.dtype).eps + float32) * largest(expected)
+            assert math.isfinite(allowed)
             worst = max(worst, largest(got[some].double() - expected) / allowed)
         for total, expected in zip(sums, truth[2:], strict=True):
             total += expected
