@@ -128,7 +128,9 @@ def test_every_kernel_on_every_architecture_without_spills() -> None:
         assert row["spill_store_bytes"] == row["spill_load_bytes"] == row["stack_bytes"] == 0, row
     assert all(found == machine_code for found in by_kernel.values()), by_kernel
     names = " ".join(by_kernel)
-    for kernel in ("forward_kernel", "forward_any_kernel", "backward_kernel", "backward_reduce"):
+    for operator in ("pb_relax_layer_norm", "sandwich_residual", "three_region_attention"):
+        assert f"{operator}_forward_kernel" in names
+    for kernel in ("forward_wide_kernel", "backward_kernel", "partial_sums_kernel"):
         assert f"pb_relax_layer_norm_{kernel}" in names
 
 
@@ -152,9 +154,9 @@ def test_cuda_operators_refuse_cpu_tensors() -> None:
     """In a process of its own: the host model, once loaded, takes CPU tensors."""
     program = """
 import torch, cogview_kernels
-x, statistics = torch.randn(2, 8), [torch.empty(2), torch.empty(2)]
+x, statistics = torch.randn(2, 8), torch.empty(2, 4)
 torch.ops.cogview_kernels.pb_relax_layer_norm_forward_out(
-    x, None, None, None, 1e-5, 1, torch.empty_like(x), *statistics)
+    x, None, None, 1e-5, 1, 2, None, torch.empty_like(x), statistics)
 """
     result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
     assert result.returncode == 1
