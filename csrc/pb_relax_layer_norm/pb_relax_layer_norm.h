@@ -20,7 +20,7 @@ struct ConstRows {
   int64_t row_stride;
 };
 
-// The weight and bias of a norm, or their gradients' destinations.
+// The weight and bias of a norm.
 struct NormParameters {
   const void* weight;  // (hidden), may be null: 1
   const void* bias;    // (hidden), may be null: 0
@@ -111,9 +111,5 @@ cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& par
 cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& params,
                                          cudaStream_t stream);
 cudaError_t pb_relax_layer_norm_partial_sums(const PartialSumsParams& params, cudaStream_t stream);
-
-// max|x| of all elements that are not dropped, joined into params.peak.
-cudaError_t pb_relax_layer_norm_peak(const PbRelaxLayerNormForwardParams& params,
-                                     cudaStream_t stream);
 
 }  // namespace cogview

@@ -206,10 +206,8 @@ cudaError_t launch_forward(PbRelaxLayerNormForwardParams params, cudaStream_t st
       params.rows < INT32_MAX ? params.rows : INT32_MAX, 1, kWideThreads, 0, stream, params);
 }
 
-}  // namespace
-
-cudaError_t pb_relax_layer_norm_peak(const PbRelaxLayerNormForwardParams& given,
-                                     cudaStream_t stream) {
+// max|x| of all elements that are not dropped, joined into params.peak.
+cudaError_t launch_peak(const PbRelaxLayerNormForwardParams& given, cudaStream_t stream) {
   PbRelaxLayerNormForwardParams params = given;
   RowPlan& plan = params.plan;
   plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.x, params.x_dtype);
@@ -224,11 +222,13 @@ cudaError_t pb_relax_layer_norm_peak(const PbRelaxLayerNormForwardParams& given,
   });
 }
 
+}  // namespace
+
 cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& given,
                                         cudaStream_t stream) {
   PbRelaxLayerNormForwardParams params = given;
   if (params.relax == Relax::kTensor && !params.peak_is_known) {
-    const cudaError_t status = pb_relax_layer_norm_peak(params, stream);
+    const cudaError_t status = launch_peak(params, stream);
     if (status != cudaSuccess) return status;
   }
   params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.x, params.x_dtype) &&
