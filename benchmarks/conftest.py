@@ -1,25 +1,37 @@
-"""What every record says of the machine it was made on."""
+"""What pytest-benchmark's record says beyond its times: see suite.py."""
 
 from __future__ import annotations
 
 from typing import Any
 
+import measure
+import pytest
 import torch
 
-import cogview_kernels
+_not_measured: list[dict[str, Any]] = []
+
+
+@pytest.fixture
+def not_measured() -> list[dict[str, Any]]:
+    return _not_measured
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info.pop("node", None)  # the host's name is nobody's business
-    cpu = machine_info.pop("cpu", {})
-    machine_info["cpu"] = {"brand_raw": cpu.get("brand_raw"), "arch": cpu.get("arch")}
-    cuda = torch.cuda.is_available()
-    machine_info["device"] = torch.cuda.get_device_name() if cuda else cpu.get("brand_raw", "CPU")
-    machine_info["threads"] = torch.get_num_threads()
-    machine_info["torch"] = torch.__version__
-    machine_info["cogview_kernels"] = cogview_kernels.__version__
+    machine_info.clear()  # it names the host
+    machine_info.update(measure.machine_info(_device()))
 
 
 def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]) -> None:
-    for name in ("project", "branch", "author_time"):
-        commit_info.pop(name, None)
+    commit_info.clear()
+    commit_info.update(measure.commit_info())
+
+
+def pytest_benchmark_update_json(
+    config: Any, benchmarks: list[Any], output_json: dict[str, Any]
+) -> None:
+    output_json["ceilings"] = measure.ceilings(_device())
+    output_json["not_measured"] = _not_measured

@@ -1,0 +1,37 @@
+"""What a method of computing something is, ours or a peer's."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+Prepare = Callable[[Any, Any, torch.device], Callable[..., Any]]
+
+
+def anywhere(case: Any, device: torch.device) -> str | None:
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    """One implementation.
+
+    ``computes`` names its function, by whose float64 definition its results are checked:
+    three-region, dense causal, local window (three-region without text and pivots) or sliding
+    window (each query its own last ``query_window * key_window_times`` keys); PB-relax LayerNorm or
+    plain LayerNorm.
+
+    ``prepare(case, layout, device)`` does what depends on shapes and layout alone (block masks,
+    indices) and is timed apart; it returns the call that is timed. ``why_not(case, device)`` is a
+    sentence where the method cannot run.
+    """
+
+    name: str
+    computes: str
+    prepare: Prepare
+    why_not: Callable[[Any, torch.device], str | None] = anywhere
+    compiles: bool = False  # torch.compile: the first call takes long
+    works: frozenset[str] | None = None  # kinds of work that it can do; None: all
