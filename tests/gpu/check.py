@@ -19,8 +19,6 @@ import json
 import os
 import platform
 import re
-import shutil
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -28,11 +26,23 @@ from typing import Any
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[2]
+sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
+from gpu_machine import (  # noqa: E402
+    MESSAGE_CHARS,
+    ROOT,
+    architecture_here,
+    build,
+    context_lives,
+    output_of,
+    run_process,
+    save,
+    save_log,
+    why_nothing_runs,
+)
+
 LOG = ROOT / "results" / "gpu-check.log"
 BUDGET_S = 460
 STALL_S = 90
-MESSAGE_CHARS = 3000
 
 
 @dataclasses.dataclass(frozen=True)
@@ -55,17 +65,6 @@ GROUPS = (
     Group("wiring", ("tests/test_backends.py", "-k", "cuda or takes_cpu_tensors"), 90),
     Group("sanitizer", ("tests/gpu/test_sanitizer.py",), 120),
 )
-
-
-def save(record: dict[str, Any], path: Path) -> None:
-    """Whole or not at all, here and under $OUT."""
-    text = json.dumps(record, indent=1)
-    for folder in filter(None, (str(path.parent), os.environ.get("OUT"))):
-        target = Path(folder) / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(target)
 
 
 class Recorder:
@@ -127,47 +126,6 @@ class Recorder:
         save(self.record, self.path)
 
 
-def context_lives() -> bool:
-    import torch
-
-    try:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-    except RuntimeError:
-        return False
-    return True
-
-
-def run_process(
-    command: list[str], seconds: float, watch: Path | None = None, **variables: str
-) -> tuple[int, str | None]:
-    """Run to the log; the exit status, and why it was killed or died, if it did not exit."""
-    LOG.parent.mkdir(exist_ok=True)
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", **variables}
-    environment["PYTHONPATH"] = os.pathsep.join(
-        filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    )
-    begin = time.time()
-    with LOG.open("a") as log:
-        print(f"\n$ {' '.join(command)}", file=log, flush=True)
-        process = subprocess.Popen(
-            command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True
-        )
-        killed = None
-        while process.poll() is None and killed is None:
-            time.sleep(0.1)
-            last_word = max(begin, watch.stat().st_mtime if watch else time.time())
-            if time.time() - begin > seconds:
-                killed = f"killed: out of time after {seconds:.0f} s"
-            elif time.time() - last_word > STALL_S:
-                killed = f"killed: no word for {STALL_S} s"
-        if killed is not None:
-            os.killpg(process.pid, 9)
-            return process.wait(), killed
-    status = process.returncode
-    return status, f"died with signal {-status}" if status < 0 else None
-
-
 def run_group(group: Group, path: Path, deadline: float) -> None:
     """All tests of a group, in as many processes as they take down."""
     record = json.loads(path.read_text())
@@ -186,7 +144,7 @@ def run_group(group: Group, path: Path, deadline: float) -> None:
     while True:
         command = [sys.executable, str(Path(__file__)), "--record", str(path)]
         command += ["--run", group.name, "--", *group.pytest_args]
-        _, lost = run_process(command, max(end - time.time(), 1), path)
+        _, lost = run_process(command, max(end - time.time(), 1), LOG, path, STALL_S)
         record = json.loads(path.read_text())
         this = record["groups"][group.name]
         this["seconds"] = round(time.time() - begin, 1)
@@ -212,22 +170,8 @@ def run_build(path: Path, architecture: str) -> bool:
     record = json.loads(path.read_text())
     tests: list[dict[str, Any]] = []
     record["groups"]["build"] = {"seconds": 0.0, "finished": True, "error": None, "tests": tests}
-    for name, with_host_model in (("kernels", "0"), ("host model", "1")):
-        begin = time.time()
-        status, killed = run_process(
-            [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],
-            150,
-            COGVIEW_KERNELS_CUDA="1",
-            COGVIEW_KERNELS_HOST_MODEL=with_host_model,
-            TORCH_CUDA_ARCH_LIST=architecture,
-            MAX_JOBS=str(os.cpu_count()),
-        )
-        test = {"id": name, "outcome": "passed", "seconds": round(time.time() - begin, 1)}
-        if status != 0:
-            lines = LOG.read_text()[-MESSAGE_CHARS:].strip().splitlines()
-            errors = [line for line in lines if re.search("error|^cogview_kernels:", line)] or lines
-            test |= {"outcome": "failed", "reason": killed or errors[0], "text": "\n".join(lines)}
-        tests.append(test)
+    for name in ("kernels", "host model"):
+        tests.append({"id": name, **build(architecture, LOG, name == "host model")})
         record["groups"]["build"]["seconds"] = round(sum(test["seconds"] for test in tests), 1)
         save(record, path)
     return tests[0]["outcome"] == "passed"
@@ -259,26 +203,6 @@ def table(record: dict[str, Any]) -> tuple[str, bool]:
             rows.append(f"    nothing passed: {reasons[0][:150]}")
         well = well and not failures and not group["error"] and count["passed"] > 0
     return "\n".join(rows), well
-
-
-def output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
-
-
-def why_nothing_runs() -> str | None:
-    try:
-        import torch
-    except ImportError as error:
-        return f"torch cannot be imported ({error})"
-    if not torch.backends.cuda.is_built():
-        return f"torch {torch.__version__} is a build without CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device that it can use"
-    return None
 
 
 def describe() -> dict[str, Any]:
@@ -317,8 +241,7 @@ def check(groups: tuple[Group, ...], path: Path, architecture: str | None) -> bo
             print(f"{group.name} ...", flush=True)
             run_group(group, path, begin + BUDGET_S)
     record = json.loads(path.read_text())
-    if os.environ.get("OUT") and LOG.exists():
-        shutil.copy(LOG, os.environ["OUT"])
+    save_log(LOG)
     text, well = table(record)
     print(f"\n{text}\nrecord: {path}")
     missing = [group.name for group in groups if group.name not in record["groups"]]
@@ -341,12 +264,11 @@ def main() -> int:
     if reason is not None:
         print(f"gpu-check: nothing ran, as {reason}")
         return 2
-    description = describe()
-    major, minor = description["compute_capability"]
-    device = re.sub(r"\W+", "-", description["device"]).strip("-").lower()
-    name = f"gpu-check-{device}-{description['date'][:10]}-{description['commit']}.json"
+    here = describe()
+    device = re.sub(r"\W+", "-", here["device"]).strip("-").lower()
+    name = f"gpu-check-{device}-{here['date'][:10]}-{here['commit']}.json"
     path = ROOT / "benchmarks" / "results" / name.replace("+", "-")
-    return 0 if check(GROUPS, path, f"{major}.{minor}" + ("a" if major == 9 else "")) else 1
+    return 0 if check(GROUPS, path, architecture_here()) else 1
 
 
 if __name__ == "__main__":
