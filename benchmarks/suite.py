@@ -34,7 +34,11 @@ CHECKED_ROWS = 96  # of each of three stretches of the sequence
 
 
 class NotMeasured(Exception):
-    """Why an entry has no time: the method cannot run here, ran out of memory, or was wrong."""
+    """Why an entry has no time. ``failed``: it was wrong or broke, rather than cannot run here."""
+
+    def __init__(self, reason: str, failed: bool = False) -> None:
+        super().__init__(reason)
+        self.failed = failed
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +76,11 @@ class Entry:
 
 
 def importance(entry: Entry) -> tuple[int, int]:
-    """What comes first where time is short: ours and the peers that run at once, on the fixed cases;
-    what must be compiled first, there; then the sweeps, likewise."""
-    fixed = "fixed" in entry.sweeps
+    """What comes first where time is short: on the fixed cases ours, the peers that run at once,
+    those that must be compiled; then whole training steps; then the sweeps, likewise."""
+    stage = 2 if "fixed" not in entry.sweeps else 1 if entry.case.op == "training_step" else 0
     ours = entry.method.name == "cogview_kernels"
-    step = entry.case.op == "training_step"
-    return (0 if fixed else 1) + (
-        1 if step else 0
-    ), 0 if ours else 2 if entry.method.compiles else 1
+    return stage, 0 if ours else 2 if entry.method.compiles else 1
 
 
 def entries(device_type: str) -> list[Entry]:
@@ -102,7 +103,7 @@ def run(entry: Entry, device: torch.device, budget_s: float | None = None) -> di
         ``seconds``, one for each timed call, and ``info``, the record's ``extra_info``.
 
     Raises:
-        NotMeasured: the method cannot run here, or does not compute what it says.
+        NotMeasured: the method cannot run here, breaks, or does not compute what it says.
     """
     method = entry.method
     reason = method.why_not(entry.case, device)
@@ -113,23 +114,18 @@ def run(entry: Entry, device: torch.device, budget_s: float | None = None) -> di
     try:
         problem = problem_of(entry.case, device)
         prepared = problem.prepared(method)
-        wrong = [
-            name for name, error in prepared.errors.items() if not error <= prepared.allowed[name]
-        ]
-        if wrong:
-            found = ", ".join(
-                f"{name}: {prepared.errors[name]:.2g} (allowed {prepared.allowed[name]:.2g})"
-                for name in wrong
-            )
-            raise NotMeasured(f"wrong: relative error against float64, {found}")
-        timed = measure(
-            problem.timed(prepared.call, entry.work),
-            device,
-            BUDGET_S[device.type] if budget_s is None else budget_s,
-        )
+        check(prepared)
+        call = problem.timed(prepared.call, entry.work)
+        timed = measure(call, device, BUDGET_S[device.type] if budget_s is None else budget_s)
+    except NotMeasured:
+        raise
     except torch.OutOfMemoryError:
         forget()
         raise NotMeasured("out of memory") from None
+    except Exception as error:  # whatever a peer raises; the other entries go on
+        forget()
+        text = " ".join(str(error).split())[:300]
+        raise NotMeasured(f"{type(error).__name__}: {text}", failed=True) from error
     return {
         "seconds": timed.seconds,
         "info": entry.info()
@@ -142,6 +138,16 @@ def run(entry: Entry, device: torch.device, budget_s: float | None = None) -> di
             "host_seconds": timed.host_seconds,
         },
     }
+
+
+def check(prepared: Prepared) -> None:
+    wrong = [
+        f"{name}: {error:.2g} (allowed {prepared.allowed[name]:.2g})"
+        for name, error in prepared.errors.items()
+        if not error <= prepared.allowed[name]
+    ]
+    if wrong:
+        raise NotMeasured(f"wrong: relative error against float64, {', '.join(wrong)}", failed=True)
 
 
 @functools.lru_cache(maxsize=1)
@@ -198,13 +204,9 @@ class Problem:
         elapsed(prepare, self.device)
         prepare_seconds = min(elapsed(prepare, self.device) for _ in range(2))
         assert call is not None
-        errors: dict[str, float] = {}
-
-        def check() -> None:
-            errors.update(self.errors(method, call))
-
-        first = elapsed(check, self.device)
-        return Prepared(call, prepare_seconds, first, errors, self.allowed(errors))
+        first_call_seconds = elapsed(self.first_call(method, call), self.device)
+        errors = self.errors(method, call)
+        return Prepared(call, prepare_seconds, first_call_seconds, errors, self.allowed(errors))
 
     def random(self, *shape: int) -> Tensor:
         """Normal, in the case's dtype."""
@@ -219,6 +221,12 @@ class Problem:
         long sum; twice that for gradients, which have two products behind one another."""
         bound = 4 * torch.finfo(self.case.torch_dtype).eps + 1e-5
         return {name: bound if name in ("out", "y", "h", "z") else 2 * bound for name in errors}
+
+    def first_call(self, method: Method, call: Callable[..., Any]) -> Callable[[], Any]:
+        """What a method does once before it is timed: forward and backward, compiled if need be."""
+        whole = "forward+backward"
+        can = whole in self.case.works and (method.works is None or whole in method.works)
+        return self.timed(call, whole if can else "forward")
 
     def errors(self, method: Method, call: Callable[..., Any]) -> dict[str, float]:
         raise NotImplementedError
@@ -413,10 +421,16 @@ class StepProblem(Problem):
     def timed(self, call: Callable[..., Any], work: str) -> Callable[[], Any]:
         return call
 
+    def first_call(self, method: Method, call: Callable[..., Any]) -> Callable[[], Any]:
+        def first() -> None:
+            self.first_loss = float(call())
+
+        return first
+
     def errors(self, method: Method, call: Callable[..., Any]) -> dict[str, float]:
         """The first step's loss against that of the definitions on the same weights and tokens."""
         expected = reference_loss(self.case, method.computes, self.device)
-        return {"loss": abs(float(call()) - expected) / abs(expected)}
+        return {"loss": abs(self.first_loss - expected) / abs(expected)}
 
     def allowed(self, errors: dict[str, float]) -> dict[str, float]:
         return {"loss": 2e-3 if self.case.dtype == "float32" else 2e-2}
