@@ -11,17 +11,18 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import yaml
-from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
 
 from cogview.files import atomic_write
-from cogview.image_tokenizer import ImageTokenizerConfig
 from cogview.sequence import Vocabulary
 
+if TYPE_CHECKING:  # imported where files are read and written: the model alone does without
+    from omegaconf import DictConfig
+
 PRESETS = Path(__file__).parent / "presets"
+QUANTIZERS = ("moving_average", "straight_through", "gumbel", "fixed")
 
 
 @dataclass
@@ -34,6 +35,79 @@ class TextTokenizerConfig:
 
     def __post_init__(self) -> None:
         _expect("text_tokenizer.vocab_size", self.vocab_size, self.vocab_size >= 1, "1 or more")
+
+
+@dataclass
+class ImageTokenizerConfig:
+    """Shape and training rule of an image tokenizer; the defaults are CogView's.
+
+    Attributes:
+        image_size: side of the square images in pixels, a multiple of `2**num_downsamples`.
+        channels: 3 for RGB, 1 for grey.
+        hidden: channels of the inner convolutions.
+        num_downsamples: halvings; codes are a square of side `image_size / 2**num_downsamples`.
+        codebook_size: number of codes.
+        codebook_dim: length of a code vector.
+        quantizer: how the codebook is trained.
+            `moving_average`: nearest code; a code follows the mean of the vectors it stands for.
+            `straight_through`: nearest code; codes are trained by gradient towards their vectors.
+            `gumbel`: codes are sampled in training, with a straight-through gradient to logits and
+                codes.
+            `fixed`: nearest code of a random codebook that never changes; the encoder does the
+                moving.
+        decay: of the moving averages of code usage and, with `moving_average`, of the codes.
+        commitment: weight of the loss that keeps encoder outputs near their codes.
+        kl_weight: `gumbel` only, weight of KL(code distribution || uniform).
+        restart_below: `moving_average` only: a code whose moving usage count falls below this is
+            dead and restarts at a random encoder output of the batch; 0 turns this off. A code that
+            is never used falls below 0.1 after 230 steps at decay 0.99, after 22 at 0.9.
+        mean, std: normalisation per channel; empty: CogView's for RGB, 0.5 and 0.5 otherwise.
+    """
+
+    image_size: int = 256
+    channels: int = 3
+    hidden: int = 512
+    num_downsamples: int = 3
+    codebook_size: int = 8192
+    codebook_dim: int = 256
+    quantizer: str = "moving_average"
+    decay: float = 0.99
+    commitment: float = 0.25
+    kl_weight: float = 0.0
+    restart_below: float = 0.1
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        for name in "image_size channels hidden num_downsamples codebook_size codebook_dim".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
+        if self.image_size % 2**self.num_downsamples:
+            raise ValueError(
+                f"image_size: expected a multiple of 2**num_downsamples = "
+                f"{2**self.num_downsamples}, got {self.image_size}"
+            )
+        if self.quantizer not in QUANTIZERS:
+            raise ValueError(
+                f"quantizer: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}"
+            )
+        if not 0 < self.decay < 1:
+            raise ValueError(f"decay: expected a number between 0 and 1, got {self.decay}")
+        rgb = self.channels == 3
+        halves = (0.5,) * self.channels
+        self.mean = tuple(self.mean) or ((0.79093, 0.76271, 0.75340) if rgb else halves)
+        self.std = tuple(self.std) or ((0.30379, 0.32279, 0.32800) if rgb else halves)
+        for name in ("mean", "std"):
+            if len(getattr(self, name)) != self.channels:
+                raise ValueError(
+                    f"{name}: expected one value for each of {self.channels} channels, "
+                    f"got {getattr(self, name)}"
+                )
+
+    @property
+    def code_size(self) -> int:
+        """Side of the square of codes."""
+        return self.image_size // 2**self.num_downsamples
 
 
 @dataclass
@@ -252,6 +326,9 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         ValueError: not YAML, an unknown key, a wrong type, or a value out of range; the message
             names the key.
     """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     path = PRESETS / f"{source}.yaml"
     if not path.is_file():
         path = Path(source)
@@ -287,6 +364,9 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
 
 
 def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import ConfigKeyError, OmegaConfBaseException
+
     if not isinstance(other, DictConfig):
         raise ValueError(f"{where}: expected a mapping of settings, got a list or a scalar")
     try:
@@ -306,6 +386,8 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
 
 def to_yaml(config: Config) -> str:
     """All settings as YAML, as `load_config` reads them."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(config))
 
 

@@ -1,7 +1,7 @@
 """Images to codes and back: CogView's VQVAE, generalised in size, channels and quantisation rule.
 
     encoder    num_downsamples x [Conv2d 4x4 stride 2, ReLU], Conv2d 1x1 to codebook_dim
-    quantise   nearest of codebook_size vectors (see `QUANTIZERS`)
+    quantise   nearest of codebook_size vectors (see `ImageTokenizerConfig`)
     decoder    num_downsamples x [ConvTranspose2d 4x4 stride 2, ReLU], Conv2d 1x1 to the channels
 
 With the defaults (256x256 RGB, 32x32 codes out of 8192) it is CogView's tokenizer: 19 034 883
@@ -12,7 +12,7 @@ state dict.
 import math
 import os
 import zipfile
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pickle import UnpicklingError
 from typing import NamedTuple
 
@@ -21,85 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cogview.config import ImageTokenizerConfig
 from cogview.data import Images, batch_indices
 from cogview.files import atomic_write
 
-QUANTIZERS = ("moving_average", "straight_through", "gumbel", "fixed")
-
 _DAMAGED = (UnpicklingError, zipfile.BadZipFile)
-
-
-@dataclass
-class ImageTokenizerConfig:
-    """Shape and training rule of an image tokenizer; the defaults are CogView's.
-
-    Attributes:
-        image_size: side of the square images in pixels, a multiple of `2**num_downsamples`.
-        channels: 3 for RGB, 1 for grey.
-        hidden: channels of the inner convolutions.
-        num_downsamples: halvings; codes are a square of side `image_size / 2**num_downsamples`.
-        codebook_size: number of codes.
-        codebook_dim: length of a code vector.
-        quantizer: how the codebook is trained.
-            `moving_average`: nearest code; a code follows the mean of the vectors it stands for.
-            `straight_through`: nearest code; codes are trained by gradient towards their vectors.
-            `gumbel`: codes are sampled in training, with a straight-through gradient to logits and
-                codes.
-            `fixed`: nearest code of a random codebook that never changes; the encoder does the
-                moving.
-        decay: of the moving averages of code usage and, with `moving_average`, of the codes.
-        commitment: weight of the loss that keeps encoder outputs near their codes.
-        kl_weight: `gumbel` only, weight of KL(code distribution || uniform).
-        restart_below: `moving_average` only: a code whose moving usage count falls below this is
-            dead and restarts at a random encoder output of the batch; 0 turns this off. A code that
-            is never used falls below 0.1 after 230 steps at decay 0.99, after 22 at 0.9.
-        mean, std: normalisation per channel; empty: CogView's for RGB, 0.5 and 0.5 otherwise.
-    """
-
-    image_size: int = 256
-    channels: int = 3
-    hidden: int = 512
-    num_downsamples: int = 3
-    codebook_size: int = 8192
-    codebook_dim: int = 256
-    quantizer: str = "moving_average"
-    decay: float = 0.99
-    commitment: float = 0.25
-    kl_weight: float = 0.0
-    restart_below: float = 0.1
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
-
-    def __post_init__(self) -> None:
-        for name in "image_size channels hidden num_downsamples codebook_size codebook_dim".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.image_size % 2**self.num_downsamples:
-            raise ValueError(
-                f"image_size: expected a multiple of 2**num_downsamples = "
-                f"{2**self.num_downsamples}, got {self.image_size}"
-            )
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(
-                f"quantizer: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}"
-            )
-        if not 0 < self.decay < 1:
-            raise ValueError(f"decay: expected a number between 0 and 1, got {self.decay}")
-        rgb = self.channels == 3
-        halves = (0.5,) * self.channels
-        self.mean = tuple(self.mean) or ((0.79093, 0.76271, 0.75340) if rgb else halves)
-        self.std = tuple(self.std) or ((0.30379, 0.32279, 0.32800) if rgb else halves)
-        for name in ("mean", "std"):
-            if len(getattr(self, name)) != self.channels:
-                raise ValueError(
-                    f"{name}: expected one value for each of {self.channels} channels, "
-                    f"got {getattr(self, name)}"
-                )
-
-    @property
-    def code_size(self) -> int:
-        """Side of the square of codes."""
-        return self.image_size // 2**self.num_downsamples
 
 
 class ImageTokenizerOutput(NamedTuple):

@@ -1,5 +1,7 @@
 import dataclasses
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -96,3 +98,15 @@ def test_saving_and_loading_gives_the_same_settings(tmp_path):
     config = load_config("digits", ["seed=3"])
     save_config(config, tmp_path / "config.yaml")
     assert dataclasses.asdict(load_config(tmp_path / "config.yaml")) == dataclasses.asdict(config)
+
+
+def test_the_model_needs_none_of_the_optional_packages():
+    optional = ("matplotlib", "omegaconf", "PIL", "sentencepiece", "sklearn", "tqdm")
+    script = (
+        f"import sys; sys.modules |= dict.fromkeys({optional})\n"  # which makes an import fail
+        "from cogview.config import ModelConfig\n"
+        "from cogview.model import GPT\n"
+        "GPT(ModelConfig(num_layers=1, hidden_size=8, num_heads=2), vocab_size=5)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

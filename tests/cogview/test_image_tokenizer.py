@@ -6,11 +6,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from cogview.config import QUANTIZERS, ImageTokenizerConfig
 from cogview.digits import make_scenes
 from cogview.image_tokenizer import (
-    QUANTIZERS,
     ImageTokenizer,
-    ImageTokenizerConfig,
     Quantizer,
     train_image_tokenizer,
 )
