@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import measure
 import pytest
 import torch
 
+RESULTS = Path(__file__).parent / "results"
 _not_measured: list[dict[str, Any]] = []
 
 
@@ -33,5 +35,11 @@ def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]
 def pytest_benchmark_update_json(
     config: Any, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
+    """A whole run is kept as a record; a filtered one only as what ``--benchmark-json`` names."""
     output_json["ceilings"] = measure.ceilings(_device())
     output_json["not_measured"] = _not_measured
+    if not config.option.keyword:
+        machine, commit = output_json["machine_info"], output_json["commit_info"]
+        path = RESULTS / measure.record_name("suite", machine, commit, output_json["datetime"])
+        measure.save_record(output_json, path)
+        print(f"\nrecord: {path}")

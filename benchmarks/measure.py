@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
+import json
 import os
 import platform
 import re
@@ -250,3 +251,18 @@ def record_name(stem: str, machine: dict[str, Any], commit: dict[str, Any], date
     """``<stem>-<device>-<date>-<commit>.json``"""
     device = re.sub(r"\W+", "-", machine["device"]).strip("-").lower()
     return f"{stem}-{device}-{date[:10]}-{commit['id'][:7]}.json"
+
+
+def save_record(record: dict[str, Any], path: Path) -> None:
+    """Whole or not at all; a line for each row, so that a difference of two records can be read."""
+
+    def lines(name: str) -> str:
+        return ",\n".join(json.dumps(row) for row in record[name])
+
+    rows = [name for name in ("not_measured", "benchmarks") if name in record]
+    head = {name: value for name, value in record.items() if name not in rows}
+    text = json.dumps(head, indent=1)[:-2]
+    text += "".join(f',\n "{name}": [\n{lines(name)}\n ]' for name in rows) + "\n}\n"
+    partial = path.with_suffix(".partial")
+    partial.write_text(text)
+    partial.replace(path)

@@ -1,0 +1,261 @@
+"""The benchmark suite itself: what it counts, checks and times."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+
+import bench_suite  # noqa: E402
+import measure  # noqa: E402
+import suite  # noqa: E402
+from cases import AttentionCase, NormCase, StepCase, cases_of  # noqa: E402
+from methods import Method  # noqa: E402
+
+CPU = torch.device("cpu")
+SMALL = AttentionCase(
+    200, 16, 2, 20, batch=2, num_heads=4, num_kv_heads=2, head_dim=16, text_len=9, dtype="float32"
+)
+
+
+def test_visible_pairs_and_keys_are_those_of_the_dense_mask() -> None:
+    draw = random.Random(0)
+    for _ in range(60):
+        seqlen = draw.randint(5, 90)
+        case = AttentionCase(
+            seqlen,
+            query_window=draw.randint(1, 20),
+            key_window_times=draw.randint(1, 4),
+            num_pivots=draw.randint(0, seqlen // 2 - 2),
+            batch=2,
+            text_len=draw.randint(0, seqlen // 2),
+            q_len=draw.choice([0, 1, 3]),
+        )
+        mask = case.layout("cpu").dense_mask(2, case.queries, seqlen)
+        causal = torch.ones(case.queries, seqlen).tril(seqlen - case.queries).sum()
+        assert case._counts == (mask.sum(), mask.any(1).sum()), case
+        assert case.attended_fraction == pytest.approx(float(mask.sum() / (2 * causal)))
+
+
+def test_work_and_bytes_of_the_fixed_cases_by_hand() -> None:
+    # 4 x 40 heads of 4224 rows of 64 in two bytes: 54 MB a tensor
+    case = AttentionCase(4224, 128, 2, 256, batch=4)
+    tensor = 4 * 40 * 4224 * 64 * 2
+    assert case.bytes("forward") == 4 * tensor + 4 * 40 * 4224 * 4
+    assert case.bytes("backward") == 8 * tensor + 4 * 40 * 4224 * 4
+    assert case.flops("backward") == 2.5 * case.flops("forward")
+    assert case.flops("forward") == pytest.approx(63e9, rel=0.01)  # Gflop, as designed for
+    grouped = dataclasses.replace(case, num_kv_heads=8)
+    assert grouped.bytes("forward") == 2 * tensor + 2 * tensor // 5 + 4 * 40 * 4224 * 4
+    # 256 columns of the window's two blocks, 64 text, and the pivots before
+    token = AttentionCase(4224, 128, 2, 256, num_heads=1, q_len=1)
+    keys = 256 + 64 + int((token.layout("cpu").pivot_idx < 4224 - 256).sum())
+    assert token.pairs == keys
+    assert token.bytes("forward") == 2 * (2 + 2 * keys) * 64 + 4
+    norm = NormCase("sandwich_residual", 10, 8)
+    assert (norm.bytes("forward"), norm.bytes("backward")) == (4 * 11 * 16, 6 * 11 * 16)
+    step = StepCase(2, 64, 4, 3, 100, 16, 2, 10, text_len=28, vocab_size=500)
+    parameters = 2 * 12 * 64 * 64 + 500 * 64
+    attention = 2 * step.attention.flops("forward+backward")
+    assert step.flops("step") == 6 * parameters * 3 * 128 + attention
+
+
+@pytest.mark.parametrize("device_type", ["cpu", "cuda"])
+def test_entries_are_all_there_once_and_the_fixed_cases_come_first(device_type: str) -> None:
+    entries = suite.entries(device_type)
+    ids = [entry.id for entry in entries]
+    assert len(set(ids)) == len(ids)
+    assert {entry.case.op for entry in entries} == set(suite.METHODS)
+    fixed = ["fixed" in entry.sweeps for entry in entries]
+    assert fixed == sorted(fixed, reverse=True)
+    assert entries[0].method.name == "cogview_kernels"
+    attention = [planned for planned in cases_of(device_type) if planned.case.op == "attention"]
+    sweeps = {sweep for planned in attention for sweep in planned.sweeps}
+    assert sweeps == {"fixed", "seqlen", "window", "pivots", "head_dim", "dtype", "llm"}
+
+
+def test_the_sweep_over_lengths_goes_from_1k_to_64k_on_a_gpu() -> None:
+    lengths = [
+        planned.case.seqlen  # type: ignore[union-attr]
+        for planned in cases_of("cuda")
+        if planned.case.op == "attention" and "seqlen" in planned.sweeps
+    ]
+    assert lengths == [1 << log2 for log2 in range(10, 17)]
+
+
+def spoiled(number: int) -> Callable[..., Any]:
+    """The right attention, but for the result (0: out, then dq, dk, dv) of one sample and head."""
+
+    class Spoil(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: Tensor, mine: bool) -> Tensor:
+            ctx.mine = mine
+            return x.clone()
+
+        @staticmethod
+        def backward(ctx: Any, dx: Tensor) -> Any:
+            return (dx * 1.001 if ctx.mine else dx), None
+
+    def prepare(case: Any, layout: Any, device: torch.device) -> Callable[..., Tensor]:
+        right = suite.ATTENTION_METHODS[0].prepare(case, layout, device)
+
+        def call(*qkv: Tensor) -> Tensor:
+            out = right(*(Spoil.apply(x, number == at) for at, x in enumerate(qkv, start=1)))
+            return out * 1.001 if number == 0 else out
+
+        return call
+
+    return prepare
+
+
+@pytest.mark.parametrize(("number", "name"), enumerate(["out", "dq", "dk", "dv"]))
+def test_a_method_that_is_a_little_wrong_gets_no_time(number: int, name: str) -> None:
+    method = Method("spoiled", "three-region", spoiled(number))
+    entry = suite.Entry(SMALL, "forward", method, ("fixed",))
+    with pytest.raises(suite.NotMeasured, match=f"wrong.*{name}: 0.001") as caught:
+        suite.run(entry, CPU, 0.01)
+    assert caught.value.failed
+
+
+def test_a_method_that_computes_another_function_must_say_so() -> None:
+    dense = next(
+        m
+        for m in suite.ATTENTION_METHODS
+        if m.computes == "dense causal" and not m.why_not(SMALL, CPU)
+    )
+    entry = suite.Entry(SMALL, "forward", dense, ("fixed",))
+    assert suite.run(entry, CPU, 0.01)["info"]["computes"] == "dense causal"
+    liar = dataclasses.replace(dense, computes="three-region")
+    with pytest.raises(suite.NotMeasured, match="wrong"):
+        suite.run(dataclasses.replace(entry, method=liar), CPU, 0.01)
+
+
+def test_a_method_that_breaks_or_gives_nan_is_one_rows_reason() -> None:
+    def breaks(case: Any, layout: Any, device: torch.device) -> Callable[..., Any]:
+        raise ValueError("no such\n thing")
+
+    def gives_nan(case: Any, layout: Any, device: torch.device) -> Callable[..., Any]:
+        return lambda q, k, v: q * k.sum() * v.sum() * float("nan")
+
+    for prepare, text in ((breaks, "^ValueError: no such thing$"), (gives_nan, "wrong.*out: nan")):
+        entry = suite.Entry(SMALL, "forward", Method("bad", "three-region", prepare), ())
+        with pytest.raises(suite.NotMeasured, match=text):
+            suite.run(entry, CPU, 0.01)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        SMALL,
+        dataclasses.replace(SMALL, q_len=1),
+        NormCase("layer_norm", 30, 48, "float32"),
+        NormCase("sandwich_residual", 30, 48, "float32"),
+        StepCase(2, 32, 2, 2, 60, 8, 2, 8, text_len=8, vocab_size=100, dtype="float32"),
+    ],
+    ids=lambda case: case.op,
+)
+def test_every_method_that_runs_here_is_right_and_timed(case: Any) -> None:
+    ran = set()
+    for method in suite.METHODS[case.op]:
+        if method.why_not(case, CPU) or method.compiles:
+            continue
+        for work in case.works:
+            if method.works is not None and work not in method.works:
+                continue
+            result = suite.run(suite.Entry(case, work, method, ("fixed",)), CPU, 0.01)
+            assert all(second > 0 for second in result["seconds"])
+            assert len(result["seconds"]) >= measure.MIN_ROUNDS
+            info = result["info"]
+            assert info["errors"] and set(info["errors"]) == set(info["errors_allowed"])
+            assert info["extra_bytes"] > 0
+            ran.add((method.name, work))
+    assert {("cogview_kernels", work) for work in case.works} < ran
+    suite.forget()
+
+
+def test_peak_memory_counts_what_is_alive_at_once() -> None:
+    megabyte = torch.zeros(1 << 18)
+
+    def run() -> Tensor:
+        a = megabyte + 1  # 1
+        b = a * 2  # 2
+        del a
+        return b + megabyte  # b and this: 2
+
+    assert measure.peak_bytes(run, CPU) == pytest.approx(2 << 20, rel=0.01)
+    x = torch.zeros(1 << 18, requires_grad=True)
+    # x * 2, kept for sin's gradient, and sin's value; then gradients
+    peak = measure.peak_bytes(lambda: torch.autograd.grad((x * 2).sin().sum(), x), CPU)
+    assert 2 << 20 <= peak <= 3.1 * (1 << 20)
+
+
+def test_a_cpu_s_times_and_ceilings_are_of_this_machine() -> None:
+    a = torch.randn(600, 600)
+    timed = measure.measure(lambda: a @ a, CPU, 0.05)
+    assert 1e-5 < min(timed.seconds) < 1 and timed.host_seconds is None
+    assert len(timed.seconds) <= measure.MAX_ROUNDS
+
+
+def test_the_record_names_no_host() -> None:
+    import platform
+
+    text = json.dumps([measure.machine_info(CPU), measure.commit_info()])
+    assert platform.node() not in text.split('"') and str(ROOT) not in text
+
+
+def test_record_file_names(tmp_path: Path) -> None:
+    name = measure.record_name(
+        "suite", {"device": "NVIDIA H200"}, {"id": "0123456789abcdef"}, "2026-02-03T04:05:06"
+    )
+    assert name == "suite-nvidia-h200-2026-02-03-0123456.json"
+    record: dict[str, Any] = {
+        "datetime": "x",
+        "not_measured": [],
+        "benchmarks": [{"a": [1]}, {"b": 2}],
+    }
+    measure.save_record(record, tmp_path / name)
+    assert json.loads((tmp_path / name).read_text()) == record
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_pytest_benchmark_plays_back_the_measured_times(tmp_path: Path) -> None:
+    path = tmp_path / "bench.json"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-enable"]
+    command += ["benchmarks/bench_suite.py", "-k", "decode and S1088 and cogview_kernels"]
+    done = subprocess.run(
+        [*command, f"--benchmark-json={path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    record = json.loads(path.read_text())
+    (row,) = record["benchmarks"]
+    info = row["extra_info"]
+    assert (info["op"], info["method"], info["work"]) == ("decode", "cogview_kernels", "forward")
+    assert row["stats"]["rounds"] == len(row["stats"]["data"]) >= measure.MIN_ROUNDS
+    assert all(0 < second < 10 for second in row["stats"]["data"])
+    assert record["ceilings"]["copy_bytes_per_s"] > 1e8
+    assert set(record["machine_info"]) >= {"device", "device_type", "torch", "versions"}
+    assert set(record["commit_info"]) == {"id", "time", "dirty"}
+
+
+def test_playback_is_exact() -> None:
+    clock = bench_suite.Playback()
+    clock.seconds = [0.1 + 1e-9, 2.5]
+    durations = []
+    for _ in clock.seconds:
+        clock.rewind()
+        begin = clock.now()
+        clock.play()
+        durations.append(clock.now() - begin)
+    assert durations == clock.seconds
