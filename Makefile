@@ -4,7 +4,6 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RECORD = attention-$(shell uname -m)-$(shell date +%Y-%m-%d)-$(shell git rev-parse --short HEAD)
 SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: help build demo test lint format types bench kernel-table kernel-costs gpu-check sanitize \
@@ -13,7 +12,7 @@ SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' 
 help:
 	@echo "make demo           train a small CogView on handwritten digits and draw captions"
 	@echo "make test           build, lint, check types and run every test that needs no GPU"
-	@echo "make bench          time the attention against dense attention on this machine"
+	@echo "make bench          time everything and its peers on this machine, and write the report"
 	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
 	@echo "make mutations      break the kernels on purpose, nearly two hundred times: a test must fail each time"
@@ -57,10 +56,14 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
+# make bench FILTER="decode and SDPA"        some of it, kept in results/bench.json only
+# make bench COMPARE=benchmarks/results/...  beside an earlier record
 bench: build
-	$(BIN)/pytest benchmarks/bench_attention.py --benchmark-enable --benchmark-only --benchmark-columns=median,iqr,rounds \
-	  --benchmark-json=benchmarks/results/$(RECORD).json
-	$(BIN)/python benchmarks/report.py
+	@mkdir -p results
+	$(BIN)/pytest benchmarks/bench_suite.py -q --benchmark-enable --benchmark-only --benchmark-sort=name \
+	  --benchmark-columns=median,iqr,rounds --benchmark-json=results/bench.json $(if $(FILTER),-k "$(FILTER)")
+	$(if $(COMPARE),$(BIN)/pytest-benchmark compare $(COMPARE) results/bench.json --group-by=fullname --columns=median,iqr)
+	$(if $(FILTER),,$(BIN)/python benchmarks/report.py)
 
 # After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
 kernel-table: build
