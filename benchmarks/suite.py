@@ -75,12 +75,14 @@ class Entry:
         return info
 
 
-def importance(entry: Entry) -> tuple[int, int]:
+def importance(entry: Entry) -> tuple[int, ...]:
     """What comes first where time is short: on the fixed cases ours, the peers that run at once,
-    those that must be compiled; then whole training steps; then the sweeps, likewise."""
+    those that must be compiled, one after the other; then whole training steps; then the sweeps,
+    likewise."""
     stage = 2 if "fixed" not in entry.sweeps else 1 if entry.case.op == "training_step" else 0
-    ours = entry.method.name == "cogview_kernels"
-    return stage, 0 if ours else 2 if entry.method.compiles else 1
+    if entry.method.compiles:
+        return stage, 2, METHODS[entry.case.op].index(entry.method)
+    return stage, 0 if entry.method.name == "cogview_kernels" else 1
 
 
 def entries(device_type: str) -> list[Entry]:
