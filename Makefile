@@ -6,13 +6,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test lint format types bench kernel-table kernel-costs gpu-check sanitize \
+.PHONY: help build demo test lint format types bench report kernel-table kernel-costs gpu-check sanitize \
   mutations check-install clean
 
 help:
 	@echo "make demo           train a small CogView on handwritten digits and draw captions"
 	@echo "make test           build, lint, check types and run every test that needs no GPU"
 	@echo "make bench          time everything and its peers on this machine, and write the report"
+	@echo "make report         make the report's tables and plots from the records that are here"
 	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
 	@echo "make mutations      break the kernels on purpose, nearly two hundred times: a test must fail each time"
@@ -64,6 +65,9 @@ bench: build
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=results/bench.json $(if $(FILTER),-k "$(FILTER)")
 	$(if $(COMPARE),$(BIN)/pytest-benchmark compare $(COMPARE) results/bench.json --group-by=fullname --columns=median,iqr)
 	$(if $(FILTER),,$(BIN)/python benchmarks/report.py)
+
+report: $(VENV)/.installed
+	$(BIN)/python benchmarks/report.py
 
 # After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
 kernel-table: build
