@@ -18,12 +18,18 @@ MESSAGE_CHARS = 3000
 BUILD_S = 150
 
 
+def places(path: Path) -> list[Path]:
+    """Where a record is kept: here, and under $OUT."""
+    folders = [path.parent, *map(Path, filter(None, [os.environ.get("OUT")]))]
+    for folder in folders:
+        folder.mkdir(parents=True, exist_ok=True)
+    return [folder / path.name for folder in folders]
+
+
 def save(record: dict[str, Any], path: Path) -> None:
-    """Whole or not at all, here and under $OUT."""
+    """Whole or not at all."""
     text = json.dumps(record, indent=1)
-    for folder in filter(None, (str(path.parent), os.environ.get("OUT"))):
-        target = Path(folder) / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
+    for target in places(path):
         partial = target.with_suffix(".partial")
         partial.write_text(text)
         partial.replace(target)
