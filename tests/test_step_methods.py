@@ -1,0 +1,207 @@
+"""The suite's training steps compute what they say, and train."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import cogview.model
+import cogview_kernels as ck
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+import norm_methods  # noqa: E402
+import step_methods  # noqa: E402
+from cases import StepCase  # noqa: E402
+from methods import Method  # noqa: E402
+from step_methods import (  # noqa: E402
+    SETTINGS,
+    STEP_METHODS,
+    Training,
+    definitions,
+    reference_loss,
+    reference_losses,
+)
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+CASE = StepCase(
+    num_layers=2,
+    hidden_size=32,
+    num_heads=2,
+    batch=2,
+    image_len=58,
+    query_window=8,
+    key_window_times=2,
+    num_pivots=6,
+    text_len=6,
+    vocab_size=50,
+    dtype="float32",
+)
+HALF = StepCase(**{**vars(CASE), "dtype": "bfloat16"})
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-3}  # of the losses, in norm
+
+of_methods = pytest.mark.parametrize("method", STEP_METHODS, ids=lambda method: method.name)
+of_those_that_compile = pytest.mark.parametrize(
+    "method", [m for m in STEP_METHODS if m.compiles], ids=lambda method: method.name
+)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Training, "compile", lambda training: None)
+
+
+def error(training: Training, computes: str) -> float:
+    """Of the last step's losses against the definitions."""
+    expected = reference_losses(training.case, computes, CPU)
+    assert expected.dtype == torch.float64
+    return float((training.losses - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("case", [CASE, HALF], ids=lambda case: case.dtype)
+@of_methods
+def test_the_first_step_is_that_of_the_definitions(
+    uncompiled: None, method: Method, case: StepCase
+) -> None:
+    training = method.prepare(case, None, CPU)
+    loss = training()
+    assert loss.shape == () and torch.equal(loss, training.losses.mean())
+    assert training.losses.shape == (case.tokens,) and training.losses.dtype == torch.float32
+    assert error(training, method.computes) < TOLERANCE[case.dtype]
+    assert abs(float(loss) / reference_loss(case, method.computes, CPU) - 1) < 1e-4
+    for other in SETTINGS.keys() - {method.computes}:
+        assert error(training, other) > 3 * TOLERANCE[case.dtype]
+
+
+@of_methods
+def test_gradients_are_those_of_the_definitions(uncompiled: None, method: Method) -> None:
+    training = method.prepare(CASE, None, CPU)
+    exact = Training(CASE, method.computes, definitions(), CPU)
+    exact.model.double()
+    for one in (training, exact):
+        one.forward().mean().backward()
+    for (name, parameter), right in zip(
+        training.model.named_parameters(), exact.model.parameters(), strict=True
+    ):
+        assert parameter.grad is not None and right.grad is not None, name
+        assert right.grad.count_nonzero() > 0, name
+        assert (parameter.grad - right.grad).norm() < 1e-5 * right.grad.norm(), name
+
+
+@of_methods
+def test_training_trains(uncompiled: None, method: Method) -> None:
+    training = method.prepare(CASE, None, CPU)
+    before = [p.detach().clone() for p in training.model.parameters()]
+    losses = [float(training()) for _ in range(8)]
+    assert all(later < earlier for earlier, later in zip(losses, losses[1:], strict=False))
+    after = training.model.parameters()
+    assert not any(map(torch.equal, before, after))
+
+
+def test_pivots_are_drawn_anew_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn, sample_pivots = [], ck.sample_pivots
+
+    def sample(*args: Any, **options: Any) -> torch.Tensor:
+        drawn.append(sample_pivots(*args, **options))
+        return drawn[-1]
+
+    training = STEP_METHODS[0].prepare(CASE, None, CPU)
+    monkeypatch.setattr(ck, "sample_pivots", sample)
+    for _ in range(2):
+        training()
+    assert len(drawn) == 2 * CASE.num_layers
+    assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
+
+
+def test_a_step_leaves_the_model_s_functions_alone() -> None:
+    """Also where it fails."""
+    training = STEP_METHODS[0].prepare(CASE, None, CPU)
+    assert cogview.model.ck is ck
+    training.positions = training.positions + CASE.seqlen
+    with pytest.raises(IndexError):
+        training()
+    assert cogview.model.ck is ck
+
+
+def test_on_a_gpu_ours_is_never_a_substitute() -> None:
+    kernels = step_methods.ours(CUDA)
+    q, x = torch.randn(1, 1, 8, 32).bfloat16(), torch.randn(4, 32)
+    layout = ck.ThreeRegionLayout(2, None, 4, 1)
+    for call in (
+        lambda: kernels.three_region_attention(q, q, q, layout),
+        lambda: kernels.sandwich_residual(x, x, *[x[0]] * 4),
+        lambda: kernels.PBRelaxLayerNorm(32)(x),
+    ):
+        with pytest.raises(ck.KernelUnavailable):
+            call()
+
+
+def test_plain_steps_run_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*args: Any, **options: Any) -> None:
+        raise AssertionError
+
+    for name in ("three_region_attention", "pb_relax_layer_norm", "sandwich_residual"):
+        monkeypatch.setattr(ck, name, never)
+        monkeypatch.setattr(sys.modules["cogview_kernels.layer_norm"], name, never, raising=False)
+    (method,) = (m for m in STEP_METHODS if m.name == "dense SDPA, F.layer_norm")
+    method.prepare(CASE, None, CPU)()
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({}, None),
+        ({"dtype": "float32"}, "float16 and bfloat16"),
+        ({"hidden_size": 80}, r"head dimensions of (32, 64, 96, 128), not 40"),
+    ],
+)
+def test_a_method_that_cannot_run_says_why(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str | None
+) -> None:
+    monkeypatch.setattr(norm_methods, "no_kernel", lambda case, device: None)
+    monkeypatch.setattr(norm_methods, "no_compiler", lambda case, device: None)
+    case = StepCase(**{**vars(HALF), "hidden_size": 64, **changes})
+    for method in STEP_METHODS[:2]:
+        assert method.why_not(case, CPU) is None
+        reason = method.why_not(case, CUDA)
+        assert reason is None if said is None else said in str(reason)
+
+
+def test_names_differ_and_ours_come_first() -> None:
+    names = [method.name for method in STEP_METHODS]
+    assert len(set(names)) == len(names) and names[0] == "cogview_kernels"
+    assert {method.computes for method in STEP_METHODS} == SETTINGS.keys()
+    assert STEP_METHODS[2].why_not(CASE, CPU) == "what cogview_kernels runs on the CPU"
+
+
+@of_those_that_compile
+def test_layers_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
+    """Two graphs in all, one of a layer and one of the loss."""
+    graphs = []
+
+    def compiler(graph: Any, inputs: Any) -> Any:
+        graphs.append(graph)
+        return graph
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(
+        torch, "compile", lambda *args, **options: torch_compile(*args, backend=compiler, **options)
+    )
+    torch.compiler.reset()
+    training = method.prepare(CASE, None, CPU)
+    for _ in range(2):
+        training()
+    assert len(graphs) == 2
+
+
+@pytest.mark.slow
+@of_those_that_compile
+def test_compiled(method: Method) -> None:
+    training = method.prepare(CASE, None, CPU)
+    training()
+    assert error(training, method.computes) < TOLERANCE["float32"]
+    first = training.losses.mean()
+    assert training() < first
