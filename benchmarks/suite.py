@@ -279,7 +279,7 @@ class AttentionProblem(Problem):
         case = self.case
         group = case.num_heads // case.kv_heads
         sample, kv_head = case.batch - 1, case.kv_heads // 2
-        heads = slice(kv_head * group, (kv_head + 1) * group)
+        heads, kv_heads = slice(kv_head * group, (kv_head + 1) * group), slice(kv_head, kv_head + 1)
         count = min(CHECKED_ROWS, case.queries)
         starts = sorted({0, (case.queries - count) // 2, case.queries - count})
         training = case.op == "attention"
@@ -306,8 +306,8 @@ class AttentionProblem(Problem):
                 x.detach()[sample : sample + 1, part, where].double().requires_grad_()
                 for x, part, where in (
                     (self.q, heads, rows),
-                    (self.k, slice(kv_head, kv_head + 1), keys),
-                    (self.v, slice(kv_head, kv_head + 1), keys),
+                    (self.k, kv_heads, keys),
+                    (self.v, kv_heads, keys),
                 )
             )
             exact = ck.three_region_attention(q, k, v, layout, backend="reference")
@@ -317,13 +317,8 @@ class AttentionProblem(Problem):
             expected[0][where] = exact[0].detach().cpu()
             expected[1][where] += grads[0][0].cpu()
             for index in (1, 2):
-                expected[1 + index][kv_head, keys] += grads[index][0].cpu()
-        parts = [
-            (heads, checked),
-            (heads, checked),
-            (slice(kv_head, kv_head + 1), slice(None)),
-            (slice(kv_head, kv_head + 1), slice(None)),
-        ]
+                expected[1 + index][kv_heads, keys] += grads[index][0].cpu()
+        parts = [(heads, checked)] * 2 + [(kv_heads, slice(None))] * 2
         return {
             name: relative_error(x.detach()[sample].cpu()[part], reference[part])
             for name, x, reference, part in zip(

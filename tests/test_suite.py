@@ -120,7 +120,7 @@ def spoiled(number: int) -> Callable[..., Any]:
     return prepare
 
 
-@pytest.mark.parametrize(("number", "name"), enumerate(["out", "dq", "dk", "dv"]))
+@pytest.mark.parametrize(("number", "name"), list(enumerate(["out", "dq", "dk", "dv"])))
 def test_a_method_that_is_a_little_wrong_gets_no_time(number: int, name: str) -> None:
     method = Method("spoiled", "three-region", spoiled(number))
     entry = suite.Entry(SMALL, "forward", method, ("fixed",))
