@@ -3,9 +3,9 @@
 FlexAttention gets what its experts would give it: compiled for each case's static shapes, block
 masks with full blocks apart and ready before the clock starts, tables in place of searches in its
 masks, and tiles of 128 positions, which its configurations for Ampere and Hopper divide. At their
-defaults are ``ROWS_GUARANTEED_SAFE`` (where windows begin inside of tiles, a row's first tile may be
-hidden from it), ``PRESCALE_QK`` (less accurate) and ``USE_TMA`` (experimental). The row "autotuned"
-has torch search tiles, warps and stages.
+defaults are ``ROWS_GUARANTEED_SAFE`` (where windows begin inside of tiles, a row's first tile may
+be hidden from it), ``PRESCALE_QK`` (less accurate) and ``USE_TMA`` (experimental). The row
+"autotuned" has torch search tiles, warps and stages.
 """
 
 from __future__ import annotations
@@ -112,9 +112,10 @@ def _why_no_kernel(case: AttentionCase, device: torch.device) -> str | None:
     """On a CPU the portable path has this row."""
     if device.type != "cuda":
         return None
-    if case.head_dim not in HEAD_DIMS:
-        return f"the kernels take head dimensions of {HEAD_DIMS}, not {case.head_dim}"
-    return _only_halves(case, device) or extension.why_not_on(device)
+    reason = _only_halves(case, device)
+    if reason is None and case.head_dim not in HEAD_DIMS:
+        reason = f"the kernels take head dimensions of {HEAD_DIMS}, not {case.head_dim}"
+    return reason or extension.why_not_on(device)
 
 
 def _why_not_portable(case: AttentionCase, device: torch.device) -> str | None:
@@ -161,8 +162,9 @@ def _sdpa_dense_mask(
     window, text, pivot = layout.regions(case.batch, case.queries, case.seqlen)
     mask = window | text | pivot
     if layout.text_bias or layout.pivot_bias:
-        bias = text * layout.text_bias + pivot * layout.pivot_bias
-        mask = bias.masked_fill(~mask, -torch.inf).to(case.torch_dtype)
+        bias = torch.zeros(mask.shape, dtype=case.torch_dtype, device=device)
+        bias = bias.masked_fill(text, layout.text_bias).masked_fill(pivot, layout.pivot_bias)
+        mask = bias.masked_fill(~mask, -torch.inf)
     mask = mask[:, None]
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -301,8 +303,8 @@ def _list_bias(layout: ck.ThreeRegionLayout, far: FarKeys) -> Mod | None:
         return None
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, r: Tensor, j: Tensor) -> Tensor:
-        bias = torch.where(j < far.num_text[b], text_bias, pivot_bias)
-        return score + torch.where(j < length, bias, 0.0)
+        biased = torch.where(j < far.num_text[b], score + text_bias, score + pivot_bias)
+        return torch.where(j < length, biased, score)
 
     return score_mod
 
@@ -337,16 +339,16 @@ def _flex_plain(
         return torch.where(j < window_start(i, w, n), is_far[b, j], j <= i)
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, r: Tensor, j: Tensor) -> Tensor:
-        bias = torch.where(j < num_text[b], text_bias, pivot_bias)
-        return score + torch.where(j < window_start(r + offset, w, n), bias, 0.0)
+        biased = torch.where(j < num_text[b], score + text_bias, score + pivot_bias)
+        return torch.where(j < window_start(r + offset, w, n), biased, score)
 
-    biased = score_mod if text_bias or pivot_bias else None
+    mod = score_mod if text_bias or pivot_bias else None
     block_mask = _block_mask_builder(case)(
         mask_mod, case.batch, None, case.queries, case.seqlen, device, BLOCK
     )
 
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_attention(q, k, v, biased, block_mask, enable_gqa=_grouped(case))
+        return flex_attention(q, k, v, mod, block_mask, enable_gqa=_grouped(case))
 
     return _compiled(attention)
 
@@ -458,8 +460,9 @@ def _cogview(case: AttentionCase, layout: ck.ThreeRegionLayout, device: torch.de
     far_hidden = (column >= far.count[:, first_rows, None])[:, None, :, None]
     bias: Tensor | None = None
     if layout.text_bias or layout.pivot_bias:
-        bias = torch.where(column < far.num_text[:, None], layout.text_bias, layout.pivot_bias)
-        bias = bias.to(case.torch_dtype)[:, None, None, None]
+        bias = torch.full((case.batch, 1, 1, 1, num_far), layout.pivot_bias, dtype=case.torch_dtype)
+        is_text = column < far.num_text[:, None, None, None, None]
+        bias = bias.to(device).masked_fill(is_text, layout.text_bias)
     # (blocks, w, n w)
     row = torch.arange(w, device=device)[:, None] + (n - 1) * w
     key = torch.arange(n * w, device=device)
