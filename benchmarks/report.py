@@ -19,7 +19,7 @@ import math
 import re
 import statistics
 import sys
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -187,13 +187,24 @@ class Record:
         return self.content["machine_info"]["device_type"] == "cuda"
 
     @property
+    def flops_unit(self) -> str:
+        return "TFLOP/s" if self.on_cuda else "GFLOP/s"
+
+    @property
+    def flops_scale(self) -> float:
+        return 1e12 if self.on_cuda else 1e9
+
+    @property
     def source(self) -> str:
         """What stands under each table: where its numbers come from."""
         machine, commit = self.content["machine_info"], self.content["commit_info"]
         versions = {"torch": machine["torch"], **machine.get("versions", {})}
-        what = [self.device, *(f"{name} {value}" for name, value in versions.items() if value)]
+        what = [self.device]
         if not self.on_cuda and machine.get("threads"):
-            what.insert(1, f"{machine['threads']} threads")
+            what.append(f"{machine['threads']} thread{'s' if machine['threads'] > 1 else ''}")
+        what += [
+            f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if name in versions
+        ]
         changed = " with uncommitted changes" if commit.get("dirty") else ""
         return (
             f"<sub>{', '.join(what)}; commit {commit['id'][:7]}{changed}, "
@@ -359,7 +370,7 @@ def group_table(group: list[Row], record: Record) -> str:
             spread_text(row),
             text(ratio(row, ours), times),
             text(tokens_per_second(row), digits),
-            text(tflops(row), digits),
+            text(tflops(row), lambda rate: digits(1e12 * rate / record.flops_scale)),
             text(gigabytes_per_second(row), digits),
             text(fraction_of_floor(row, record.ceilings), percent),
             text(said.get("extra_bytes"), bytes_text),
@@ -368,7 +379,8 @@ def group_table(group: list[Row], record: Record) -> str:
         ]
 
     heads = (
-        *("method", "computes", "median (p10-p90)", "time / ours", "tokens/s", "TFLOP/s", "GB/s"),
+        *("method", "computes", "median (p10-p90)", "time / ours", "tokens/s"),
+        *(record.flops_unit, "GB/s"),
         *("of the floor", "extra memory", "prepare", "first call", "launch", "error"),
     )
     return table(heads, map(cells, group), left=2)
@@ -425,7 +437,7 @@ def sweep_table(by: dict[Any, list[Row]], sweep: str, record: Record) -> str:
 def common(groups_of_sweep: Iterable[list[Row]]) -> str:
     """What all cases of a sweep have in common."""
     cases = [info(group[0])["case"] for group in groups_of_sweep]
-    same = {name: value for name, value in cases[0].items() if value not in (0, None)}
+    same = {name: value for name, value in cases[0].items() if name != "op" and value}
     for case in cases[1:]:
         same = {name: value for name, value in same.items() if case.get(name) == value}
     return ", ".join(f"{name} {value}" for name, value in same.items())
@@ -434,7 +446,7 @@ def common(groups_of_sweep: Iterable[list[Row]]) -> str:
 def machine_table(record: Record) -> str:
     machine = record.content["machine_info"]
     lines = [
-        (f"matrix product, {dtype}", f"{digits(rate / 1e12)} TFLOP/s")
+        (f"matrix product, {dtype}", f"{digits(rate / record.flops_scale)} {record.flops_unit}")
         for dtype, rate in record.ceilings["matmul_flops"].items()
     ]
     lines.append(
@@ -448,8 +460,10 @@ def machine_table(record: Record) -> str:
         lines.append(("driver", str(machine["driver"])))
     for name, value in (machine.get("clocks") or {}).items():
         lines.append((f"clock, {name}", str(value)))
-    if machine.get("python"):
-        lines.append(("Python", str(machine["python"])))
+    versions = {"Python": machine.get("python"), "torch": machine["torch"]}
+    for name, value in (versions | machine.get("versions", {})).items():
+        if value:
+            lines.append((name, str(value)))
     return table(("ceilings and machine", "measured in the run"), lines)
 
 
@@ -458,20 +472,33 @@ def not_measured(record: Record) -> str:
     missing = record.content.get("not_measured", [])
     if not missing:
         return ""
-    where: dict[tuple[str, str], dict[str, set[str]]] = defaultdict(lambda: defaultdict(set))
+    planned = Counter(
+        (entry["op"], entry["method"]) for entry in [*map(info, record.rows), *missing]
+    )
+    where: dict[tuple[str, str], list[dict[str, Any]]] = defaultdict(list)
     for entry in missing:
-        name = f"{entry['op']} {entry['work']}"
-        where[entry["method"], entry["reason"]][name].add(entry["case_name"])
+        where[entry["method"], entry["reason"]].append(entry)
 
-    def places(found: dict[str, set[str]]) -> str:
-        return "; ".join(
-            f"{name}: {'; '.join(sorted(cases)) if len(cases) <= 2 else f'{len(cases)} cases'}"
-            for name, cases in found.items()
-        )
+    def places(method: str, entries: list[dict[str, Any]]) -> Iterator[str]:
+        for op, count in Counter(entry["op"] for entry in entries).items():
+            name = op.replace("_", " ")
+            if count == planned[op, method]:
+                yield f"{name}: all"
+                continue
+            cases: dict[str, list[str]] = defaultdict(list)
+            for entry in entries:
+                if entry["op"] == op:
+                    cases[entry["case_name"]].append(entry["work"])
+            few = "; ".join(f"{case} ({', '.join(works)})" for case, works in cases.items())
+            yield f"{name}: {few if len(cases) <= 4 else f'{count} rows'}"
 
     lines = [
-        (method, places(found), " ".join(reason.replace("|", "\\|").replace("<", "&lt;").split()))
-        for (method, reason), found in where.items()
+        (
+            method,
+            "; ".join(places(method, entries)),
+            " ".join(reason.replace("|", "\\|").replace("<", "&lt;").split()),
+        )
+        for (method, reason), entries in where.items()
     ]
     return "\n".join(
         [
@@ -565,8 +592,9 @@ def plots(record: Record) -> list[Plot]:
         found.append(Plot("norms", caption, draw))
     points = roofline_points(record)
     if points:
-        draw = partial(draw_roofline, points, ceilings, methods, title + "useful work")
-        caption = "Useful TFLOP/s against FLOP a byte, beside the measured ceilings"
+        unit = record.flops_unit, record.flops_scale
+        draw = partial(draw_roofline, points, ceilings, unit, methods, title + "useful work")
+        caption = f"Useful {record.flops_unit} against FLOP a byte, beside the measured ceilings"
         found.append(Plot("roofline", caption, draw))
     return found
 
@@ -597,7 +625,8 @@ def roofline_points(record: Record) -> list[tuple[str, str, str, float, float]]:
     for op in OPS:
         for _, work, group in groups(record, op):
             said = info(group[0])
-            if not (shown_whole(group) and said.get("flops") and said.get("bytes")):
+            floor = floor_parts(group[0], record.ceilings)
+            if not (shown_whole(group) and floor and all(floor.values())):
                 continue
             for row in (ours_of(group), best_same(group, record), best_dense(group)):
                 if row is not None:
@@ -611,10 +640,10 @@ def roofline_points(record: Record) -> list[tuple[str, str, str, float, float]]:
     return points
 
 
-def draw_roofline(points: Any, ceilings: Any, methods: list[str], title: str) -> Any:
+def draw_roofline(points: Any, ceilings: Any, unit: Any, methods: list[str], title: str) -> Any:
     import report_plots
 
-    return report_plots.roofline(points, ceilings, title, report_plots.styles(methods))
+    return report_plots.roofline(points, ceilings, unit, title, report_plots.styles(methods))
 
 
 # Pages.

@@ -123,6 +123,7 @@ def short(x: float) -> str:
 def roofline(
     points: Sequence[tuple[str, str, str, float, float]],
     ceilings: Mapping[str, Any],
+    unit: tuple[str, float],
     title: str,
     styles: Mapping[str, Style],
 ) -> Figure:
@@ -130,16 +131,17 @@ def roofline(
     figure = Figure(figsize=(9.6, 5.4), layout="constrained")
     FigureCanvasAgg(figure)
     axis = figure.subplots()
+    name, scale = unit
     copy, rates = ceilings["copy_bytes_per_s"], ceilings["matmul_flops"]
     works = list(dict.fromkeys(work for work, *_ in points))
     methods = [method for method in styles if any(method == point[1] for point in points)]
     intensities = [point[3] for point in points]
     x = np.geomspace(min(intensities) / 3, max(intensities) * 3, 400)
     for dtype in dict.fromkeys(dtype for _, _, dtype, *_ in points):
-        roof = np.minimum(rates[dtype], x * copy) / 1e12
+        roof = np.minimum(rates[dtype], x * copy) / scale
         axis.plot(x, roof, color="black", linewidth=1.2)
         axis.annotate(
-            f"matrix product, {dtype}: {roof[-1]:.3g} TFLOP/s",
+            f"matrix product, {dtype}: {roof[-1]:.3g} {name}",
             (x[-1], roof[-1]),
             (0, 3),
             textcoords="offset points",
@@ -148,7 +150,7 @@ def roofline(
         )
     axis.annotate(
         f"copy: {copy / 1e9:.4g} GB/s",
-        (x[0], x[0] * copy / 1e12),
+        (x[0], x[0] * copy / scale),
         (4, -2),
         textcoords="offset points",
         verticalalignment="top",
@@ -157,7 +159,7 @@ def roofline(
     for work, method, _, intensity, rate in points:
         axis.plot(
             intensity,
-            rate,
+            1e12 * rate / scale,
             MARKERS[works.index(work) % len(MARKERS)],
             color=styles[method]["color"],
             markersize=6,
@@ -171,7 +173,7 @@ def roofline(
     for side in (axis.xaxis, axis.yaxis):
         side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axis.set_xlabel("useful FLOP a byte that must move", fontsize=9)
-    axis.set_ylabel("useful TFLOP/s", fontsize=9)
+    axis.set_ylabel(f"useful {name}", fontsize=9)
     axis.tick_params(labelsize=8)
     axis.grid(alpha=0.3, which="both")
     by_method = [

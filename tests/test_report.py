@@ -262,7 +262,7 @@ def test_ours_first_then_who_computes_the_same_then_who_does_not() -> None:
     columns = dict(zip(head, zip(*lines, strict=True), strict=True))
     assert columns["method"] == (f"**{report.OURS}**", "peer", "slow peer", "dense †")
     assert columns["time / ours"] == ("1.00x", "0.50x", "2.25x", "0.25x")
-    assert columns["TFLOP/s"] == ("100", "", "", "")
+    assert columns["GFLOP/s"] == ("100,000", "", "", "")
     assert columns["of the floor"] == ("50%", "", "", "")
     assert columns["error"] == ("2.0e-01", "", "", "")
 
