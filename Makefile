@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test lint format types bench report kernel-table kernel-costs gpu-check sanitize \
+.PHONY: help build demo test lint format types bench report quality kernel-table kernel-costs gpu-check sanitize \
   mutations check-install clean
 
 help:
@@ -17,6 +17,7 @@ help:
 	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
 	@echo "make mutations      break the kernels on purpose, nearly two hundred times: a test must fail each time"
+	@echo "make quality        train a small CogView dense and three-region, and compare what they learn"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make check-install  pip install in fresh environments, every way that is supported"
@@ -68,6 +69,10 @@ bench: build
 
 report: $(VENV)/.installed
 	$(BIN)/python benchmarks/report.py
+
+# About an hour on two cores; goes on where it was stopped.
+quality: build
+	$(BIN)/python benchmarks/quality.py
 
 # After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
 kernel-table: build
