@@ -90,6 +90,16 @@ def test_the_two_functions_are_told_apart(op: str, method: Method) -> None:
         assert_computes(NormCase(op, ROWS, HIDDEN, "bfloat16"), method, other)
 
 
+def test_no_gradient_flows_through_the_maximum() -> None:
+    """It would be of the size of eps: float64 tells."""
+    tensors = [t.double() for t in inputs(NormCase("layer_norm", ROWS, HIDDEN, "float32"))]
+    douts = [torch.randn(ROWS, HIDDEN)]
+    actual = differentiate(norm_methods.pb_relax_layer_norm, tensors, douts)
+    exact = differentiate(definition("layer_norm", PB_RELAX), tensors, douts)
+    for found, expected in zip(actual, exact, strict=True):
+        assert (found - expected).norm() < 1e-12 * expected.norm()
+
+
 @pytest.mark.slow
 @of_methods(*(pair for pair in METHODS if pair[1].compiles))
 def test_compiled(op: str, method: Method) -> None:

@@ -71,6 +71,7 @@ def test_the_first_step_is_that_of_the_definitions(
     assert loss.shape == () and torch.equal(loss, training.losses.mean())
     assert training.losses.shape == (case.tokens,) and training.losses.dtype == torch.float32
     assert error(training, method.computes) < TOLERANCE[case.dtype]
+    assert error(training, method.computes) > 1e-5 or case is CASE, "not in half precision"
     assert abs(float(loss) / reference_loss(case, method.computes, CPU) - 1) < 1e-4
     for other in SETTINGS.keys() - {method.computes}:
         assert error(training, other) > 3 * TOLERANCE[case.dtype]
@@ -89,6 +90,26 @@ def test_gradients_are_those_of_the_definitions(uncompiled: None, method: Method
         assert parameter.grad is not None and right.grad is not None, name
         assert right.grad.count_nonzero() > 0, name
         assert (parameter.grad - right.grad).norm() < 1e-5 * right.grad.norm(), name
+
+
+def test_a_step_s_loss_and_gradients_are_its_own() -> None:
+    """Each token is predicted from those before it, and no gradient is left of earlier."""
+    (method,) = (m for m in STEP_METHODS if m.name == "dense SDPA")
+    training = method.prepare(CASE, None, CPU)
+    training.optimizer.param_groups[0]["lr"] = 0.0  # each step is the first again
+    tokens, model = training.tokens, training.model
+    z = model(tokens[:, :-1], training.positions, [None] * CASE.num_layers)
+    scores = model.logits(z).log_softmax(-1).gather(2, tokens[:, 1:, None])
+    gradients = []
+    for _ in range(2):
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        torch.testing.assert_close(training(), -scores.detach().mean())
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    norm = sum(gradient.square().sum() for gradient in gradients[0])
+    assert norm < 1 + 1e-4, "clipped"
+    for first, second in zip(*gradients, strict=True):
+        torch.testing.assert_close(second, first)
 
 
 @of_methods
