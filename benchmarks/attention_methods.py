@@ -5,7 +5,7 @@ masks with full blocks apart and ready before the clock starts, tables in place 
 masks, and tiles of 128 positions, which its configurations for Ampere and Hopper divide. At their
 defaults are ``ROWS_GUARANTEED_SAFE`` (where windows begin inside of tiles, a row's first tile may
 be hidden from it), ``PRESCALE_QK`` (less accurate) and ``USE_TMA`` (experimental). The row
-"autotuned" has torch search tiles, warps and stages.
+"autotuned" has torch search tiles, warps and stages, timed on block masks of its own making.
 """
 
 from __future__ import annotations

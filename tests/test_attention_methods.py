@@ -218,7 +218,7 @@ def test_computes_three_regions(flex: BlockwiseFlex, name: str) -> None:
         AttentionCase(300, 64, 3, 40, num_heads=4, num_kv_heads=2, head_dim=128, dtype="float64"),
         AttentionCase(700, 100, 2, 200, num_heads=1, dtype="float64"),
         AttentionCase(700, 128, 2, 200, batch=2, num_heads=2, q_len=1, dtype="float64"),
-        AttentionCase(700, 64, 2, 200, num_heads=2, num_kv_heads=1, q_len=200, dtype="float64"),
+        AttentionCase(700, 64, 2, 200, num_heads=2, num_kv_heads=1, q_len=190, dtype="float64"),
     ],
     ids=lambda case: case.name,
 )
@@ -398,8 +398,14 @@ def test_sdpa_takes_cuda_tensors(name: str, q_len: int) -> None:
     with FakeTensorMode():
         q = torch.empty(2, 4, case.queries, 16, dtype=torch.bfloat16, device="cuda")
         k, v = (torch.empty(2, 2, 200, 16, dtype=torch.bfloat16, device="cuda") for _ in range(2))
-        out = attention(q, k, v)
+        sdpa = F.scaled_dot_product_attention
+        with mock.patch.object(F, "scaled_dot_product_attention", wraps=sdpa) as called:
+            out = attention(q, k, v)
     assert (out.shape, out.device.type, out.dtype) == (q.shape, "cuda", torch.bfloat16)
+    grouped = name != "SDPA efficient"  # which refuses grouped heads on a GPU
+    _, key, value, _ = called.call_args.args
+    assert key.shape[1] == value.shape[1] == (2 if grouped else 4)
+    assert called.call_args.kwargs["enable_gqa"] == grouped
 
 
 def lower_right(q: Tensor, k: Tensor, v: Tensor, window_start: Any = None) -> Tensor:
