@@ -331,9 +331,12 @@ def best_dense(group: list[Row]) -> Row | None:
 
 
 def best_same(group: list[Row], record: Record) -> Row | None:
-    """The fastest of the others that compute what ours does."""
+    """The fastest of those that compute what ours does and are not ours."""
     same = [
-        row for row in group if info(row)["method"] != OURS and not computes_another(row, record)
+        row
+        for row in group
+        if not info(row)["method"].startswith((OURS, "portable"))
+        and not computes_another(row, record)
     ]
     return min(same, key=median, default=None)
 
