@@ -92,7 +92,7 @@ VARIANTS = (
 class Settings:
     """The same for all variants."""
 
-    steps: int = 150
+    steps: int = 120
     num_layers: int = 48
     hidden_size: int = 64
     num_heads: int = 4
@@ -180,7 +180,7 @@ class EveryOperation(TorchDispatchMode):
         self.simulate = simulate
         self.tracker = ModuleTracker()
         self.places: list[Place] = []
-        self.peaks: list[Tensor] = []
+        self.extremes: list[tuple[Tensor, Tensor]] = []
 
     def __enter__(self) -> EveryOperation:
         self.tracker.__enter__()
@@ -202,14 +202,16 @@ class EveryOperation(TorchDispatchMode):
             phase = "backward" if self.tracker.is_bw else "forward"
             module = max(self.tracker.parents, key=len)
             self.places.append((phase, module, func.overloadpacket.__name__))
-            self.peaks.append(first.detach().abs().amax().float())
+            self.extremes.append(first.aminmax())
         return out
 
     def take(self) -> tuple[list[Place], Tensor]:
         """The places since the last call, and the largest magnitude at each: inf where any number
         is none."""
-        places, peaks = self.places, torch.stack(self.peaks).nan_to_num(math.inf, math.inf).cpu()
-        self.places, self.peaks = [], []
+        smallest, largest = (torch.stack(part) for part in zip(*self.extremes, strict=True))
+        peaks = torch.maximum(-smallest, largest).float().nan_to_num(math.inf, math.inf).cpu()
+        places = self.places
+        self.places, self.extremes = [], []
         return places, peaks
 
 
