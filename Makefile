@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test lint format types bench report quality kernel-table kernel-costs gpu-check sanitize \
+.PHONY: help build demo test lint format types bench report quality instability kernel-table kernel-costs gpu-check sanitize \
   mutations check-install clean
 
 help:
@@ -18,6 +18,7 @@ help:
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
 	@echo "make mutations      break the kernels on purpose, nearly two hundred times: a test must fail each time"
 	@echo "make quality        train a small CogView dense and three-region, and compare what they learn"
+	@echo "make instability    train deep float16 models with Pre-LN, Sandwich-LN and PB-relax: which survive"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make check-install  pip install in fresh environments, every way that is supported"
@@ -73,6 +74,9 @@ report: $(VENV)/.installed
 # About an hour on two cores; goes on where it was stopped.
 quality: build
 	$(BIN)/python benchmarks/quality.py
+
+instability: build
+	$(BIN)/python benchmarks/instability.py
 
 # After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
 kernel-table: build
