@@ -90,8 +90,8 @@ class Worker:
         machine: dict[str, Any] = answer["machine"]
         return machine
 
-    def ask(self, question: str, end: float, seconds: float = ENTRY_S) -> dict[str, Any]:
-        """The answer; where there is none by ``end`` or in ``seconds``, the reason."""
+    def ask(self, question: str, end: float) -> dict[str, Any]:
+        """The answer; where there is none by ``end`` or in ENTRY_S, the reason."""
         if self.process is None or self.process.poll() is not None:
             try:
                 self.start(min(START_S, end - time.time()))
@@ -100,7 +100,7 @@ class Worker:
         assert self.process is not None and self.process.stdin is not None
         self.process.stdin.write(question + "\n")
         self.process.stdin.flush()
-        return self._answer(min(seconds, end - time.time()))
+        return self._answer(min(ENTRY_S, end - time.time()))
 
     def _answer(self, seconds: float) -> dict[str, Any]:
         assert self.process is not None and self.process.stdout is not None
@@ -547,7 +547,7 @@ def dry_run(arguments: argparse.Namespace) -> int:
     plan = selected(suite.entries(arguments.device), arguments.only, arguments.groups)
     outcomes = [comes_to(shrunk(entry.case), entry.method) for entry in plan]
     for number, (entry, outcome) in enumerate(zip(plan, outcomes, strict=True), 1):
-        print(f"{number:4} {group_of(entry):24} {entry.id}: {outcome}")
+        print(f"{number:4} {group_of(entry):24} {entry.id} [{outcome}]")
     for what in (map(group_of, plan), outcomes):
         print()
         for name, count in Counter(what).items():

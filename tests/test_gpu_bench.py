@@ -1,0 +1,219 @@
+"""``make gpu-bench`` itself, on the CPU: what it makes of entries that run, are wrong, break, die
+and hang, of a window that ends, and of an earlier record."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.append(str(ROOT / "benchmarks"))
+import gpu_bench  # noqa: E402
+import measure  # noqa: E402
+import suite  # noqa: E402
+
+# A suite of its own: a small case, by our portable path and by peers of all sorts.
+SUITE = """
+import os, time
+import cogview_kernels as ck
+import measure
+import suite
+from cases import AttentionCase
+from methods import Method
+from suite import NotMeasured, check, problem_of, run
+
+measure.ceilings = lambda device: {"matmul_flops": {"float32": 1e9}, "copy_bytes_per_s": 1e9}
+measure.CPU_FLUSH_BYTES = 1 << 10
+suite.BUDGET_S = {"cpu": 0.001}
+
+def method(name, how, why_not=lambda case, device: None):
+    def prepare(case, layout, device):
+        def attention(q, k, v):
+            return how(ck.three_region_attention(q, k, v, layout))
+        return attention
+    return Method(name, "three-region", prepare, why_not)
+
+def breaks(out):
+    raise ValueError("of no use")
+
+METHODS = (
+    method("cogview_kernels", lambda out: out),
+    method("SDPA, somehow", lambda out: out * 1),
+    method("elsewhere", breaks, lambda case, device: "it has no kernel for CPU"),
+    method("wrong", lambda out: out * 1.01),
+    method("breaks", breaks),
+    method("dies", lambda out: os.abort()),
+    method("hangs", lambda out: time.sleep(60)),
+    method("last", lambda out: out + 0),
+)
+
+def entries(device_type):
+    case = AttentionCase(
+        64, 16, 2, 8, num_heads=2, head_dim=16, text_len=4, dtype="float32"
+    )
+    return [
+        suite.Entry(case, work, method, ("fixed",))
+        for method in METHODS
+        for work in ("forward", "backward")
+    ]
+"""
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with the suite, the results and $OUT, for this process and the worker."""
+    (tmp_path / "tiny_suite.py").write_text(SUITE)
+    (tmp_path / "out").mkdir()
+    monkeypatch.setenv("OUT", str(tmp_path / "out"))
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    monkeypatch.setenv("COMMIT", "1234567")
+    monkeypatch.setattr(measure, "output_of", lambda *command: None)  # as without git
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setattr(gpu_bench, "LOG", tmp_path / "gpu-bench.log")
+    monkeypatch.setattr(gpu_bench, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu_bench, "COMPILED", tmp_path / "compiled")
+    return tmp_path
+
+
+def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    words = ["gpu_bench.py", "--device", "cpu", "--suite", "tiny_suite", *arguments]
+    monkeypatch.setattr(sys, "argv", words)
+    return gpu_bench.main()
+
+
+def records(here: Path) -> list[dict[str, Any]]:
+    paths = sorted((here / "results").iterdir(), key=lambda path: path.stat().st_mtime)
+    assert all(path.suffix == ".json" for path in paths)
+    return [json.loads(path.read_text()) for path in paths]
+
+
+def test_outcomes(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(gpu_bench, "ENTRY_S", 4)
+    assert run(monkeypatch) == 1
+    printed = capsys.readouterr().out
+
+    (record,) = records(here)
+    name = next((here / "results").iterdir()).name
+    assert name.startswith("suite-") and name.endswith("-1234567.json")
+    assert name == Path(printed.split()[-1]).name
+    assert record == json.loads((here / "out" / name).read_text())
+    assert (here / "out" / "gpu-bench.log").exists()
+    rows = {row["name"].split(" / ", 2)[2]: row for row in record["benchmarks"]}
+    methods = ("cogview_kernels", "SDPA, somehow", "last")
+    assert list(rows) == [f"{work} / {m}" for m in methods for work in ("forward", "backward")]
+    said = rows["forward / last"]["extra_info"]
+    assert (said["op"], said["computes"], said["sweeps"]) == (
+        "attention",
+        "three-region",
+        ["fixed"],
+    )
+    assert 0 < said["errors"]["dq"] < said["errors_allowed"]["dq"]
+
+    reasons: dict[str, set[str]] = {}
+    for missing in record["not_measured"]:
+        reasons.setdefault(missing["method"], set()).add(missing["reason"])
+    assert reasons.pop("wrong").pop().startswith("wrong: relative error against float64, out: 0.01")
+    assert reasons == {
+        "elsewhere": {"it has no kernel for CPU"},
+        "breaks": {"ValueError: of no use"},
+        "dies": {"its process died with signal 6"},
+        "hangs": {"killed: no answer in 4 s"},
+    }
+    failed = Counter(missing["method"] for missing in record["not_measured"] if missing["failed"])
+    assert failed == {"wrong": 2, "breaks": 2, "dies": 2, "hangs": 2}
+    assert printed.splitlines()[-2] == "6 measured, 2 cannot run here, 8 failed, 0 not reached"
+    assert "wrong: relative error" in printed
+    assert record["clocks"][0]["before"] == "ceilings" and record["not_reached"] == []
+
+    compare = [
+        sys.executable,
+        "-m",
+        "pytest_benchmark",
+        "compare",
+        str(here / "results" / name),
+    ]
+    done = subprocess.run(compare, capture_output=True, text=True, cwd=here)
+    assert done.returncode == 0 and done.stdout.count("/ last") == 2, done.stdout + done.stderr
+
+
+def test_a_window_ends_and_the_next_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first is killed in the middle of an entry."""
+    words = ["gpu_bench.py", "--device", "cpu", "--suite", "tiny_suite"]
+    program = (
+        f"import sys; sys.path[:0] = [{str(ROOT / 'benchmarks')!r}]; import gpu_bench\n"
+        "from pathlib import Path\n"
+        f"here = Path({str(here)!r})\n"
+        "gpu_bench.LOG, gpu_bench.RESULTS = here / 'gpu-bench.log', here / 'results'\n"
+        "import measure; measure.output_of = lambda *command: None\n"
+        f"gpu_bench.SAVE_S, sys.argv = 0, {words!r}\n"
+        "sys.exit(gpu_bench.main())"
+    )
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    begin = time.time()
+    while not ((here / "results").is_dir() and any(here.glob("results/*.json"))):
+        assert process.poll() is None and time.time() < begin + 60
+        time.sleep(0.05)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    (first,) = records(here)
+    assert first["benchmarks"] or first["not_measured"]
+
+    path = next((here / "results").iterdir())
+    args = ["--resume", str(path), "--only", "forward"]
+    assert run(monkeypatch, *args, "--budget", "7") == 1  # the one that hangs is cut off
+    (second,) = records(here)
+    count = len(first["benchmarks"])
+    assert second["benchmarks"][:count] == first["benchmarks"]
+    assert {row["extra_info"]["method"] for row in second["benchmarks"]} >= {"cogview_kernels"}
+    assert [name.split(" / ")[-1] for name in second["not_reached"][-2:]] == ["hangs", "last"]
+    assert not any("hangs" in missing["name"] for missing in second["not_measured"])
+    assert f"{len(second['not_reached'])} not reached" in capsys.readouterr().out
+
+    monkeypatch.setenv("COMMIT", "7654321")
+    assert run(monkeypatch, *args) == 2
+    assert "is of another commit" in capsys.readouterr().out
+    monkeypatch.delenv("COMMIT")
+    assert run(monkeypatch) == 2
+    assert "neither git nor $COMMIT names the commit" in capsys.readouterr().out
+
+
+BLOCKED = ("pytest", "pytest_benchmark", "hypothesis", "matplotlib", "omegaconf", "sentencepiece")
+BLOCKED += ("PIL", "sklearn", "tqdm", "pybind11")
+
+
+def test_dry_run_lists_every_entry_on_a_bare_machine() -> None:
+    """And no method fails on a CPU, as far as it can run there."""
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({BLOCKED}))  # cannot be imported
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu_bench
+sys.argv = ["gpu_bench.py", "--dry-run"]
+sys.exit(gpu_bench.main())
+"""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, [line for line in lines if "fails" in line] or done.stderr
+    expected = [entry.id for entry in suite.entries("cuda")]
+    assert [line[30:].rpartition(" [")[0] for line in lines[: len(expected)]] == expected
+    assert lines[-1].split() == [str(len(expected)), "entries"]
+    runs = {line[:-7].rpartition(" / ")[2] for line in lines if line.endswith(" [runs]")}
+    assert {"cogview_kernels", "CogView's formulation"} <= runs
+    prepared = {line.rpartition(" / ")[2] for line in lines if line.endswith(" [is prepared]")}
+    assert {"SDPA flash [is prepared]", "FlexAttention, gathered pivots [is prepared]"} <= prepared
