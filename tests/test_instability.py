@@ -209,6 +209,15 @@ def test_relaxed_scores_beyond_float16_stay_finite() -> None:
     torch.testing.assert_close(relaxed.double(), expected, rtol=0.01, atol=0.01)
 
 
+def test_a_later_keys_score_does_not_overflow_beside_the_relaxed_maximum() -> None:
+    q, k = half(600.0, 0.0).view(1, 1, 2, 1), half(0.0, 600.0).view(1, 1, 2, 1)
+    v = half(1.0, 3.0).view(1, 1, 2, 1)
+    with EveryOperation(simulate=True) as watch:
+        out = instability.causal_attention(q, k, v, relax=True)
+    assert out.flatten().tolist() == [1, 2]
+    assert watch.take()[1].isfinite().all()
+
+
 # Training.
 
 
