@@ -6,7 +6,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test lint format types bench report quality instability kernel-table kernel-costs gpu-check sanitize \
+.PHONY: help build demo test lint format types bench report quality instability kernel-table kernel-costs gpu-check gpu-bench sanitize \
   mutations check-install clean
 
 help:
@@ -15,6 +15,7 @@ help:
 	@echo "make bench          time everything and its peers on this machine, and write the report"
 	@echo "make report         make the report's tables and plots from the records that are here"
 	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
+	@echo "make gpu-bench      on a machine with a GPU: build, time everything and its peers, and keep a record"
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
 	@echo "make mutations      break the kernels on purpose, nearly two hundred times: a test must fail each time"
 	@echo "make quality        train a small CogView dense and three-region, and compare what they learn"
@@ -88,6 +89,10 @@ kernel-costs: build
 # With the Python that holds torch there, not .venv: nothing is installed (docs/gpu.md).
 gpu-check:
 	$(PYTHON) tests/gpu/check.py
+
+# make gpu-bench ARGS="--resume benchmarks/results/suite-...json"
+gpu-bench:
+	$(PYTHON) benchmarks/gpu_bench.py $(ARGS)
 
 # The kernels under AddressSanitizer and UBSan, then the same tests under the host model's own checks.
 SANITIZED := build/sanitize/lib

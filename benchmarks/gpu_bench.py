@@ -3,9 +3,9 @@
 Builds for the GPU that is here, runs the suite's entries in order of importance until all are done
 or the time is up, and prints a table last.
 
-The record, ``benchmarks/results/suite-<device>-<date>-<commit>.json``, is rewritten after each
-entry, so that what was measured outlives a hang or a kill; ``$OUT``, where set, gets a copy. An
-entry that takes its process down or takes longer than ENTRY_S is lost, and the others go on.
+The record, ``benchmarks/results/suite-<device>-<date>-<commit>.json``, is rewritten as entries come
+in, so that what was measured outlives a hang or a kill; ``$OUT``, where set, gets a copy. An entry
+that takes its process down or takes longer than ENTRY_S is lost, and the others go on.
 ``--resume RECORD`` goes on where an earlier run ended. The commit is git's, else ``$COMMIT``.
 
 Exit status: 0 all was measured that can run here, 1 something failed, was wrong or not reached,
@@ -52,7 +52,7 @@ START_S = 90  # of a worker: imports, the device's context
 ENTRY_S = 75  # of an entry, compilation included
 SLOW_S = 30  # what takes longer on one case lets the others go first on the next
 LAST_S = 2  # with less time left no entry is begun
-SAVE_S = 1  # a kill loses no more than this
+SAVE_S = 2  # a kill loses no more than this
 LOOK_S = 20  # between two looks at the clocks
 TABLE_CHARS = 7000  # a lent machine may return no more than the end of what was printed
 
@@ -400,13 +400,18 @@ def peers_of(group: list[report.Row], record: report.Record) -> dict[str, report
     if report.info(group[0])["op"] in ("attention", "decode"):
         return {
             "dense SDPA": report.best_dense(group),
-            "Flex, gathered": report.named("FlexAttention, gathered pivots")(group),
+            "Flex, gathered": report.named("FlexAttention", "gathered")(group),
             "CogView's": report.named("CogView's formulation")(group),
         }
-    other = [found for found in group if report.computes_another(found, record)]
+    others = [
+        found
+        for found in group
+        if report.computes_another(found, record)
+        and not report.info(found)["method"].startswith(report.OURS)
+    ]
     return {
         "same function": report.best_same(group, record),
-        "another function": min(other, key=report.median, default=None),
+        "another function": min(others, key=report.median, default=None),
     }
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +21,7 @@ sys.path.append(str(ROOT / "benchmarks"))
 import gpu_bench  # noqa: E402
 import measure  # noqa: E402
 import suite  # noqa: E402
+import test_report  # noqa: E402
 
 # A suite of its own: a small case, by our portable path and by peers of all sorts.
 SUITE = """
@@ -92,8 +94,8 @@ def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
 
 
 def records(here: Path) -> list[dict[str, Any]]:
-    paths = sorted((here / "results").iterdir(), key=lambda path: path.stat().st_mtime)
-    assert all(path.suffix == ".json" for path in paths)
+    """Beside them may lie the half of one whose writer was killed."""
+    paths = sorted(here.glob("results/*.json"), key=lambda path: path.stat().st_mtime)
     return [json.loads(path.read_text()) for path in paths]
 
 
@@ -172,7 +174,7 @@ def test_a_window_ends_and_the_next_goes_on(
     (first,) = records(here)
     assert first["benchmarks"] or first["not_measured"]
 
-    path = next((here / "results").iterdir())
+    path = next(here.glob("results/*.json"))
     args = ["--resume", str(path), "--only", "forward"]
     assert run(monkeypatch, *args, "--budget", "7") == 1  # the one that hangs is cut off
     (second,) = records(here)
@@ -189,6 +191,28 @@ def test_a_window_ends_and_the_next_goes_on(
     monkeypatch.delenv("COMMIT")
     assert run(monkeypatch) == 2
     assert "neither git nor $COMMIT names the commit" in capsys.readouterr().out
+
+
+def test_the_table_is_narrow_and_no_longer_than_what_is_shown_of_it() -> None:
+    record = test_report.made_up(test_report.H200)
+    text = gpu_bench.table(record)
+    lines = text.splitlines()
+    assert len(text) <= gpu_bench.TABLE_CHARS + 100 and max(map(len, lines)) <= 120
+    ops = [entry.split()[0] for entry in lines if "TFLOP/s" in entry]
+    assert ops[:5] == ["attention", "decode", "layer_norm", "sandwich_residual", "training_step"]
+
+    case = "B4 H40 S4224 D64 w128 n2 P256 T64 bfloat16"
+    times = {
+        row["extra_info"]["method"]: statistics.median(row["stats"]["data"])
+        for row in record["benchmarks"]
+        if (row["extra_info"]["case_name"], row["extra_info"]["work"]) == (case, "backward")
+    }
+    ours = times["cogview_kernels"]
+    found = lines[lines.index(case) + 2].split()
+    assert found[:2] == ["backward", f"{ours * 1e6:.0f}"]
+    cuts = times["SDPA cuDNN"], times["FlexAttention, gathered pivots, autotuned"]
+    assert (found[-5], found[-3]) == tuple(f"{seconds / ours:.2f}x" for seconds in cuts)
+    assert lines[-1].endswith("more lines: see the record")
 
 
 BLOCKED = ("pytest", "pytest_benchmark", "hypothesis", "matplotlib", "omegaconf", "sentencepiece")
