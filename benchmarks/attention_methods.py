@@ -14,15 +14,13 @@ import dataclasses
 import functools
 import importlib
 import importlib.util
-import types
 from collections.abc import Callable
 from typing import Any
 
 import torch
-import torch._functorch.config
 import torch.nn.functional as F
 from cases import AttentionCase
-from methods import Method, Prepare
+from methods import Method, Prepare, compiled
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -45,9 +43,6 @@ Mod = Callable[..., Tensor]
 
 BLOCK = 128  # positions on each side of FlexAttention's tiles
 MAX_MASK_BYTES = 2 << 30
-
-# A backward is timed alone, many times on the graph of one forward, which must outlive it.
-torch._functorch.config.donated_buffer = False
 
 
 def _first_reason(*reasons: WhyNot) -> WhyNot:
@@ -239,19 +234,6 @@ def _gather(x: Tensor, far: FarKeys) -> Tensor:
 # FlexAttention
 
 
-def _compiled(function: Any, mode: str | None = None) -> Any:
-    """Compiled with a code object of its own: torch counts recompilations by code object, and a
-    suite has more cases than the limit. ``fullgraph``, for an error in place of a slow path."""
-    own = types.FunctionType(
-        function.__code__.replace(),
-        function.__globals__,
-        function.__name__,
-        function.__defaults__,
-        function.__closure__,
-    )
-    return torch.compile(own, fullgraph=True, dynamic=False, mode=mode)
-
-
 def _seen_blocks(
     layout: ck.ThreeRegionLayout, case: AttentionCase, far: FarKeys, first_key: int
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
@@ -322,7 +304,7 @@ def _grouped(case: AttentionCase) -> bool:
 @functools.lru_cache(maxsize=2)
 def _block_mask_builder(case: AttentionCase) -> Any:
     """Compiled, it needs no mask of every query and key. Kept: building is timed, not compiling."""
-    return _compiled(create_block_mask)
+    return compiled(create_block_mask)
 
 
 def _flex_plain(
@@ -350,7 +332,7 @@ def _flex_plain(
     def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return flex_attention(q, k, v, mod, block_mask, enable_gqa=_grouped(case))
 
-    return _compiled(attention)
+    return compiled(attention)
 
 
 def _flex_gathered(
@@ -392,7 +374,7 @@ def _flex_gathered(
                 kernel_options=kernel_options,
             )
 
-        return _compiled(attention, mode)
+        return compiled(attention, mode)
 
     return prepare
 
@@ -428,7 +410,7 @@ def _flex_merged(
         share = torch.sigmoid(of_window.lse - of_list.lse)[..., None]
         return (share * window + (1 - share) * listed).to(q.dtype)
 
-    return _compiled(attention)
+    return compiled(attention)
 
 
 def _flex_on_cpu(case: AttentionCase, device: torch.device) -> str | None:

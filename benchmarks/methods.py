@@ -7,6 +7,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+import torch._functorch.config
+
+# A backward is timed alone, many times on the graph of one forward, which must outlive it.
+torch._functorch.config.donated_buffer = False
 
 Prepare = Callable[[Any, Any, torch.device], Callable[..., Any]]
 
@@ -35,3 +39,15 @@ class Method:
     why_not: Callable[[Any, torch.device], str | None] = anywhere
     compiles: bool = False  # torch.compile: the first call takes long
     works: frozenset[str] | None = None  # kinds of work that it can do; None: all
+
+
+def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:
+    """Compiled for one set of shapes, with a code object of its own: torch counts recompilations by
+    code object, and a suite has more cases than the limit. ``fullgraph``: an error in place of a
+    slow path."""
+
+    def call(*args: Any, **options: Any) -> Any:
+        return function(*args, **options)
+
+    call.__code__ = call.__code__.replace()
+    return torch.compile(call, fullgraph=True, dynamic=False, mode=mode)

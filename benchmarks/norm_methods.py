@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from cases import NormCase
-from methods import Method, Prepare
+from methods import Method, Prepare, compiled
 from torch import Tensor
 
 import cogview_kernels as ck
@@ -45,14 +45,6 @@ def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     """As CogView has it, the maximum by row: ``x / c`` is rounded, and a row of zeros is NaN."""
     c = x.detach().abs().amax(-1, keepdim=True) / 8
     return F.layer_norm(x / c, x.shape[-1:], weight, bias, EPS)
-
-
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For one set of shapes. What was compiled before is forgotten: torch compiles a function for
-    few shapes only, and then runs it uncompiled."""
-    torch.compiler.reset()
-    torch._functorch.config.donated_buffer = False  # a backward that is timed alone runs many times
-    return torch.compile(function, dynamic=False)
 
 
 def ours(backend: str | None, relax: str | None = "row") -> Prepare:

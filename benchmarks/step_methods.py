@@ -17,7 +17,7 @@ import norm_methods
 import torch
 import torch.nn.functional as F
 from cases import DTYPES, StepCase
-from methods import Method, anywhere
+from methods import Method, anywhere, compiled
 from torch import Tensor, nn
 
 import cogview.model
@@ -146,7 +146,7 @@ class Training:
 
     def compile(self) -> None:
         """The loss, and each layer; all layers share what is compiled."""
-        self.token_losses = norm_methods.compiled(token_losses)
+        self.token_losses = compiled(token_losses)
         for layer in self.model.transformer.layers:
             layer.compile(dynamic=False)
 
@@ -177,10 +177,6 @@ def reference_losses(case: StepCase, computes: str, device: torch.device) -> Ten
     training.model.double()
     with torch.no_grad():
         return training.forward()
-
-
-def reference_loss(case: StepCase, computes: str, device: torch.device) -> float:
-    return float(reference_losses(case, computes, device).mean())
 
 
 def method(

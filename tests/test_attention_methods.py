@@ -110,7 +110,7 @@ def flex() -> Iterator[BlockwiseFlex]:
     blockwise = BlockwiseFlex()
     attention_methods._block_mask_builder.cache_clear()
     with (
-        mock.patch.object(attention_methods, "_compiled", lambda function, mode=None: function),
+        mock.patch.object(attention_methods, "compiled", lambda function, mode=None: function),
         mock.patch.object(attention_methods, "flex_attention", blockwise),
         mock.patch.object(attention_methods, "BLOCK", BLOCK),
         mock.patch.dict(cases.DTYPES, float64=torch.float64),
@@ -363,7 +363,7 @@ def test_more_cases_than_torch_recompiles() -> None:
         def attention(x: Tensor) -> Tensor:
             return x * times
 
-        return attention_methods._compiled(attention)
+        return attention_methods.compiled(attention)
 
     def compile_eagerly(function: Any, **options: Any) -> Any:
         return compile(function, fullgraph=options["fullgraph"], dynamic=options["dynamic"])

@@ -142,6 +142,14 @@ def test_a_method_that_computes_another_function_must_say_so() -> None:
         suite.run(dataclasses.replace(entry, method=liar), CPU, 0.01)
 
 
+def test_a_training_step_with_another_attention_is_wrong() -> None:
+    case = StepCase(2, 32, 2, 2, 60, 8, 2, 8, text_len=8, vocab_size=100, dtype="float32")
+    dense = next(m for m in suite.STEP_METHODS if m.computes == "dense causal")
+    liar = dataclasses.replace(dense, computes="three-region")
+    with pytest.raises(suite.NotMeasured, match="wrong.*losses"):
+        suite.run(suite.Entry(case, "step", liar, ()), CPU, 0.01)
+
+
 def test_a_method_that_breaks_or_gives_nan_is_one_rows_reason() -> None:
     def breaks(case: Any, layout: Any, device: torch.device) -> Callable[..., Any]:
         raise ValueError("no such\n thing")
