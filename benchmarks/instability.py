@@ -467,20 +467,22 @@ def describe(variant: dict[str, Any]) -> str:
     return f"{variant['name']}, {variant['statistics']} statistics"
 
 
+def zero_gradients(run: dict[str, Any]) -> float:
+    """Their share, the median of the second half of the steps that were not skipped."""
+    shares = [z for step, z in enumerate(run["zero_gradients"]) if step not in run["skipped"]]
+    return statistics.median(shares[len(shares) // 2 :]) if shares else math.nan
+
+
 def outcome(run: dict[str, Any]) -> str:
     """What became of a run, in words. Steps count from 0."""
     last, skipped = len(run["loss"]) - 1, run["skipped"]
     streak = next((n for n in range(len(skipped)) if skipped[-1 - n] != last - n), len(skipped))
-    zeros = run["zero_gradients"]
-    alive = [step for step in range(last + 1) if zeros[step] is None or zeros[step] < DEAD]
     if streak >= 10:
-        return f"diverged: no step succeeds from {last + 1 - streak} on"
-    if alive[-1:] != [last]:
-        return f"stuck: the gradients vanish from step {alive[-1] + 1 if alive else 0} on"
-    return "trains"
+        return f"diverges: no step succeeds from {last + 1 - streak} on"
+    return "starves: hardly a gradient is left" if zero_gradients(run) > STARVED else "trains"
 
 
-DEAD = 0.95  # share of gradients that are zero
+STARVED = 0.9  # share of gradients that are zero
 
 
 def final_loss(run: dict[str, Any]) -> float:
@@ -493,8 +495,8 @@ def table(record: dict[str, Any]) -> str:
     settings = record["settings"]
     lines = [
         "| LayerNorm's statistics | variant | outcome | final loss | largest hidden value, first "
-        "layer | last layer | smallest loss scale | skipped steps | gradients that are zero at the "
-        "end | first overflow in a forward |",
+        "layer | last layer | smallest loss scale | skipped steps | gradients that are zero "
+        "| first overflow in a forward |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     by_variant: dict[str, list[dict[str, Any]]] = {}
@@ -513,7 +515,7 @@ def table(record: dict[str, Any]) -> str:
             _span([_or_inf(residual[-1]) for residual in residuals], "{:,.0f}"),
             _span([math.log2(min(run["loss_scale"])) for run in runs], "2^{:.0f}") if half else "",
             _span([len(run["skipped"]) for run in runs], "{:.0f}"),
-            _span([_or_inf(run["zero_gradients"][-1]) for run in runs], "{:.0%}"),
+            _span([zero_gradients(run) for run in runs], "{:.1%}"),
             "; ".join(dict.fromkeys(map(_first_overflow, runs))),
         ]
         lines.append(f"| {' | '.join(cells)} |")
@@ -527,7 +529,8 @@ def table(record: dict[str, Any]) -> str:
         f"torch {machine['torch']}, commit {record['commit_info']['id'][:9]}, "
         f"{record['datetime'][:10]}. Loss in nats per token, the mean of the last ten steps (NaN: "
         f"one was not finite); the tokens' frequencies alone give "
-        f"{record['loss_by_frequency']:.2f}. Steps and layers count from 0.",
+        f"{record['loss_by_frequency']:.2f}. Zero gradients: the median of the second half of the "
+        f"steps that were not skipped. Steps and layers count from 0.",
     ]
     return "\n".join(lines)
 
@@ -586,7 +589,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes[0].set_title(f"LayerNorm with {dtype} statistics", loc="left", fontsize=11)
     lines = {
         str(line.get_label()): line
-        for axes in (figure.axes[1], figure.axes[5])
+        for axes in (figure.axes[2], figure.axes[6])
         for line in axes.get_lines()
         if not str(line.get_label()).startswith("_")
     }
@@ -630,8 +633,10 @@ def _draw_hidden(axis: Axes, runs: list[dict[str, Any]], limit: float | None) ->
 
 
 def _draw_steps(axis: Axes, runs: list[dict[str, Any]], name: str) -> None:
-    """All seeds; a cross where a run's first forward overflowed."""
+    """All seeds, the loss as the mean of five steps; a cross where a forward first overflowed."""
     for run in runs:
+        if name == "loss_scale" and run["variant"]["dtype"] == "float32":
+            continue
         values = [math.nan if value is None else value for value in run[name]]
         variant = run["variant"]["name"]
         if name == "loss":
