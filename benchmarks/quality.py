@@ -281,7 +281,6 @@ def run_one(
             if "held_out_image_loss" in row
         ],
         "accuracy": read_back(drawings, data.labels, experiment.config.seed),
-        "seconds_per_step": statistics.median(row["seconds"] for row in rows),
     }
     _save(folder / f"{variant}-{seed}.json", result)
     return result
@@ -389,8 +388,8 @@ def table(record: dict[str, Any]) -> str:
     """What came of the variants, and their differences, seed by seed."""
     lines = [
         "| variant | keys a query attends to | fewer than dense | held-out image loss "
-        "| digits right | captions right | seconds per step | seeds |",
-        "|---|" + "---:|" * 7,
+        "| digits right | captions right | seeds |",
+        "|---|" + "---:|" * 6,
     ]
     for name, runs in _by_variant(record).items():
         keys = runs[0]["keys"]
@@ -401,7 +400,6 @@ def table(record: dict[str, Any]) -> str:
         ]
         for value, form, _ in QUANTITIES.values():
             cells.append(_with_spread([value(one) for one in runs], form))
-        cells.append(f"{statistics.fmean(one['seconds_per_step'] for one in runs):.2f}")
         cells.append(str(len(runs)))
         lines.append(f"| {' | '.join(cells)} |")
     lines += [
@@ -441,8 +439,7 @@ def _settings(record: dict[str, Any]) -> str:
         f"scene shows, are drawn at temperature {config['sampling']['temperature']} and read by a "
         f"classifier. It reads {real} of the digits of real scenes, {reconstructed} of what the "
         f"image tokenizer makes of them; chance is 10%. By their digests, weights at the start and "
-        f"batches of a seed are the same for all variants. Seconds are of {record['jobs']} runs "
-        f"side by side, threads each: {record['threads_per_job']}, on {machine['device']}, torch "
+        f"batches of a seed are the same for all variants. Trained on {machine['device']}, torch "
         f"{machine['torch']}."
     )
 
