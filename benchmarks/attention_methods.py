@@ -41,6 +41,7 @@ Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, Sq, D), 2x (B, 
 WhyNot = Callable[[AttentionCase, torch.device], str | None]
 Mod = Callable[..., Tensor]
 
+RIVAL = "FlexAttention, gathered pivots"
 BLOCK = 128  # positions on each side of FlexAttention's tiles
 MAX_MASK_BYTES = 2 << 30
 
@@ -554,7 +555,7 @@ ATTENTION_METHODS: tuple[Method, ...] = (
     Method("SDPA, dense mask", "three-region", _sdpa_dense_mask, _mask_is_huge),
     Method("CogView's formulation", "three-region", _cogview),
     Method(
-        "FlexAttention, gathered pivots",
+        RIVAL,
         "three-region",
         _flex_gathered(),
         _flex_on_cpu,

@@ -43,7 +43,8 @@ def test_suite(benchmark: Any, entry: suite.Entry, not_measured: list[dict[str, 
     try:
         result = suite.run(entry, DEVICE)
     except suite.NotMeasured as reason:
-        not_measured.append({**entry.info(), "reason": str(reason)})
+        why = {"reason": str(reason), "failed": reason.failed}
+        not_measured.append({"name": entry.id, **entry.info(), **why})
         (pytest.fail if reason.failed else pytest.skip)(str(reason))
     benchmark.group = f"{entry.case.op} {entry.work} {entry.case.name}"
     benchmark.extra_info.update(result["info"])

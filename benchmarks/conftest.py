@@ -7,6 +7,7 @@ from typing import Any
 
 import measure
 import pytest
+import suite
 import torch
 
 RESULTS = Path(__file__).parent / "results"
@@ -35,11 +36,12 @@ def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]
 def pytest_benchmark_update_json(
     config: Any, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
-    """A whole run is kept as a record; a filtered one only as what ``--benchmark-json`` names."""
+    """A whole run is kept as a record; a part of one only as what ``--benchmark-json`` names."""
     output_json["ceilings"] = measure.ceilings(_device())
     output_json["not_measured"] = _not_measured
-    if not config.option.keyword:
+    if len(benchmarks) + len(_not_measured) == len(suite.entries(_device().type)):
         machine, commit = output_json["machine_info"], output_json["commit_info"]
-        path = RESULTS / measure.record_name("suite", machine, commit, output_json["datetime"])
+        name = measure.record_name("suite", machine, commit, output_json["datetime"])
+        path = measure.new_path(RESULTS / name)
         measure.save_record(output_json, path)
         print(f"\nrecord: {path}")

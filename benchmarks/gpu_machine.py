@@ -48,6 +48,12 @@ def output_of(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
+def smi(query: str) -> str | None:
+    """What nvidia-smi answers of the GPU that this process uses."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
+    return output_of("nvidia-smi", f"--id={visible}", query, "--format=csv,noheader")
+
+
 def why_nothing_runs() -> str | None:
     try:
         import torch

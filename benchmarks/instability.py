@@ -10,11 +10,12 @@ loss scale is dynamic. In place of the fused operators stand separate operations
 them; LayerNorm both of separate float16 operations, whose squares overflow at 256, and as one with
 float32 statistics.
 
-Without a GPU float16 is simulated: every operation, forward and backward, takes float16, computes
-in float32, and rounds its result to float16.
+Without a GPU float16 is simulated: every operation of the model, forward and backward, takes
+float16, computes in float32, and rounds its result to float16. The loss is float32, computed from
+float16 logits.
 
-A run that has ended stays in FOLDER and is not repeated. The record is written to
-benchmarks/results/, its table printed, its picture drawn to docs/instability.png.
+A run that has ended stays in FOLDER and is not repeated at the same commit. The record is written
+to benchmarks/results/, its table printed; `make report` puts both into docs/benchmarks.md.
 """
 
 from __future__ import annotations
@@ -53,7 +54,6 @@ from cogview.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "benchmarks" / "results"
-PICTURE = ROOT / "docs" / "instability.png"
 ALPHA = 32.0  # of PB-relax attention
 HALF_MAX = 65504.0
 VOCAB_SIZE = 17 + 10  # levels of a pixel, digits
@@ -130,7 +130,8 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, relax: bool) -> Tensor:
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
     if relax:
         peak = scores.detach().masked_fill(later, -math.inf).amax(-1, keepdim=True)
-        scores = (scores - peak).clamp(max=0) * alpha  # those of later keys may be above the peak
+        # Those of later keys may be above the peak; far below it the weight is zero anyway.
+        scores = (scores - peak).clamp(-HALF_MAX / alpha, 0) * alpha
     return scores.masked_fill(later, -math.inf).softmax(-1) @ v
 
 
@@ -169,7 +170,7 @@ Place = tuple[str, str, str]  # forward or backward, module, operation
 
 class EveryOperation(TorchDispatchMode):
     """Sees each operation below autograd, forward and backward: keeps the largest magnitude of its
-    result and, where float16 is simulated, rounds it.
+    results and, where float16 is simulated, rounds them.
 
     Tensors are float16 either way, so nothing can stay unrounded. Simulation is for CPUs, whose own
     float16 operations round inside some reductions and are slow at matrix products.
@@ -197,19 +198,22 @@ class EveryOperation(TorchDispatchMode):
         # A conversion or an addition in place rounds its result by itself.
         native = not self.simulate or "dtype" in kwargs or func._schema.is_mutable
         out = func(*args, **kwargs) if native else _rounded(func, args, kwargs)
-        first = out[0] if isinstance(out, tuple) else out
-        if isinstance(first, Tensor) and first.is_floating_point() and func not in MASKS:
-            phase = "backward" if self.tracker.is_bw else "forward"
-            module = max(self.tracker.parents, key=len)
-            self.places.append((phase, module, func.overloadpacket.__name__))
-            self.extremes.append(first.aminmax())
+        if func in MASKS:
+            return out
+        phase = "backward" if self.tracker.is_bw else "forward"
+        place = phase, max(self.tracker.parents, key=len), func.overloadpacket.__name__
+        for result in out if isinstance(out, tuple) else (out,):
+            if isinstance(result, Tensor) and result.is_floating_point():
+                self.places.append(place)
+                smallest, largest = result.aminmax()
+                self.extremes.append((smallest.float(), largest.float()))
         return out
 
     def take(self) -> tuple[list[Place], Tensor]:
         """The places since the last call, and the largest magnitude at each: inf where any number
         is none."""
         smallest, largest = (torch.stack(part) for part in zip(*self.extremes, strict=True))
-        peaks = torch.maximum(-smallest, largest).float().nan_to_num(math.inf, math.inf).cpu()
+        peaks = torch.maximum(-smallest, largest).nan_to_num(math.inf, math.inf).cpu()
         places = self.places
         self.places, self.extremes = [], []
         return places, peaks
@@ -247,7 +251,6 @@ HIDDEN = {
     "residual": ("", "add"),
     "attention branch": ("attention.dense", "addmm"),
     "mlp branch": ("mlp.dense_4h_to_h", "addmm"),
-    "attention scores": ("attention", "bmm"),
 }
 
 
@@ -333,7 +336,8 @@ def train(variant: Variant, seed: int, settings: Settings, device: torch.device)
             group["lr"] = settings.learning_rate * min(1.0, (step + 1) / settings.warmup_steps)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(master.parameters(), settings.clip_grad_norm)
-        scaler.step(optimizer)  # not where a gradient is not finite
+        if norm.isfinite():  # as the scaler decides; in float32 there is none
+            scaler.step(optimizer)
         scaler.update()
         model.load_state_dict(master.state_dict())
 
@@ -408,9 +412,15 @@ def _numbers(values: Tensor) -> list[float | None]:
 def run_once(
     variant: Variant, seed: int, settings: Settings, device: str, folder: Path
 ) -> dict[str, Any]:
-    """The run from its file in the folder, if the same settings and device made it; else anew."""
+    """The run from its file in the folder, if the same commit, settings and device made it; else
+    anew."""
     path = folder / f"{variant.stem}-{seed}.json"
-    key = {"settings": dataclasses.asdict(settings), "device": device, "torch": torch.__version__}
+    key = {
+        "commit": measure.commit_info(),
+        "settings": dataclasses.asdict(settings),
+        "device": measure.machine_info(torch.device(device))["device"],
+        "torch": torch.__version__,
+    }
     if path.exists():
         kept = json.loads(path.read_text())
         if kept["key"] == key:
@@ -438,7 +448,8 @@ def collect(
             runs.append(future.result())
             name = describe(runs[-1]["variant"])
             minutes = (time.perf_counter() - started) / 60
-            print(f"{minutes:5.1f} min  seed {runs[-1]['seed']}  {name}: {outcome(runs[-1])}")
+            what = outcome(runs[-1], loss_by_frequency(digits()))
+            print(f"{minutes:5.1f} min  seed {runs[-1]['seed']}  {name}: {what}", flush=True)
     return {
         "machine_info": measure.machine_info(torch.device(device)) | {"threads": 1},
         "commit_info": measure.commit_info(),
@@ -473,16 +484,24 @@ def zero_gradients(run: dict[str, Any]) -> float:
     return statistics.median(shares[len(shares) // 2 :]) if shares else math.nan
 
 
-def outcome(run: dict[str, Any]) -> str:
+def outcome(run: dict[str, Any], loss_by_frequency: float) -> str:
     """What became of a run, in words. Steps count from 0."""
-    last, skipped = len(run["loss"]) - 1, run["skipped"]
-    streak = next((n for n in range(len(skipped)) if skipped[-1 - n] != last - n), len(skipped))
+    last, skipped = len(run["loss"]) - 1, set(run["skipped"])
+    late = range(len(run["loss"]) // 2, last + 1)
+    streak = next((n for n in range(last + 1) if last - n not in skipped), last + 1)
     if streak >= 10:
         return f"diverges: no step succeeds from {last + 1 - streak} on"
-    return "starves: hardly a gradient is left" if zero_gradients(run) > STARVED else "trains"
+    if sum(step in skipped for step in late) > len(late) / 2 or math.isnan(final_loss(run)):
+        return "diverges: most steps do not succeed"
+    if zero_gradients(run) > STARVED:
+        return "starves: hardly a gradient is left"
+    if final_loss(run) > (1 - LEARNS) * loss_by_frequency:
+        return "learns nothing but the tokens' frequencies"
+    return "trains"
 
 
 STARVED = 0.9  # share of gradients that are zero
+LEARNS = 0.02  # a loss below the frequencies' by this share
 
 
 def final_loss(run: dict[str, Any]) -> float:
@@ -496,7 +515,7 @@ def table(record: dict[str, Any]) -> str:
     lines = [
         "| LayerNorm's statistics | variant | outcome | final loss | largest hidden value, first "
         "layer | last layer | smallest loss scale | skipped steps | gradients that are zero "
-        "| first overflow in a forward |",
+        "| first result in a forward that is not finite |",
         "|---|---|---|---:|---:|---:|---:|---:|---:|---|",
     ]
     by_variant: dict[str, list[dict[str, Any]]] = {}
@@ -509,7 +528,7 @@ def table(record: dict[str, Any]) -> str:
         cells = [
             variant["statistics"],
             variant["name"],
-            "; ".join(dict.fromkeys(map(outcome, runs))),
+            "; ".join(dict.fromkeys(outcome(run, record["loss_by_frequency"]) for run in runs)),
             _span([final_loss(run) for run in runs], "{:.2f}"),
             _span([_or_inf(residual[0]) for residual in residuals], "{:,.0f}"),
             _span([_or_inf(residual[-1]) for residual in residuals], "{:,.0f}"),
@@ -524,8 +543,12 @@ def table(record: dict[str, Any]) -> str:
     lines += [
         "",
         f"{settings['num_layers']} layers, hidden size {settings['hidden_size']}, "
-        f"{settings['steps']} steps of {settings['batch_size']} sequences of 64 pixels, Adam at "
-        f"{settings['learning_rate']:g}, {len(seeds)} seeds; float16 {how} {machine['device']}, "
+        f"{settings['steps']} steps of {settings['batch_size']} sequences of 64 pixels; AdamW at "
+        f"{settings['learning_rate']:g} after {settings['warmup_steps']} steps of warm-up, weight "
+        f"decay {settings['weight_decay']:g}, gradients clipped at {settings['clip_grad_norm']:g}, "
+        f"a loss scale that begins at 2^{math.log2(settings['initial_loss_scale']):.0f} and "
+        f"doubles after {settings['loss_scale_window']} good steps; {len(seeds)} seeds; float16 "
+        f"{how} {machine['device']}, "
         f"torch {machine['torch']}, commit {record['commit_info']['id'][:9]}, "
         f"{record['datetime'][:10]}. Loss in nats per token, the mean of the last ten steps (NaN: "
         f"one was not finite); the tokens' frequencies alone give "
@@ -543,7 +566,7 @@ def _span(values: Sequence[float], form: str) -> str:
     """Smallest to largest."""
     texts = dict.fromkeys(
         "overflow" if math.isinf(value) else "NaN" if math.isnan(value) else form.format(value)
-        for value in sorted(values)
+        for value in sorted(values, key=lambda value: (math.isnan(value), value))
     )
     return " to ".join([*texts][:1] + [*texts][1:][-1:])
 
@@ -584,7 +607,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes[2].text(
             1, record["loss_by_frequency"], " tokens' frequencies alone", fontsize=8, va="bottom"
         )
-        axes[2].set_ylim(1.2, 3.6)
         axes[3].set_ylim(-0.03, 1.03)
         axes[0].set_title(f"LayerNorm with {dtype} statistics", loc="left", fontsize=11)
     lines = {
@@ -598,6 +620,13 @@ def draw(record: dict[str, Any], path: Path) -> None:
     )
     with atomic_write(path) as partial:
         figure.savefig(partial, format="png", dpi=100)
+
+
+HOW_TO_READ = (
+    "Lines are runs, all seeds; on the left the first seed's, at the steps that stand beside them. "
+    "A cross: the step before the first forward with a result that is not finite. The loss is the "
+    "mean of five steps."
+)
 
 
 def _draw_hidden(axis: Axes, runs: list[dict[str, Any]], limit: float | None) -> None:
@@ -666,8 +695,7 @@ def main() -> None:
         device = "cuda" if torch.cuda.is_available() else "cpu"
     record = collect(args.seeds, Settings(steps=args.steps), device, args.jobs, args.out)
     path = save(record)
-    draw(record, PICTURE)
-    print(f"\n{table(record)}\n\nrecord: {path}\npicture: {PICTURE}")
+    print(f"\n{table(record)}\n\nrecord: {path}")
 
 
 if __name__ == "__main__":

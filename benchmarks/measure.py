@@ -15,13 +15,13 @@ import os
 import platform
 import re
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_machine import output_of, smi
 
 import cogview_kernels
 
@@ -34,7 +34,6 @@ MIN_ROUNDS, MAX_ROUNDS = 5, 100
 @dataclasses.dataclass(frozen=True)
 class Measurement:
     seconds: list[float]  # one for each timed call
-    first_call_seconds: float  # compilation included
     host_seconds: float | None  # what the host needs to launch it (CUDA)
     extra_bytes: int  # peak above what was allocated before the call
 
@@ -56,14 +55,14 @@ def elapsed(run: Callable[[], Any], device: torch.device) -> float:
 def measure(run: Callable[[], Any], device: torch.device, budget_s: float) -> Measurement:
     """Times ``run`` for about ``budget_s`` seconds, at least MIN_ROUNDS and at most MAX_ROUNDS
     calls."""
-    first = elapsed(run, device)
+    run()  # warm
     extra = peak_bytes(run, device)
     estimate = elapsed(run, device) + FLUSH_S
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / estimate)))
     if device.type == "cuda":
         seconds, host = _time_cuda(run, device, rounds)
-        return Measurement(seconds, first, host, extra)
-    return Measurement(_time_cpu(run, rounds), first, None, extra)
+        return Measurement(seconds, host, extra)
+    return Measurement(_time_cpu(run, rounds), None, extra)
 
 
 def _time_cpu(run: Callable[[], Any], rounds: int) -> list[float]:
@@ -132,7 +131,8 @@ def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
 
 def ceilings(device: torch.device) -> dict[str, Any]:
     """The rates that this machine reaches in the two things that bound a kernel: a large product
-    of random square matrices, by dtype, and a large copy, bytes read and written."""
+    of random square matrices, by dtype, and a large copy, bytes read and written. On a GPU also the
+    clocks that it ran them at."""
     cuda = device.type == "cuda"
     generator = torch.Generator(device).manual_seed(0)
     matmul = {}
@@ -149,8 +149,16 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     source = torch.randn((1 << 30 if cuda else 1 << 27) // 4, device=device, generator=generator)
     target = torch.empty_like(source)
     seconds = _rate_seconds(lambda: target.copy_(source), device)
-    copied = 2 * source.numel() * 4
-    return {"matmul_flops": matmul, "copy_bytes_per_s": copied / seconds}
+    rates: dict[str, Any] = {
+        "matmul_flops": matmul,
+        "copy_bytes_per_s": 2 * source.numel() * 4 / seconds,
+    }
+    if cuda:
+        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
+        for _ in range(1000):  # longer than the question takes
+            a @ b
+        rates["clocks"] = clocks()
+    return rates
 
 
 def _rate_seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -158,14 +166,6 @@ def _rate_seconds(run: Callable[[], Any], device: torch.device) -> float:
         run()
     times = _time_cuda(run, device, 20)[0] if device.type == "cuda" else _time_cpu(run, 10)
     return statistics.median(times)
-
-
-def output_of(*command: str) -> str | None:
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
 def cpu_brand() -> str:
@@ -181,7 +181,7 @@ def clocks() -> dict[str, str] | None:
     """Of the GPU, now."""
     fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw")
     query = f"--query-gpu={','.join(fields)}"
-    answer = output_of("nvidia-smi", "--id=0", query, "--format=csv,noheader")
+    answer = smi(query)
     return dict(zip(fields, answer.split(", "), strict=False)) if answer else None
 
 
@@ -199,9 +199,7 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        driver = output_of(
-            "nvidia-smi", "--id=0", "--query-gpu=driver_version", "--format=csv,noheader"
-        )
+        driver = smi("--query-gpu=driver_version")
         info |= {
             "device": properties.name,
             "compute_capability": [properties.major, properties.minor],
@@ -235,12 +233,12 @@ def _versions() -> dict[str, str]:
 
 def commit_info() -> dict[str, Any]:
     """Git's, else ``$COMMIT``: a copy of the sources without their history is measured, too."""
-    commit = output_of("git", "rev-parse", "HEAD") or os.environ.get("COMMIT") or "unknown"
-    dirty = output_of("git", "status", "--porcelain", "-uno", "--", ":!benchmarks/results")
+    commit = output_of("git", "rev-parse", "HEAD")
+    changes = output_of("git", "status", "--porcelain", "-uno", "--", ":!benchmarks/results")
     return {
-        "id": commit,
+        "id": commit or os.environ.get("COMMIT") or "unknown",
         "time": output_of("git", "show", "-s", "--format=%cI"),
-        "dirty": bool(dirty),
+        "dirty": bool(changes) if commit else None,  # None: nobody knows
     }
 
 
@@ -252,6 +250,14 @@ def record_name(stem: str, machine: dict[str, Any], commit: dict[str, Any], date
     """``<stem>-<device>-<date>-<commit>.json``"""
     device = re.sub(r"\W+", "-", machine["device"]).strip("-").lower()
     return f"{stem}-{device}-{date[:10]}-{commit['id'][:7]}.json"
+
+
+def new_path(path: Path) -> Path:
+    """Where no record lies: a second one of a day takes nothing from the first."""
+    first, number = path, 2
+    while path.exists():
+        path, number = first.with_stem(f"{first.stem}-{number}"), number + 1
+    return path
 
 
 def save_record(record: dict[str, Any], path: Path) -> None:

@@ -24,9 +24,8 @@ class Method:
     """One implementation.
 
     ``computes`` names its function, by whose float64 definition its results are checked:
-    three-region, dense causal, local window (three-region without text and pivots) or sliding
-    window (each query its own last ``query_window * key_window_times`` keys); PB-relax LayerNorm or
-    plain LayerNorm.
+    three-region, dense causal or local window (three-region without text and pivots); PB-relax
+    LayerNorm or plain LayerNorm.
 
     ``prepare(case, layout, device)`` does what depends on shapes and layout alone (block masks,
     indices) and is timed apart; it returns the call that is timed. ``why_not(case, device)`` is a
@@ -38,7 +37,6 @@ class Method:
     prepare: Prepare
     why_not: Callable[[Any, torch.device], str | None] = anywhere
     compiles: bool = False  # torch.compile: the first call takes long
-    works: frozenset[str] | None = None  # kinds of work that it can do; None: all
 
 
 def compiled(function: Callable[..., Any], mode: str | None = None) -> Callable[..., Any]:

@@ -110,9 +110,10 @@ class Experiment:
         return dataclasses.replace(self.config, model=model, seed=seed)
 
     def folder(self, out: Path) -> Path:
-        """Other settings, other runs."""
-        settings = json.dumps(dataclasses.asdict(self), sort_keys=True)
-        return out / hashlib.sha256(settings.encode()).hexdigest()[:8]
+        """Other settings, another commit or machine: other runs."""
+        machine = machine_info(choose_device(self.config.device))
+        what = dataclasses.asdict(self), commit_info(), machine["device"], machine["torch"]
+        return out / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
 
 
 class Data(NamedTuple):
@@ -411,7 +412,9 @@ def table(record: dict[str, Any]) -> str:
         cells = [f"{VARIANTS[variant].label} − {VARIANTS[other].label}"]
         for quantity, (_, form, signed) in QUANTITIES.items():
             mean, error, seeds = paired_difference(record, variant, other, quantity)
-            cells.append(signed.format(mean) + (f" ± {form.format(error)}" if error else ""))
+            cells.append(
+                signed.format(mean) + ("" if error is None else f" ± {form.format(error)}")
+            )
         if seeds:
             lines.append(f"| {' | '.join(cells)} | {seeds} |")
     lines += ["", _settings(record)]
@@ -434,7 +437,8 @@ def _settings(record: dict[str, Any]) -> str:
         f"with the caption; {model['num_layers']} layers of width {model['hidden_size']}, "
         f"{first['parameters']:,} parameters; window {model['key_window_times']} x "
         f"{model['query_window']}, {model['num_pivots']} pivots; {training['steps']} steps of "
-        f"{training['batch_size']} scenes; loss in nats per code. "
+        f"{training['batch_size']} scenes in {training['precision']}; loss in nats per code. The "
+        f"variants without pivots or text attend to nothing in their place. "
         f"{record['settings']['num_test']} captions, of combinations of digits that no training "
         f"scene shows, are drawn at temperature {config['sampling']['temperature']} and read by a "
         f"classifier. It reads {real} of the digits of real scenes, {reconstructed} of what the "

@@ -148,7 +148,7 @@ class Training:
         """The loss, and each layer; all layers share what is compiled."""
         self.token_losses = compiled(token_losses)
         for layer in self.model.transformer.layers:
-            layer.compile(dynamic=False)
+            layer.compile(dynamic=False, fullgraph=True)
 
     def forward(self) -> Tensor:
         """The losses of all target tokens, with pivots drawn anew."""
@@ -166,6 +166,7 @@ class Training:
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
         self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)  # a step's memory begins without gradients
         self.losses = losses.detach()
         return loss.detach()
 

@@ -13,8 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import yaml
-
 from cogview.files import atomic_write
 from cogview.sequence import Vocabulary
 
@@ -326,6 +324,7 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         ValueError: not YAML, an unknown key, a wrong type, or a value out of range; the message
             names the key.
     """
+    import yaml
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 

@@ -482,6 +482,19 @@ def test_what_cannot_run_says_why(method: Method, device: torch.device) -> None:
             assert reason is None or (len(reason.split()) >= 4 and not reason.endswith("."))
 
 
+def test_what_is_refused_on_a_gpu() -> None:
+    half = dataclasses.replace(SMALL, dtype="bfloat16")
+    for case, names in (
+        (SMALL, ("SDPA flash", "SDPA cuDNN")),
+        (half, ("SDPA",)),
+        (dataclasses.replace(half, batch=4, seqlen=32768), ("SDPA, dense mask",)),
+    ):
+        for name in names:
+            assert METHODS[name].why_not(case, CUDA) is not None
+    for name in ("SDPA flash", "SDPA cuDNN", "SDPA math", FLEX[0], "CogView's formulation"):
+        assert METHODS[name].why_not(half, CUDA) is None
+
+
 def test_what_runs_on_a_cpu() -> None:
     def running(case: AttentionCase) -> list[str]:
         return [method.name for method in ATTENTION_METHODS if method.why_not(case, CPU) is None]

@@ -221,6 +221,30 @@ def test_a_later_keys_score_does_not_overflow_beside_the_relaxed_maximum() -> No
 # Training.
 
 
+def test_a_score_far_below_the_relaxed_maximum_is_no_overflow() -> None:
+    q, k = half(1.0, 600.0).view(1, 1, 2, 1), half(-600.0, 600.0).view(1, 1, 2, 1)
+    v = half(1.0, 3.0).view(1, 1, 2, 1)
+    with EveryOperation(simulate=True) as watch:
+        out = instability.causal_attention(q, k, v, relax=True)
+    assert out.flatten().tolist() == [1, 3]
+    assert watch.take()[1].isfinite().all()
+
+
+def test_every_result_of_an_operation_is_watched() -> None:
+    x, weight = torch.randn(4, 8).half().requires_grad_(), torch.ones(8).half().requires_grad_()
+    bias = torch.zeros(8).half().requires_grad_()
+    with EveryOperation(simulate=True) as watch:
+        F.layer_norm(x, (8,), weight, bias).backward(torch.full((4, 8), 3e4).half())
+    places, peaks = watch.take()  # the bias's gradient, four times 3e4, is the third result
+    backward = [p for p, place in zip(peaks, places, strict=True) if "backward" in place[2]]
+    assert len(backward) == 3 and backward[0].isfinite() and backward[2] == torch.inf
+
+
+def test_a_span_hides_no_seed() -> None:
+    assert instability._span([2.0, math.nan, 1.0], "{:.1f}") == "1.0 to NaN"
+    assert instability._span([1.9, math.inf, 2.1, 1.7], "{:.1f}") == "1.7 to overflow"
+
+
 def test_an_overflow_is_found_where_it_arises() -> None:
     model = tiny_model(halves[0], torch.float16)
     with torch.no_grad():
@@ -311,12 +335,15 @@ def run_of(loss: list[float | None], zeros: list[float | None], skipped: list[in
 
 def test_outcomes() -> None:
     calm = run_of([2.0] * 40, [0.1] * 40, [0, 1, 39])
-    assert instability.outcome(calm) == "trains"
+    assert instability.outcome(calm, 2.06) == "trains"
+    assert instability.outcome(calm, 2.03) == "learns nothing but the tokens' frequencies"
+    now_and_then = run_of([1.0] * 40, [0.1] * 40, [n for n in range(40) if n % 8])
+    assert instability.outcome(now_and_then, 2.06) == "diverges: most steps do not succeed"
     nan = run_of([2.0] * 20 + [None] * 20, [0.1] * 20 + [None] * 20, [0, 1, *range(20, 40)])
-    assert instability.outcome(nan) == "diverges: no step succeeds from 20 on"
+    assert instability.outcome(nan, 2.06) == "diverges: no step succeeds from 20 on"
     assert instability.zero_gradients(nan) == 0.1
     dead = run_of([2.0] * 40, [0.1] * 9 + [0.99] * 30 + [0.1], [])
-    assert instability.outcome(dead).startswith("starves")
+    assert instability.outcome(dead, 2.06).startswith("starves")
     assert math.isnan(instability.final_loss(nan)) and instability.final_loss(calm) == 2
 
 

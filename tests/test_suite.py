@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import random
 import subprocess
@@ -14,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -23,6 +25,8 @@ import measure  # noqa: E402
 import suite  # noqa: E402
 from cases import AttentionCase, NormCase, StepCase, cases_of  # noqa: E402
 from methods import Method  # noqa: E402
+
+import cogview_kernels as ck  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = AttentionCase(
@@ -142,6 +146,78 @@ def test_a_method_that_computes_another_function_must_say_so() -> None:
         suite.run(dataclasses.replace(entry, method=liar), CPU, 0.01)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda layout: {"pivot_idx": layout.pivot_idx[:, 1:]},
+        lambda layout: {"pivot_idx": layout.pivot_idx[:, :-40]},
+        lambda layout: {"text_len": layout.text_len - 1},
+        lambda layout: {"text_bias": 0.1, "pivot_bias": 0.1},
+    ],
+    ids=["a pivot less", "late pivots less", "a text token less", "a bias"],
+)
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_slip_is_seen_beside_the_roundings_of_half_precision(dtype: str, change: Any) -> None:
+    case = AttentionCase(2176, 128, 2, 256, num_heads=2, dtype=dtype)
+
+    def prepare(case: Any, layout: Any, device: torch.device) -> Callable[..., Tensor]:
+        slip = dataclasses.replace(layout, **change(layout))
+        return lambda q, k, v: ck.three_region_attention(q, k, v, slip)
+
+    entry = suite.Entry(case, "forward", Method("slip", "three-region", prepare), ("fixed",))
+    with pytest.raises(suite.NotMeasured, match="wrong"):
+        suite.run(entry, CPU, 0.01)
+
+
+def test_what_comes_first_where_time_is_short() -> None:
+    order = [
+        (entry.case.op, entry.method.name, entry.method.compiles)
+        for entry in suite.entries("cuda")
+        if "fixed" in entry.sweeps
+    ]
+
+    def first(op: str, method: str) -> int:
+        return next(i for i, entry in enumerate(order) if entry[:2] == (op, method))
+
+    def last(op: str, method: str) -> int:
+        return len(order) - 1 - [entry[:2] for entry in order[::-1]].index((op, method))
+
+    rival, steps = suite.RIVAL, "cogview_kernels, compiled"
+    stages = [
+        ("attention", "cogview_kernels"),
+        ("attention", "SDPA flash"),
+        ("training_step", "dense SDPA"),
+        ("attention", rival),
+        ("training_step", steps),
+        ("attention", "FlexAttention, plain mask"),
+        ("attention", f"{rival}, autotuned"),
+    ]
+    for before, after in itertools.pairwise(stages):
+        assert last(*before) < first(*after)
+
+
+def test_a_backend_that_takes_no_such_case_has_not_failed() -> None:
+    def prepare(case: Any, layout: Any, device: torch.device) -> Callable[..., Tensor]:
+        def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # none on a CPU
+                return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+        return call
+
+    entry = suite.Entry(SMALL, "forward", Method("cuDNN", "dense causal", prepare), ())
+    with pytest.raises(suite.NotMeasured, match="no such kernel") as caught:
+        suite.run(entry, CPU, 0.01)
+    assert not caught.value.failed
+
+
+def test_a_step_leaves_no_gradients_behind() -> None:
+    """They would be freed within the next one, and hide as much of its memory."""
+    case = StepCase(2, 32, 2, 2, 60, 8, 2, 8, text_len=8, vocab_size=100, dtype="float32")
+    step = suite.STEP_METHODS[0].prepare(case, None, CPU)
+    step()
+    assert all(weight.grad is None for weight in step.model.parameters())
+
+
 def test_a_training_step_with_another_attention_is_wrong() -> None:
     case = StepCase(2, 32, 2, 2, 60, 8, 2, 8, text_len=8, vocab_size=100, dtype="float32")
     dense = next(m for m in suite.STEP_METHODS if m.computes == "dense causal")
@@ -180,8 +256,6 @@ def test_every_method_that_runs_here_is_right_and_timed(case: Any) -> None:
         if method.why_not(case, CPU) or method.compiles:
             continue
         for work in case.works:
-            if method.works is not None and work not in method.works:
-                continue
             result = suite.run(suite.Entry(case, work, method, ("fixed",)), CPU, 0.01)
             assert all(second > 0 for second in result["seconds"])
             assert len(result["seconds"]) >= measure.MIN_ROUNDS

@@ -37,6 +37,7 @@ from gpu_machine import (  # noqa: E402
     run_process,
     save,
     save_log,
+    smi,
     why_nothing_runs,
 )
 
@@ -213,7 +214,7 @@ def describe() -> dict[str, Any]:
     changed = output_of("git", "status", "--porcelain", "-uno")
     fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
     query = f"--query-gpu={','.join(fields)}"
-    answer = output_of("nvidia-smi", "--id=0", query, "--format=csv,noheader")
+    answer = smi(query)
     nvcc = re.search(r"release \S+ (\S+)", output_of("nvcc", "--version") or "")
     capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
     return {
