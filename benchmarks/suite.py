@@ -142,9 +142,8 @@ def run(entry: Entry, device: torch.device, budget_s: float | None = None) -> di
 def reason_of(error: Exception) -> NotMeasured:
     if isinstance(error, torch.OutOfMemoryError):
         return NotMeasured("out of memory")
-    if "No available kernel" in str(
-        error
-    ):  # the SDPA backend that was asked for takes no such case
+    # Of scaled_dot_product_attention, where the backend that was asked for takes no such case.
+    if "No available kernel" in str(error) or "No viable backend" in str(error):
         return NotMeasured("torch has no such kernel for this case")
     text = " ".join(str(error).split())[:300]
     return NotMeasured(f"{type(error).__name__}: {text}", failed=True)
