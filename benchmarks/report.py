@@ -14,6 +14,7 @@ import argparse
 import functools
 import hashlib
 import importlib
+import inspect
 import json
 import math
 import re
@@ -206,6 +207,8 @@ class Record:
             f"{name} {versions[name]}" for name in ("torch", "triton", "cuda") if name in versions
         ]
         changed = " with uncommitted changes" if commit.get("dirty") else ""
+        if commit.get("dirty", False) is None:
+            changed = " (whether with changes, nobody knows)"
         return (
             f"<sub>{', '.join(what)}; commit {commit['id'][:7]}{changed}, "
             f"{self.content['datetime'][:10]}; record: `{self.path}`</sub>"
@@ -321,11 +324,11 @@ def sweep_groups(record: Record, op: str, sweep: str) -> dict[str, dict[Any, lis
 
 
 def best_dense(group: list[Row]) -> Row | None:
-    """The fastest of torch's dense attentions."""
+    """The fastest of torch's dense attentions, or of the training steps with one."""
     dense = [
         row
         for row in group
-        if info(row)["method"].startswith("SDPA") and info(row)["computes"].startswith("dense")
+        if "SDPA" in info(row)["method"] and info(row)["computes"].startswith("dense")
     ]
     return min(dense, key=median, default=None)
 
@@ -373,7 +376,7 @@ def group_table(group: list[Row], record: Record) -> str:
             spread_text(row),
             text(ratio(row, ours), times),
             text(tokens_per_second(row), digits),
-            text(tflops(row), lambda rate: digits(1e12 * rate / record.flops_scale)),
+            text(useful_rate(row, record), digits),
             text(gigabytes_per_second(row), digits),
             text(fraction_of_floor(row, record.ceilings), percent),
             text(said.get("extra_bytes"), bytes_text),
@@ -434,7 +437,59 @@ def sweep_table(by: dict[Any, list[Row]], sweep: str, record: Record) -> str:
             against = ratio(row, ours_of(by[value])) if method != OURS else None
             cells.append(time_text(median(row)) + (f", {times(against)}" if against else ""))
         lines.append(cells)
+    ours = [ours_of(group) for group in by.values()]
+
+    def of_ours(what: str, value: Value, how: Callable[[float], str]) -> None:
+        numbers = [None if row is None else value(row) for row in ours]
+        if any(number is not None for number in numbers):
+            texts = ("" if number is None else how(number) for number in numbers)
+            lines.append([f"{OURS}: {what}", *texts])
+
+    of_ours("of the floor", lambda row: fraction_of_floor(row, record.ceilings), percent)
+    of_ours(record.flops_unit, lambda row: useful_rate(row, record), digits)
+    of_ours("GB/s", gigabytes_per_second, digits)
+    of_ours("extra memory", lambda row: info(row).get("extra_bytes"), bytes_text)
     return table([SWEEPS[sweep][0], *map(str, by)], lines)
+
+
+def useful_rate(row: Row, record: Record) -> float | None:
+    """In the unit of the record."""
+    rate = tflops(row)
+    return None if rate is None else 1e12 * rate / record.flops_scale
+
+
+def overview(found: list[tuple[str, str, list[Row]]], record: Record) -> str:
+    """The cases that are shown whole, a line for each kind of work: ours beside the best others."""
+
+    def against(row: Row | None, ours: Row) -> str:
+        if row is None:
+            return ""
+        factor = times(median(row) / median(ours))
+        return f"{time_text(median(row))}, {factor} ({info(row)['method']})"
+
+    lines = []
+    for case, work, group in found:
+        ours = ours_of(group)
+        if ours is None or not shown_whole(group):
+            continue
+        others = [
+            row
+            for row in group
+            if computes_another(row, record) and not info(row)["method"].startswith(OURS)
+        ]
+        floor = fraction_of_floor(ours, record.ceilings)
+        lines.append(
+            (
+                case,
+                work,
+                time_text(median(ours)),
+                "" if floor is None else percent(floor),
+                against(best_same(group, record), ours),
+                against(min(others, key=median, default=None), ours),
+            )
+        )
+    heads = ("case", "work", OURS, "of the floor", "fastest peer", "fastest †")
+    return table(heads, lines, left=2) if lines else ""
 
 
 def common(groups_of_sweep: Iterable[list[Row]]) -> str:
@@ -461,20 +516,20 @@ def machine_table(record: Record) -> str:
         lines.append(("L2 cache", bytes_text(machine["l2_bytes"])))
     if machine.get("driver"):
         lines.append(("driver", str(machine["driver"])))
-    for name, value in (machine.get("clocks") or {}).items():
-        lines.append((f"clock, {name}", str(value)))
+    for name, value in (record.ceilings.get("clocks") or machine.get("clocks") or {}).items():
+        lines.append((f"under load, {name}", str(value)))
     versions = {"Python": machine.get("python"), "torch": machine["torch"]}
     for name, value in (versions | machine.get("versions", {})).items():
         if value:
             lines.append((name, str(value)))
-    return table(("ceilings and machine", "measured in the run"), lines)
+    return table(("ceilings, measured in the run, and the machine", ""), lines)
 
 
 def not_measured(record: Record) -> str:
     """Which rows are missing and why, folded away."""
     missing = record.content.get("not_measured", [])
     if not missing:
-        return ""
+        return unreached(record)
     planned = Counter(
         (entry["op"], entry["method"]) for entry in [*map(info, record.rows), *missing]
     )
@@ -509,7 +564,12 @@ def not_measured(record: Record) -> str:
             table(("method", "where", "reason"), lines, left=3),
             f"\n{record.source}\n</details>",
         ]
-    )
+    ) + (f"\n\n{unreached(record)}" if unreached(record) else "")
+
+
+def unreached(record: Record) -> str:
+    count = len(record.content.get("not_reached", []))
+    return f"Not reached in the time that there was: {count} rows." if count else ""
 
 
 # Plots: what is drawn, and what of.
@@ -526,46 +586,79 @@ Value = Callable[[Row], "float | None"]
 
 
 def curves(
-    by: dict[Any, list[Row]], value: Value, band: Callable[[Row], tuple[float, float]] | None = None
+    by: dict[Any, list[Row]],
+    value: Value,
+    label: Callable[[str], str],
+    band: Callable[[Row], tuple[float, float]] | None = None,
+    floor: Value | None = None,
 ) -> dict[str, list[tuple[float, ...]]]:
-    """For each method points ``(x, y)``, or ``(x, y, low, high)`` with a band."""
+    """For each method's label points ``(x, y)``, or ``(x, y, low, high)`` with a band; NaN where
+    others have a point. And the floor."""
     found: dict[str, list[tuple[float, ...]]] = defaultdict(list)
+    gap = (math.nan,) * (3 if band else 1)
+    methods = dict.fromkeys(info(row)["method"] for group in by.values() for row in group)
     for x, group in by.items():
-        for row in group:
-            y = value(row)
-            if y:
-                found[info(row)["method"]].append((x, y, *(band(row) if band else ())))
-    return found
+        rows = {info(row)["method"]: row for row in group}
+        for method in methods:
+            y = value(rows[method]) if method in rows else None
+            here = (y, *(band(rows[method]) if band else ())) if y else gap
+            found[label(method)].append((x, *here))
+        ours = ours_of(group)
+        if floor is not None and ours is not None and (y := floor(ours)):
+            found[FLOOR].append((x, y))
+    return {
+        name: line for name, line in found.items() if not all(math.isnan(y) for _, y, *_ in line)
+    }
+
+
+FLOOR = "floor"
 
 
 def plots(record: Record) -> list[Plot]:
     """The plots that this record has the rows for."""
     ceilings = record.ceilings
     methods = list(dict.fromkeys(info(row)["method"] for row in record.rows))
+    others = {info(row)["method"] for row in record.rows if computes_another(row, record)}
+
+    def label(method: str) -> str:
+        return f"{method} †" if method in others else method
+
+    def styles() -> dict[str, Any]:
+        import report_plots
+
+        return {label(name): style for name, style in report_plots.styles(methods).items()}
 
     def lines(panels: Any, y_label: str, title: str, level: Any = None) -> Any:
         import report_plots
 
-        return report_plots.lines(panels, y_label, title, report_plots.styles(methods), level)
+        return report_plots.lines(panels, y_label, title, styles(), level)
 
-    def panels(op: str, sweep: str, value: Value, band: Any = None) -> dict[str, Any]:
+    def panels(
+        op: str, sweep: str, value: Value, band: Any = None, floor: Value | None = None
+    ) -> dict[str, Any]:
         """Titles and curves, one for each kind of work; the x axis is the sweep's."""
         return {
-            work: (SWEEPS[sweep][0], curves(by, value, band))
+            work: (SWEEPS[sweep][0], curves(by, value, label, band, floor))
             for work, by in sweep_groups(record, op, sweep).items()
         }
 
+    def floor_per_token(row: Row) -> float | None:
+        seconds = floor_seconds(row, ceilings)
+        return None if seconds is None else seconds / queries(row) * 1e6
+
     found = []
-    title = f"{record.device}: "
-    against_seqlen = panels("attention", "seqlen", microseconds_per_token, microseconds_spread)
+    title = f"{record.device} († computes another function): "
+    against_seqlen = panels(
+        "attention", "seqlen", microseconds_per_token, microseconds_spread, floor_per_token
+    )
     if against_seqlen:
         draw = partial(lines, against_seqlen, "time per token (us)", title + "attention")
         caption = "Time of attention per token against sequence length"
         found.append(Plot("seqlen", caption, draw))
-    decode = panels("decode", "seqlen", microseconds_per_token, microseconds_spread)
+    decode = panels("decode", "seqlen", microseconds, spread_in_microseconds)
     if decode:
-        draw = partial(lines, decode, "time per token (us)", title + "decode")
-        caption = "Time of a decoded token against the length of the cache"
+        draw = partial(lines, decode, "time of a call (us)", title + "decode")
+        caption = "Time of a call, a token for each sequence, against the length of the cache"
         found.append(Plot("decode", caption, draw))
     memory = panels("attention", "seqlen", kibibytes_per_token)
     if any(points for _, points in memory.values()):
@@ -576,7 +669,7 @@ def plots(record: Record) -> list[Plot]:
         f"{sweep}, {work}": panel
         for sweep in ("window", "pivots")
         for work, panel in panels(
-            "attention", sweep, microseconds_per_token, microseconds_spread
+            "attention", sweep, microseconds_per_token, microseconds_spread, floor_per_token
         ).items()
     }
     if regions:
@@ -593,18 +686,35 @@ def plots(record: Record) -> list[Plot]:
         draw = partial(lines, norms, "GB/s that must move", title + "norms", level)
         caption = "Bandwidth of the norms against the number of columns, beside that of a copy"
         found.append(Plot("norms", caption, draw))
-    points = roofline_points(record)
+    points = [
+        (what, label(method), dtype, intensity, rate)
+        for what, method, dtype, intensity, rate in roofline_points(record)
+    ]
     if points:
         unit = record.flops_unit, record.flops_scale
-        draw = partial(draw_roofline, points, ceilings, unit, methods, title + "useful work")
+
+        def roofline() -> Any:
+            import report_plots
+
+            return report_plots.roofline(points, ceilings, unit, title + "useful work", styles())
+
         caption = f"Useful {record.flops_unit} against FLOP a byte, beside the measured ceilings"
-        found.append(Plot("roofline", caption, draw))
+        found.append(Plot("roofline", caption, roofline))
     return found
 
 
 def queries(row: Row) -> int:
     case = info(row)["case"]
     return case["batch"] * (case["q_len"] or case["seqlen"])
+
+
+def microseconds(row: Row) -> float:
+    return median(row) * 1e6
+
+
+def spread_in_microseconds(row: Row) -> tuple[float, float]:
+    low, high = (seconds * 1e6 for seconds in spread(row))
+    return low, high
 
 
 def microseconds_per_token(row: Row) -> float:
@@ -641,12 +751,6 @@ def roofline_points(record: Record) -> list[tuple[str, str, str, float, float]]:
                         (what, info(row)["method"], said["case"]["dtype"], intensity, rate)
                     )
     return points
-
-
-def draw_roofline(points: Any, ceilings: Any, unit: Any, methods: list[str], title: str) -> Any:
-    import report_plots
-
-    return report_plots.roofline(points, ceilings, unit, title, report_plots.styles(methods))
 
 
 # Pages.
@@ -736,13 +840,15 @@ def device_part(record: Record) -> str:
             continue
         parts.append(f"### {title}")
         parts += [pictures[name] for name in drawn.get(op, ()) if name in pictures]
-        last = ""
+        if overview(found, record):
+            parts += [overview(found, record), record.source]
+        whole: dict[str, list[str]] = defaultdict(list)
         for case, work, group in found:
             if shown_whole(group):
-                parts += [f"#### {case}"] if case != last else []
-                parts += [group_title(work, group, record), group_table(group, record)]
-                parts.append(record.source)
-                last = case
+                whole[case] += [group_title(work, group, record), group_table(group, record)]
+                whole[case].append(record.source)
+        for case, tables in whole.items():
+            parts += [f"<details><summary>All methods: {case}</summary>", *tables, "</details>"]
         for sweep, (variable, _) in SWEEPS.items():
             for work, by in sweep_groups(record, op, sweep).items():
                 parts.append(f"<details><summary>{work} against {variable}: {common(by.values())}")
@@ -772,6 +878,7 @@ def experiment_part(name: str, records: Sequence[Record]) -> str:
         picture = experiment_picture(name, record, records)
         parts.append(module.table(record.content).strip())
         parts.append(f"![{EXPERIMENTS[name].capitalize()}]({Path(picture).name})")
+        parts += [module.HOW_TO_READ] if hasattr(module, "HOW_TO_READ") else []
         parts.append(record.source)
     return "\n\n".join(parts)
 
@@ -817,10 +924,12 @@ class Report:
     """What the records give."""
 
     blocks: dict[tuple[str, str], str]  # of a page and a mark
-    pictures: dict[str, tuple[str, Callable[[Path], None]]]  # path: digest of the record, drawing
+    pictures: dict[str, tuple[str, Callable[[Path], None]]]  # path: digest, drawing
 
 
 def report(root: Path) -> Report:
+    import report_plots
+
     records = newest(root, "suite")
     experiments = {name: newest(root, name) for name in EXPERIMENTS}
     blocks = {
@@ -832,13 +941,21 @@ def report(root: Path) -> Report:
     for record in records:
         for plot in plots(record):
             path = f"{PLOTS}/{record.slug}-{plot.name}.png"
-            pictures[path] = record.digest, partial(save_figure, plot)
+            digest = digest_of(record, report_plots.lines)
+            pictures[path] = digest, partial(save_figure, plot)
     for name, found in experiments.items():
         blocks[PAGE, name] = experiment_part(name, found)
         for record in found:
-            draw = partial(importlib.import_module(name).draw, record.content)
-            pictures[experiment_picture(name, record, found)] = record.digest, draw
+            draw = importlib.import_module(name).draw
+            path = experiment_picture(name, record, found)
+            pictures[path] = digest_of(record, draw), partial(draw, record.content)
     return Report(blocks, pictures)
+
+
+def digest_of(record: Record, draw: Callable[..., Any]) -> str:
+    """Of a picture: the record, and the module that draws it."""
+    source = Path(inspect.getsourcefile(draw) or "").read_bytes()
+    return hashlib.sha256(record.digest.encode() + source).hexdigest()[:16]
 
 
 def save_figure(plot: Plot, path: Path) -> None:
@@ -872,16 +989,16 @@ def differences(root: Path, made: Report) -> Iterator[str]:
                 break
     for path, (digest, _) in made.pictures.items():
         if digest_of_picture(root / path) != digest:
-            yield f"{path}: not drawn from the newest record"
+            yield f"{path}: not drawn from the newest record, or not by this code"
     for leftover in left_over(root, made):
         yield f"{leftover.relative_to(root)}: no record gives it"
 
 
 def left_over(root: Path, made: Report) -> list[Path]:
+    drawn = [*(root / PLOTS).glob("*.png")]
+    drawn += [path for name in EXPERIMENTS for path in (root / "docs").glob(f"{name}*.png")]
     return [
-        path
-        for path in sorted((root / PLOTS).glob("*.png"))
-        if path.relative_to(root).as_posix() not in made.pictures
+        path for path in sorted(drawn) if path.relative_to(root).as_posix() not in made.pictures
     ]
 
 
@@ -895,7 +1012,7 @@ def digest_of_picture(path: Path) -> str | None:
 
 
 def draw_picture(path: Path, digest: str, draw: Callable[[Path], None]) -> None:
-    """Draws, and notes in the file which record it was."""
+    """Draws, and notes in the file of what."""
     from PIL import Image, PngImagePlugin
 
     from cogview.files import atomic_write

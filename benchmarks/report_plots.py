@@ -36,6 +36,7 @@ FAMILIES = {
     "liger": "#E69F00",
     "quack": "#CC79A7",
 }
+UNMARKED = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # the floor
 MARKERS = "osD^vP*X<>phd"
 DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
@@ -72,7 +73,7 @@ def lines(
     rows = math.ceil(len(panels) / columns)
     drawn = [method for method in styles if any(method in curves for _, curves in panels.values())]
     points = [point for _, curves in panels.values() for line in curves.values() for point in line]
-    ys = [y for _, *values in points for y in values]
+    ys = [y for _, *values in points for y in values if not math.isnan(y)]
     size = 9.6, (3.5 if columns < 3 else 3) * rows + 0.22 * math.ceil(len(drawn) / 4) + 0.4
     figure = Figure(figsize=size, layout="constrained")
     FigureCanvasAgg(figure)
@@ -82,7 +83,7 @@ def lines(
     for axis, (name, (x_label, curves)) in zip(axes, panels.items(), strict=False):
         for method, line in curves.items():
             x, y, *band = zip(*line, strict=True)
-            axis.plot(x, y, markersize=4, **styles[method])
+            axis.plot(x, y, markersize=4, **styles.get(method, UNMARKED))
             if band:
                 axis.fill_between(x, *band, color=styles[method]["color"], alpha=0.15, linewidth=0)
         xs = sorted({x for line in curves.values() for x, *_ in line})
@@ -110,7 +111,11 @@ def lines(
         axis.grid(alpha=0.3)
     for axis in axes[::columns]:
         axis.set_ylabel(y_label, fontsize=9)
-    handles = [Line2D([], [], label=name, markersize=4, **styles[name]) for name in drawn]
+    if any("floor" in curves for _, curves in panels.values()):
+        drawn.append("floor")
+    handles = [
+        Line2D([], [], label=name, markersize=4, **styles.get(name, UNMARKED)) for name in drawn
+    ]
     figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
     figure.suptitle(title, fontsize=11)
     return figure

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -307,6 +308,66 @@ def test_a_sweep_says_what_varies_beside_its_variable() -> None:
     assert report.common(by.values()) == "dtype bfloat16, num_heads 4"
 
 
+def test_a_sweep_says_how_far_ours_is_from_the_floor() -> None:
+    both = [
+        row(
+            "attention",
+            report.OURS,
+            [4e-3],
+            flops=4e11,
+            bytes=2e9,
+            extra_bytes=1 << 20,
+            case={"op": "attention", "dtype": "bfloat16", "seqlen": seqlen},
+            case_name=str(seqlen),
+            sweeps=["seqlen"],
+        )
+        for seqlen in (1, 2)
+    ]
+    record = one_case_record(*both)
+    (by,) = report.sweep_groups(record, "attention", "seqlen").values()
+    lines = {line[0]: line[1:] for line in cells(report.sweep_table(by, "seqlen", record))}
+    assert lines[f"{report.OURS}: of the floor"] == ["50%"] * 2
+    assert lines[f"{report.OURS}: GFLOP/s"] == ["100,000"] * 2
+    assert lines[f"{report.OURS}: GB/s"] == ["500"] * 2
+    assert lines[f"{report.OURS}: extra memory"] == ["1.00 MiB"] * 2
+
+
+def test_an_overview_names_the_fastest_others() -> None:
+    names = (report.OURS, f"{report.OURS}, compiled", "slow peer", "peer", "SDPA flash")
+    group = [
+        row("attention", name, [x], computes="dense causal" if name[:4] == "SDPA" else "same")
+        for x, name in zip((4.0, 1.0, 9.0, 8.0, 2.0), names, strict=True)
+    ]
+    record = one_case_record(*group)
+    _, _, line = cells(report.overview(list(report.groups(record, "attention")), record))
+    assert line == [
+        "a case",
+        "forward",
+        "4.00 s",
+        "8.00 s, 2.00x (peer)",
+        "2.00 s, 0.50x (SDPA flash)",
+    ]
+
+
+def test_what_was_not_reached_is_counted() -> None:
+    record = one_case_record(row("attention", report.OURS, [1.0]))
+    assert "Not reached" not in report.device_part(record)
+    record.content["not_reached"] = ["a", "b"]
+    assert "Not reached in the time that there was: 2 rows." in report.device_part(record)
+
+
+def test_a_line_has_a_gap_where_a_method_has_no_time() -> None:
+    by = {
+        x: [row("attention", name, [float(x)]) for name in (report.OURS, "peer")[: 1 + (x != 2)]]
+        for x in (1, 2, 3)
+    }
+    found = report.curves(by, report.median, str, floor=lambda row: 0.5)
+    assert found[report.OURS] == [(1, 1.0), (2, 2.0), (3, 3.0)]
+    (_, one), (_, gap), (_, three) = found["peer"]
+    assert (one, three) == (1.0, 3.0) and math.isnan(gap)
+    assert found[report.FLOOR] == [(1, 0.5), (2, 0.5), (3, 0.5)]
+
+
 def test_the_best_peer_is_not_ours() -> None:
     names = (report.OURS, f"{report.OURS}, compiled", "portable", "slow peer", "peer", "dense")
     group = [
@@ -490,7 +551,7 @@ def test_the_check_notices_pictures_of_other_records(with_few_rows: Path) -> Non
     assert list(report.differences(root, report.report(root))) == []
     Experiment.draw({}, root / "docs/quality.png")
     (found,) = report.differences(root, report.report(root))
-    assert found == "docs/quality.png: not drawn from the newest record"
+    assert found == "docs/quality.png: not drawn from the newest record, or not by this code"
 
 
 def test_the_command_names_the_place(
@@ -522,7 +583,8 @@ def test_plots_draw_every_method_in_its_own_style(root: Path) -> None:
             colours.setdefault(handle.get_label(), set()).add(handle.get_color())
         if plot.name == "seqlen":
             methods = {method for method, *_ in ATTENTION} - {"NATTEN"}
-            assert [len(axis.lines) for axis in shown] == [len(methods)] * 2
+            assert [len(axis.lines) for axis in shown] == [len(methods) + 1] * 2  # the floor
+    assert "SDPA flash †" in colours and "SDPA flash" not in colours and report.OURS in colours
     assert len(colours) > 15 and all(len(found) == 1 for found in colours.values())
     styles = report_plots.styles([method for method, *_ in ATTENTION])
     assert len({tuple(map(str, style.values())) for style in styles.values()}) == len(styles)
