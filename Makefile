@@ -4,6 +4,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+comma := ,
 SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: help build demo test lint format types bench report quality instability kernel-table kernel-costs gpu-check gpu-bench sanitize \
@@ -60,24 +61,28 @@ format: $(VENV)/.installed
 	$(BIN)/ruff format .
 	$(BIN)/clang-format -i $(SOURCES)
 
+# A method that is wrong or breaks fails the run, which goes on all the same.
 # make bench FILTER="decode and SDPA"        some of it, kept in results/bench.json only
 # make bench COMPARE=benchmarks/results/...  beside an earlier record
 bench: build
 	@mkdir -p results
 	$(BIN)/pytest benchmarks/bench_suite.py -q --benchmark-enable --benchmark-only --benchmark-sort=name \
-	  --benchmark-columns=median,iqr,rounds --benchmark-json=results/bench.json $(if $(FILTER),-k "$(FILTER)")
-	$(if $(COMPARE),$(BIN)/pytest-benchmark compare $(COMPARE) results/bench.json --group-by=fullname --columns=median,iqr)
-	$(if $(FILTER),,$(BIN)/python benchmarks/report.py)
+	  --benchmark-columns=median,iqr,rounds --benchmark-json=results/bench.json $(if $(FILTER),-k "$(FILTER)"); status=$$?; \
+	$(if $(COMPARE),$(BIN)/pytest-benchmark compare $(COMPARE) results/bench.json --group-by=fullname --columns=median$(comma)iqr;) \
+	$(if $(FILTER),,$(BIN)/python benchmarks/report.py;) exit $$status
 
 report: $(VENV)/.installed
 	$(BIN)/python benchmarks/report.py
 
-# About an hour on two cores; goes on where it was stopped.
+# About an hour on two cores, a quarter of an hour; at the same commit they go on where they were
+# stopped.
 quality: build
 	$(BIN)/python benchmarks/quality.py
+	$(BIN)/python benchmarks/report.py
 
 instability: build
-	$(BIN)/python benchmarks/instability.py
+	$(BIN)/python benchmarks/instability.py --jobs 2
+	$(BIN)/python benchmarks/report.py
 
 # After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
 kernel-table: build

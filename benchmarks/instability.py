@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter
 from sklearn.datasets import load_digits
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -607,6 +608,9 @@ def draw(record: dict[str, Any], path: Path) -> None:
         axes[2].text(
             1, record["loss_by_frequency"], " tokens' frequencies alone", fontsize=8, va="bottom"
         )
+        axes[2].set_yscale("log")
+        axes[2].yaxis.set_major_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
+        axes[2].yaxis.set_minor_formatter(FuncFormatter(lambda loss, _: f"{loss:g}"))
         axes[3].set_ylim(-0.03, 1.03)
         axes[0].set_title(f"LayerNorm with {dtype} statistics", loc="left", fontsize=11)
     lines = {

@@ -5,9 +5,12 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import os
 import random
+import re
 import subprocess
 import sys
+import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -283,6 +286,43 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
     assert 2 << 20 <= peak <= 3.1 * (1 << 20)
 
 
+def test_a_gpu_s_clock_runs_from_event_to_event_behind_a_flush(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By stand-ins: the order of what is asked of the device."""
+    asked: list[str] = []
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None:
+            assert enable_timing
+
+        def record(self) -> None:
+            asked.append("event")
+
+        def synchronize(self) -> None:
+            asked.append("wait")
+
+        def elapsed_time(self, end: Any) -> float:
+            return 2.0  # ms
+
+    class Flushed:
+        def zero_(self) -> None:
+            asked.append("flush")
+
+    properties = types.SimpleNamespace(L2_cache_size=50 << 20)
+    sizes: list[int] = []
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch, "empty", lambda size, **_: sizes.append(size) or Flushed())
+    seconds, host = measure._time_cuda(lambda: asked.append("run"), CPU, 3)
+    assert seconds == [2e-3] * 3 and host > 0
+    assert sizes == [256 << 20]  # several times the cache
+    text = " ".join(asked)
+    timed = re.findall(r"((?:flush )+)event run event wait", text)
+    assert len(timed) == 3 and text.count("run") == 3 + 5  # the host's time of a launch is of five
+
+
 def test_a_cpu_s_times_and_ceilings_are_of_this_machine() -> None:
     a = torch.randn(600, 600)
     timed = measure.measure(lambda: a @ a, CPU, 0.05)
@@ -329,6 +369,47 @@ def test_pytest_benchmark_plays_back_the_measured_times(tmp_path: Path) -> None:
     assert record["ceilings"]["copy_bytes_per_s"] > 1e8
     assert set(record["machine_info"]) >= {"device", "device_type", "torch", "versions"}
     assert set(record["commit_info"]) == {"id", "time", "dirty"}
+
+
+def test_a_whole_run_is_kept_as_a_record(tmp_path: Path) -> None:
+    """A suite of one case; what cannot run here is part of it."""
+    (tmp_path / "tiny.py").write_text(f"""
+import sys
+from pathlib import Path
+
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import measure
+import suite
+from cases import AttentionCase
+
+case = AttentionCase(64, 16, 2, 8, num_heads=2, head_dim=16, text_len=4, dtype="float32")
+few = [m for m in suite.ATTENTION_METHODS if m.name in ("cogview_kernels", "SDPA", "SDPA flash")]
+suite.entries = lambda device_type: [suite.Entry(case, "forward", m, ("fixed",)) for m in few]
+measure.new_path = lambda path: Path(__file__).parent / path.name
+""")
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "tiny", "-p", "no:cacheprovider"]
+    command += ["--benchmark-enable", f"--benchmark-json={tmp_path / 'bench.json'}"]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    for words, kept in ((["-k", "flash"], 0), ([], 1)):
+        done = subprocess.run(
+            [*command, *words, "benchmarks/bench_suite.py"],
+            cwd=ROOT,
+            env=environment,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        records = list(tmp_path.glob("suite-*.json"))
+        assert len(records) == kept
+    record = json.loads(records[0].read_text())
+    ours, sdpa = (row["extra_info"]["method"] for row in record["benchmarks"])
+    assert (ours, sdpa) == ("cogview_kernels", "SDPA")
+    (missing,) = record["not_measured"]
+    assert missing["method"] == "SDPA flash" and missing["failed"] is False
+    assert missing["name"].endswith(" / forward / SDPA flash")
+    compare = [sys.executable, "-m", "pytest_benchmark", "compare", str(records[0])]
+    done = subprocess.run(compare, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.count(" / forward / ") == 2
 
 
 def test_playback_is_exact() -> None:

@@ -64,6 +64,7 @@ GROUPS = (
     Group("layer norm, calls", (*CALLS, "-k", "cuda"), 80),
     Group("streams and graphs", ("tests/gpu/test_streams.py",), 90),
     Group("wiring", ("tests/test_backends.py", "-k", "cuda or takes_cpu_tensors"), 90),
+    Group("timing", ("tests/gpu/test_measure.py",), 40),
     Group("sanitizer", ("tests/gpu/test_sanitizer.py",), 120),
 )
 
