@@ -37,7 +37,7 @@ def pytest_benchmark_update_json(
     config: Any, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
     """A whole run is kept as a record; a part of one only as what ``--benchmark-json`` names."""
-    for row in benchmarks:
+    for row in output_json["benchmarks"]:
         row["params"] = None  # an Entry, which JSON does not know; its name says the same
     output_json["ceilings"] = measure.ceilings(_device())
     output_json["not_measured"] = _not_measured
