@@ -437,7 +437,7 @@ def collect(
     seeds: Sequence[int], settings: Settings, device: str, jobs: int, folder: Path
 ) -> dict[str, Any]:
     """All variants with each seed, as a record."""
-    started = time.perf_counter()
+    started, commit = time.perf_counter(), measure.commit_info()
     runs = []
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         futures = [
@@ -453,7 +453,7 @@ def collect(
             print(f"{minutes:5.1f} min  seed {runs[-1]['seed']}  {name}: {what}", flush=True)
     return {
         "machine_info": measure.machine_info(torch.device(device)) | {"threads": 1},
-        "commit_info": measure.commit_info(),
+        "commit_info": commit,
         "datetime": measure.now(),
         "simulated_float16": device == "cpu",
         "settings": dataclasses.asdict(settings),
