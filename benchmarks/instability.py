@@ -494,11 +494,10 @@ def outcome(run: dict[str, Any], loss_by_frequency: float) -> str:
         return f"diverges: no step succeeds from {last + 1 - streak} on"
     if sum(step in skipped for step in late) > len(late) / 2 or math.isnan(final_loss(run)):
         return "diverges: most steps do not succeed"
+    learns = final_loss(run) < (1 - LEARNS) * loss_by_frequency
     if zero_gradients(run) > STARVED:
-        return "starves: hardly a gradient is left"
-    if final_loss(run) > (1 - LEARNS) * loss_by_frequency:
-        return "learns nothing but the tokens' frequencies"
-    return "trains"
+        return "hardly a gradient is left" + (", yet the loss falls" if learns else "")
+    return "trains" if learns else "learns nothing but the tokens' frequencies"
 
 
 STARVED = 0.9  # share of gradients that are zero
