@@ -55,7 +55,7 @@ SLOW_S = 60  # what takes longer on one case lets the others go first on the nex
 LAST_S = 2  # with less time left no entry is begun
 SAVE_S = 2  # a kill loses no more than this
 LOOK_S = 20  # between two looks at the clocks
-TABLE_CHARS = 7000  # a lent machine may return no more than the end of what was printed
+TABLE_CHARS = 7000  # a remote runner may show no more than the end of what was printed
 
 
 class Lost(Exception):
