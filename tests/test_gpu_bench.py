@@ -150,10 +150,8 @@ def test_outcomes(
     assert done.returncode == 0 and done.stdout.count("/ last") == 2, done.stdout + done.stderr
 
 
-def test_a_window_ends_and_the_next_goes_on(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The first is killed in the middle of an entry."""
+def begun(here: Path) -> subprocess.Popen[str]:
+    """A run of its own, in the middle of an entry."""
     words = ["gpu_bench.py", "--device", "cpu", "--suite", "tiny_suite"]
     program = (
         f"import sys; sys.path[:0] = [{str(ROOT / 'benchmarks')!r}]; import gpu_bench\n"
@@ -164,13 +162,52 @@ def test_a_window_ends_and_the_next_goes_on(
         f"gpu_bench.SAVE_S, sys.argv = 0, {words!r}\n"
         "sys.exit(gpu_bench.main())"
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
     begin = time.time()
     while not ((here / "results").is_dir() and any(here.glob("results/*.json"))):
         assert process.poll() is None and time.time() < begin + 60
         time.sleep(0.05)
+    return process
+
+
+def workers() -> list[str]:
+    """The command lines of those that are alive."""
+    lines = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            lines.append(path.read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it has ended
+            continue
+    return [line for line in lines if "--work" in line and "tiny_suite" in line]
+
+
+def wait_for_no_worker() -> None:
+    end = time.time() + 10
+    while workers():
+        assert time.time() < end, workers()
+        time.sleep(0.05)
+
+
+def test_one_that_is_told_to_end_prints_its_table(here: Path) -> None:
+    process = begun(here)
+    assert workers()
+    os.kill(process.pid, signal.SIGTERM)
+    printed, _ = process.communicate(timeout=60)
+    assert process.returncode == 1
+    assert "stopped: it was told to end" in printed and "not reached" in printed
+    (record,) = records(here)
+    assert record["not_reached"]
+    wait_for_no_worker()
+
+
+def test_a_window_ends_and_the_next_goes_on(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The first is killed in the middle of an entry."""
+    process = begun(here)
     os.kill(process.pid, signal.SIGKILL)
-    process.wait()
+    process.communicate()
+    wait_for_no_worker()
     (first,) = records(here)
     assert first["benchmarks"] or first["not_measured"]
 

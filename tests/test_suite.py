@@ -337,6 +337,15 @@ def test_the_record_names_no_host() -> None:
     assert platform.node() not in text.split('"') and str(ROOT) not in text
 
 
+def test_without_git_nobody_knows_whether_the_tree_has_changes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(measure, "output_of", lambda *command: None)
+    monkeypatch.setenv("COMMIT", "1234567")
+    commit = measure.commit_info()
+    assert commit["id"] == "1234567" and commit["dirty"] is None
+
+
 def test_record_file_names(tmp_path: Path) -> None:
     name = measure.record_name(
         "suite", {"device": "NVIDIA H200"}, {"id": "0123456789abcdef"}, "2026-02-03T04:05:06"
