@@ -200,6 +200,18 @@ def test_one_that_is_told_to_end_prints_its_table(here: Path) -> None:
     wait_for_no_worker()
 
 
+def test_a_worker_that_hangs_does_not_outlive_a_killed_run(here: Path) -> None:
+    process = begun(here)
+    end = time.time() + 60
+    while "/ hangs" not in (here / "gpu-bench.log").read_text():
+        assert time.time() < end
+        time.sleep(0.05)
+    assert workers()
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    wait_for_no_worker()
+
+
 def test_a_window_ends_and_the_next_goes_on(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
