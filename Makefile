@@ -74,8 +74,8 @@ bench: build
 report: $(VENV)/.installed
 	$(BIN)/python benchmarks/report.py
 
-# About an hour on two cores, a quarter of an hour; at the same commit they go on where they were
-# stopped.
+# quality takes about an hour on two cores, instability less; at the same commit they go on where
+# they were stopped.
 quality: build
 	$(BIN)/python benchmarks/quality.py
 	$(BIN)/python benchmarks/report.py

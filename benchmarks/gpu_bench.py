@@ -399,15 +399,9 @@ def peers_of(group: list[report.Row], record: report.Record) -> dict[str, report
             "Flex, gathered": report.named("FlexAttention", "gathered")(group),
             "CogView's": report.named("CogView's formulation")(group),
         }
-    others = [
-        found
-        for found in group
-        if report.computes_another(found, record)
-        and not report.info(found)["method"].startswith(report.OURS)
-    ]
     return {
         "same function": report.best_same(group, record),
-        "another function": min(others, key=report.median, default=None),
+        "another function": report.best_other(group, record),
     }
 
 

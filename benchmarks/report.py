@@ -344,6 +344,16 @@ def best_same(group: list[Row], record: Record) -> Row | None:
     return min(same, key=median, default=None)
 
 
+def best_other(group: list[Row], record: Record) -> Row | None:
+    """The fastest of those that compute another function and are not ours."""
+    others = [
+        row
+        for row in group
+        if computes_another(row, record) and not info(row)["method"].startswith(OURS)
+    ]
+    return min(others, key=median, default=None)
+
+
 def named(*parts: str) -> Callable[[list[Row]], Row | None]:
     """The fastest of the methods whose names have these parts."""
 
@@ -472,11 +482,6 @@ def overview(found: list[tuple[str, str, list[Row]]], record: Record) -> str:
         ours = ours_of(group)
         if ours is None or not shown_whole(group):
             continue
-        others = [
-            row
-            for row in group
-            if computes_another(row, record) and not info(row)["method"].startswith(OURS)
-        ]
         floor = fraction_of_floor(ours, record.ceilings)
         lines.append(
             (
@@ -485,7 +490,7 @@ def overview(found: list[tuple[str, str, list[Row]]], record: Record) -> str:
                 time_text(median(ours)),
                 "" if floor is None else percent(floor),
                 against(best_same(group, record), ours),
-                against(min(others, key=median, default=None), ours),
+                against(best_other(group, record), ours),
             )
         )
     heads = ("case", "work", OURS, "of the floor", "fastest peer", "fastest †")
@@ -516,8 +521,9 @@ def machine_table(record: Record) -> str:
         lines.append(("L2 cache", bytes_text(machine["l2_bytes"])))
     if machine.get("driver"):
         lines.append(("driver", str(machine["driver"])))
-    for name, value in (record.ceilings.get("clocks") or machine.get("clocks") or {}).items():
-        lines.append((f"under load, {name}", str(value)))
+    for when, clocks in (("at rest", machine), ("under load", record.ceilings)):
+        for name, value in (clocks.get("clocks") or {}).items():
+            lines.append((f"{name}, {when}", str(value)))
     versions = {"Python": machine.get("python"), "torch": machine["torch"]}
     for name, value in (versions | machine.get("versions", {})).items():
         if value:

@@ -209,25 +209,22 @@ def test_relaxed_scores_beyond_float16_stay_finite() -> None:
     torch.testing.assert_close(relaxed.double(), expected, rtol=0.01, atol=0.01)
 
 
-def test_a_later_keys_score_does_not_overflow_beside_the_relaxed_maximum() -> None:
-    q, k = half(600.0, 0.0).view(1, 1, 2, 1), half(0.0, 600.0).view(1, 1, 2, 1)
-    v = half(1.0, 3.0).view(1, 1, 2, 1)
+@pytest.mark.parametrize(
+    ("queries", "keys", "expected"),
+    [((600.0, 0.0), (0.0, 600.0), [1, 2]), ((1.0, 600.0), (-600.0, 600.0), [1, 3])],
+    ids=["a later key's", "far below the maximum"],
+)
+def test_no_score_overflows_beside_the_relaxed_maximum(
+    queries: tuple[float, ...], keys: tuple[float, ...], expected: list[float]
+) -> None:
+    q, k, v = (half(*values).view(1, 1, 2, 1) for values in (queries, keys, (1.0, 3.0)))
     with EveryOperation(simulate=True) as watch:
         out = instability.causal_attention(q, k, v, relax=True)
-    assert out.flatten().tolist() == [1, 2]
+    assert out.flatten().tolist() == expected
     assert watch.take()[1].isfinite().all()
 
 
 # Training.
-
-
-def test_a_score_far_below_the_relaxed_maximum_is_no_overflow() -> None:
-    q, k = half(1.0, 600.0).view(1, 1, 2, 1), half(-600.0, 600.0).view(1, 1, 2, 1)
-    v = half(1.0, 3.0).view(1, 1, 2, 1)
-    with EveryOperation(simulate=True) as watch:
-        out = instability.causal_attention(q, k, v, relax=True)
-    assert out.flatten().tolist() == [1, 3]
-    assert watch.take()[1].isfinite().all()
 
 
 def test_every_result_of_an_operation_is_watched() -> None:

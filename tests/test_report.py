@@ -368,6 +368,15 @@ def test_a_line_has_a_gap_where_a_method_has_no_time() -> None:
     assert found[report.FLOOR] == [(1, 0.5), (2, 0.5), (3, 0.5)]
 
 
+def test_clocks_under_load_are_told_from_those_at_rest() -> None:
+    record = one_case_record(row("attention", report.OURS, [1.0]))
+    record.content["machine_info"] = {**H200, "clocks": {"clocks.sm": "345 MHz"}}
+    record.content["ceilings"] = {**HAND, "clocks": {"clocks.sm": "1980 MHz"}}
+    lines = cells(report.machine_table(record))
+    assert ["clocks.sm, at rest", "345 MHz"] in lines
+    assert ["clocks.sm, under load", "1980 MHz"] in lines
+
+
 def test_the_best_peer_is_not_ours() -> None:
     names = (report.OURS, f"{report.OURS}, compiled", "portable", "slow peer", "peer", "dense")
     group = [
