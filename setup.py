@@ -30,7 +30,9 @@ from build_backend import find_nvcc, find_torch, torch_version
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0+PTX")
 STABLE_ONLY = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  # torch 2.10
-OWN_PATHS = f"-ffile-prefix-map={ROOT}/="  # errors name csrc/ops.cpp, wherever it was built
+OWN_PATHS = (
+    f"-ffile-prefix-map={ROOT}/="  # errors name csrc/operators/operators.cpp, wherever it was built
+)
 
 # The host model. Kernels keep the accesses that their source makes, one hook each; they alias as
 # freely as nvcc lets them. The model itself is not instrumented.
@@ -164,7 +166,10 @@ class NinjaBuild(build_ext):
         defines, link, torch = [], [], "none"
         if cuda is not None:
             torch_folder, torch = _torch()
-            sources += [ROOT / "csrc" / "ops.cpp", *sorted((ROOT / "csrc").glob("*/*.cu"))]
+            sources += [
+                ROOT / "csrc" / "operators" / "operators.cpp",
+                *sorted((ROOT / "csrc").rglob("*.cu")),
+            ]
             includes += [torch_folder / "include", cuda.root / "include"]
             names = ",".join(cuda.architectures)
             defines = [
@@ -249,7 +254,11 @@ class NinjaBuild(build_ext):
         ]
         csrc = ROOT / "csrc"
         objects = []
-        for source in [csrc / "ops.cpp", *csrc.glob("host_model/*.cpp"), *csrc.glob("*/*.cu")]:
+        for source in [
+            csrc / "operators" / "operators.cpp",
+            *csrc.glob("host_model/*.cpp"),
+            *csrc.rglob("*.cu"),
+        ]:
             name = f"{source.relative_to(csrc).as_posix().replace('/', '.')}.o"
             rule = "kernel" if source.suffix == ".cu" else "cxx"
             lines.append(f"build {name}: {rule} {_escape(source)}")

@@ -34,8 +34,8 @@ from torch.nn.attention.flex_attention import (
 
 import cogview_kernels as ck
 from cogview_kernels import extension
-from cogview_kernels.attention import HEAD_DIMS
-from cogview_kernels.layout import window_start
+from cogview_kernels.attention.function import HEAD_DIMS
+from cogview_kernels.attention.layout import window_start
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, Sq, D), 2x (B, G, Sk, D)
 WhyNot = Callable[[AttentionCase, torch.device], str | None]

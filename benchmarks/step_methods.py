@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import cogview.model
 import cogview_kernels as ck
 from cogview.config import ModelConfig
-from cogview_kernels.attention import HEAD_DIMS
+from cogview_kernels.attention.function import HEAD_DIMS
 
 # What is computed, and the settings of the model that say so.
 SETTINGS: dict[str, dict[str, Any]] = {

@@ -1,14 +1,14 @@
 """CUDA kernels for CogView's three-region sparse attention and PB-relax LayerNorm."""
 
-from cogview_kernels.attention import three_region_attention
+from cogview_kernels.attention.function import three_region_attention
+from cogview_kernels.attention.layout import ThreeRegionLayout, sample_pivots
 from cogview_kernels.backends import KernelUnavailable
-from cogview_kernels.layer_norm import (
+from cogview_kernels.norm.function import (
     PBRelaxLayerNorm,
     patch,
     pb_relax_layer_norm,
     sandwich_residual,
 )
-from cogview_kernels.layout import ThreeRegionLayout, sample_pivots
 
 __version__ = "0.1.0"
 

@@ -74,7 +74,7 @@ def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
 # - the warp's barrier before rows are computed again: the model sees races in shared memory alone.
 MUTATIONS = [
     *mutations(
-        "three_region_attention/three_region_attention_far_keys.cu",
+        "three_region_attention/far_keys.cu",
         ("padding-counts-as-pivot", VALUES, "pivot < params.k_len;", "pivot <= params.k_len;"),
         ("text-counts-as-pivot", DEFINITION, "pivot >= text_len &&", "pivot >= 0 &&"),
         ("repeated-pivot-counts", WILD, "pivot > largest_before;", "pivot >= largest_before;"),
@@ -147,7 +147,7 @@ MUTATIONS = [
         ("last-group-of-entries-skipped", DEFINITION, "window + last + 1;", "window + last;"),
     ),
     *mutations(
-        "three_region_attention/query_tile.cuh",
+        "three_region_attention/sm80/query_tile.cuh",
         (
             "query-behind-the-last",
             VALUES,
@@ -178,7 +178,7 @@ MUTATIONS = [
         ("stale-keys", VALUES, "entry - 2 * kBlockN", "entry - kBlockN"),
     ),
     *mutations(
-        "three_region_attention/tile.cuh",
+        "three_region_attention/sm80/tile.cuh",
         (
             "swizzle-mismatch",
             VALUES,
@@ -200,7 +200,7 @@ MUTATIONS = [
         ),
     ),
     *mutations(
-        "three_region_attention/exact.cuh",
+        "three_region_attention/sm80/exact.cuh",
         (
             "infinite-logit",
             LARGE,
@@ -210,7 +210,7 @@ MUTATIONS = [
         ("exact-row-without-bias", LEAKS, "if (entry >= list.num_far) return 0.f;", "return 0.f;"),
     ),
     *mutations(
-        "three_region_attention/three_region_attention_forward.cu",
+        "three_region_attention/sm80/forward.cu",
         ("forward-diagonal-hidden", VALUES, "&& key <= row", "&& key < row"),
         (
             "forward-far-reaches-window",
@@ -246,7 +246,7 @@ MUTATIONS = [
         ("forward-exact-o-not-rescaled", LEAKS, "o[d] * (keep / l)", "o[d]"),
     ),
     *mutations(
-        "three_region_attention/backward.cuh",
+        "three_region_attention/sm80/backward.cuh",
         ("ds-exponent-ignores-v", LOSS_SCALE, "bounds[2 * row] * v +", "bounds[2 * row] +"),
         (
             "ds-not-scaled",
@@ -257,7 +257,7 @@ MUTATIONS = [
         ("p-not-scaled", f"{LOSS_SCALE} or {VALUES}", "kIsFloat16<T> ? 15 : 0", "0"),
     ),
     *mutations(
-        "three_region_attention/three_region_attention_backward.cu",
+        "three_region_attention/sm80/backward.cu",
         ("dlse-missing", VALUES, "product -= backward.dlse[at];", ";"),
         ("delta-of-half-a-row", VALUES, "mask = 1; mask < kLanes;", "mask = 2; mask < kLanes;"),
         ("row-read-beyond-its-end", VALUES, "chunk < kChunks<kHeadDim>;", "chunk < kLanes;"),
@@ -270,7 +270,7 @@ MUTATIONS = [
         ),
     ),
     *mutations(
-        "three_region_attention/three_region_attention_backward_dq.cu",
+        "three_region_attention/sm80/backward_dq.cu",
         ("dq-no-softmax-scale", VALUES, "problem.softmax_scale * exp2f(", "exp2f("),
         ("dq-exponent-not-undone", VALUES, "exp2f(float(-exponent))", "1.f"),
         ("dq-no-delta", VALUES, "(ds[rt][n][c] - delta[rt][half])", "ds[rt][n][c]"),
@@ -281,7 +281,7 @@ MUTATIONS = [
         ("dq-exact-no-delta", LEAKS, "p * (dp - params.delta[at])", "p * dp"),
     ),
     *mutations(
-        "three_region_attention/three_region_attention_backward_dkdv.cu",
+        "three_region_attention/sm80/backward_dkdv.cu",
         ("dkdv-diagonal-hidden", VALUES, "visible = i >= keys.key", "visible = i > keys.key"),
         ("dkdv-query-behind-the-window", VALUES, "i < keys.end[key_row]", "i <= keys.end[key_row]"),
         (
@@ -760,7 +760,7 @@ MUTATIONS = [
         ("norms-add-twice", OVERFLOW, "norm.add = {};", ""),
     ),
     *mutations(
-        "ops.cpp",
+        "operators/operators.cpp",
         ("eps-half-shrunk", ROUNDS, "eps * kept * kept", "eps * kept"),
         (
             "row-stride-not-passed",

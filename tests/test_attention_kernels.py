@@ -17,7 +17,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import cogview_kernels as ck
-from cogview_kernels import attention, extension
+from cogview_kernels import extension
+from cogview_kernels.attention import function as attention
 
 HEAD_DIMS = attention.HEAD_DIMS
 HALVES = (torch.bfloat16, torch.float16)

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import cogview_kernels as ck
-from cogview_kernels import attention, backends, extension
+from cogview_kernels import backends, extension
+from cogview_kernels.attention import operators as attention
 
 ROOT = Path(__file__).resolve().parents[1]
 OPS = torch.ops.cogview_kernels
@@ -675,7 +676,7 @@ def test_number_of_splits() -> None:
     assert splits(1, 2**20, 0, 64, sms=10**6) == 16, "at most"
 
 
-# Errors of csrc/ops.cpp: what Python's checks would have caught, and direct calls.
+# Errors of csrc/operators/operators.cpp: what Python's checks would have caught, and direct calls.
 
 
 def good_arguments() -> dict[str, Tensor]:
@@ -771,7 +772,9 @@ def test_operators_refuse_what_is_not_safe(
     with pytest.raises(RuntimeError, match=match) as raised:
         call_out({**arguments, name: change(arguments[name])}, backward)
     # A line of ops.cpp, but not where it was built.
-    assert "csrc/ops.cpp" in str(raised.value) and str(ROOT) not in str(raised.value)
+    assert "csrc/operators/operators.cpp" in str(raised.value) and str(ROOT) not in str(
+        raised.value
+    )
 
 
 @pytest.mark.skipif(NO_HOST_MODEL is not None, reason=str(NO_HOST_MODEL))

@@ -169,8 +169,8 @@ def test_errors_do_not_name_the_folder_of_the_build() -> None:
     assert spec is not None
     assert spec.origin is not None
     module = Path(spec.origin).read_bytes()
-    assert b"csrc/ops.cpp" in module
-    assert f"{ROOT}/csrc/ops.cpp".encode() not in module
+    assert b"csrc/operators/operators.cpp" in module
+    assert f"{ROOT}/csrc/operators/operators.cpp".encode() not in module
 
 
 def test_kernels_do_not_see_torch() -> None:

@@ -21,7 +21,8 @@ from test_attention_kernels import backend_or_skip
 from torch import Tensor
 
 import cogview_kernels as ck
-from cogview_kernels import extension, layer_norm, portable, reference
+from cogview_kernels import extension
+from cogview_kernels.norm import portable, reference
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 HALVES = (torch.float16, torch.bfloat16)
@@ -91,7 +92,7 @@ class Problem:
             outputs = {"y": y}
         else:
             parameters = [tensors.get(name) for name in PARAMETERS]
-            with mock.patch.object(layer_norm, "_draw_seed", lambda device, generator: seed):
+            with mock.patch.object(norm, "_draw_seed", lambda device, generator: seed):
                 both = ck.sandwich_residual(
                     tensors["f"],
                     tensors["residual"],

@@ -14,7 +14,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cogview_kernels as ck
-from cogview_kernels import extension, portable
+from cogview_kernels import extension
+from cogview_kernels.norm import portable
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import norm_methods  # noqa: E402

@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 import cogview_kernels as ck
 from cogview.config import ModelConfig
 from cogview.model import GPT
-from cogview_kernels import extension, layer_norm, portable
+from cogview_kernels import extension
+from cogview_kernels.norm import function as norm
+from cogview_kernels.norm import portable
 
 OPS = torch.ops.cogview_kernels
 KERNELS = IMPLEMENTATIONS[2:]
@@ -29,7 +31,7 @@ SEED = 0x0123456789ABCDEF
 def fixed_seed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every call draws the same seed, on every device."""
     monkeypatch.setattr(
-        layer_norm, "_draw_seed", lambda device, generator: torch.tensor([SEED], device=device)
+        norm, "_draw_seed", lambda device, generator: torch.tensor([SEED], device=device)
     )
 
 
@@ -48,7 +50,7 @@ def sandwich(
     if implementation == "operator":
         rows = (t.reshape(-1, t.shape[-1]) for t in (f, residual))
         dropout = round(dropout_p * 65536)
-        seed = layer_norm._draw_seed(f.device, None) if dropout else None
+        seed = norm._draw_seed(f.device, None) if dropout else None
         numbers = seed, dropout, eps, RELAX.index(relax)
         h, z, *_ = OPS.sandwich_residual(*rows, final_norm, *parameters, *numbers)
         results = (h, z) if final_norm else (h,)
@@ -828,8 +830,8 @@ def test_cogview_trains_alike(
     positions = torch.arange(16, device=device).expand(2, -1)
 
     def train(which: str) -> Tensor:
-        for module, name in ((layer_norm, "pb_relax_layer_norm"), (ck, "sandwich_residual")):
-            function = functools.partial(getattr(layer_norm, name), backend=which)
+        for module, name in ((norm, "pb_relax_layer_norm"), (ck, "sandwich_residual")):
+            function = functools.partial(getattr(norm, name), backend=which)
             monkeypatch.setattr(module, name, function)
         torch.manual_seed(1)
         model = GPT(config, 24).to(device)

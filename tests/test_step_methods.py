@@ -165,7 +165,9 @@ def test_plain_steps_run_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
 
     for name in ("three_region_attention", "pb_relax_layer_norm", "sandwich_residual"):
         monkeypatch.setattr(ck, name, never)
-        monkeypatch.setattr(sys.modules["cogview_kernels.layer_norm"], name, never, raising=False)
+        monkeypatch.setattr(
+            sys.modules["cogview_kernels.norm.function"], name, never, raising=False
+        )
     (method,) = (m for m in STEP_METHODS if m.name == "dense SDPA, F.layer_norm")
     method.prepare(CASE, None, CPU)()
 

@@ -29,7 +29,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import cogview_kernels as ck
-from cogview_kernels import portable
+from cogview_kernels.attention import portable
 
 BACKENDS = ("reference", "portable")
 HALVES = (torch.bfloat16, torch.float16)
@@ -595,7 +595,7 @@ def test_memory_never_holds_queries_times_keys() -> None:
 PEAK = """
 import resource, torch
 import cogview_kernels as ck
-from cogview_kernels import portable
+from cogview_kernels.attention import portable
 
 def run(seqlen):
     q, k, v = (torch.randn(1, 1, seqlen, 8, requires_grad=True) for _ in range(3))

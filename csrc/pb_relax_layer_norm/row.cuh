@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "../primitives.cuh"
+#include "../instructions/sm80.cuh"
 #include "pb_relax_layer_norm.h"
 
 namespace cogview {

@@ -7,7 +7,7 @@
 #include <map>
 #include <string>
 
-#include "primitives.cuh"
+#include "instructions/sm80.cuh"
 
 #ifndef COGVIEW_HOST_MODEL
 #include <cuda_runtime.h>

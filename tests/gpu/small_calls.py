@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import cogview_kernels as ck
-from cogview_kernels import attention
+from cogview_kernels.attention import function as attention
 
 
 def on_gpu(*shape: int, dtype: torch.dtype) -> Tensor:

@@ -13,7 +13,7 @@ from test_layer_norm_kernels import OF_A_ROW, PAIRS, PARAMETERS, Problem, excess
 from torch import Tensor
 
 import cogview_kernels as ck
-from cogview_kernels import portable
+from cogview_kernels.norm import portable
 
 pytestmark = pytest.mark.usefixtures("cuda")
 

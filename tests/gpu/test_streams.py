@@ -11,7 +11,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 import cogview_kernels as ck
-from cogview_kernels import attention, extension, layer_norm, portable
+from cogview_kernels import extension
+from cogview_kernels.attention import operators as attention
+from cogview_kernels.norm import function as norm
+from cogview_kernels.norm import portable
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -221,7 +224,7 @@ def test_replays_draw_new_masks(own_generator: bool, monkeypatch: pytest.MonkeyP
     static = sandwich_inputs(0)
     generator = torch.Generator("cuda").manual_seed(5) if own_generator else None
     seeds: list[Tensor] = []
-    draw = layer_norm._draw_seed
+    draw = norm._draw_seed
 
     def draw_and_keep(*arguments: Any) -> Tensor:
         seeds.append(draw(*arguments))
@@ -232,7 +235,7 @@ def test_replays_draw_new_masks(own_generator: bool, monkeypatch: pytest.MonkeyP
     with torch.cuda.stream(side):
         step(*static, dropout_p=0.25, generator=generator)
     torch.cuda.current_stream().wait_stream(side)
-    monkeypatch.setattr(layer_norm, "_draw_seed", draw_and_keep)
+    monkeypatch.setattr(norm, "_draw_seed", draw_and_keep)
     graph = torch.cuda.CUDAGraph()
     if generator is not None:
         graph.register_generator_state(generator)
@@ -249,7 +252,7 @@ def test_replays_draw_new_masks(own_generator: bool, monkeypatch: pytest.MonkeyP
         assert ((results[2] == 0) == dropped).double().mean() > 0.9999  # some gradients are zero
         assert not results[2][dropped].any()
         with monkeypatch.context() as patch:
-            patch.setattr(layer_norm, "_draw_seed", lambda *arguments: seed.clone())
+            patch.setattr(norm, "_draw_seed", lambda *arguments: seed.clone())
             assert equal(results, step(*values, dropout_p=0.25))
         masks.append(dropped)
     assert not any(torch.equal(masks[a], masks[b]) for a, b in ((0, 1), (0, 2), (1, 2)))

@@ -8,7 +8,7 @@
 #include <string>
 
 #include "host_model/report.h"
-#include "primitives.cuh"
+#include "instructions/sm80.cuh"
 
 namespace cogview {
 namespace {

@@ -19,8 +19,8 @@
 #include <utility>
 #include <vector>
 
-#include "sandwich_residual/sandwich_residual.h"
-#include "three_region_attention/three_region_attention.h"
+#include "../sandwich_residual/sandwich_residual.h"
+#include "../three_region_attention/three_region_attention.h"
 
 #ifndef COGVIEW_HOST_MODEL
 #include <dlfcn.h>

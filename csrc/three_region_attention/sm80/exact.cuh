@@ -6,7 +6,7 @@
 
 #include <cmath>
 
-#include "key_list.cuh"
+#include "../key_list.cuh"
 #include "tile.cuh"
 
 namespace cogview {

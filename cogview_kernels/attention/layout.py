@@ -8,7 +8,7 @@ import math
 import torch
 from torch import Tensor
 
-from cogview_kernels._checks import check_float, check_int, describe, values_readable
+from cogview_kernels.checks import check_float, check_int, describe, values_readable
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -7,8 +7,8 @@
 
 #include <type_traits>
 
-#include "../primitives.cuh"
-#include "three_region_attention.h"
+#include "../../instructions/sm80.cuh"
+#include "../three_region_attention.h"
 
 namespace cogview {
 

@@ -12,10 +12,10 @@
 
 #include <cstdint>
 
-#include "launch.h"
+#include "../launch.h"
 
 #ifdef COGVIEW_HOST_MODEL
-#include "host_model/device.h"
+#include "../host_model/device.h"
 #else
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>

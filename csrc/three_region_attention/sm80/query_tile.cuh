@@ -1,7 +1,7 @@
 // What the kernels that own query rows share: the tile of queries of a block, and its keys.
 #pragma once
 
-#include "key_list.cuh"
+#include "../key_list.cuh"
 #include "tile.cuh"
 
 namespace cogview {

@@ -1,0 +1,207 @@
+"""``three_region_attention``: the public function, its checks and its operators."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, Literal, overload
+
+import torch
+from torch import Tensor
+
+from cogview_kernels.attention import operators, reference  # noqa: F401
+from cogview_kernels.attention.layout import ThreeRegionLayout
+from cogview_kernels.backends import BACKENDS, kernels_usable, kernels_wanted
+from cogview_kernels.checks import (
+    check_choice,
+    check_float,
+    check_last_dim_contiguous,
+    check_like,
+    check_no_tangent,
+    check_tensor,
+    describe,
+    values_readable,
+)
+
+HEAD_DIMS = (32, 64, 96, 128)  # of the kernels
+
+
+@overload
+def three_region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThreeRegionLayout,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def three_region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThreeRegionLayout,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    *,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def three_region_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThreeRegionLayout,
+    softmax_scale: float | None = None,
+    backend: str = "auto",
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention over text prefix, random pivots and local window with one joint softmax.
+
+    Queries are the last ``Sq`` positions of the keys: ``Sq == Sk`` in training, one token or a
+    chunk in generation, where only the text, pivot and window rows of the cache are read.
+
+    Args:
+        q: ``(B, H, Sq, D)``, any floating dtype, last dimension contiguous, other strides free.
+        k, v: ``(B, G, Sk, D)`` with ``H % G == 0`` and ``Sk >= Sq``; dtype and device as ``q``.
+            Query head ``h`` reads key/value head ``h // (H // G)``.
+        layout: the regions; its tensors on the device of ``q``.
+        softmax_scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
+        backend: ``"auto"`` (the CUDA kernel where there is one for these inputs, else portable),
+            ``"cuda"`` (the kernel or an error saying why not), ``"portable"`` (blocked PyTorch),
+            ``"reference"`` (the dense definition in float64) or ``"host_model"`` (the kernel's
+            source on the CPU, where built).
+        return_lse: also return the log-sum-exp of each row's logits.
+
+    Returns:
+        ``out (B, H, Sq, D)`` in the dtype of ``q``; with ``return_lse`` also ``lse (B, H, Sq)``,
+        natural logarithm, float32 (float64 for float64 inputs).
+
+    The kernels take float16 and bfloat16, a head dimension of 32, 64, 96 or 128 and up to 2^30
+    keys. Everything else is ``portable`` under ``"auto"``, with one warning that says why: float32
+    too, for which ``torch.autocast`` (or a cast to bfloat16) is the way to the kernels.
+
+    Differentiable in ``q``, ``k`` and ``v``, through ``out`` and ``lse``; ``reference`` any number
+    of times and in forward mode, the others once and backward. Under autocast, inputs are cast as
+    for ``scaled_dot_product_attention``.
+    torch.func: ``vmap`` works, and copies tensors that are not mapped for every sample; ``grad``,
+    ``vjp`` and ``jacrev`` take ``reference`` alone, the others ``torch.autograd.grad``.
+    Precision: float32 logits, softmax and sums (float64 for float64), one rounding of each result.
+    The kernels also round softmax weights, and in the backward the gradients of logits, to the
+    dtype of ``q`` before they are multiplied; float16 gradients are scaled to its range first.
+    float16 ``v`` at or below 2^-19, among the denormal numbers, costs ``dq`` and ``dk`` accuracy:
+    delta is taken from the rounded ``out``.
+    Deterministic: yes, forward and backward.
+    Memory: results lie in memory as the tensor they belong to (``out`` as ``q``, ``(B, Sq, H, D)``
+    for views of a projection). Kept for the backward: the inputs, ``out`` and two float32 numbers
+    for each query row. An input whose rows do not begin at multiples of 16 bytes is copied. The
+    kernels' backward takes ``4 B H Sq`` bytes of workspace, for float16 ``4 B (2 H + G)`` more, and
+    where few heads have to fill a GPU ``8 n B G R D`` more, ``n`` in 2..16 and ``R = round_up(P,
+    64) + min(256, round_up(Sk, 64))``.
+    CUDA graphs: calls on CUDA tensors read nothing back, and allocate by shapes alone.
+
+    Raises:
+        TypeError, ValueError: the tensor, what was expected and what came.
+        KernelUnavailable: ``backend`` cannot run here; the message says why.
+        NotImplementedError: forward mode, but for ``reference``; the message names the tensor.
+
+    Source: CogView, arXiv 2105.13290.
+    """
+    check_choice("backend", backend, BACKENDS)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_tensor(name, tensor)
+    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
+    softmax_scale = _check_inputs(q, k, v, layout, softmax_scale)
+
+    if backend == "reference":
+        out, lse = reference.three_region_attention(q, k, v, layout, softmax_scale)
+        return (out, lse) if return_lse else out
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_no_tangent(name, tensor)
+    text_len, pivot_idx = layout.tensors(q.shape[0], q.device)
+    window_and_scale = (
+        layout.query_window,
+        layout.key_window_times,
+        layout.text_bias,
+        layout.pivot_bias,
+        softmax_scale,
+    )
+    ops = torch.ops.cogview_kernels
+    if kernels_wanted(backend, q.device) and kernels_usable(
+        "three_region_attention", backend, q.device, _unsupported(q, k)
+    ):
+        if backend == "host_model":
+            pack, attend = (
+                ops.three_region_attention_host_model_far_keys,
+                ops.three_region_attention_host_model,
+            )
+        else:
+            pack, attend = ops.three_region_attention_far_keys, ops.three_region_attention
+        far_keys = pack(text_len, pivot_idx, k.shape[2])
+        out, row_max, row_log_sum = attend(q, k, v, far_keys, *window_and_scale)
+        return (out, (row_max + row_log_sum) * math.log(2)) if return_lse else out
+    out, lse = ops.three_region_attention_portable(q, k, v, text_len, pivot_idx, *window_and_scale)
+    return (out, lse) if return_lse else out
+
+
+def _unsupported(q: Tensor, k: Tensor) -> str | None:
+    """Why the kernels do not take these inputs, wherever they lie; ``None`` if they do."""
+    if q.dtype not in (torch.float16, torch.bfloat16):
+        cast = "; torch.autocast casts to them" if q.dtype == torch.float32 else ""
+        return f"the kernels take float16 and bfloat16, got {q.dtype}{cast}"
+    if q.shape[3] not in HEAD_DIMS:
+        return f"the kernels take head dimensions of {HEAD_DIMS}, got {q.shape[3]}"
+    if k.shape[2] > 2**30:
+        return f"the kernels take up to 2^30 keys, got {k.shape[2]}"
+    return None
+
+
+def _autocast(tensor: Tensor) -> Tensor:
+    """The tensor in the dtype of an enabled autocast, which leaves float64 alone."""
+    device = tensor.device.type
+    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    if not enabled or tensor.dtype == torch.float64:
+        return tensor
+    return tensor.to(torch.get_autocast_dtype(device))
+
+
+def _check_inputs(
+    q: Tensor, k: Tensor, v: Tensor, layout: Any, softmax_scale: float | None
+) -> float:
+    """Check everything before any work; the softmax scale to use."""
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        if tensor.ndim != 4:
+            shape = "(B, H, Sq, D)" if name == "q" else "(B, G, Sk, D)"
+            raise ValueError(f"{name}: expected shape {shape}, got {tuple(tensor.shape)}")
+    if not isinstance(layout, ThreeRegionLayout):
+        raise TypeError(f"layout: expected a ThreeRegionLayout, got {describe(layout)}")
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, k_len = k.shape[1:3]
+    if head_dim == 0 or num_heads == 0:
+        raise ValueError(f"q: expected heads and a head dimension, got {tuple(q.shape)}")
+    if k.shape[0] != batch or k.shape[3] != head_dim:
+        raise ValueError(
+            f"k: expected ({batch}, G, Sk, {head_dim}) to match q, got {tuple(k.shape)}"
+        )
+    if v.shape != k.shape:
+        raise ValueError(f"v: expected {tuple(k.shape)} as k, got {tuple(v.shape)}")
+    if num_kv_heads == 0 or num_heads % num_kv_heads != 0:
+        raise ValueError(
+            f"k: expected a number of heads that divides the {num_heads} of q, got {num_kv_heads}"
+        )
+    if q_len > k_len:
+        raise ValueError(
+            f"q: expected at most as many queries as the {k_len} keys (they are the last "
+            f"positions), got {q_len}"
+        )
+    for name, tensor in (("k", k), ("v", v)):
+        check_like(name, tensor, "q", q)
+    for name, tensor in (("q", q), ("k", k), ("v", v)):
+        check_last_dim_contiguous(name, tensor)
+    text_len, pivot_idx = layout.tensors(batch, q.device)
+    if values_readable(text_len) and values_readable(pivot_idx):
+        layout.validate(k_len)
+    return head_dim**-0.5 if softmax_scale is None else check_float("softmax_scale", softmax_scale)

@@ -1,0 +1,257 @@
+"""The norms in plain PyTorch: any device, any floating dtype."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import torch
+from torch import Tensor
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def layer_norm(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: str | None
+) -> Tensor:
+    """PB-relax LayerNorm; see the public function. Ordinary differentiable PyTorch."""
+    return _wide_layer_norm(x, weight, bias, eps, relax).to(x.dtype)
+
+
+def sandwich_residual(
+    f: Tensor,
+    residual: Tensor,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    dropped: Tensor | None,
+    dropout_p: float,
+    eps: float,
+    relax: str | None,
+    final_norm: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """The step between two sub-layers; see the public function. Ordinary differentiable PyTorch.
+
+    ``h`` is rounded once: the norm of ``f`` is added to ``residual`` before it is.
+    """
+    f, unit = _drop(f, dropped, dropout_p)
+    h = residual + _wide_layer_norm(f, post_weight, post_bias, eps, relax, unit)
+    h = h.to(residual.dtype)
+    return h, layer_norm(h, pre_weight, pre_bias, eps, relax) if final_norm else None
+
+
+def _wide_layer_norm(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relax: str | None,
+    unit: float = 1.0,
+) -> Tensor:
+    """The norm of ``x / unit`` before it is rounded.
+
+    With ``u = x / max|x|`` the norm is ``LN(8 u)``, and ``var(8 u) + eps = 64 (var(u) + eps/64)``:
+    one division keeps everything in range, denormal rows included.
+    """
+    u = x.to(_accumulate_dtype(x.dtype))
+    weight, bias = (None if t is None else t.to(u.dtype) for t in (weight, bias))
+    peak = _peak(u, relax, unit)
+    if peak is None:
+        eps *= unit**2
+    else:
+        u, eps = u / peak, eps / 64
+    return torch.nn.functional.layer_norm(u, u.shape[-1:], weight, bias, eps)
+
+
+def _peak(x: Tensor, relax: str | None, unit: float) -> Tensor | None:
+    """``max|x|``, or 8 units where all is zero; ``None`` for plain LayerNorm."""
+    if relax is None or x.numel() == 0:
+        return None
+    magnitude = x.detach().abs()
+    peak = magnitude.amax(-1, keepdim=True) if relax == "row" else magnitude.amax()
+    return peak.masked_fill(peak == 0, 8.0 * unit)
+
+
+def _drop(f: Tensor, dropped: Tensor | None, dropout_p: float) -> tuple[Tensor, float]:
+    """``f`` with its dropped elements zero, and the unit that the others are measured in.
+
+    They would be divided by ``1 - dropout_p``. But a norm sees the scale of its input in eps alone,
+    and relaxation scales that along: nothing is divided, so nothing overflows.
+    """
+    if dropped is None:
+        return f, 1.0
+    return f.masked_fill(dropped, 0.0), 1 - dropout_p or 1.0  # nothing is left that has a unit
+
+
+def dropout_mask(seed: Tensor, dropout: int, shape: torch.Size) -> Tensor:
+    """Where ``dropout / 65536`` of the elements are dropped: bool, the same for the same seed on
+    every backend.
+
+    Args:
+        seed: int64 ``(1,)``; its low and high 32 bits are Philox's key.
+        dropout: elements are dropped whose 16 random bits are less.
+        shape: ``(..., hidden)``. Column ``c`` of row ``r`` (of all rows) takes the bits that
+            counter ``(c // 8, r mod 2^32, r // 2^32, 0)`` gives: low or high half ``c % 2`` of
+            word ``c % 8 // 2``.
+    """
+    rows, hidden = math.prod(shape[:-1]), shape[-1]
+    row = torch.arange(rows, device=seed.device).unsqueeze(1)
+    column = torch.arange(-(-hidden // 8), device=seed.device)
+    counter = column, row & _WORD, row >> 32, torch.zeros_like(column)
+    words = philox4x32(counter, (seed & _WORD, (seed >> 32) & _WORD))
+    halves = [(word & 0xFFFF < dropout, word < dropout << 16) for word in words]
+    mask = torch.stack(list(itertools.chain(*halves)), dim=-1).flatten(1)
+    return mask.narrow(1, 0, hidden).reshape(shape)
+
+
+_WORD = 0xFFFFFFFF
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Ten rounds of Philox4x32; words are int64 in ``[0, 2^32)`` that broadcast.
+
+    Source: Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011.
+    """
+    (c0, c1, c2, c3), (k0, k1) = counter, key
+    for _ in range(10):
+        # The multipliers less 2^32: products of 64 bits, which keep their low word, and whose high
+        # word lacks the other factor.
+        p0, p1 = c0 * (0xD2511F53 - 2**32), c2 * (0xCD9E8D57 - 2**32)
+        high0, high1 = (p0 >> 32) + c0, (p1 >> 32) + c2
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, p1 & _WORD, high0 ^ c3 ^ k1, p0 & _WORD
+        k0, k1 = (k0 + 0x9E3779B9) & _WORD, (k1 + 0xBB67AE85) & _WORD
+    return c0, c1, c2, c3
+
+
+# The kernels' operators on rows, on the CPU, where programs exported from a GPU may run. What they
+# exchange is described in csrc/pb_relax_layer_norm: ``statistics (rows, 4)`` float32 are a rough
+# mean, what it lacks, 1 / std, and the scale of the row's units, which the first three are in.
+
+_RELAX = (None, "row", "tensor")
+
+
+def layer_norm_rows(
+    x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
+) -> tuple[Tensor, Tensor]:
+    """``y`` and ``statistics``."""
+    y, statistics = _rows_forward(x, weight, bias, eps, _RELAX[relax])
+    return y.to(x.dtype), statistics
+
+
+def layer_norm_rows_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    parameters: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradient of :func:`layer_norm_rows`; ``parameters`` is the dtype of dweight and dbias."""
+    dx, dweight, dbias = _rows_backward(dy, x, weight, statistics, parameters)
+    return dx.to(x.dtype), dweight, dbias
+
+
+def sandwich_residual_rows(
+    f: Tensor,
+    residual: Tensor,
+    final_norm: bool,
+    post_weight: Tensor | None,
+    post_bias: Tensor | None,
+    pre_weight: Tensor | None,
+    pre_bias: Tensor | None,
+    seed: Tensor | None,
+    dropout: int,
+    eps: float,
+    relax: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """``h``, ``z`` and the statistics of both norms' inputs; without the final norm, the rows of
+    its results have no elements."""
+    dropped = None if seed is None else dropout_mask(seed, dropout, f.shape)
+    f, unit = _drop(f, dropped, dropout / 65536)
+    post, f_statistics = _rows_forward(f, post_weight, post_bias, eps, _RELAX[relax], unit)
+    h = (residual + post).to(residual.dtype)
+    if not final_norm:
+        return h, h.new_empty(h.shape[0], 0), f_statistics, f_statistics.new_empty(h.shape[0], 0)
+    z, h_statistics = _rows_forward(h, pre_weight, pre_bias, eps, _RELAX[relax])
+    return h, z.to(h.dtype), f_statistics, h_statistics
+
+
+def sandwich_residual_rows_backward(
+    dh: Tensor,
+    dz: Tensor | None,
+    f: Tensor,
+    h: Tensor | None,
+    post_weight: Tensor | None,
+    pre_weight: Tensor | None,
+    f_statistics: Tensor,
+    h_statistics: Tensor | None,
+    seed: Tensor | None,
+    dropout: int,
+    post_parameters: torch.dtype | None,
+    pre_parameters: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The gradient of :func:`sandwich_residual_rows`: of f, residual, and the parameters in their
+    order."""
+    wide = dh.to(_accumulate_dtype(f.dtype))
+    dresidual = dh.new_empty(dh.shape[0], 0)  # without the final norm it is dh
+    dpre_weight, dpre_bias = (f.new_empty(0, dtype=torch.float32) for _ in range(2))
+    if dz is not None and h is not None and h_statistics is not None:
+        of_h, dpre_weight, dpre_bias = _rows_backward(
+            dz, h, pre_weight, h_statistics, pre_parameters
+        )
+        wide = wide + of_h
+        dresidual = wide.to(dh.dtype)
+    dropped = None if seed is None else dropout_mask(seed, dropout, f.shape)
+    kept = f if dropped is None else f.masked_fill(dropped, 0.0)
+    df, dpost_weight, dpost_bias = _rows_backward(
+        wide, kept, post_weight, f_statistics, post_parameters
+    )
+    df = df if dropped is None else df.masked_fill(dropped, 0.0)
+    return df.to(f.dtype), dresidual, dpost_weight, dpost_bias, dpre_weight, dpre_bias
+
+
+def _rows_forward(
+    x: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    eps: float,
+    relax: str | None,
+    unit: float = 1.0,
+) -> tuple[Tensor, Tensor]:
+    wide = x.to(_accumulate_dtype(x.dtype))
+    peak = _peak(wide, relax, unit)
+    scale, c = wide.new_ones(()), wide.new_full((), unit)
+    if peak is not None:
+        scale = (1 / peak).clamp_max(2.0**126)  # in range for the smallest denormal number
+        c = (peak * scale).nan_to_num(1.0) / 8  # an infinite peak leaves zeros
+    u = wide * scale
+    var, mean = torch.var_mean(u, dim=-1, correction=0, keepdim=True)
+    rstd = (var + eps * c.square()).rsqrt()
+    y = (u - mean) * rstd
+    y = y if weight is None else y * weight
+    y = y if bias is None else y + bias
+    statistics = [mean, torch.zeros_like(mean), rstd, scale.expand_as(mean)]
+    return y, torch.cat(statistics, dim=-1).float()
+
+
+def _rows_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor | None,
+    statistics: Tensor,
+    parameters: torch.dtype | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = x.to(_accumulate_dtype(x.dtype))
+    dy = dy.to(wide.dtype)
+    rough_mean, shift, rstd, scale = statistics.split(1, dim=1)
+    xhat = ((wide * scale - rough_mean) - shift) * rstd
+    g = dy if weight is None else dy * weight
+    dx = g - g.mean(-1, keepdim=True) - xhat * (g * xhat).mean(-1, keepdim=True)
+    dx = dx * rstd * scale
+    if parameters is None:
+        return dx, x.new_empty(0, dtype=torch.float32), x.new_empty(0, dtype=torch.float32)
+    return dx, (dy * xhat).sum(0).to(parameters), dy.sum(0).to(parameters)
