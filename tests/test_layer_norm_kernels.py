@@ -22,6 +22,7 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from cogview_kernels import extension
+from cogview_kernels.norm import function as norm
 from cogview_kernels.norm import portable, reference
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
