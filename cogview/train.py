@@ -33,10 +33,11 @@ from cogview.checkpoint import (
     save_checkpoint,
 )
 from cogview.config import Config, ModelConfig, RunFolder
-from cogview.data import TokenDataset, batch_indices
+from cogview.data import batch_indices
 from cogview.files import atomic_write
 from cogview.model import GPT
 from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
+from cogview.tokens import TokenDataset
 
 # Settings that a model keeps for life, and those that a run keeps besides: its weights, tokens and
 # split of the data depend on them.

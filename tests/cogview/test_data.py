@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cogview.config import ImageTokenizerConfig
-from cogview.data import CaptionedImages, TokenDataset, batch_indices, read_image
+from cogview.data import CaptionedImages, batch_indices, read_image
 from cogview.image_tokenizer import ImageTokenizer
 from cogview.text_tokenizer import TextTokenizer
+from cogview.tokens import TokenDataset
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

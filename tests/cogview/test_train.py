@@ -11,7 +11,7 @@ import torch
 
 from cogview.checkpoint import list_checkpoints, load_checkpoint
 from cogview.config import Config, load_config
-from cogview.data import TokenDataset
+from cogview.tokens import TokenDataset
 from cogview.train import Trainer, choose_device, learning_rate, read_metrics, split_data
 
 SETTINGS = [
