@@ -1,6 +1,6 @@
-"""A user's captioned images, and the tokens that training reads.
+"""A user's captioned images, and the order in which training reads its examples.
 
-    folder/captions.tsv     path<TAB>caption, one record a line, or
+    folder/captions.tsv     path<TAB>caption, one record per line, or
     folder/captions.csv     path,caption, quoted as usual, or
     folder/captions.jsonl   {"path": "cat.png", "caption": "a cat"}
     folder/...              the images, in any format that Pillow reads
@@ -32,7 +32,7 @@ CAPTION_FILES = ("captions.tsv", "captions.csv", "captions.jsonl")
 
 
 class Images(Protocol):
-    """A tensor of images (N, C, H, W), or anything that loads a batch of them by indices."""
+    """A tensor of images (N, C, H, W), or any object that loads a batch of images by indices."""
 
     def __len__(self) -> int: ...
 
@@ -40,17 +40,17 @@ class Images(Protocol):
 
 
 class CaptionedImages:
-    """The records of a folder; `images[[0, 7]]` reads two of them: (2, C, H, W) uint8.
+    """The records of a folder; `images[[0, 7]]` reads two images: (2, C, H, W) uint8.
 
-    Every image is decoded once at the start, so that a corrupt one is found before training and not
+    The constructor decodes every image once, so that a corrupt one is found before training and not
     in the middle of it.
 
     Args:
-        folder: see the top of this module.
+        folder: the folder; the top of this module describes its files.
         image_size: side in pixels; images are cropped around their centre to a square and resized.
         channels: 3 for RGB, 1 for grey.
-        skip_bad: leave out records that cannot be used, with one warning that counts them.
-        progress: show a progress bar, where standard error is a terminal.
+        skip_bad: skip records that cannot be used, with one warning that counts them.
+        progress: show a progress bar if standard error is a terminal.
 
     Attributes:
         paths: list of N paths.
@@ -58,9 +58,8 @@ class CaptionedImages:
 
     Raises:
         FileNotFoundError: no folder or no captions file; a missing image, unless `skip_bad`.
-        ValueError: a corrupt image, a caption with no visible character or a malformed record,
-            named by file and line (unless `skip_bad`); several captions files; no usable record at
-            all.
+        ValueError: several captions files; no usable record; unless `skip_bad`, a corrupt image, a
+            caption without a visible character or a malformed record, named by file and line.
     """
 
     def __init__(
@@ -80,29 +79,30 @@ class CaptionedImages:
         self.captions: list[str] = []
 
         records_file = _records_file(Path(folder))
-        checks: list[tuple[Path, str] | ValueError | OSError] = []
+        errors: list[ValueError | OSError] = []
         with ThreadPoolExecutor() as pool:
             results = pool.map(self._check, _records(records_file))
             for result in tqdm(
                 results, desc="images", unit="image", disable=None if progress else True
             ):
-                checks.append(result)
-                if isinstance(result, Exception) and not skip_bad:
+                if not isinstance(result, Exception):
+                    self.paths.append(result[0])
+                    self.captions.append(result[1])
+                elif skip_bad:
+                    errors.append(result)
+                else:
                     pool.shutdown(cancel_futures=True)
                     raise result
-        bad = [result for result in checks if isinstance(result, Exception)]
-        for result in checks:
-            if not isinstance(result, Exception):
-                self.paths.append(result[0])
-                self.captions.append(result[1])
         if not self.paths:
-            reason = f"; the first of {len(bad)} bad ones: {bad[0]}" if bad else ""
+            reason = f"; the first of {len(errors)} errors: {errors[0]}" if errors else ""
             raise ValueError(
                 f"{records_file}: expected at least one usable record, got none{reason}"
             )
-        if bad:
+        if errors:
+            num_records = len(errors) + len(self.paths)
             warnings.warn(
-                f"{records_file}: skipped {len(bad)} of {len(checks)} records; the first: {bad[0]}",
+                f"{records_file}: skipped {len(errors)} of {num_records} records; "
+                f"the first: {errors[0]}",
                 stacklevel=2,
             )
 
@@ -131,8 +131,8 @@ class CaptionedImages:
 def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3) -> Tensor:
     """Read an image, crop it around its centre to a square, and resize it.
 
-    Transparent pixels become white; 16-bit grey is scaled to 8 bits; the orientation of the camera
-    is applied.
+    Transparent pixels become white, 16-bit grey is scaled to 8 bits, and the camera's orientation
+    tag is applied.
 
     Returns:
         (channels, image_size, image_size) uint8.
@@ -145,7 +145,7 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            # Pillow reads 16 bits of PNG and PPM as mode I, where others keep 32 bits.
+            # Pillow reads 16-bit PNG and PPM as mode I; in other formats mode I holds 32 bits.
             if image.mode.startswith("I;16") or (
                 image.mode == "I" and opened.format in ("PNG", "PPM")
             ):
@@ -160,7 +160,7 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
             image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
     except (FileNotFoundError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise anything on damaged files
+    except Exception as error:  # Pillow's decoders raise any exception on damaged files
         raise ValueError(
             f"{path}: expected an image, got a corrupt or unsupported file ({error})"
         ) from error
@@ -172,11 +172,11 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
 
 
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """Which examples a training step reads: a pure function, so that resuming needs no iterator
-    state.
+    """Indices of the examples that a training step reads.
 
-    Every epoch is a fresh permutation of all examples, and the steps cut the sequence of epochs
-    into batches; a batch may span epochs, and no example is left out.
+    This is a pure function, so that a resumed run needs no iterator state. Every epoch is a new
+    permutation of all examples. The steps cut the sequence of epochs into batches; a batch may span
+    two epochs, and every example is read.
 
     Returns:
         (batch_size,) int64 in `[0, num_examples)`.
@@ -190,11 +190,11 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> n
             f"got step={step}, batch_size={batch_size}, num_examples={num_examples}"
         )
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, places = np.divmod(positions, num_examples)
+    epochs, offsets = np.divmod(positions, num_examples)
     indices = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = _permutation(seed, int(epoch), num_examples)[places[here]]
+        in_epoch = epochs == epoch
+        indices[in_epoch] = _permutation(seed, int(epoch), num_examples)[offsets[in_epoch]]
     return indices
 
 
@@ -241,9 +241,9 @@ def _records(records_file: Path) -> Iterator[_Record]:
 
 
 def _tsv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number and [path, caption], or what is wrong with the line.
+    """Line number, and [path, caption] or the error of the line.
 
-    There is no quoting: a caption may hold any character but tab and newline.
+    There is no quoting: a caption may hold any character except tab and newline.
     """
     for line, row in enumerate(text.split("\n"), 1):
         if row := row.removesuffix("\r"):
@@ -251,7 +251,7 @@ def _tsv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number and [path, caption], or what is wrong with the line."""
+    """Line number, and [path, caption] or the error of the line."""
     rows = csv.reader(io.StringIO(text, newline=None), strict=True)
     while True:
         try:
@@ -270,7 +270,7 @@ def _two_columns(row: list[str]) -> list[str] | str:
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number and [path, caption], or what is wrong with the line."""
+    """Line number, and [path, caption] or the error of the line."""
     for line, row in enumerate(text.split("\n"), 1):
         if not row.strip():
             continue

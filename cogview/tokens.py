@@ -19,10 +19,10 @@ class TokenDataset:
     """Tokenised pairs of caption and image.
 
     Attributes:
-        text_ids: (total text length,) int32, the captions' piece ids one after the other.
-        text_offsets: (N + 1,) int64, caption `i` is `text_ids[text_offsets[i]:text_offsets[i +
-            1]]`.
-        codes: (N, h, w) int16 where the codebook allows, else int32.
+        text_ids: (total text length,) int32, the piece ids of all captions, concatenated.
+        text_offsets: (N + 1,) int64; caption `i` is
+            `text_ids[text_offsets[i] : text_offsets[i + 1]]`.
+        codes: (N, h, w), int16 if the codebook is small enough, else int32.
         text_vocab_size: every piece id is below this.
         codebook_size: every code is below this.
     """
@@ -64,14 +64,14 @@ class TokenDataset:
         batch_size: int = 64,
         progress: bool = True,
     ) -> "TokenDataset":
-        """Tokenise captions and images, a batch of images in memory at a time.
+        """Tokenise captions and images, with one batch of images in memory at a time.
 
         Args:
             captions: N captions.
             images: N images, as a tensor (N, C, H, W) or as `CaptionedImages`.
 
         Raises:
-            ValueError: not one caption for each image; an empty caption.
+            ValueError: captions and images differ in number, or a caption is empty.
         """
         if len(captions) != len(images):
             raise ValueError(
@@ -129,7 +129,7 @@ class TokenDataset:
             ) from None
         except MemoryError:
             raise
-        except Exception as error:  # zipfile, zlib and numpy raise anything on damaged files
+        except Exception as error:  # zipfile, zlib and numpy raise any exception on damaged files
             raise ValueError(
                 f"{path}: expected a token data set, got a corrupt or truncated file ({error})"
             ) from error
