@@ -791,23 +791,18 @@ def summary_table(record: Record) -> str:
         others = [rival(group) for rival in RIVALS.values()]
         lines.append(
             [
-                f"{case['batch']} x {case['seqlen']}",
-                f"{case['key_window_times']} x {case['query_window']}",
-                f"{case['num_pivots']} + {case['text_len']}",
+                f"{case['batch']}x{case['seqlen']}",
                 percent(info(group[0])["attended_fraction"]),
                 work,
                 time_text(median(ours)),
-                *(
-                    f"{time_text(median(row))}, {times(median(row) / median(ours))}" if row else ""
-                    for row in others
-                ),
+                *(times(median(row) / median(ours)) if row else "" for row in others),
             ]
         )
     if not lines:
         return f"None of the fixed cases has been measured on {record.device}.\n\n{record.source}"
-    heads = ["batch x sequence", "window", "pivots + text", "keys attended", "work", OURS, *RIVALS]
+    heads = ["batch x length", "keys attended", "work", OURS, *RIVALS]
     note = "" if record.on_cuda else f" On a CPU {OURS} is the portable path."
-    return f"{table(heads, lines, left=5)}\n\n<sub>{common(shown)}.{note}</sub> {record.source}"
+    return f"{table(heads, lines, left=3)}\n\n<sub>{common(shown)}.{note}</sub> {record.source}"
 
 
 def summary(records: Sequence[Record], experiments: dict[str, list[Record]]) -> str:
@@ -818,9 +813,8 @@ def summary(records: Sequence[Record], experiments: dict[str, list[Record]]) -> 
         parts += [link(plot, record, README) for plot in plots(record) if plot.name == "seqlen"]
     for name, found in experiments.items():
         title = EXPERIMENTS[name]
-        parts += [
-            f"[{title.capitalize()}]({PAGE}#{anchor(title)}) {record.source}" for record in found
-        ]
+        if found:
+            parts.append(f"Experiment: [{title}]({PAGE}#{anchor(title)})")
     return "\n\n".join(parts)
 
 
