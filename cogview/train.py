@@ -101,7 +101,7 @@ def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> Token
 
 
 def split_data(data: TokenDataset, config: Config) -> tuple[TokenDataset, TokenDataset]:
-    """Training and held-out data: a random split that depends on the seed alone.
+    """Training and held-out data: a random split that depends only on the seed.
 
     Raises:
         ValueError: fewer than two pairs.
