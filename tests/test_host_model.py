@@ -17,7 +17,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "csrc" / "host_model" / "host_model.cpp"
+MODEL = [
+    str(ROOT / "csrc" / "host_model" / f"{name}.cpp")
+    for name in ("fibers", "memory", "counters", "instructions")
+]
+OBJECTS = [f"{Path(source).stem}.o" for source in MODEL]
 PLANTED = ROOT / "tests" / "host_model" / "planted.cu"
 COUNTS = ("mma", "barriers", "shared_accesses", "bank_conflicts")
 COUNTS += ("a_loaded", "out_stored", "a_unique", "out_unique")
@@ -41,9 +45,9 @@ def planted(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     setup, folder = _setup(), tmp_path_factory.mktemp("planted")
     common = [*compiler, *setup.HOST_MODEL, f"-I{ROOT / 'csrc'}", f"-I{ROOT}", "-c"]
     for command in (
-        [*common, "-O1", str(MODEL), "-o", "model.o"],
+        [*common, "-O1", *MODEL],
         [*common, *setup.HOST_MODEL_HOOKS, "-x", "c++", str(PLANTED), "-o", "planted.o"],
-        [*compiler, "-shared", "model.o", "planted.o", "-lpthread", "-o", "planted.so"],
+        [*compiler, "-shared", *OBJECTS, "planted.o", "-lpthread", "-o", "planted.so"],
     ):
         subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "planted.so"))
@@ -110,7 +114,7 @@ BUGS = {
     "shuffle_from_nowhere": "there is no lane 32",
     "global_read_out_of_bounds": "thread 63: out of bounds: read of 4 bytes at a+256, which ends",
     "global_write_out_of_bounds": "thread 0: out of bounds: write of 4 bytes, 4 bytes before the b",
-    "global_vector_out_of_bounds": "thread 16: out of bounds: ld_global_v4 (sm80.cuh:",
+    "global_vector_out_of_bounds": "thread 16: out of bounds: ld_global_v4 (common.cuh:",
     "input_written": "write of 4 bytes at a+0, which is an input",
     "cp_async_out_of_bounds": "thread 63: out of bounds: cp_async (planted.cu:",
     "shared_out_of_bounds": "thread 63: out of bounds: write of 4 bytes at shared_array+256, which",
@@ -128,7 +132,7 @@ BUGS = {
     "copy_without_barrier": "race: read of 4 bytes at shared_array+0, which thread 0 wrote",
     "copy_over_a_read": "race: cp_async (planted.cu:",
     "write_over_a_copy": "write of 4 bytes at shared_array+0 before the cp.async of thread 0",
-    "misaligned_load": "misaligned: ld_global_v4 (sm80.cuh:",
+    "misaligned_load": "misaligned: ld_global_v4 (common.cuh:",
     "misaligned_store": "misaligned: st_global_v4 (planted.cu:",
     "misaligned_copy_source": "misaligned: cp_async (planted.cu:",
     "misaligned_copy_target": "misaligned: cp_async (planted.cu:",

@@ -46,11 +46,20 @@ def compile_for_host(folder: Path) -> Path:
         pytest.skip(f"no C++ compiler: {compiler[0]!r} is not on the PATH")
     setup = _module(ROOT / "setup.py")
     common = [*compiler, *setup.HOST_MODEL, f"-I{ROOT / 'csrc'}", f"-I{ROOT}", "-c"]
-    model = str(ROOT / "csrc" / "host_model" / "host_model.cpp")
+    folder_of_model = ROOT / "csrc" / "host_model"
+    names = ("fibers", "memory", "counters", "instructions")
     for command in (
-        [*common, "-O1", model, "-o", "model.o"],
+        [*common, "-O1", *(str(folder_of_model / f"{name}.cpp") for name in names)],
         [*common, *setup.HOST_MODEL_HOOKS, "-x", "c++", str(PRIMITIVES), "-o", "primitives.o"],
-        [*compiler, "-shared", "model.o", "primitives.o", "-lpthread", "-o", "host.so"],
+        [
+            *compiler,
+            "-shared",
+            *(f"{name}.o" for name in names),
+            "primitives.o",
+            "-lpthread",
+            "-o",
+            "host.so",
+        ],
     ):
         subprocess.run(command, cwd=folder, check=True)
     return folder / "host.so"
