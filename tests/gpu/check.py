@@ -62,7 +62,7 @@ GROUPS = (
     Group("layer norm", ("tests/test_layer_norm_kernels.py", "-k", "cuda"), 100),
     Group("layer norm, large", ("tests/gpu/test_layer_norm.py",), 80),
     Group("layer norm, calls", (*CALLS, "-k", "cuda"), 80),
-    Group("streams and graphs", ("tests/gpu/test_streams.py",), 90),
+    Group("streams and graphs", ("tests/gpu/test_streams.py",), 150),
     Group("wiring", ("tests/test_backends.py", "-k", "cuda or takes_cpu_tensors"), 90),
     Group("timing", ("tests/gpu/test_measure.py",), 40),
     Group("sanitizer", ("tests/gpu/test_sanitizer.py",), 120),

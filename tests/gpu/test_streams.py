@@ -91,6 +91,108 @@ def equal(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+# Memory. First: graphs and compiled functions of other tests would keep some.
+
+
+def requested() -> int:
+    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+
+
+def peak_of(call: Callable[[], object]) -> tuple[object, int]:
+    """The call's result, and the most bytes that it asked for at a time."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = requested()
+    result = call()
+    return result, int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch, num_heads, seqlen", [(1, 2, 4096), (8, 32, 1024)])
+def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> None:
+    """What the docstring says: the results, two numbers for each query row kept, and the backward's
+    workspace."""
+    num_pivots, head_dim = 100, 64
+    pivots = ck.sample_pivots(torch.full((batch,), 9), seqlen, num_pivots).cuda()
+    text_len = torch.full((batch,), 9, dtype=torch.int32, device="cuda")
+    layout = ck.ThreeRegionLayout(text_len, pivots, 128, 2)
+    shape = batch, num_heads, seqlen, head_dim
+    leaves = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for _ in range(3)]
+    dout = torch.randn(shape, device="cuda", dtype=dtype)
+
+    def forward() -> Tensor:
+        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
+
+    torch.autograd.grad(forward(), leaves, dout)  # whatever is made once
+    elements, rows = batch * num_heads * seqlen * head_dim, batch * num_heads * seqlen
+    out, peak = peak_of(forward)
+    assert isinstance(out, Tensor)
+    assert peak == 2 * elements + 2 * 4 * rows + 4 * batch * (2 + num_pivots)
+    _, peak = peak_of(lambda: torch.autograd.grad(out, leaves, dout))
+    num_sms = extension.num_sms(out.device)
+    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, num_pivots, 256, num_sms)
+    assert (splits > 1) == (batch == 1)
+    workspace = 4 * rows + (4 * batch * 3 * num_heads if dtype == torch.float16 else 0)
+    if splits > 1:
+        far_rows = -(-num_pivots // 64) * 64 + 256
+        workspace += 8 * splits * batch * num_heads * far_rows * head_dim
+    assert peak == 3 * 2 * elements + workspace
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Callable[[], None]]:
+    """Allow 64 MiB more than what is in use now."""
+
+    def limit() -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        allowed = torch.cuda.memory_reserved() + 2**26
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_memory_of_the_sandwich() -> None:
+    """The results and sixteen bytes a row and norm are kept; the backward has partial sums."""
+    *tensors, dh, dz = sandwich_inputs(0)
+    leaves = [t.half().requires_grad_() for t in tensors]
+    rows, hidden = dh.shape
+
+    def forward() -> Any:
+        return ck.sandwich_residual(*leaves, backend="cuda")
+
+    upstream = dh.half(), dz.half()
+    torch.autograd.grad(forward(), leaves, upstream)  # whatever is made once
+    results, peak = peak_of(forward)
+    assert peak == 2 * 2 * rows * hidden + 2 * 16 * rows
+    _, peak = peak_of(lambda: torch.autograd.grad(results, leaves, upstream))
+    partial = 4 * 4 * extension.num_sms(dh.device) * hidden
+    assert peak == 2 * 2 * rows * hidden + 4 * 2 * hidden + partial
+
+
+def test_out_of_memory(little_memory: Callable[[], None]) -> None:
+    """The usual error, forward and backward, and nothing is broken afterwards."""
+    shape = 8, 32, 4096, 64  # 128 MiB
+    q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    layout = ck.ThreeRegionLayout(9, None, 128, 2)
+
+    def forward() -> Tensor:
+        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
+
+    out = forward()
+    little_memory()
+    with pytest.raises(torch.OutOfMemoryError):
+        forward()
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(forward(), out)
+    assert all(t.isfinite().all() for t in torch.autograd.grad(out, leaves, dout))
+
+
 # Streams
 
 
@@ -359,105 +461,3 @@ def test_checkpointing_drops_the_same_again(use_reentrant: bool) -> None:
     h, z = checkpoint(forward, *leaves, use_reentrant=use_reentrant)
     torch.autograd.backward((h, z), task[6:])
     assert equal((h.detach(), z.detach(), *(leaf.grad for leaf in leaves)), expected)  # type: ignore[arg-type]
-
-
-# Memory
-
-
-def requested() -> int:
-    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
-
-
-def peak_of(call: Callable[[], object]) -> tuple[object, int]:
-    """The call's result, and the most bytes that it asked for at a time."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = requested()
-    result = call()
-    return result, int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - before
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch, num_heads, seqlen", [(1, 2, 4096), (8, 32, 1024)])
-def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> None:
-    """What the docstring says: the results, two numbers for each query row kept, and the backward's
-    workspace."""
-    num_pivots, head_dim = 100, 64
-    pivots = ck.sample_pivots(torch.full((batch,), 9), seqlen, num_pivots).cuda()
-    text_len = torch.full((batch,), 9, dtype=torch.int32, device="cuda")
-    layout = ck.ThreeRegionLayout(text_len, pivots, 128, 2)
-    shape = batch, num_heads, seqlen, head_dim
-    leaves = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for _ in range(3)]
-    dout = torch.randn(shape, device="cuda", dtype=dtype)
-
-    def forward() -> Tensor:
-        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
-
-    torch.autograd.grad(forward(), leaves, dout)  # whatever is made once
-    elements, rows = batch * num_heads * seqlen * head_dim, batch * num_heads * seqlen
-    out, peak = peak_of(forward)
-    assert isinstance(out, Tensor)
-    assert peak == 2 * elements + 2 * 4 * rows + 4 * batch * (2 + num_pivots)
-    _, peak = peak_of(lambda: torch.autograd.grad(out, leaves, dout))
-    num_sms = extension.num_sms(out.device)
-    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, num_pivots, 256, num_sms)
-    assert (splits > 1) == (batch == 1)
-    workspace = 4 * rows + (4 * batch * 3 * num_heads if dtype == torch.float16 else 0)
-    if splits > 1:
-        far_rows = -(-num_pivots // 64) * 64 + 256
-        workspace += 8 * splits * batch * num_heads * far_rows * head_dim
-    assert peak == 3 * 2 * elements + workspace
-
-
-@pytest.fixture
-def little_memory() -> Iterator[Callable[[], None]]:
-    """Allow 64 MiB more than what is in use now."""
-
-    def limit() -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        allowed = torch.cuda.memory_reserved() + 2**26
-        torch.cuda.set_per_process_memory_fraction(allowed / total)
-
-    yield limit
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def test_memory_of_the_sandwich() -> None:
-    """The results and sixteen bytes a row and norm are kept; the backward has partial sums."""
-    *tensors, dh, dz = sandwich_inputs(0)
-    leaves = [t.half().requires_grad_() for t in tensors]
-    rows, hidden = dh.shape
-
-    def forward() -> Any:
-        return ck.sandwich_residual(*leaves, backend="cuda")
-
-    upstream = dh.half(), dz.half()
-    torch.autograd.grad(forward(), leaves, upstream)  # whatever is made once
-    results, peak = peak_of(forward)
-    assert peak == 2 * 2 * rows * hidden + 2 * 16 * rows
-    _, peak = peak_of(lambda: torch.autograd.grad(results, leaves, upstream))
-    partial = 4 * 4 * extension.num_sms(dh.device) * hidden
-    assert peak == 2 * 2 * rows * hidden + 4 * 2 * hidden + partial
-
-
-def test_out_of_memory(little_memory: Callable[[], None]) -> None:
-    """The usual error, forward and backward, and nothing is broken afterwards."""
-    shape = 8, 32, 4096, 64  # 128 MiB
-    q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    layout = ck.ThreeRegionLayout(9, None, 128, 2)
-
-    def forward() -> Tensor:
-        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
-
-    out = forward()
-    little_memory()
-    with pytest.raises(torch.OutOfMemoryError):
-        forward()
-    with pytest.raises(torch.OutOfMemoryError):
-        torch.autograd.grad(out, leaves, dout, retain_graph=True)
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    assert torch.equal(forward(), out)
-    assert all(t.isfinite().all() for t in torch.autograd.grad(out, leaves, dout))
