@@ -1,4 +1,4 @@
-"""The host model finds planted bugs, follows the PTX manual and counts exactly."""
+"""The host model finds planted bugs, does what the PTX manual says, and counts exactly."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _setup() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels of planted.cu with a host model of their own, compiled as setup.py does."""
+    """planted.cu with a host model of its own, compiled as setup.py compiles them."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler: {compiler[0]!r} is not on the PATH")
@@ -262,7 +262,7 @@ def test_conversions(run: Run, dtype: str) -> None:
     )
     assert numbers[exact.isnan()].isnan().all()
 
-    # Every number of the type, every tie between neighbours, and one bit to each side of it.
+    # Every number of the type, every tie between neighbours, and the float32 numbers beside it.
     finite = exact[exact.isfinite()].sort().values
     ties = (finite[1:].double() + finite[:-1].double()).div(2).float()
     sides = [torch.nextafter(ties, torch.tensor(limit)) for limit in (torch.inf, -torch.inf)]
@@ -273,7 +273,7 @@ def test_conversions(run: Run, dtype: str) -> None:
     rounded = _bits(f"float_to_{dtype}", run, values)
     number = ~values.isnan().numpy()
     np.testing.assert_array_equal(rounded[number], expected[number])
-    assert (rounded[~number] == 0x7FFF).all()  # the one NaN that cvt makes
+    assert (rounded[~number] == 0x7FFF).all()  # the NaN that cvt gives
 
 
 def test_ex2(run: Run) -> None:
