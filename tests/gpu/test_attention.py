@@ -60,8 +60,8 @@ def layout_on_gpu(
 
 
 def pieces(problem: Problem) -> Iterator[tuple[Problem, tuple[slice, slice]]]:
-    """The problem in pieces of one sample and some heads, so small that several dense matrices fit into
-    memory. Expects as many key heads as query heads."""
+    """The problem in pieces of one sample and some heads, so small that several dense matrices fit
+    into memory. Expects as many key heads as query heads."""
     batch, num_heads, seqlen, _ = problem.q.shape
     step = max(1, 2**28 // seqlen**2)
     for b in range(batch):
@@ -112,8 +112,8 @@ def test_head_dims(head_dim: int) -> None:
 def test_close_to_the_host_model(
     head_dim: int, dtype: torch.dtype, record: Callable[[str, object], None]
 ) -> None:
-    """The same source on the same inputs. The order of a tensor core's sums and the last bits of exp2
-    differ, which may change how a weight is rounded."""
+    """The same source on the same inputs. The order of a tensor core's sums and the last bits of
+    exp2 differ, which may change how a weight is rounded."""
     if extension.why_not_host_model() is not None:
         pytest.skip(str(extension.why_not_host_model()))
     layout = layout_on_gpu(2, 300, 48, 2, 40)

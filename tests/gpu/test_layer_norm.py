@@ -47,7 +47,7 @@ def differentiate(function: Function, x: Tensor, *rest: Tensor) -> tuple[Tensor,
 def check(
     x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, relax: str | None, rows: int
 ) -> float:
-    """Run the kernels on all of ``x`` and float64 on ``rows`` at a time; return the largest error over
+    """Run the kernels on all of ``x``, float64 on ``rows`` at a time; return the largest error over
     its bound. The bound of ``y`` and ``dx`` is twice the error of torch in the same dtype, and one
     rounding. That of ``dweight`` and ``dbias`` is one rounding, and 32 float32 steps of the largest
     term for each step of a random walk over the rows."""
@@ -189,7 +189,7 @@ def test_many_rows_of_the_sandwich(hidden: int, record: Callable[[str, object], 
 
 
 def test_sandwich_of_more_than_2_to_the_31_elements() -> None:
-    """Rows do not depend on each other: those at the ends have the same bits in a call of their own."""
+    """Rows are independent: those at the ends have the same bits in a call of their own."""
     rows, hidden = 2**20, 2056
     if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
         pytest.skip("needs 70 GiB")

@@ -1,5 +1,5 @@
-"""The instructions of csrc/instructions, one by one, on a GPU and in the host model: both do what the
-PTX manual says, bit for bit where the manual defines the bits.
+"""The instructions of csrc/instructions, one by one, on a GPU and in the host model: both do what
+the PTX manual says, bit for bit where the manual defines the bits.
 
 The expected results are computed here with numpy from the manual's text and fragment tables,
 independently of the model. primitives.cu is compiled unchanged for both.
@@ -291,9 +291,9 @@ def test_mma_of_numbers(
     spread: float,
     record: Callable[[str, object], None],
 ) -> None:
-    """Products are exact. The manual leaves the order and the rounding of the sum open. In any order,
-    aligned to the largest term or not, each of 17 terms loses at most one float32 step (2^-23) of
-    the sum of all magnitudes, truncation included."""
+    """Products are exact. The manual leaves the order and the rounding of the sum open. In any
+    order, aligned to the largest term or not, each of 17 terms loses at most one float32 step
+    (2^-23) of the sum of all magnitudes, truncation included."""
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
         return rng.standard_normal(shape) * np.exp(spread * rng.standard_normal(shape))
