@@ -164,6 +164,11 @@ def test_errors_say_where(run: Run) -> None:
     assert "KERNEL(global_read_out_of_bounds)" in PLANTED.read_text().splitlines()[int(number) - 1]
 
 
+def test_kernels_keep_the_name_of_their_family(run: Run) -> None:
+    text = run("kernel_of_a_family")
+    assert text.startswith("sm80::kernel_of_a_family<Params>, block (0, 0), thread 0: out of bounds")
+
+
 def test_an_error_leaves_the_model_usable(run: Run) -> None:
     for _ in range(3):
         assert run("race_read") != ""

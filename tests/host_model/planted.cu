@@ -10,6 +10,18 @@
 #include "host_model/report.h"
 #include "instructions/sm80.cuh"
 
+namespace cogview::sm80 {
+namespace {
+
+// As kernels of a family are named.
+template <typename Params>
+__global__ void kernel_of_a_family(const Params p) {
+  p.out[64] = 1.f;
+}
+
+}  // namespace
+}  // namespace cogview::sm80
+
 namespace cogview {
 namespace {
 
@@ -462,6 +474,7 @@ const std::map<std::string, Case> kCases = {
     {"product_bfloat16_columns", {run_kernel<product<BFloat16, Load::kFromColumns>, 1, 32>}},
     {"product_bfloat16_rows", {run_kernel<product<BFloat16, Load::kFromRows>, 1, 32>}},
     {"product_bfloat16_by_hand", {run_kernel<product<BFloat16, Load::kByHand>, 1, 32>}},
+    {"kernel_of_a_family", {run_kernel<sm80::kernel_of_a_family<Params>, 1, 32>}},
     {"too_much_shared", {run_kernel<barriers, 1, 64, 228 * 1024>}},
 };
 
