@@ -1,4 +1,4 @@
-// The Python module `cogview_kernels._host_model`. Importing it registers the operators of operators/
+// The Python module `cogview_kernels._host_model`. Importing it registers the operators of ops.cpp
 // for CPU tensors.
 
 #include <pybind11/pybind11.h>
