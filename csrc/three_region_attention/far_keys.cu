@@ -6,7 +6,7 @@
 // Writers    every element of far_keys by one thread; unused entries become k_len.
 // Reference  cogview_kernels.layout.ThreeRegionLayout
 
-#include "../instructions/sm80.cuh"
+#include "../instructions/common.cuh"
 #include "three_region_attention.h"
 
 namespace cogview {

@@ -13,7 +13,7 @@
 // registers are scarce.
 #pragma once
 
-#include "../instructions/sm80.cuh"
+#include "../instructions/common.cuh"
 #include "three_region_attention.h"
 
 namespace cogview {
