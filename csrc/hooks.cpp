@@ -1,5 +1,5 @@
 // The Python module `cogview_kernels._C`: what was built, and what the CUDA driver offers here.
-// Importing it registers the operators of ops.cpp.
+// Importing it registers the operators of csrc/operators/.
 
 #include <pybind11/pybind11.h>
 
@@ -10,6 +10,9 @@
 #endif
 
 namespace py = pybind11;
+
+// A JSON list, one entry per kernel and architecture, which the build writes.
+extern const char kKernelResources[];
 
 namespace {
 
@@ -36,9 +39,6 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
-  // A JSON list, one entry per kernel and architecture, written by the build.
-  m.attr("kernel_resources") =
-#include "kernel_resources.inc"
-      ;
+  m.attr("kernel_resources") = kKernelResources;
   m.attr("torch_built_with") = COGVIEW_KERNELS_TORCH;
 }
