@@ -59,8 +59,8 @@ STABLE_ONLY = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY
 # Error messages name csrc/... and not the folder of the build.
 OWN_PATHS = f"-ffile-prefix-map={ROOT}/="
 
-# The host model. Kernels keep the accesses that their source makes, one hook each; they alias as
-# freely as nvcc lets them. The model itself is not instrumented.
+# The host model. Each memory access in a kernel source calls one hook, so optimizations that merge
+# or drop accesses are off. Aliasing is allowed, as nvcc allows it. The model has no hooks itself.
 HOST_MODEL = ["-std=c++20", "-DCOGVIEW_HOST_MODEL", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall"]
 HOST_MODEL += ["-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 HOST_MODEL_HOOKS = ["-O2", "-fsanitize=thread", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"]
@@ -76,7 +76,7 @@ class BuildError(SystemExit):
 
 @dataclass(frozen=True)
 class Cuda:
-    """The CUDA toolkit that compiles the kernels, and what it compiles them for."""
+    """The CUDA toolkit that compiles the kernels, and the architectures it compiles them for."""
 
     nvcc: str
     root: Path
@@ -84,16 +84,16 @@ class Cuda:
 
     @classmethod
     def find(cls) -> Cuda | None:
-        """The toolkit of CUDA_HOME, else the nvcc on the PATH; None where kernels are not wanted
-        or cannot be built."""
-        wish = os.environ.get("COGVIEW_KERNELS_CUDA", "auto").lower()
-        if wish not in ("auto", "0", "1"):
-            raise BuildError(f"COGVIEW_KERNELS_CUDA: expected auto, 0 or 1, got {wish!r}")
-        if wish == "0":
+        """The toolkit of CUDA_HOME, else that of the nvcc on the PATH; None where kernels are not
+        wanted or cannot be built."""
+        setting = os.environ.get("COGVIEW_KERNELS_CUDA", "auto").lower()
+        if setting not in ("auto", "0", "1"):
+            raise BuildError(f"COGVIEW_KERNELS_CUDA: expected auto, 0 or 1, got {setting!r}")
+        if setting == "0":
             return None
         home, nvcc = find_nvcc()
         if nvcc is None:
-            if wish == "1":
+            if setting == "1":
                 where = f"under CUDA_HOME={home}" if home else "on the PATH"
                 raise BuildError(
                     f"COGVIEW_KERNELS_CUDA=1 but there is no nvcc {where}: install a CUDA "
@@ -316,7 +316,7 @@ class NinjaBuild(build_ext):
         lines.append(f"build _host_model.so: link {' '.join(map(_object, sources))}")
         _write_if_changed(build / "build.ninja", "\n".join(lines) + "\n")
         self._run_ninja(build, ["_host_model.so"])
-        # Copied, since the two ways of building share the target.
+        # Copied: the builds with and without sanitizers share the target.
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
