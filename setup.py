@@ -225,8 +225,8 @@ class NinjaBuild(build_ext):
         logs = [build / f"{name}.log" for name in kernels] if not debug else []
         resources = kernel_resources(logs)
         check_resources(logs, resources)
-        text = f'R"json({json.dumps(resources)})json"'
-        text = f"extern const char kKernelResources[];\nconst char kKernelResources[] = {text};\n"
+        table = f'R"json({json.dumps(resources)})json"'
+        text = f"extern const char* const kKernelResources = {table};\n"
         _write_if_changed(build / "kernel_resources.cpp", text)
         self._run_ninja(build, [str(target)])
         if cuda is None:

@@ -12,7 +12,7 @@
 namespace py = pybind11;
 
 // A JSON list, one entry per kernel and architecture, which the build writes.
-extern const char kKernelResources[];
+extern const char* const kKernelResources;
 
 namespace {
 

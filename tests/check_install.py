@@ -35,6 +35,7 @@ assert (out - dense).abs().max() < 1e-5
 y = torch.ops.cogview_kernels.pb_relax_layer_norm(torch.randn(3, 8), None, None, 1e-5, 1)[0]
 assert y.isfinite().all()
 print("kernels for:", ", ".join(extension.architectures()) or extension.why_not_built())
+assert extension._C is not None, extension.why_not_built()
 assert list(extension.architectures()) == {architectures}
 for operator in ("pb_relax_layer_norm_forward_out", "three_region_attention_forward_out"):
     name = f"cogview_kernels::{operator}"
