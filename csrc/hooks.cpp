@@ -1,11 +1,14 @@
 // The Python module `cogview_kernels._C`: what was built, and what the CUDA driver offers here.
-// Importing it registers the operators of operators/.
+// Importing it registers the operators of csrc/operators/.
 
 #include <pybind11/pybind11.h>
 
 #ifdef COGVIEW_KERNELS_CUDA
 #include "driver.h"
 #endif
+
+// A JSON list, one entry per kernel and architecture, which the build writes.
+extern const char* const kKernelResources;
 
 PYBIND11_MODULE(_C, m) {
 #ifdef COGVIEW_KERNELS_CUDA
@@ -18,9 +21,6 @@ PYBIND11_MODULE(_C, m) {
 #else
   m.attr("cuda_architectures") = "";
 #endif
-  // A JSON list, one entry per kernel and architecture, written by the build.
-  m.attr("kernel_resources") =
-#include "kernel_resources.inc"
-      ;
+  m.attr("kernel_resources") = kKernelResources;
   m.attr("torch_built_with") = COGVIEW_KERNELS_TORCH;
 }
