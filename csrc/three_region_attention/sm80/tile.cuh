@@ -18,6 +18,13 @@ constexpr int kChunks = kHeadDim / 8;
 template <int kHeadDim, int kRows>
 constexpr int kTileBytes = kHeadDim * kRows * 2;
 
+// The block's dynamic shared memory, laid out as a kernel's plan. A launch asks for sizeof(Plan).
+template <typename Plan>
+__device__ __forceinline__ Plan& shared_memory() {
+  static_assert(sizeof(Plan) + kMaxArrayBytes + kReservedSharedBytes <= kMaxSharedBytes);
+  return *reinterpret_cast<Plan*>(dynamic_shared());
+}
+
 template <int kHeadDim>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
   const int swizzle = kHeadDim % 64 == 0 ? row % 8 : row / 2 % 4;
