@@ -5,6 +5,7 @@
 
 #ifdef COGVIEW_KERNELS_CUDA
 #include "driver.h"
+#include "three_region_attention/bindings.h"
 #endif
 
 // A JSON list, one entry per kernel and architecture, which the build writes.
@@ -18,6 +19,7 @@ PYBIND11_MODULE(_C, m) {
         "The newest CUDA that the driver supports, such as 13000; 0 without a driver.");
   m.def("cuda_problem", &cogview::cuda_problem,
         "Why no kernel can be launched here; empty if one can.");
+  cogview::define_three_region_attention(m);
 #else
   m.attr("cuda_architectures") = "";
 #endif

@@ -1,6 +1,8 @@
 // The Python module `cogview_kernels._host_model`. Importing it registers the operators of ops.cpp
 // for CPU tensors.
 
+#include "../three_region_attention/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -42,4 +44,5 @@ PYBIND11_MODULE(_host_model, m) {
         "Blocks run on so many threads of the CPU.");
   m.def("set_max_shared_bytes", &host_model::set_max_shared_bytes, py::arg("bytes"),
         "A block may have so much shared memory; 227 KB at first.");
+  cogview::define_three_region_attention(m);
 }
