@@ -167,7 +167,7 @@ class NinjaBuild(build_ext):
         if cuda is not None:
             torch_folder, torch = _torch()
             sources += [
-                ROOT / "csrc" / "operators" / "operators.cpp",
+                *sorted((ROOT / "csrc").glob("operators/*.cpp")),
                 *sorted((ROOT / "csrc").rglob("*.cu")),
             ]
             includes += [torch_folder / "include", cuda.root / "include"]
@@ -255,7 +255,7 @@ class NinjaBuild(build_ext):
         csrc = ROOT / "csrc"
         objects = []
         for source in [
-            csrc / "operators" / "operators.cpp",
+            *csrc.glob("operators/*.cpp"),
             *csrc.glob("host_model/*.cpp"),
             *csrc.rglob("*.cu"),
         ]:

@@ -14,6 +14,10 @@ namespace cogview {
 // Shared memory that a kernel has at most in arrays of its own, beside what is asked for at launch.
 constexpr int kMaxArrayBytes = 2048;
 
+// Shared memory of a block that is left for what the system reserves, which some drivers count
+// among the kernel's own.
+constexpr int kReservedBytes = 1024;
+
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 
 }  // namespace cogview

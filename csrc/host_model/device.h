@@ -252,7 +252,7 @@ inline cudaError_t max_shared_bytes(int* bytes) {
 
 template <auto kKernel, typename Params>
 cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_bytes, cudaStream_t,
-                   const Params& params) {
+                   const Params& params, int = 0) {
   return host_model::launch(
       __PRETTY_FUNCTION__,
       [](const void* untyped) { kKernel(*static_cast<const Params*>(untyped)); }, &params,

@@ -233,10 +233,12 @@ inline cudaError_t max_shared_bytes(int* bytes) {
   return cudaDeviceGetAttribute(bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device);
 }
 
-// Run kKernel(params) on num_blocks x grid_y blocks with `shared_bytes` of dynamic_shared().
+// Run kKernel(params) on num_blocks x grid_y blocks with `shared_bytes` of dynamic_shared(), beside
+// at most `array_bytes` of shared_array.
 template <auto kKernel, typename Params>
 cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_bytes,
-                   cudaStream_t stream, const Params& params) {
+                   cudaStream_t stream, const Params& params,
+                   int array_bytes = kMaxArrayBytes) {
   if (num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   if (shared_bytes > 0) {  // needed where it exceeds 48 KB together with shared_array
     // The attribute is the kernel's: the same for all its launches, or one of another thread, or of
@@ -244,7 +246,7 @@ cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_b
     int most = 0;
     cudaError_t status = max_shared_bytes(&most);
     if (status != cudaSuccess) return status;
-    most -= kMaxArrayBytes;
+    most -= array_bytes + kReservedBytes;
     if (most < shared_bytes) most = shared_bytes;
     status = cudaFuncSetAttribute(kKernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
     if (status != cudaSuccess) return status;
