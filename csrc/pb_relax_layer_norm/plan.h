@@ -4,7 +4,7 @@
 #include <algorithm>
 #include <initializer_list>
 
-#include "../instructions/sm80.cuh"
+#include "../instructions/common.cuh"
 #include "pb_relax_layer_norm.h"
 #include "vector.cuh"
 
@@ -148,7 +148,7 @@ cudaError_t plan_and_launch(RowNeeds needs, Params params, DType x_dtype, DType 
   const cudaError_t status = max_shared_bytes(&most_bytes);
   if (status != cudaSuccess) return status;
   RowPlan& plan = params.plan;
-  const bool fits = plan_rows(needs, most_bytes - kRowArrayBytes - kReservedBytes, &plan);
+  const bool fits = plan_rows(needs, most_bytes - kRowArrayBytes - kReservedSharedBytes, &plan);
   return with_dtypes(x_dtype, y_dtype, [&](auto x, auto y) {
     if (!fits) return otherwise(x, y);
     using X = typename decltype(x)::Type;

@@ -2,6 +2,7 @@
 // over rows, and the weights and biases beside them.
 #pragma once
 
+#include "../instructions/sm80.cuh"
 #include "plan.h"
 #include "vector.cuh"
 

@@ -1,7 +1,7 @@
 // Vectors: eight columns of a row, as they lie in memory.
 #pragma once
 
-#include "../instructions/sm80.cuh"
+#include "../instructions/common.cuh"
 
 namespace cogview {
 
