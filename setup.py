@@ -30,9 +30,8 @@ from build_backend import find_nvcc, find_torch, torch_version
 ROOT = Path(__file__).parent.resolve()
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0+PTX")
 STABLE_ONLY = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  # torch 2.10
-OWN_PATHS = (
-    f"-ffile-prefix-map={ROOT}/="  # errors name csrc/operators/operators.cpp, wherever it was built
-)
+# Errors name csrc/operators/checks.h, without the folder of the build.
+OWN_PATHS = f"-ffile-prefix-map={ROOT}/="
 
 # The host model. Kernels keep the accesses that their source makes, one hook each; they alias as
 # freely as nvcc lets them. The model itself is not instrumented.
