@@ -537,7 +537,7 @@ MUTATIONS = [
         ),
         ("parameters-in-the-last-stage", ROUNDS, "return stage(stages);", "return stage(1);"),
         ("no-memory-for-the-system", RESERVE, "- kRowArrayBytes - kReservedSharedBytes", ""),
-        ("blocks-without-rows-left-out", KINDS, "if (!needs.every_block) {", "if (true) {"),
+        ("blocks-without-rows-left-out", NORMS, "if (!needs.every_block) {", "if (true) {"),
         (
             "row-stride-taken-for-aligned",
             PLACES,
