@@ -306,20 +306,20 @@ MUTATIONS = [
         (
             "dkdv-last-head-of-group-dropped",
             VALUES,
-            "int64_t(group) * num_query_tiles",
-            "int64_t(max(group - 1, 1)) * num_query_tiles",
+            "int64_t(group) * stages",
+            "int64_t(max(group - 1, 1)) * stages",
         ),
         (
             "dkdv-wrong-head-of-group",
             DEFINITION,
-            "const int head = kv_head * group + tile / num_query_tiles;\n    const int query",
-            "const int head = kv_head + tile / num_query_tiles;\n    const int query",
+            "shared.stages, batch, kv_head * group);",
+            "shared.stages, batch, kv_head);",
         ),
         (
             "dkdv-last-tiles-of-splits-lost",
             VALUES,
-            "num_tiles * (split + 1) / num_splits",
-            "num_tiles / num_splits * (split + 1)",
+            "num_tiles * (work.split + 1) / work.num_splits",
+            "num_tiles / work.num_splits * (work.split + 1)",
         ),
         ("dkdv-pivots-written-twice", EDGES, "tile.key[pivot] = -1;", ";"),
         ("dkdv-text-ends-late", VALUES, "key < far.text_len;", "key <= far.text_len;"),
@@ -351,8 +351,8 @@ MUTATIONS = [
         (
             "dkdv-stage-not-waited-for",
             VALUES,
-            "++tile) {\n    cp_async_wait_group<0>();",
-            "++tile) {",
+            "int end) {\n    cp_async_wait_group<0>();",
+            "int end) {",
         ),
         (
             "dkdv-stage-without-barrier",

@@ -44,8 +44,10 @@ class AttentionCall : public Call {
     ThreeRegionProblem& problem = params.problem;
     problem.dtype = dtype_of("q", dtype_);
     STD_TORCH_CHECK(problem.dtype != DType::kFloat32, "q: expected float16 or bfloat16");
-    STD_TORCH_CHECK(head_dim == 32 || head_dim == 64 || head_dim == 96 || head_dim == 128,
-                    "q: expected a head_dim of 32, 64, 96 or 128, got ", head_dim);
+    problem.head_dim = to_int("head_dim", head_dim);
+    const std::optional<std::string> unsupported =
+        three_region_attention_unsupported(problem, device_of(q.get_device_index()));
+    STD_TORCH_CHECK(!unsupported.has_value(), "q: ", *unsupported);
     STD_TORCH_CHECK(k_len <= int64_t{1} << 30, "k: expected at most 2^30 keys, got ", k_len);
     STD_TORCH_CHECK(q_len <= k_len, "q: expected at most ", k_len, " rows as k, got ", q_len);
     STD_TORCH_CHECK(num_heads % num_kv_heads == 0, "k: expected a number of heads that divides ",
@@ -66,7 +68,6 @@ class AttentionCall : public Call {
     problem.num_kv_heads = to_int("num_kv_heads", num_kv_heads);
     problem.q_len = to_int("q_len", q_len);
     problem.k_len = to_int("k_len", k_len);
-    problem.head_dim = to_int("head_dim", head_dim);
     problem.num_pivots = to_int("far_keys", columns) - 2;
     // Given windows may be as large as an int64; beyond k_len they allow no more keys.
     problem.query_window = static_cast<int>(std::min(query_window, k_len));

@@ -17,7 +17,7 @@
 #include "backward.cuh"
 #include "query_tile.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 namespace {
 
 template <int kHeadDim_>
@@ -29,9 +29,11 @@ struct DqShape {
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kStep = 32;
   static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
-  static constexpr int kSharedBytes =
-      2 * kTileBytes<kHeadDim, kBlockM> + KeyStages<kHeadDim, kBlockN, kThreads>::kSharedBytes;
-  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
+  struct SharedMemoryPlan {
+    unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of dq
+    unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
+    KeyStage<kHeadDim, kBlockN> stages[2];
+  };
 };
 
 // Row i once more (exact.cuh).
@@ -70,17 +72,43 @@ struct DqWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
   static constexpr int kStep = Shape::kStep;
 
+  const KeyList& list;
+  const WarpView& view;
+  const unsigned char *sQ, *sDout;
+  int warp_row;    // the warp's first row in the tiles of queries
+  int position;    // of the lane's first row
+  float scale;     // from a product to a logit in bits
+  float ds_scale;  // of ds before it is rounded
   float row_max[kRowTiles][2], row_log_sum[kRowTiles][2], delta[kRowTiles][2];
   float dq[kRowTiles][kHeadDim / 8][4];
 
-  // Entries [entry, entry + kStep), rows `row`.. of the tile of keys. kMasked: some query does not
-  // see some entry, or biases differ.
+  __device__ __forceinline__ void initialize(const ThreeRegionBackwardParams& params,
+                                             const QueryTile<Shape::kBlockM>& tile) {
+    const ThreeRegionProblem& problem = params.problem;
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.row(warp_row + 16 * rt + 8 * half + lane / 4);
+        const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
+        row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
+        row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
+        delta[rt][half] = row < 0 ? 0.f : params.delta[at];
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          dq[rt][n][2 * half] = dq[rt][n][2 * half + 1] = 0.f;
+        }
+      }
+    }
+  }
+
+  // Takes up entries [entry, entry + kStep), which are rows `row`.. of the tile of keys. kMasked:
+  // some query does not see some entry, or biases differ.
   template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, const unsigned char* sQ,
-                                       const unsigned char* sDout, int warp_row,
-                                       const unsigned char* sK, const unsigned char* sV, int row,
-                                       const KeyList& list, const WarpView& view, int entry,
-                                       int position, float scale, float ds_scale) {
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
+                                       const KeyStage<kHeadDim, Shape::kBlockN>& keys, int row,
+                                       int entry) {
     const int lane = threadIdx.x % kWarpSize, t = lane % 4;
     uint32_t live = 0;  // groups of sixteen entries that some query sees
 #pragma unroll
@@ -101,8 +129,8 @@ struct DqWarp {
       for (int n = 0; n < kStep / 16; ++n) {
         if (kMasked && !(live >> n & 1)) continue;
         uint32_t k[4], v[4];
-        load_b_transposed<kHeadDim>(k, sK, row + 16 * n, d);
-        load_b_transposed<kHeadDim>(v, sV, row + 16 * n, d);
+        load_b_transposed<kHeadDim>(k, keys.k, row + 16 * n, d);
+        load_b_transposed<kHeadDim>(v, keys.v, row + 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(s[rt][2 * n], q[rt], k[0], k[1]);
@@ -152,7 +180,7 @@ struct DqWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t k[4];
-        load_b<kHeadDim>(k, sK, row + 16 * n, d);
+        load_b<kHeadDim>(k, keys.k, row + 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(dq[rt][2 * d], a[rt], k[0], k[1]);
@@ -170,17 +198,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   const ThreeRegionProblem& problem = params.problem;
-  unsigned char* sQ = dynamic_shared();
-  unsigned char* sDout = sQ + kTileBytes<kHeadDim, kBlockM>;
-  unsigned char* sKV = sDout + kTileBytes<kHeadDim, kBlockM>;
+  auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   const QueryTile<kBlockM> tile(problem);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
-  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
+  copy_rows<kHeadDim, kBlockM, kThreads>(shared.q, head_of(params.q, tile.batch, tile.head),
                                          params.q.stride.row, row_of);
-  copy_rows<kHeadDim, kBlockM, kThreads>(sDout, head_of(params.dout, tile.batch, tile.head),
+  copy_rows<kHeadDim, kBlockM, kThreads>(shared.dout, head_of(params.dout, tile.batch, tile.head),
                                          params.dout.stride.row, row_of);
   const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
-  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, sKV, params.k, params.v, tile.batch,
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.stages, params.k, params.v, tile.batch,
                                                 tile.kv_head);
   stages.start();
 
@@ -189,36 +215,21 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const float ds_scale = exp2f(float(exponent));
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  const int position = tile.origin + warp_row + lane / 4;  // of the lane's first row
-  DqWarp<T, Shape> state;
-#pragma unroll
-  for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
-      const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
-      state.row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
-      state.row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
-      state.delta[rt][half] = row < 0 ? 0.f : params.delta[at];
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        state.dq[rt][n][2 * half] = state.dq[rt][n][2 * half + 1] = 0.f;
-      }
-    }
-  }
+  DqWarp<T, Shape> state{list,        view,     shared.q,
+                         shared.dout, warp_row, tile.origin + warp_row + lane / 4,
+                         scale,       ds_scale};
+  state.initialize(params, tile);
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const unsigned char* sK = stages.wait(entry);
+    const auto& stage = stages.wait(entry);
 #pragma unroll 1
     for (int row = 0; row < kBlockN; row += Shape::kStep) {
       const int at = entry + row;
       if (!view.any(list, at, at + Shape::kStep)) continue;
       if (view.plain(list, at, at + Shape::kStep)) {
-        state.template step<false>(problem, sQ, sDout, warp_row, sK, sK + stages.kTile, row, list,
-                                   view, at, position, scale, ds_scale);
+        state.template step<false>(problem, stage, row, at);
       } else {
-        state.template step<true>(problem, sQ, sDout, warp_row, sK, sK + stages.kTile, row, list,
-                                  view, at, position, scale, ds_scale);
+        state.template step<true>(problem, stage, row, at);
       }
     }
   }
@@ -242,7 +253,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                           fabsf(own) <= kLargestFloat && sum != 0.f;
     }
   }
-  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.dq,
+  store_rows<T, kHeadDim, kRowTiles>(shared.q, warp_row, state.dq,
                                      head_of(params.dq, tile.batch, tile.head),
                                      params.dq.stride.row, row_of);
   bar_warp_sync();
@@ -256,7 +267,7 @@ cudaError_t launch_dq(const ThreeRegionBackwardParams& params, cudaStream_t stre
   using Shape = DqShape<kHeadDim>;
   return launch<three_region_attention_backward_dq_kernel<T, Shape>>(
       QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
-      Shape::kSharedBytes, stream, params);
+      sizeof(typename Shape::SharedMemoryPlan), stream, params);
 }
 
 template <typename T>
@@ -274,4 +285,4 @@ cudaError_t three_region_attention_backward_dq(const ThreeRegionBackwardParams& 
                                                  : launch_dq<BFloat16>(params, stream);
 }
 
-}  // namespace cogview
+}  // namespace cogview::sm80

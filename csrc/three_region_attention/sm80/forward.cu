@@ -25,7 +25,7 @@
 #include "exact.cuh"
 #include "query_tile.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 namespace {
 
 template <int kHeadDim_>
@@ -37,9 +37,10 @@ struct ForwardShape {
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
-  static constexpr int kSharedBytes =
-      kTileBytes<kHeadDim, kBlockM> + KeyStages<kHeadDim, kBlockN, kThreads>::kSharedBytes;
-  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
+  struct SharedMemoryPlan {
+    unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of out
+    KeyStage<kHeadDim, kBlockN> stages[2];
+  };
 };
 
 // Row i once more (exact.cuh).
@@ -87,15 +88,35 @@ struct ForwardWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
   static constexpr int kBlockN = Shape::kBlockN;
 
+  const KeyList& list;
+  const WarpView& view;
+  const unsigned char* sQ;
+  int warp_row;                            // the warp's first row in the tile of queries
+  int position;                            // of the lane's first row
+  float scale;                             // from a product to a logit in bits
   float m[kRowTiles][2], l[kRowTiles][2];  // l: of the lane's columns until the end
   float o[kRowTiles][kHeadDim / 8][4];
 
-  // kMasked: some row does not see some entry, or biases differ.
+  __device__ __forceinline__ void initialize() {
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        m[rt][half] = -INFINITY;
+        l[rt][half] = 0.f;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          o[rt][n][2 * half] = o[rt][n][2 * half + 1] = 0.f;
+        }
+      }
+    }
+  }
+
+  // Takes up the tile of keys that begins at `entry`. kMasked: some row does not see some entry, or
+  // biases differ.
   template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, const unsigned char* sQ,
-                                       int warp_row, const unsigned char* sK, const KeyList& list,
-                                       const WarpView& view, int entry, int position, float scale) {
-    // position: of the lane's first row
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
+                                       const KeyStage<kHeadDim, kBlockN>& keys, int entry) {
     const int lane = threadIdx.x % kWarpSize, t = lane % 4;
     uint32_t live = 0;  // groups of sixteen entries that some row sees
 #pragma unroll
@@ -115,7 +136,7 @@ struct ForwardWarp {
       for (int n = 0; n < kBlockN / 16; ++n) {
         if (kMasked && !(live >> n & 1)) continue;
         uint32_t b[4];
-        load_b_transposed<kHeadDim>(b, sK, 16 * n, d);
+        load_b_transposed<kHeadDim>(b, keys.k, 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(s[rt][2 * n], a[rt], b[0], b[1]);
@@ -212,7 +233,7 @@ struct ForwardWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t b[4];
-        load_b<kHeadDim>(b, sK + kTileBytes<kHeadDim, kBlockN>, 16 * n, d);
+        load_b<kHeadDim>(b, keys.v, 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(o[rt][2 * d], a[rt], b[0], b[1]);
@@ -229,14 +250,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   const ThreeRegionProblem& problem = params.problem;
-  unsigned char* sQ = dynamic_shared();
-  unsigned char* sKV = sQ + kTileBytes<kHeadDim, kBlockM>;
+  auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
+  unsigned char* sQ = shared.q;
   const QueryTile<kBlockM> tile(problem);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
                                          params.q.stride.row, row_of);
   const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
-  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, sKV, params.k, params.v, tile.batch,
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.stages, params.k, params.v, tile.batch,
                                                 tile.kv_head);
   stages.start();
 
@@ -252,28 +273,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  const int position = tile.origin + warp_row + lane / 4;  // of the lane's first row
-  ForwardWarp<T, Shape> state;
-#pragma unroll
-  for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      state.m[rt][half] = -INFINITY;
-      state.l[rt][half] = 0.f;
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        state.o[rt][n][2 * half] = state.o[rt][n][2 * half + 1] = 0.f;
-      }
-    }
-  }
+  ForwardWarp<T, Shape> state{list, view, sQ, warp_row, tile.origin + warp_row + lane / 4, scale};
+  state.initialize();
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const unsigned char* sK = stages.wait(entry);
+    const auto& stage = stages.wait(entry);
     if (!view.any(list, entry, entry + kBlockN)) continue;
     if (view.plain(list, entry, entry + kBlockN)) {
-      state.template step<false>(problem, sQ, warp_row, sK, list, view, entry, position, scale);
+      state.template step<false>(problem, stage, entry);
     } else {
-      state.template step<true>(problem, sQ, warp_row, sK, list, view, entry, position, scale);
+      state.template step<true>(problem, stage, entry);
     }
   }
 
@@ -324,7 +333,7 @@ cudaError_t launch_forward(const ThreeRegionForwardParams& params, cudaStream_t 
   using Shape = ForwardShape<kHeadDim>;
   return launch<three_region_attention_forward_kernel<T, Shape>>(
       QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
-      Shape::kSharedBytes, stream, params);
+      sizeof(typename Shape::SharedMemoryPlan), stream, params);
 }
 
 template <typename T>
@@ -343,4 +352,4 @@ cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& param
                                                  : launch_forward<BFloat16>(params, stream);
 }
 
-}  // namespace cogview
+}  // namespace cogview::sm80
