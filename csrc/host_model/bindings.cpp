@@ -1,5 +1,5 @@
-// The Python module `cogview_kernels._host_model`. Importing it registers the operators of csrc/operators
-// for CPU tensors.
+// The Python module `cogview_kernels._host_model`. Importing it registers the operators of
+// csrc/operators for CPU tensors.
 
 #include "../three_region_attention/bindings.h"
 
