@@ -16,7 +16,7 @@ inline cudaError_t max_shared_bytes(int* bytes) {
 
 template <auto kKernel, typename Params>
 cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_bytes, cudaStream_t,
-                   const Params& params) {
+                   const Params& params, int = kMaxArrayBytes) {
   return host_model::launch(
       __PRETTY_FUNCTION__,
       [](const void* untyped) { kKernel(*static_cast<const Params*>(untyped)); }, &params,
@@ -74,9 +74,10 @@ inline cudaError_t max_shared_bytes(int* bytes) {
 }
 
 // Runs kKernel(params) on num_blocks x grid_y blocks with `shared_bytes` of dynamic_shared().
+// `array_bytes`: what the kernel has at most in arrays of its own, the same in all its launches.
 template <auto kKernel, typename Params>
 cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_bytes,
-                   cudaStream_t stream, const Params& params) {
+                   cudaStream_t stream, const Params& params, int array_bytes = kMaxArrayBytes) {
   static_assert(std::is_same_v<decltype(kKernel), void (*)(Params)>);
   if (num_blocks > INT32_MAX) return cudaErrorInvalidConfiguration;
   const void* kernel = reinterpret_cast<const void*>(kKernel);
@@ -85,10 +86,10 @@ cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_b
     // needs: a limit for each launch would be too low for launches of other threads and for captured
     // graphs.
     static PerDevice allowed;
-    const auto allow = [kernel](int, int* bytes) {
+    const auto allow = [=](int, int* bytes) {
       cudaError_t status = max_shared_bytes(bytes);
       if (status != cudaSuccess) return status;
-      *bytes -= kMaxArrayBytes + kReservedSharedBytes;
+      *bytes -= array_bytes + kReservedSharedBytes;
       return clear_if_failed(
           cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, *bytes));
     };

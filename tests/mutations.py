@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ["csrc", "cogview_kernels", "tests", "setup.py", "build_backend.py", "pyproject.toml"]
-COPIED += ["README.md", "LICENSE"]
+COPIED += ["README.md", "LICENSE", "docs"]
 
 # Which tests a mutation is shown to: a pytest -k expression.
 VALUES = "many_tiles"
@@ -47,6 +47,7 @@ RERUNS = "reruns_and_multiprocessors"
 DROPPED = "what_is_dropped"
 OFFSET = "large_offset"
 OVERFLOW = "nothing_overflows"
+RESERVE = "memory_is_left"
 
 
 @dataclass(frozen=True)
@@ -381,7 +382,7 @@ MUTATIONS = [
         ),
     ),
     *mutations(
-        "pb_relax_layer_norm/row.cuh",
+        "pb_relax_layer_norm/vector.cuh",
         (
             "narrow-row-read-beyond-its-end",
             NORMS,
@@ -394,33 +395,16 @@ MUTATIONS = [
             "if (column + j < hidden) row[",
             "if (column + j <= hidden) row[",
         ),
-        ("row-copied-beyond-its-end", NORMS, "&& column < hidden);", "&& column <= hidden);"),
         (
-            "odd-row-copied-beyond-its-end",
-            NORMS,
-            "is_row && column + j < hidden ?",
-            "is_row && column + j <= hidden ?",
+            "dropped-wrong-half",
+            DROPPED,
+            "j % 2 == 0 ? mask | 0xffff0000u",
+            "j % 2 == 1 ? mask | 0xffff0000u",
         ),
-        ("rows-behind-the-last-copied", NORMS, "is_row && column < hidden);", "column < hidden);"),
-        ("row-stride-ignored", PLACES, "+ row * rows.row_stride;", "+ row * hidden;"),
-        (
-            "row-stride-taken-for-aligned",
-            PLACES,
-            "rows.row_stride % (kColumns / pieces_of(dtype)) == 0",
-            "true",
-        ),
-        (
-            "row-address-taken-for-aligned",
-            PLACES,
-            "reinterpret_cast<uintptr_t>(rows.data) % kPieceBytes == 0",
-            "true",
-        ),
-        (
-            "parameter-taken-for-aligned",
-            PLACES,
-            "&& reinterpret_cast<uintptr_t>(parameter) % kPieceBytes == 0",
-            "",
-        ),
+        ("one-column-too-many-kept", KINDS, "(1u << count) - 1u", "(2u << count) - 1u"),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/dropout.cuh",
         ("philox-of-nine-rounds", DROPPED, "round < 10;", "round < 9;"),
         ("dropout-halves-swapped", DROPPED, "16 * (j % 2)", "16 * (1 - j % 2)"),
         (
@@ -435,32 +419,30 @@ MUTATIONS = [
             "uint32_t(vector_idx), uint32_t(row),",
             "uint32_t(vector_idx), uint32_t(row / 2),",
         ),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/row_pipeline.cuh",
         (
-            "dropped-wrong-half",
-            DROPPED,
-            "j % 2 == 0 ? mask | 0xffff0000u",
-            "j % 2 == 1 ? mask | 0xffff0000u",
+            "parameters-share-slots",
+            RERUNS,
+            "kSlots = kCount * kVectors * kPieces<float>",
+            "kSlots = kCount * kPieces<float>",
         ),
-        ("one-column-too-many-kept", KINDS, "(1u << count) - 1u", "(2u << count) - 1u"),
+        ("row-copied-beyond-its-end", NORMS, "&& column < hidden);", "&& column <= hidden);"),
         (
-            "row-reduction-without-barrier",
-            ROUNDS,
-            "bar_sync();\n#pragma unroll\n  for (int n = 0;",
-            "#pragma unroll\n  for (int n = 0;",
+            "odd-row-copied-beyond-its-end",
+            NORMS,
+            "is_row && column + j < hidden ?",
+            "is_row && column + j <= hidden ?",
         ),
+        ("rows-behind-the-last-copied", NORMS, "is_row && column < hidden);", "column < hidden);"),
+        ("row-stride-ignored", PLACES, "+ row * rows.row_stride;", "+ row * hidden;"),
         (
-            "row-of-all-warps-but-one",
-            ROUNDS,
-            "int warp = 1; warp < num_warps;",
-            "int warp = 2; warp < num_warps;",
+            "parameter-taken-for-aligned",
+            PLACES,
+            "&& reinterpret_cast<uintptr_t>(parameter) % kPieceBytes == 0",
+            "",
         ),
-        (
-            "sums-of-another-row",
-            ROUNDS,
-            "scratch + me.row_in_block * num_warps * kCount;",
-            "scratch;",
-        ),
-        ("maximum-summed", KINDS, "n == 0 ? fmaxf(a, b) : a + b", "a + b"),
         ("stages-not-swapped", ROUNDS, "now = next;", ""),
         ("rows-not-waited-for", ROUNDS, "cp_async_wait_group<1>();", ""),
         (
@@ -482,12 +464,28 @@ MUTATIONS = [
             "} else if (dtype == DType::kFloat32) {",
             "} else if (false) {",
         ),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/statistics.cuh",
         (
-            "parameters-share-slots",
-            RERUNS,
-            "slots_apart(kCount * kVectors * kPieces<float>)",
-            "slots_apart(kCount * kPieces<float>)",
+            "row-reduction-without-barrier",
+            ROUNDS,
+            "bar_sync();\n#pragma unroll\n  for (int n = 0;",
+            "#pragma unroll\n  for (int n = 0;",
         ),
+        (
+            "row-of-all-warps-but-one",
+            ROUNDS,
+            "int warp = 1; warp < num_warps;",
+            "int warp = 2; warp < num_warps;",
+        ),
+        (
+            "sums-of-another-row",
+            ROUNDS,
+            "scratch + me.row_in_block * num_warps * kCount;",
+            "scratch;",
+        ),
+        ("maximum-summed", KINDS, "n == 0 ? fmaxf(a, b) : a + b", "a + b"),
         ("peak-not-an-eighth", KINDS, "peak * scale * 0.125f", "peak * scale"),
         ("eps-not-relaxed", KINDS, "eps.relaxed) * c * c;", "eps.relaxed);"),
         (
@@ -528,11 +526,29 @@ MUTATIONS = [
         ),
         ("statistics-swapped", OFFSET, "return {rough_mean, shift,", "return {shift, rough_mean,"),
         ("bias-weighted", KINDS, "* weight[j] + bias[j];", "* (weight[j] + bias[j]);"),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/plan.h",
         (
             "plan-without-statistics",
             RERUNS,
-            "vectors * needs.stage_pieces + needs.extra_pieces",
+            "vectors * needs.stage_pieces + needs.thread_pieces",
             "vectors * needs.stage_pieces",
+        ),
+        ("parameters-in-the-last-stage", ROUNDS, "return stage(stages);", "return stage(1);"),
+        ("no-memory-for-the-system", RESERVE, "- kRowArrayBytes - kReservedSharedBytes", ""),
+        ("blocks-without-rows-left-out", NORMS, "if (!needs.every_block) {", "if (true) {"),
+        (
+            "row-stride-taken-for-aligned",
+            PLACES,
+            "rows.row_stride % (kColumns / pieces_of(dtype)) == 0",
+            "true",
+        ),
+        (
+            "row-address-taken-for-aligned",
+            PLACES,
+            "reinterpret_cast<uintptr_t>(rows.data) % kPieceBytes == 0",
+            "true",
         ),
     ),
     *mutations(
@@ -638,7 +654,7 @@ MUTATIONS = [
             "if (params.add.data != nullptr) {\n        const X* add_row",
             "if (false) {\n        const X* add_row",
         ),
-        ("add-taken-for-aligned", PLACES, "rows_aligned(params.add, params.x_dtype) &&", ""),
+        ("add-taken-for-aligned", PLACES, "{params.add, params.x_dtype},", ""),
         (
             "backward-scratch-shared",
             RERUNS,
@@ -760,13 +776,13 @@ MUTATIONS = [
         ("norms-add-twice", OVERFLOW, "norm.add = {};", ""),
     ),
     *mutations(
-        "operators/operators.cpp",
+        "operators/norms.cpp",
         ("eps-half-shrunk", ROUNDS, "eps * kept * kept", "eps * kept"),
         (
             "row-stride-not-passed",
             PLACES,
-            "return {tensor->data_ptr(), tensor->stride(0)};",
-            "return {tensor->data_ptr(), tensor->size(1)};",
+            "return {data, strides[0]};",
+            "return {data, hidden_};",
         ),
     ),
 ]
