@@ -67,7 +67,7 @@ def table(metrics: dict[str, Any]) -> str:
         lines.append(f"| {name} | {digits:.1%} | {captions:.1%} |")
     lines.append("| chance | 10.0% | 0.01% |")
     attention, seconds = metrics["attention"], sum(metrics["seconds"].values())
-    said = (
+    sentences = (
         f"{metrics['num_drawings']} held-out captions of four digits, read back by a classifier",
         "that was trained on other handwriting. A query attends to",
         f"{attention['attended_fraction']:.0%} of its causal keys, and to at most",
@@ -76,7 +76,7 @@ def table(metrics: dict[str, Any]) -> str:
         f"{metrics['device']}, torch {metrics['torch']}, commit {metrics['commit']},",
         f"{metrics['date']}; record: `docs/demo/metrics.json`, pictures beside it.",
     )
-    lines += ["", " ".join(said)]
+    lines += ["", " ".join(sentences)]
     return "\n".join(lines)
 
 

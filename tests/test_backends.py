@@ -495,10 +495,10 @@ def test_float64_has_no_kernel() -> None:
 def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_warned", set())
     layout = ck.ThreeRegionLayout(3, None, 4, 1)
-    said = r"cogview_kernels: three_region_attention: using backend='portable': .*torch.float32"
+    message = r"cogview_kernels: three_region_attention: using backend='portable': .*torch.float32"
     with FakeTensorMode():
         q = torch.randn(2, 4, 16, 32, device="cuda")
-        with pytest.warns(UserWarning, match=said) as warned:
+        with pytest.warns(UserWarning, match=message) as warned:
             for _ in range(3):
                 ck.three_region_attention(q, q, q, layout)
         norm = ck.PBRelaxLayerNorm(32, device="cuda", dtype=torch.float64).requires_grad_(False)

@@ -115,13 +115,13 @@ def test_outcomes(
     rows = {row["name"].split(" / ", 2)[2]: row for row in record["benchmarks"]}
     methods = ("cogview_kernels", "SDPA, somehow", "last")
     assert list(rows) == [f"{work} / {m}" for m in methods for work in ("forward", "backward")]
-    said = rows["forward / last"]["extra_info"]
-    assert (said["op"], said["computes"], said["sweeps"]) == (
+    details = rows["forward / last"]["extra_info"]
+    assert (details["op"], details["computes"], details["sweeps"]) == (
         "attention",
         "three-region",
         ["fixed"],
     )
-    assert 0 < said["errors"]["dq"] < said["errors_allowed"]["dq"]
+    assert 0 < details["errors"]["dq"] < details["errors_allowed"]["dq"]
 
     reasons: dict[str, set[str]] = {}
     for missing in record["not_measured"]:

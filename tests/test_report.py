@@ -75,9 +75,9 @@ EPYC = {"device": "AMD EPYC", "device_type": "cpu", "threads": 2, "torch": "2.13
 
 
 def row(op: str, method: str, seconds: list[float], **info: Any) -> dict[str, Any]:
-    said = {"op": op, "method": method, "work": "forward", "computes": "three-region"}
-    said |= {"case": {"dtype": "bfloat16"}, "case_name": "a case", "sweeps": ["fixed"]}
-    return {"stats": {"data": seconds}, "extra_info": said | info}
+    extra_info = {"op": op, "method": method, "work": "forward", "computes": "three-region"}
+    extra_info |= {"case": {"dtype": "bfloat16"}, "case_name": "a case", "sweeps": ["fixed"]}
+    return {"stats": {"data": seconds}, "extra_info": extra_info | info}
 
 
 @functools.cache

@@ -173,7 +173,7 @@ def test_plain_steps_run_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, expected",
     [
         ({}, None),
         ({"dtype": "float32"}, "float16 and bfloat16"),
@@ -181,7 +181,7 @@ def test_plain_steps_run_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
     ],
 )
 def test_a_method_that_cannot_run_says_why(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str | None
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str | None
 ) -> None:
     monkeypatch.setattr(norm_methods, "no_kernel", lambda case, device: None)
     monkeypatch.setattr(norm_methods, "no_compiler", lambda case, device: None)
@@ -189,7 +189,7 @@ def test_a_method_that_cannot_run_says_why(
     for method in STEP_METHODS[:2]:
         assert method.why_not(case, CPU) is None
         reason = method.why_not(case, CUDA)
-        assert reason is None if said is None else said in str(reason)
+        assert reason is None if expected is None else expected in str(reason)
 
 
 def test_names_differ_and_ours_come_first() -> None:
