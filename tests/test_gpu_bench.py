@@ -170,34 +170,37 @@ def started_run(here: Path) -> subprocess.Popen[str]:
     return process
 
 
-def workers() -> list[str]:
-    """The command lines of those that are alive."""
-    lines = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
+def workers(here: Path) -> list[str]:
+    """The command lines of this test's workers that are alive."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
         try:
-            lines.append(path.read_bytes().replace(b"\0", b" ").decode())
+            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
+            variables = (process / "environ").read_bytes().split(b"\0")
         except OSError:  # it has ended
             continue
-    return [line for line in lines if "--work" in line and "tiny_suite" in line]
+        if "--work" in command and f"OUT={here / 'out'}".encode() in variables:
+            found.append(command)
+    return found
 
 
-def wait_for_no_worker() -> None:
+def wait_for_no_worker(here: Path) -> None:
     end = time.time() + 10
-    while workers():
-        assert time.time() < end, workers()
+    while workers(here):
+        assert time.time() < end, workers(here)
         time.sleep(0.05)
 
 
 def test_sigterm_prints_the_table(here: Path) -> None:
     process = started_run(here)
-    assert workers()
+    assert workers(here)
     os.kill(process.pid, signal.SIGTERM)
     printed, _ = process.communicate(timeout=60)
     assert process.returncode == 1
     assert "stopped: it was told to end" in printed and "not reached" in printed
     (record,) = records(here)
     assert record["not_reached"]
-    wait_for_no_worker()
+    wait_for_no_worker(here)
 
 
 def test_a_hanging_worker_does_not_outlive_a_killed_run(here: Path) -> None:
@@ -206,10 +209,10 @@ def test_a_hanging_worker_does_not_outlive_a_killed_run(here: Path) -> None:
     while "/ hangs" not in (here / "gpu-bench.log").read_text():
         assert time.time() < end
         time.sleep(0.05)
-    assert workers()
+    assert workers(here)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    wait_for_no_worker()
+    wait_for_no_worker(here)
 
 
 def test_a_run_resumes_where_the_last_one_ended(
@@ -219,7 +222,7 @@ def test_a_run_resumes_where_the_last_one_ended(
     process = started_run(here)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
-    wait_for_no_worker()
+    wait_for_no_worker(here)
     (first,) = records(here)
     assert first["benchmarks"] or first["not_measured"]
 

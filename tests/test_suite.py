@@ -320,9 +320,8 @@ def test_gpu_timing_is_between_events_and_after_a_flush(
     assert sizes == [256 << 20]  # several times the cache
     text = " ".join(calls)
     timed = re.findall(r"((?:flush )+)event run event wait", text)
-    assert (
-        len(timed) == 3 and text.count("run") == 3 + 5
-    )  # five more launches measure the host's time
+    # Five more launches measure the host's time.
+    assert len(timed) == 3 and text.count("run") == 3 + 5
 
 
 def test_cpu_times_are_plausible() -> None:
