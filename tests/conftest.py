@@ -62,19 +62,21 @@ def pytest_collection_modifyitems(
 
 
 def by_test(items: Iterable[pytest.Item]) -> list[list[pytest.Item]]:
-    """The parametrisations of each test."""
+    """The parametrisations of each test, without those that always skip."""
     tests = defaultdict(list)
     for item in items:
-        tests[item.nodeid.partition("[")[0]].append(item)
+        if not any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif")):
+            tests[item.nodeid.partition("[")[0]].append(item)
     return list(tests.values())
 
 
 def mark_all_but_a_few_as_slow(of_one_test: list[pytest.Item]) -> None:
     """Greedy cover: each parametrisation that stays shows the most values not shown before."""
     values = {
-        item: set(item.callspec.indices.items())  # type: ignore[attr-defined]
+        item: {(name, id(value)) for name, value in parameters(item).items()}
         for item in of_one_test
-        if item.get_closest_marker("thinned") and not runs_elsewhere(item)
+        if item.get_closest_marker("thinned")
+        and "cuda" not in map(str, parameters(item).values())  # a GPU runs all of them
     }
     missing = set().union(*values.values())
     while missing:
@@ -84,7 +86,5 @@ def mark_all_but_a_few_as_slow(of_one_test: list[pytest.Item]) -> None:
         item.add_marker("slow")
 
 
-def runs_elsewhere(item: pytest.Item) -> bool:
-    """A GPU runs every parametrisation; what is skipped shows nothing."""
-    on_gpu = "cuda" in item.callspec.params.values()  # type: ignore[attr-defined]
-    return on_gpu or any(mark.args[0] is True for mark in item.iter_markers("skipif"))
+def parameters(item: pytest.Item) -> dict[str, object]:
+    return item.callspec.params  # type: ignore[attr-defined]

@@ -778,7 +778,7 @@ MUTATIONS = [
 PYTEST = """
 import sys, hypothesis, pytest
 hypothesis.settings.register_profile(
-    "mutations", derandomize=True, deadline=None, database=None,
+    "mutations", derandomize=True, deadline=None, database=None, max_examples=600,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 sys.exit(pytest.main(["--hypothesis-profile=mutations", *sys.argv[1:]]))

@@ -498,7 +498,7 @@ def test_sandwich_equals_the_definition(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), *PAIRS])
 @given(data=st.data())
-@settings(max_examples=2000)
+@settings(max_examples=20 * settings().max_examples)
 def test_equals_the_definition_sweep(
     backend: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
 ) -> None:
