@@ -1,13 +1,14 @@
 """Settings of all tests: seeded randomness, one thread per process, and which tests run.
 
-``pytest`` leaves out what is marked ``slow``. Of a test marked ``thinned`` it runs a few
-parametrisations, which together show every value of every parameter; the others are slow.
-``--sample N`` draws N parametrisations of each test, and fewer examples in the sweeps; its seed is
-``--hypothesis-seed``.
+``pytest`` leaves out what is marked ``slow``. Of a test marked ``thinned`` it runs parametrisations
+that together show every pair of parameter values on each backend; the others are slow.
+``--sample N`` draws N parametrisations of each test and backend, and fewer examples in the sweeps;
+its seed is ``--hypothesis-seed``.
 """
 
 from __future__ import annotations
 
+import itertools
 import random
 from collections import defaultdict
 from collections.abc import Generator, Iterable
@@ -28,7 +29,7 @@ torch.set_num_threads(1)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--sample", type=int, metavar="N", help="N parametrisations of each test")
+    parser.addoption("--sample", type=int, metavar="N", help="draw N parametrisations of each test")
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -62,29 +63,30 @@ def pytest_collection_modifyitems(
 
 
 def by_test(items: Iterable[pytest.Item]) -> list[list[pytest.Item]]:
-    """The parametrisations of each test, without those that always skip."""
+    """The parametrisations of each test and backend, without those that always skip."""
     tests = defaultdict(list)
     for item in items:
         if not any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif")):
-            tests[item.nodeid.partition("[")[0]].append(item)
+            test = item.nodeid.partition("[")[0], str(parameters(item).get("backend"))
+            tests[test].append(item)
     return list(tests.values())
 
 
 def mark_all_but_a_few_as_slow(of_one_test: list[pytest.Item]) -> None:
-    """Greedy cover: each parametrisation that stays shows the most values not shown before."""
-    values = {
-        item: {(name, id(value)) for name, value in parameters(item).items()}
+    """Greedy cover: each parametrisation that stays shows the most pairs not shown before."""
+    pairs = {
+        item: set(itertools.combinations(((n, id(v)) for n, v in parameters(item).items()), 2))
         for item in of_one_test
         if item.get_closest_marker("thinned")
-        and "cuda" not in map(str, parameters(item).values())  # a GPU runs all of them
+        and parameters(item).get("backend") != "cuda"  # a GPU is fast enough for all
     }
-    missing = set().union(*values.values())
+    missing = set().union(*pairs.values())
     while missing:
-        best = max(values, key=lambda item: len(values[item] & missing))
-        missing -= values.pop(best)
-    for item in values:
+        best = max(pairs, key=lambda item: len(pairs[item] & missing))
+        missing -= pairs.pop(best)
+    for item in pairs:
         item.add_marker("slow")
 
 
 def parameters(item: pytest.Item) -> dict[str, object]:
-    return item.callspec.params  # type: ignore[attr-defined]
+    return item.callspec.params if hasattr(item, "callspec") else {}

@@ -56,6 +56,7 @@ def layout_tensors(batch: int, seqlen: int) -> tuple[Tensor, Tensor]:
 # Operators
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("q_len", [24, 3])
 def test_opcheck_attention(dtype: torch.dtype, q_len: int) -> None:
@@ -74,6 +75,7 @@ def test_opcheck_attention(dtype: torch.dtype, q_len: int) -> None:
     )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("q_len, packed", [(24, True), (24, False), (3, True)])
@@ -105,6 +107,7 @@ def operator(name: str, backend: str) -> Any:
     return getattr(OPS, name).default
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("relax", [0, 1, 2])

@@ -521,6 +521,7 @@ def operator(name: str, backend: str) -> Any:
     return getattr(OPS, name.replace("residual", f"residual{host_model}")).default
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("relax", [0, 1, 2])
