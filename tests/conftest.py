@@ -67,8 +67,7 @@ def by_test(items: Iterable[pytest.Item]) -> list[list[pytest.Item]]:
     tests = defaultdict(list)
     for item in items:
         if not any(mark.args[:1] == (True,) for mark in item.iter_markers("skipif")):
-            test = item.nodeid.partition("[")[0], str(parameters(item).get("backend"))
-            tests[test].append(item)
+            tests[item.nodeid.partition("[")[0], backend(item)].append(item)
     return list(tests.values())
 
 
@@ -78,7 +77,7 @@ def mark_all_but_a_few_as_slow(of_one_test: list[pytest.Item]) -> None:
         item: set(itertools.combinations(((n, id(v)) for n, v in parameters(item).items()), 2))
         for item in of_one_test
         if item.get_closest_marker("thinned")
-        and parameters(item).get("backend") != "cuda"  # a GPU is fast enough for all
+        and backend(item) != "cuda"  # a GPU is fast enough for all
     }
     missing = set().union(*pairs.values())
     while missing:
@@ -86,6 +85,10 @@ def mark_all_but_a_few_as_slow(of_one_test: list[pytest.Item]) -> None:
         missing -= pairs.pop(best)
     for item in pairs:
         item.add_marker("slow")
+
+
+def backend(item: pytest.Item) -> str:
+    return str(parameters(item).get("backend") or parameters(item).get("implementation"))
 
 
 def parameters(item: pytest.Item) -> dict[str, object]:

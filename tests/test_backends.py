@@ -176,8 +176,18 @@ def run_block(block: Any, module: nn.Module, inputs: tuple[Tensor, ...]) -> list
     return [y.detach(), x.grad, *gradients]
 
 
-@pytest.mark.parametrize("backend", ["auto", *KERNELS])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend, compiler",
+    [
+        ("auto", "aot_eager"),
+        pytest.param("auto", "inductor", marks=pytest.mark.slow),
+        *(
+            pytest.param(*kernel.values, compiler, marks=kernel.marks)
+            for kernel in KERNELS
+            for compiler in ("aot_eager", "inductor")
+        ),
+    ],
+)
 def test_compile_in_one_graph(backend: str, compiler: str) -> None:
     module = make_block(backend)
     tolerance = 1e-9 if backend == "auto" else 2e-2  # of the largest entry

@@ -611,8 +611,18 @@ def test_checkpointing_drops_the_same_again(backend: str, use_reentrant: bool) -
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("backend", ["portable", *KERNELS])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend, compiler",
+    [
+        ("portable", "aot_eager"),
+        pytest.param("portable", "inductor", marks=pytest.mark.slow),
+        *(
+            pytest.param(*kernel.values, compiler, marks=kernel.marks)
+            for kernel in KERNELS
+            for compiler in ("aot_eager", "inductor")
+        ),
+    ],
+)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_compile_in_one_graph(backend: str, compiler: str, dropout_p: float) -> None:
     """With dropout, the seed is drawn inside the graph."""
