@@ -837,6 +837,7 @@ def test_gradients_at_any_loss_scale(backend: str, exponent: int, hidden: int) -
         check(make_sandwich(9, hidden, dtypes, dropout=6554, **options), backend)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtypes", PAIRS)
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("hidden", [1, 8, 300, 8200, 17000])
