@@ -203,6 +203,7 @@ def test_sigterm_prints_the_table(here: Path) -> None:
     wait_for_no_worker(here)
 
 
+@pytest.mark.slow
 def test_a_hanging_worker_does_not_outlive_a_killed_run(here: Path) -> None:
     process = started_run(here)
     end = time.time() + 60

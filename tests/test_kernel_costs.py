@@ -89,7 +89,14 @@ def test_committed_counts_are_plausible(case: Any) -> None:
     assert rows["backward_dkdv"]["blocks"] == case.num_kv_heads * tiles
 
 
-@cases
+@pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, marks=[pytest.mark.slow] * (case.queries * case.num_heads > 5000))
+        for case in attention_costs.CASES
+    ],
+    ids=str,
+)
 def test_counts_equal_the_committed_ones(case: Any, host_model: None) -> None:
     rows = attention_costs.count(case)
     for row, committed in zip(rows, BY_CASE[str(case)], strict=True):
