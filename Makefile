@@ -47,7 +47,7 @@ demo: build
 
 # One worker per core; what each worker runs depends on how fast they are.
 WORKERS ?= auto
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --dist worksteal
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
 SEED ?= $(shell git rev-parse --short HEAD)
 
 test: build lint types
@@ -113,7 +113,7 @@ gpu-bench:
 
 # The kernels under AddressSanitizer and UBSan, then the same tests under the host model's own checks.
 SANITIZED := build/sanitize/lib
-SANITIZE_TESTS := -q --capture=sys tests/test_attention_kernels.py tests/test_pb_relax_layer_norm.py \
+SANITIZE_TESTS := -q -m "slow or not slow" --capture=sys tests/test_attention_kernels.py tests/test_pb_relax_layer_norm.py \
   tests/test_layer_norm_kernels.py -k 'host_model and (many_tiles and 48-3 and dtype1 or any_values or any_packed \
   or unseen or accuracy or many_rounds or places_do_not_matter)'
 ASAN = OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
