@@ -21,7 +21,7 @@ hypothesis.settings.register_profile(
     "cogview", derandomize=True, deadline=None, database=None, print_blob=False
 )
 hypothesis.settings.register_profile(
-    "sample", derandomize=False, deadline=None, database=None, max_examples=4
+    "sample", derandomize=False, deadline=None, database=None, max_examples=10
 )
 hypothesis.settings.load_profile("cogview")
 # Threads that wait for each other cost more than tensors of this size gain from them.
