@@ -9,6 +9,7 @@ its seed is ``--hypothesis-seed``.
 from __future__ import annotations
 
 import itertools
+import os
 import random
 from collections import defaultdict
 from collections.abc import Generator, Iterable
@@ -33,6 +34,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    # A pytest that a test starts is no worker of pytest-xdist.
+    os.environ.pop("PYTEST_XDIST_WORKER", None)
     if not config.option.markexpr:
         config.option.markexpr = "not slow"
     if config.option.sample is not None:
