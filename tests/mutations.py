@@ -2,10 +2,11 @@
 
     python tests/mutations.py               all of them; exit code 1 if one survives
     python tests/mutations.py --only NAME   these alone; may be repeated
+    python tests/mutations.py --jobs 2      so many at once; all cores otherwise
     python tests/mutations.py --list        their names; fails where a kernel has changed
 
-Works in a copy of the sources, in a temporary folder, with the host model: needs what `make build`
-installs, no GPU. MAX_JOBS bounds the compilers that run at once.
+Works in copies of the sources, in a temporary folder, with the host model: needs what `make build`
+installs, no GPU.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ["csrc", "cogview_kernels", "tests", "setup.py", "build_backend.py", "pyproject.toml"]
@@ -791,7 +794,7 @@ MUTATIONS = [
 PYTEST = """
 import sys, hypothesis, pytest
 hypothesis.settings.register_profile(
-    "mutations", derandomize=True, deadline=None, database=None,
+    "mutations", derandomize=True, deadline=None, database=None, max_examples=600,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 sys.exit(pytest.main(["--hypothesis-profile=mutations", *sys.argv[1:]]))
@@ -802,20 +805,19 @@ class Copy:
     """The sources in a folder of their own, and the host model built from them."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir()
         self.folder = folder
         # Never the checkout's package, which an editable install would find.
         self.environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         self.environment |= {"COGVIEW_KERNELS_CUDA": "0", "COGVIEW_KERNELS_HOST_MODEL": "1"}
         self.environment |= {"COLUMNS": "250", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment |= {"MAX_JOBS": "1"}  # each of the other cores has a copy of its own
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         for name in COPIED:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, folder / name, ignore=ignored)
             else:
                 shutil.copy(ROOT / name, folder / name)
-
-    def source(self, mutation: Mutation) -> Path:
-        return self.folder / "csrc" / mutation.file
 
     def build(self) -> None:
         done = self._run("setup.py", "-q", "build_ext", "--inplace")
@@ -827,7 +829,7 @@ class Copy:
         files = ("tests/test_attention_kernels.py", "tests/test_layer_norm_kernels.py")
         done = self._run(
             *("-c", PYTEST, "-x", "-q", "--tb=no", "-p", "no:cacheprovider"),
-            *("-k", f"host_model and ({tests})", *files),
+            *("-m", "slow or not slow", "-k", f"host_model and not sweep and ({tests})", *files),
         )
         failed = re.search(r"^FAILED \S*::(.*)$", done.stdout, re.MULTILINE)
         if done.returncode == 1 and failed is not None:
@@ -835,6 +837,16 @@ class Copy:
         if done.returncode == 0:
             return None
         raise SystemExit(f"{done.stdout}\nmutations: pytest ended with {done.returncode}")
+
+    def first_failure_with(self, mutation: Mutation) -> tuple[str | None, float]:
+        """The first test that fails with this mutation, and the seconds that it took."""
+        begin, source = time.monotonic(), self.folder / "csrc" / mutation.file
+        text = source.read_text()
+        source.write_text(text.replace(mutation.old, mutation.new))
+        self.build()
+        failure = self.first_failure(mutation.tests)
+        source.write_text(text)
+        return failure, time.monotonic() - begin
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -862,6 +874,7 @@ def check_texts() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", action="append", metavar="NAME", help="this mutation alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies to work in")
     parser.add_argument("--list", action="store_true", help="list the mutations")
     arguments = parser.parse_args()
     check_texts()
@@ -875,22 +888,35 @@ def main() -> None:
         return
 
     survived = []
-    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        copy = Copy(Path(folder))
-        copy.build()
-        failure = copy.first_failure(" or ".join(sorted({f"({m.tests})" for m in chosen})))
-        if failure is not None:
-            raise SystemExit(f"mutations: fails without any: {failure}")
-        for mutation in chosen:
-            begin, source = time.monotonic(), copy.source(mutation)
-            text = source.read_text()
-            source.write_text(text.replace(mutation.old, mutation.new))
-            copy.build()
-            failure = copy.first_failure(mutation.tests)
-            source.write_text(text)
+    with (
+        tempfile.TemporaryDirectory(prefix="mutations-") as folder,
+        ThreadPoolExecutor(arguments.jobs) as pool,
+    ):
+        copies = [Copy(Path(folder) / str(job)) for job in range(arguments.jobs)]
+        list(pool.map(Copy.build, copies))
+        tests = sorted({f"({m.tests})" for m in chosen})
+        shares = [
+            " or ".join(share) for job in range(len(copies)) if (share := tests[job :: len(copies)])
+        ]
+        for failure in pool.map(Copy.first_failure, copies, shares):
+            if failure is not None:
+                raise SystemExit(f"mutations: fails without any: {failure}")
+        idle: SimpleQueue[Copy] = SimpleQueue()
+        for copy in copies:
+            idle.put(copy)
+
+        def first_failure_with(mutation: Mutation) -> tuple[str | None, float]:
+            copy = idle.get()
+            try:
+                return copy.first_failure_with(mutation)
+            finally:
+                idle.put(copy)
+
+        for mutation, (failure, seconds) in zip(
+            chosen, pool.map(first_failure_with, chosen), strict=True
+        ):
             if failure is None:
                 survived.append(mutation.name)
-            seconds = time.monotonic() - begin
             print(f"{mutation.name:42} {seconds:3.0f} s  {failure or 'SURVIVED'}", flush=True)
     print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
     if survived:

@@ -113,7 +113,7 @@ def test_rows_of_partial_sums() -> None:
 
 @pytest.mark.parametrize("dtype", HALVES)
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=settings().max_examples // 2)
 def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(300, dtype, max_batch=2, head_dims=HEAD_DIMS))
     extension.host_model_num_sms = data.draw(st.sampled_from([1, 40]))  # the backward's splits
@@ -123,13 +123,14 @@ def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataOb
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @given(data=st.data())
-@settings(max_examples=1000)
+@settings(max_examples=10 * settings().max_examples)
 def test_equals_the_definition_sweep(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(700, dtype, max_batch=2, head_dims=HEAD_DIMS))
     extension.host_model_num_sms = data.draw(st.sampled_from([1, 40]))
     check(problem, backend)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("w, n", [(64, 2), (128, 1), (48, 3), (200, 1)])

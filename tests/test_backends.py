@@ -57,6 +57,7 @@ def layout_tensors(batch: int, seqlen: int) -> tuple[Tensor, Tensor]:
 # Operators
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("q_len", [24, 3])
 def test_opcheck_attention(dtype: torch.dtype, q_len: int) -> None:
@@ -75,6 +76,7 @@ def test_opcheck_attention(dtype: torch.dtype, q_len: int) -> None:
     )
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("q_len, packed", [(24, True), (24, False), (3, True)])
@@ -106,6 +108,7 @@ def operator(name: str, backend: str) -> Any:
     return getattr(OPS, name).default
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("relax", [0, 1, 2])
@@ -174,8 +177,18 @@ def run_block(block: Any, module: nn.Module, inputs: tuple[Tensor, ...]) -> list
     return [y.detach(), x.grad, *gradients]
 
 
-@pytest.mark.parametrize("backend", ["auto", *KERNELS])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend, compiler",
+    [
+        ("auto", "aot_eager"),
+        pytest.param("auto", "inductor", marks=pytest.mark.slow),
+        *(
+            pytest.param(*kernel.values, compiler, marks=kernel.marks)
+            for kernel in KERNELS
+            for compiler in ("aot_eager", "inductor")
+        ),
+    ],
+)
 def test_compile_in_one_graph(backend: str, compiler: str) -> None:
     module = make_block(backend)
     tolerance = 1e-9 if backend == "auto" else 2e-2  # of the largest entry
@@ -496,10 +509,10 @@ def test_float64_has_no_kernel() -> None:
 def test_falling_back_is_said_once(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backends, "_warned", set())
     layout = ck.ThreeRegionLayout(3, None, 4, 1)
-    said = r"cogview_kernels: three_region_attention: using backend='portable': .*torch.float32"
+    message = r"cogview_kernels: three_region_attention: using backend='portable': .*torch.float32"
     with FakeTensorMode():
         q = torch.randn(2, 4, 16, 32, device="cuda")
-        with pytest.warns(UserWarning, match=said) as warned:
+        with pytest.warns(UserWarning, match=message) as warned:
             for _ in range(3):
                 ck.three_region_attention(q, q, q, layout)
         norm = ck.PBRelaxLayerNorm(32, device="cuda", dtype=torch.float64).requires_grad_(False)

@@ -498,7 +498,7 @@ def test_sandwich_equals_the_definition(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), *PAIRS])
 @given(data=st.data())
-@settings(max_examples=2000)
+@settings(max_examples=20 * settings().max_examples)
 def test_equals_the_definition_sweep(
     backend: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
 ) -> None:
@@ -870,6 +870,7 @@ def test_gradients_at_any_loss_scale(backend: str, exponent: int, hidden: int) -
         check(make_sandwich(9, hidden, dtypes, dropout=6554, **options), backend)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtypes", PAIRS)
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("hidden", [1, 8, 300, 8200, 17000])

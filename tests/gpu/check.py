@@ -82,7 +82,9 @@ class Recorder:
         # A failing example is reported as drawn: shrinking it would take the other tests' time.
         phases = [phase for phase in hypothesis.Phase if phase.name in ("explicit", "generate")]
         current = hypothesis.settings()
-        hypothesis.settings.register_profile("gpu-check", current, phases=phases)
+        hypothesis.settings.register_profile(
+            "gpu-check", current, phases=phases, max_examples=6 * current.max_examples
+        )
         hypothesis.settings.load_profile("gpu-check")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
