@@ -331,7 +331,8 @@ def main(arguments: list[str]) -> int:
 
     names = [str(kind) for kind in kinds(options.backend, device) if options.only in str(kind)]
     print(f"{'kind of call':<45} {'error':>6}  of what is allowed", flush=True)
-    outcomes = _supervise(names, options.backend, options.time_limit)
+    worker = [sys.executable, "-m", "cogview_kernels", "verify", "--backend", options.backend]
+    outcomes = _supervise(names, [*worker, "--worker"], options.time_limit)
     if options.backend == "cuda":
         print(f"kept in {keep(outcomes, describe(device))}")
     wrong = [name for name, outcome in outcomes.items() if outcome.reason is not None]
@@ -339,9 +340,9 @@ def main(arguments: list[str]) -> int:
     return 1 if wrong else 0
 
 
-def _supervise(names: list[str], backend: str, time_limit: float) -> dict[str, Outcome]:
-    """Check the kinds in a process of their own. If it dies, the kind that it was at has failed,
-    and a new process checks those behind it."""
+def _supervise(names: list[str], worker: list[str], time_limit: float) -> dict[str, Outcome]:
+    """Check the kinds in a process of their own, ``worker``. If it dies, the kind that it was at
+    has failed, and a new process checks those behind it."""
     outcomes: dict[str, Outcome] = {}
 
     def settle(name: str, outcome: Outcome) -> None:
@@ -351,31 +352,27 @@ def _supervise(names: list[str], backend: str, time_limit: float) -> dict[str, O
 
     end = time.monotonic() + time_limit
     while rest := [name for name in names if name not in outcomes]:
-        command = [sys.executable, "-m", "cogview_kernels", "verify", "--backend", backend]
-        worker = subprocess.Popen(
-            [*command, "--worker", *rest],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
+        process = subprocess.Popen(
+            [*worker, *rest], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-        timer = threading.Timer(max(end - time.monotonic(), 0), worker.kill)
+        timer = threading.Timer(max(end - time.monotonic(), 0), process.kill)
         timer.start()
         last_line = ""
-        assert worker.stdout is not None
-        for line in worker.stdout:
+        assert process.stdout is not None
+        for line in process.stdout:
             if line.startswith(_OUTCOME):
                 name, *outcome = json.loads(line.removeprefix(_OUTCOME))
                 settle(name, Outcome(*outcome))
             else:
                 last_line = line.strip() or last_line
-        worker.wait()
+        process.wait()
         timer.cancel()
         rest = [name for name in rest if name not in outcomes]
         if time.monotonic() >= end:
             for name in rest:
                 settle(name, Outcome(None, f"no answer within {time_limit:g} s"))
         elif rest:
-            settle(rest[0], Outcome(None, f"its process ended: {last_line or worker.returncode}"))
+            settle(rest[0], Outcome(None, f"its process ended: {last_line or process.returncode}"))
     return outcomes
 
 
