@@ -135,6 +135,17 @@ def why_no_kernel_on(device: torch.device, backend: str) -> str | None:
     return why_not_host_model()
 
 
+def why_no_attention_kernel(
+    dtype: torch.dtype, head_dim: int, device: torch.device, backend: str
+) -> str | None:
+    return None if head_dim in (32, 64, 96, 128) else "TEMPORARY"
+
+
+def kernel_sources() -> str | None:
+    """A digest of the sources that the kernels were compiled from."""
+    return _C.kernel_sources if architectures() else None
+
+
 def num_sms(device: torch.device) -> int:
     """Multiprocessors that kernels on tensors of ``device`` are spread over."""
     if device.type == "cpu":
