@@ -1,29 +1,41 @@
 // Three-region attention, backward: dk and dv. The math stands in backward.cuh.
 //
-// A far key (text or pivot) is seen by every later query, others by those of their window only:
-// key j is seen by queries i with j <= i < last(j), last(j) = k_len for far keys, else
+// Every later query sees a far key (text or pivot); only the queries of its window see another one.
+// Queries i with j <= i < last(j) see key j: last(j) is k_len for far keys, else
 // first_far_query(j). From first_far_query(j) on, the logit of a far key carries its bias.
 //
+// Phases     1. work_of: which tile of keys, which split of the queries, which head.
+//            2. Find the keys of the tile and who sees them; copy the k and v tiles.
+//            3. For each tile of queries that see them, head after head of the group: wait for q,
+//               dout and the statistics, start the copy of the next tile, then in steps of kStep
+//               queries: p, ds, dv += p^T dout, dk += ds^T q.
+//            4. Scale dk and dv; write them through the k and v tiles, or as float32 to `partial`.
+//            5. Compute keys again that have a NaN of a query that does not see them (exact.cuh).
 // Layout     as the forward; row_max, row_log_sum, delta (batch, num_heads, q_len).
-// Grid       one block per tile of kBlockN keys, split and (batch, kv head). First the tiles whose
-//            loops are long: the packed pivots, and the first kPartialKeys keys, which may be
-//            text; `num_splits` blocks share the queries of each. Then the other keys in order.
-// Warps      kWarps, each with 16 * kRowTiles keys, whose dk and dv stay in registers; the block
-//            walks the queries that see its keys, head after head of the group, kBlockM rows at a
-//            time, in steps of kStep. Scores are computed transposed (keys x queries), so that p^T
-//            and ds^T are A fragments of the next products where they stand.
-// Smem       k tile (later: dk) and v tile (dv)       4 kBlockN kHeadDim bytes
-//            two stages of a q and a dout tile        8 kBlockM kHeadDim bytes
-//            and of row_max, row_log_sum and delta    24 kBlockM bytes
-//            in all: 33.5, 65.5, 48.8, 64.8 KB at head dim 32, 64, 96, 128; static: KeyTile
-// Barriers   as the forward.
-// Writers    a key's dk and dv by the one block that owns it: a pivot by the block of the packed
-//            pivots, not by that of its neighbours. With several splits each writes float32 sums
-//            to `partial`, which a last kernel adds in order. No atomics: deterministic.
+// Grid       one block per tile of kBlockN keys, split and (batch, kv head). The tiles with long
+//            loops come first: the packed pivots, and the first kPartialKeys keys, which may be
+//            text; `num_splits` blocks share the queries of each. The other keys follow in order.
+// Warps      kWarps; each owns 16 * kRowTiles keys, whose dk and dv stay in registers. Scores are
+//            computed transposed (keys x queries), so that p^T and ds^T are A fragments of the next
+//            products without a shuffle.
+// Smem       head_dim                         32     64     96    128
+//            k                              8192  16384  12288  16384
+//            v                              8192  16384  12288  16384
+//            stages: 2 x (q, dout)         16384  32768  24576  32768
+//                    2 x statistics         1536   1536    768    768
+//            total, dynamic                34304  67072  49920  66304
+//            static: KeyTile
+// Barriers   bar_sync in find_keys           the keys of the tile; those that are no pivots; who
+//                                            sees them; the views; the range of queries
+//            bar_sync in QueryStages::wait   the tile has arrived for all threads, and all warps
+//                                            have left the stage that is filled next
+//            bar_sync before the epilogue    k and v have arrived, and all warps have left them
+// Writers    the block that owns a key writes its dk and dv: for a pivot the block of the packed
+//            pivots, not that of its neighbours. With several splits each writes float32 sums to
+//            `partial`, and the partial kernel adds them in order. No atomics: deterministic.
 // Rounding   float32 logits, p and sums; p and ds rounded to the element type (float16: scaled, see
 //            backward.cuh and kBackwardShift) before p^T dout and ds^T q; dk and dv once.
-// NaN        keys that end with a NaN of a query that does not see them are computed again (exact.cuh).
-// Reference  gradient of cogview_kernels.reference.three_region_attention
+// Reference  gradient of cogview_kernels.attention.reference.three_region_attention
 
 #include <climits>
 
@@ -43,13 +55,16 @@ struct QueryStage {
 template <int kHeadDim_>
 struct DkdvShape {
   static constexpr int kHeadDim = kHeadDim_;
+  // Two row tiles halve a warp's reads of q and dout; beyond 64 they do not fit the registers.
   static constexpr int kRowTiles = kHeadDim <= 64 ? 2 : 1;
+  // One warp for each quarter of a multiprocessor.
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockN = 16 * kRowTiles * kWarps;
+  // Two stages of 64 queries beside k and v would not fit kMaxSharedBytes at 128.
   static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = 16;
-  static constexpr int kMinBlocks =
-      kHeadDim == 32 ? 3 : 2;  // to a multiprocessor, as far as registers go
+  static constexpr int kStep = 16;  // p and ds of more queries do not fit the registers
+  // Blocks on a multiprocessor: 255 registers a thread leave room for two, 168 for three.
+  static constexpr int kMinBlocks = kHeadDim == 32 ? 3 : 2;
   struct SharedMemoryPlan {
     unsigned char k[kTileBytes<kHeadDim, kBlockN>];  // later the rows of dk
     unsigned char v[kTileBytes<kHeadDim, kBlockN>];  // later the rows of dv
@@ -57,23 +72,23 @@ struct DkdvShape {
   };
 };
 
-// Who sees sixteen keys: from where on some and all of them are seen, and until where; from where
-// on some and all carry a bias.
+// Who sees sixteen keys. Queries in [some_begin, some_end) may see some of them, those in
+// [all_begin, all_end) see all. From some_far on some, from all_far on all are seen as far keys.
 struct KeyView {
   int some_begin, all_begin;
   int all_end, some_end;
   int some_far, all_far;
 };
 
-// The keys of a block. Rows that hold no key of the block's own are never seen and never written.
+// The keys of a block. No query sees a row without a key, and nobody writes it.
 template <int kBlockN>
 struct KeyTile {
   int key[kBlockN];  // -1: none
   int end[kBlockN];  // behind the last query that sees the key
   int far[kBlockN];  // first query that sees it as a far key
   KeyView view[kBlockN / 16];
-  int first_query, last_query;  // of all of them, as positions [first, last)
-  int first_pivot;              // where they stand in `partial`: pivots from here on, or the key
+  int first_query, last_query;  // positions [first, last) that see any of them
+  int first_pivot;              // the first of the packed pivots; -1: the keys are neighbours
 
   __device__ __forceinline__ int num_query_tiles(int block_m) const {
     return (max(last_query - first_query, 0) + block_m - 1) / block_m;
@@ -254,13 +269,13 @@ struct DkdvGrid {
   }
 };
 
-// Fill the block's key tile. `pivot_tile`: which kBlockN of the packed pivots, or -1; else the
-// keys from first_key on.
+// Fills the block's key tile. `pivot_tile`: which kBlockN of the packed pivots; -1: the keys from
+// first_key on.
 template <int kBlockN>
 __device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeRegionProblem& problem,
                                           const FarKeys& far, int pivot_tile, int first_key) {
   const int row = threadIdx.x;
-  // Pivots among the keys from first_key on: they belong to the blocks of the packed pivots.
+  // The pivots among the keys from first_key on belong to the blocks of the packed pivots.
   const int first_pivot =
       pivot_tile >= 0 ? pivot_tile * kBlockN : count_below(far.pivots, far.num_pivots, first_key);
   if (row < kBlockN) {
@@ -313,9 +328,9 @@ __device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeReg
   bar_sync();
 }
 
-// dk and dv of the key in a row of the block's tile once more (exact.cuh), from the block's tiles of
-// queries [begin, end); to `partial_*` where the block is one of several. Left alone where a query
-// that sees the key has a NaN of its own.
+// Computes dk and dv of the key in a row of the block's tile again (exact.cuh), from the block's
+// tiles of queries [begin, end); writes to `partial_*` where the block is one of several. Leaves
+// them alone where a query that sees the key has a NaN of its own.
 template <typename T, typename Shape>
 __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
                                       const KeyTile<Shape::kBlockN>& keys, int row, int batch,
@@ -327,7 +342,7 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
   const int key = keys.key[row], num_query_tiles = keys.num_query_tiles(Shape::kBlockM);
   const T* k = row_of_head<T>(params.k, batch, kv_head, key);
   const T* v = row_of_head<T>(params.v, batch, kv_head, key);
-  // f(head, its first row in the statistics, begin, end) for the queries of a tile that see the key.
+  // f(head, where its statistics begin, begin, end) for the queries of a tile that see the key.
   const auto for_tile = [&](int tile, auto f) {
     const int group = problem.num_heads / problem.num_kv_heads;
     const int head = kv_head * group + tile / num_query_tiles;

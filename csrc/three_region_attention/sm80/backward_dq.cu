@@ -1,18 +1,24 @@
 // Three-region attention, backward: dq. The math stands in backward.cuh.
 //
+// Phases     1. Copy the q and dout tiles; build the key list, and each warp's view of it.
+//            2. For each tile of the list, from its end: wait for k and v, start the copy of the
+//               next tile, then in steps of kStep entries: logits, p, ds, dq += ds k.
+//            3. Scale dq and write it through the q tile.
+//            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
-// Warps      kWarps, each with 16 * kRowTiles query rows, whose dq stays in registers. Tiles of
-//            kBlockN entries of the key list as in the forward, taken in steps of kStep entries.
-// Smem       q tile (later: the dq tile) and dout tile   4 kBlockM kHeadDim bytes
-//            two stages of a k and a v tile              8 kBlockN kHeadDim bytes
-//            in all: 32, 64, 48, 64 KB at head dim 32, 64, 96, 128; static as the forward
-// Barriers   as the forward.
-// Writers    each element of dq by one thread: deterministic.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers.
+// Smem       head_dim                         32     64     96    128
+//            q                              8192  16384  12288  16384
+//            dout                           8192  16384  12288  16384
+//            stages: 2 x (k, v)            16384  32768  24576  32768
+//            total, dynamic                32768  65536  49152  65536
+//            static: as the forward
+// Barriers   those of KeyStages, as the forward; bar_warp_sync: a warp's key list, its rows of dq
+// Writers    one thread writes each element of dq: deterministic.
 // Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
 //            before ds k; dq once.
-// NaN        rows that end with a NaN that is not their own are computed again (exact.cuh).
-// Reference  gradient of cogview_kernels.reference.three_region_attention
+// Reference  gradient of cogview_kernels.attention.reference.three_region_attention
 
 #include "backward.cuh"
 #include "query_tile.cuh"
@@ -23,12 +29,16 @@ namespace {
 template <int kHeadDim_>
 struct DqShape {
   static constexpr int kHeadDim = kHeadDim_;
+  // Two row tiles halve a warp's reads of k and v; beyond 64 they do not fit the registers.
   static constexpr int kRowTiles = kHeadDim <= 64 ? 2 : 1;
+  // One warp for each quarter of a multiprocessor.
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
+  // Beyond 64, tiles of 32 keys let two blocks fit sm_86 at 96, and sm_80 at 128.
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = 32;
-  static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
+  static constexpr int kStep = 32;  // logits and ds of more entries do not fit the registers
+  // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
+  static constexpr int kMinBlocks = 2;
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of dq
     unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
@@ -36,7 +46,7 @@ struct DqShape {
   };
 };
 
-// Row i once more (exact.cuh).
+// Computes the row at position i again (exact.cuh).
 template <typename T, int kHeadDim>
 __device__ __noinline__ void dq_row(const ThreeRegionBackwardParams& params, int batch, int head,
                                     int i) {
@@ -45,7 +55,7 @@ __device__ __noinline__ void dq_row(const ThreeRegionBackwardParams& params, int
   const int lane = threadIdx.x % kWarpSize, row = i - (problem.k_len - problem.q_len);
   const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
   const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len + row;
-  const KeyList list = key_list_of(problem, batch, i, i + 1);  // just what the row sees
+  const KeyList list = key_list_of(problem, batch, i, i + 1);  // exactly what the row sees
   const T* q = row_of_head<T>(params.q, batch, head, row);
   const T* dout = row_of_head<T>(params.dout, batch, head, row);
   float dq[kPerLane] = {};
@@ -246,7 +256,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
         sum += 0.f * (state.dq[rt][n][2 * half] *= factor);
         sum += 0.f * (state.dq[rt][n][2 * half + 1] *= factor);
       }
-      // A row that sees a NaN has one in its statistics already.
+      // A row that sees a NaN has one in its own statistics.
       const float own =
           state.row_max[rt][half] + state.row_log_sum[rt][half] + state.delta[rt][half];
       has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 &&

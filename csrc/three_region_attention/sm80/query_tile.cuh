@@ -1,4 +1,4 @@
-// What the kernels that own query rows share: the tile of queries of a block, and its keys.
+// Shared by the kernels that own query rows: the tile of queries of a block, and its keys.
 #pragma once
 
 #include "../key_list.cuh"
@@ -7,8 +7,8 @@
 namespace cogview::sm80 {
 
 // The tile of queries of a block: positions [begin, end) of [origin, origin + kBlockM). Tiles begin
-// at multiples of kBlockM, so that they coincide with query blocks; heads are outermost, late tiles
-// (long lists) first.
+// at multiples of kBlockM, so that they coincide with query blocks. Blocks are ordered by head, and
+// within a head from the last tile, whose list is the longest.
 template <int kBlockM>
 struct QueryTile {
   int first;  // position of row 0
@@ -34,7 +34,7 @@ struct QueryTile {
     kv_head = head / (problem.num_heads / problem.num_kv_heads);
   }
 
-  // Row of q and out; negative where the tile's row is none.
+  // Row of q and out; -1 where the tile's row holds no query.
   __device__ __forceinline__ int row(int tile_row) const {
     const int position = origin + tile_row;
     return position >= begin && position < end ? position - first : -1;

@@ -1,7 +1,7 @@
 // Tiles of 16-bit elements in shared memory, and products of them on the tensor cores.
 //
 // A tile has rows of kHeadDim elements. Its 16-byte chunks are swizzled, so that the eight rows of
-// an 8 x 8 matrix lie in different banks: chunk c of row r stands at c ^ (r % 8) where a row is a
+// an 8 x 8 matrix lie in different banks: chunk c of row r lies at c ^ (r % 8) where a row is a
 // multiple of 128 bytes, else at c ^ (r / 2 % 4).
 #pragma once
 
@@ -31,7 +31,7 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
   return row * (kHeadDim * 2) + (chunk ^ swizzle) * 16;
 }
 
-// Start copying rows of a head to a tile: row r of the tile is row row_of(r) of the head, zeros
+// Starts to copy rows of a head to a tile: row r of the tile is row row_of(r) of the head, zeros
 // where that is negative.
 template <int kHeadDim, int kRows, int kThreads, typename RowOf>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const uint16_t* head,
@@ -104,7 +104,7 @@ __device__ __forceinline__ float quad_max(float value) {
 
 // A warp writes its 16 * kRowTiles rows of an accumulator, from row `row` of the tile on; then its
 // rows of the tile go to global memory in 16-byte stores. row_of: the global row of a tile row,
-// negative where nothing is to be stored. Nobody else may use these rows of the tile.
+// negative where there is none to store. No other warp may use these rows of the tile meanwhile.
 template <typename T, int kHeadDim, int kRowTiles, typename RowOf>
 __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
                                            const float (&c)[kRowTiles][kHeadDim / 8][4],
