@@ -1,5 +1,5 @@
 // The Python module `cogview_kernels._C`: what was built, and what the CUDA driver offers here.
-// Importing it registers the operators of csrc/operators.
+// Importing it registers the operators of ops.cpp.
 
 #include <pybind11/pybind11.h>
 
