@@ -28,10 +28,8 @@ cudaError_t with_head_dim(int head_dim, Function f) {
   }
 }
 
-// Shared memory of a block: what sm_86, sm_89 and sm_120 allow, the least of all GPUs since sm_80,
-// and the part of it that CUDA may keep for itself.
+// Shared memory of a block: what sm_86, sm_89 and sm_120 allow, the least of all GPUs since sm_80.
 constexpr int kMaxSharedBytes = 99 * 1024;
-constexpr int kReservedSharedBytes = 1024;
 
 // Why these kernels do not take the problem on the device; none where they do.
 inline std::optional<std::string> unsupported(const ThreeRegionProblem& problem,
