@@ -1,6 +1,8 @@
 // The Python module `cogview_kernels._host_model`. Importing it registers the operators of ops.cpp
 // for CPU tensors.
 
+#include "../three_region_attention/bindings.h"
+
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -53,4 +55,5 @@ PYBIND11_MODULE(_host_model, m) {
       "set_launches", [](bool launches) { enabled = launches; }, py::arg("launches"),
       "Measuring equipment for host time. False: operators check their arguments, launch nothing "
       "and leave outputs as they were. True at first.");
+  cogview::define_three_region_attention(m);
 }

@@ -546,8 +546,12 @@ cogview::ThreeRegionProblem problem_of(const Tensor& q, const Tensor& k, const T
   const int64_t num_kv_heads = k.size(1), k_len = k.size(2);
   const cogview::DType dtype = dtype_of("q", q);
   STD_TORCH_CHECK(dtype != cogview::DType::kFloat32, "q: expected float16 or bfloat16");
-  STD_TORCH_CHECK(head_dim == 32 || head_dim == 64 || head_dim == 96 || head_dim == 128,
-                  "q: expected a head_dim of 32, 64, 96 or 128, got ", head_dim);
+  cogview::ThreeRegionProblem problem = {};
+  problem.dtype = dtype;
+  problem.head_dim = to_int("head_dim", head_dim);
+  const std::optional<std::string> unsupported =
+      three_region_attention_unsupported(problem, cogview::device_of(q.get_device_index()));
+  STD_TORCH_CHECK(!unsupported.has_value(), "q: ", *unsupported);
   STD_TORCH_CHECK(k_len <= int64_t{1} << 30, "k: expected at most 2^30 keys, got ", k_len);
   STD_TORCH_CHECK(q_len <= k_len, "q: expected at most ", k_len, " rows as k, got ", q_len);
   STD_TORCH_CHECK(num_heads % num_kv_heads == 0, "k: expected a number of heads that divides ",
@@ -562,14 +566,11 @@ cogview::ThreeRegionProblem problem_of(const Tensor& q, const Tensor& k, const T
   STD_TORCH_CHECK(query_window >= 1 && key_window_times >= 1,
                   "query_window, key_window_times: expected at least 1");
 
-  cogview::ThreeRegionProblem problem = {};
   problem.batch = to_int("batch", batch);
   problem.num_heads = to_int("num_heads", num_heads);
   problem.num_kv_heads = to_int("num_kv_heads", num_kv_heads);
   problem.q_len = to_int("q_len", q_len);
   problem.k_len = to_int("k_len", k_len);
-  problem.head_dim = to_int("head_dim", head_dim);
-  problem.dtype = dtype;
   problem.num_pivots = to_int("far_keys", columns) - 2;
   // Larger windows and more of them see nothing more, and may be as large as an int64.
   problem.query_window = static_cast<int>(std::min(query_window, k_len));
