@@ -102,9 +102,7 @@ def _pairs(device: torch.device) -> Iterator[Pair]:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     dout = random(*q.shape).detach()
-    yield from _both(
-        "attention", lambda: attention(shared), sdpa, (q, k, v), dout
-    )
+    yield from _both("attention", lambda: attention(shared), sdpa, (q, k, v), dout)
     yield from _both(
         "attention, a layout for each call", lambda: attention(fresh()), sdpa, (q, k, v), dout
     )

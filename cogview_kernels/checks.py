@@ -1,7 +1,8 @@
-"""Checks of arguments, and the words of their errors."""
+"""Checks of arguments, with errors that name the argument, what was expected and what came."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
@@ -59,18 +60,21 @@ def check_last_dim_contiguous(name: str, value: Tensor) -> None:
         )
 
 
-def check_no_tangent(name: str, value: Tensor | None) -> None:
+def check_no_tangent(**tensors: Tensor | None) -> None:
     """An operator without a forward-mode derivative would pass for a constant, unnoticed."""
-    if value is None:
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level < 0:
         return
-    if not torch.compiler.is_compiling():
-        while torch._C._functorch.is_batchedtensor(value):  # cannot be unpacked itself
-            value = torch._C._functorch.get_unwrapped(value)
-    if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
-        raise NotImplementedError(
-            f"{name}: expected no tangent, as forward-mode differentiation is not implemented "
-            "here; backend='reference' has it"
-        )
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not torch.compiler.is_compiling():
+            while torch._C._functorch.is_batchedtensor(tensor):  # cannot be unpacked itself
+                tensor = torch._C._functorch.get_unwrapped(tensor)
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: expected no tangent, as forward-mode differentiation is not implemented "
+                "here; backend='reference' has it"
+            )
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -86,3 +90,22 @@ def values_readable(value: Any) -> bool:
     if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
         return False
     return value.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether a tensor on the CPU holds a NaN. Read again only after torch has counted a change, as
+    reading takes longer than launching a norm."""
+    if tensor.is_inference():  # counts no changes
+        return bool(tensor.isnan().any())
+    key, version = id(tensor), tensor._version
+    known = _without_nan.get(key)
+    if known is not None and known[0]() is tensor and known[1] == version:
+        return False
+    if bool(tensor.isnan().any()):
+        return True
+    _without_nan[key] = weakref.ref(tensor, lambda _: _without_nan.pop(key, None)), version
+    return False
+
+
+# By id: where the tensor is, and the version at which it had no NaN.
+_without_nan: dict[int, tuple[weakref.ref[Tensor], int]] = {}

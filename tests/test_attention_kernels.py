@@ -18,9 +18,8 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from cogview_kernels import extension
-from cogview_kernels.attention import function as attention
 
-HEAD_DIMS = attention.HEAD_DIMS
+HEAD_DIMS = (32, 64, 96, 128)
 HALVES = (torch.bfloat16, torch.float16)
 
 

@@ -719,7 +719,11 @@ BAD_FORWARD: list[tuple[str, Any, str]] = [
     ("q", lambda t: t.double(), "q: expected float32, float16 or bfloat16"),
     ("q", lambda t: t[0], "q: expected a tensor"),
     ("q", lambda t: t[:0], "q: expected a tensor .* with elements"),
-    ("q", lambda t: t[..., :16], "q: the kernels take head dimensions of 32, 64, 96 and 128, got 16"),
+    (
+        "q",
+        lambda t: t[..., :16],
+        "q: the kernels take head dimensions of 32, 64, 96 and 128, got 16",
+    ),
     ("q", lambda t: t.mT.contiguous().mT, "q: expected a contiguous last dimension"),
     ("q", misaligned, "q: expected rows at multiples of 16 bytes"),
     ("q", lambda t: torch.cat([t, t], 2), "q: expected at most 40 rows as k, got 60"),
