@@ -7,6 +7,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn import Parameter
+
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def describe(value: Any) -> str:
@@ -27,7 +33,7 @@ def check_int(name: str, value: Any, minimum: int) -> None:
 def check_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {describe(value)}")
-    if not abs(value) <= torch.finfo(torch.float32).max:
+    if not abs(value) <= _LARGEST_FLOAT32:
         raise ValueError(f"{name}: expected a number that is finite in float32, got {value}")
     return float(value)
 
@@ -35,7 +41,7 @@ def check_float(name: str, value: Any) -> float:
 def check_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if value.dtype not in _FLOATS:
         raise TypeError(
             f"{name}: expected float64, float32, bfloat16 or float16, got {describe(value)}"
         )
@@ -87,9 +93,10 @@ def values_readable(value: Any) -> bool:
     (not traced, fake or batched) tensor on the CPU."""
     if not isinstance(value, Tensor):
         return True
-    if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or value.device.type != "cpu":
         return False
-    return value.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    kind = type(value)
+    return (kind is Tensor or kind is Parameter) and not is_functorch_wrapped_tensor(value)
 
 
 def has_nan(tensor: Tensor) -> bool:
@@ -97,15 +104,15 @@ def has_nan(tensor: Tensor) -> bool:
     reading takes longer than launching a norm."""
     if tensor.is_inference():  # counts no changes
         return bool(tensor.isnan().any())
-    key, version = id(tensor), tensor._version
+    key, state = id(tensor), (tensor._version, tensor.data_ptr())
     known = _without_nan.get(key)
-    if known is not None and known[0]() is tensor and known[1] == version:
+    if known is not None and known[0] == state and known[1]() is tensor:
         return False
     if bool(tensor.isnan().any()):
         return True
-    _without_nan[key] = weakref.ref(tensor, lambda _: _without_nan.pop(key, None)), version
+    _without_nan[key] = state, weakref.ref(tensor, lambda _: _without_nan.pop(key, None))
     return False
 
 
-# By id: where the tensor is, and the version at which it had no NaN.
-_without_nan: dict[int, tuple[weakref.ref[Tensor], int]] = {}
+# By id: the state of a tensor in which it had no NaN, and the tensor.
+_without_nan: dict[int, tuple[tuple[int, int], weakref.ref[Tensor]]] = {}

@@ -11,6 +11,7 @@ A call takes one of two ways, which compute the same bits:
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -71,16 +72,19 @@ def define_operator(
         custom_op.register_kernel("cpu")(cpu_kernel)
     overload = getattr(torch.ops.cogview_kernels, name).default
     if backward is None:
-        return Operator(launch, overload, None)
+        return Operator(launch, device, overload, function=None)
 
     names = [argument.name for argument in overload._schema.arguments]
+
+    @functools.cache
+    def wanted(needs_input_grad: tuple[bool, ...]) -> frozenset[str]:
+        return frozenset(itertools.compress(names, needs_input_grad))
 
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         backward.save(ctx, output, *inputs)
 
     def gradients(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        wanted = frozenset(itertools.compress(names, ctx.needs_input_grad))
-        of_inputs = backward.gradients(ctx, wanted, *of_outputs)
+        of_inputs = backward.gradients(ctx, wanted(ctx.needs_input_grad), *of_outputs)
         return tuple(map(of_inputs.get, names))
 
     custom_op.register_autograd(gradients, setup_context=save)
@@ -92,28 +96,47 @@ def define_operator(
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function = type(f"{name}_eager", (torch.autograd.Function,), members)
-    return Operator(launch, overload, function)
+    return Operator(launch, device, overload, function)
 
 
 class Operator:
     """A defined operator; a call takes the short way where it can."""
 
-    def __init__(self, launch: Callable[..., Any], overload: Any, function: Any) -> None:
-        self.launch, self.overload, self.function = launch, overload, function
+    def __init__(
+        self,
+        launch: Callable[..., Any],
+        device: str | None,
+        overload: Any,
+        function: type[torch.autograd.Function] | None,
+    ) -> None:
+        self._launch = launch
+        self._device = device
+        self._overload = overload
+        # Function.apply without what it does for torch.func, of which nothing is active then.
+        # Without a backward, the overload: its error names it if it is differentiated.
+        self._with_gradient = (
+            overload if function is None else super(torch.autograd.Function, function).apply
+        )
 
     def __call__(self, *args: Any) -> Any:
         if not in_plain_eager_mode():
-            return self.overload(*args)
+            return self._overload(*args)
+        device = args[0].device.type
+        if device == "meta" or (self._device is not None and device != self._device):
+            return self._overload(*args)
         requires_grad = False
         for arg in args:
-            if isinstance(arg, Tensor):
-                if not is_plain(arg):
-                    return self.overload(*args)
+            kind = type(arg)
+            if kind is Tensor or kind is Parameter:
                 requires_grad = requires_grad or arg.requires_grad
-        if not (requires_grad and torch.is_grad_enabled()):
-            return self.launch(*args)
-        # Without a backward the overload is called, whose error names it if it is differentiated.
-        return self.overload(*args) if self.function is None else self.function.apply(*args)
+            elif kind not in _NUMBERS and isinstance(arg, Tensor):
+                return self._overload(*args)
+        if requires_grad and torch.is_grad_enabled():
+            return self._with_gradient(*args)
+        return self._launch(*args)
+
+
+_NUMBERS = (int, float, type(None))
 
 
 def in_plain_eager_mode() -> bool:
@@ -129,5 +152,5 @@ def in_plain_eager_mode() -> bool:
 
 
 def is_plain(tensor: Tensor) -> bool:
-    """Whether the tensor is no subclass and has values."""
-    return type(tensor) in (Tensor, Parameter) and not tensor.is_meta
+    """Whether the tensor is of no subclass."""
+    return type(tensor) is Tensor or type(tensor) is Parameter

@@ -197,10 +197,10 @@ def _norm_gradients(backward: Operator) -> Callable[..., dict[str, Tensor | None
     def gradients(
         ctx: Any, wanted: frozenset[str], dy: Tensor, _: None
     ) -> dict[str, Tensor | None]:
-        parameters = ctx.parameters if wanted & {"weight", "bias"} else None
-        dx, dweight, dbias = backward(dy, *_NormSaved(*ctx.saved_tensors), parameters)
-        found = {"x": dx, "weight": dweight, "bias": dbias}
-        return {name: found[name] for name in wanted}
+        weight, bias = "weight" in wanted, "bias" in wanted
+        saved = _NormSaved(*ctx.saved_tensors)
+        dx, dweight, dbias = backward(dy, *saved, ctx.parameters if weight or bias else None)
+        return {"x": dx, "weight": dweight if weight else None, "bias": dbias if bias else None}
 
     return gradients
 
@@ -410,15 +410,14 @@ def _sandwich_gradients(backward: Operator) -> Callable[..., dict[str, Tensor | 
             dh, dz, *saved, ctx.dropout, post_parameters, pre_parameters
         )
         dpost_weight, dpost_bias, dpre_weight, dpre_bias = of_parameters
-        found = {
+        return {
             "f": df,
             "residual": dh if dz is None else dresidual,
-            "post_weight": dpost_weight,
-            "post_bias": dpost_bias,
-            "pre_weight": dpre_weight,
-            "pre_bias": dpre_bias,
+            "post_weight": dpost_weight if "post_weight" in wanted else None,
+            "post_bias": dpost_bias if "post_bias" in wanted else None,
+            "pre_weight": dpre_weight if "pre_weight" in wanted else None,
+            "pre_bias": dpre_bias if "pre_bias" in wanted else None,
         }
-        return {name: found[name] for name in wanted}
 
     return gradients
 
