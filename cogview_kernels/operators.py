@@ -27,9 +27,11 @@ LIBRARY = torch.library.Library(NAMESPACE, "FRAGMENT")
 class Backward(NamedTuple):
     """How an operator is differentiated."""
 
+    # The first so many outputs are what a call is made for; the others are for the backward alone.
+    num_results: int
     # (ctx, outputs, *inputs): keeps what the gradients need.
     save: Callable[..., None]
-    # (ctx, wanted, *gradients of the outputs) -> the gradients by the names of the inputs.
+    # (ctx, wanted, *gradients of the results) -> the gradients by the names of the inputs.
     # ``wanted`` names the inputs that need one.
     gradients: Callable[..., dict[str, Tensor | None]]
 
@@ -72,7 +74,7 @@ def define_operator(
         custom_op.register_kernel("cpu")(cpu_kernel)
     overload = getattr(torch.ops.cogview_kernels, name).default
     if backward is None:
-        return Operator(launch, device, overload, function=None)
+        return Operator(launch, device, overload)
 
     names = [argument.name for argument in overload._schema.arguments]
 
@@ -80,11 +82,16 @@ def define_operator(
     def wanted(needs_input_grad: tuple[bool, ...]) -> frozenset[str]:
         return frozenset(itertools.compress(names, needs_input_grad))
 
+    num_results = backward.num_results
+
     def save(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
         backward.save(ctx, output, *inputs)
+        if num_results < len(output):
+            ctx.mark_non_differentiable(*output[num_results:])
 
     def gradients(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_inputs = backward.gradients(ctx, wanted(ctx.needs_input_grad), *of_outputs)
+        of_results = of_outputs[:num_results]
+        of_inputs = backward.gradients(ctx, wanted(ctx.needs_input_grad), *of_results)
         return tuple(map(of_inputs.get, names))
 
     custom_op.register_autograd(gradients, setup_context=save)
@@ -92,11 +99,11 @@ def define_operator(
     def forward(ctx: Any, *inputs: Any) -> Any:
         outputs = launch(*inputs)
         backward.save(ctx, outputs, *inputs)
-        return outputs
+        return outputs[:num_results]
 
     members = {"forward": staticmethod(forward), "backward": staticmethod(gradients)}
     function = type(f"{name}_eager", (torch.autograd.Function,), members)
-    return Operator(launch, device, overload, function)
+    return Operator(launch, device, overload, function, num_results)
 
 
 class Operator:
@@ -107,11 +114,13 @@ class Operator:
         launch: Callable[..., Any],
         device: str | None,
         overload: Any,
-        function: type[torch.autograd.Function] | None,
+        function: type[torch.autograd.Function] | None = None,
+        num_results: int | None = None,
     ) -> None:
         self._launch = launch
         self._device = device
         self._overload = overload
+        self._num_results = num_results
         # Function.apply without what it does for torch.func, of which nothing is active then.
         # Without a backward, the overload: its error names it if it is differentiated.
         self._with_gradient = (
@@ -119,21 +128,26 @@ class Operator:
         )
 
     def __call__(self, *args: Any) -> Any:
-        if not in_plain_eager_mode():
-            return self._overload(*args)
+        """The results for the arguments: one, or a tuple."""
+        outputs = self._way(args)(*args)
+        if self._num_results is None:
+            return outputs
+        return outputs[0] if self._num_results == 1 else outputs[: self._num_results]
+
+    def _way(self, args: tuple[Any, ...]) -> Callable[..., Any]:
         device = args[0].device.type
-        if device == "meta" or (self._device is not None and device != self._device):
-            return self._overload(*args)
+        if device != self._device and (self._device is not None or device == "meta"):
+            return self._overload
+        if not in_plain_eager_mode():
+            return self._overload
         requires_grad = False
         for arg in args:
             kind = type(arg)
             if kind is Tensor or kind is Parameter:
                 requires_grad = requires_grad or arg.requires_grad
             elif kind not in _NUMBERS and isinstance(arg, Tensor):
-                return self._overload(*args)
-        if requires_grad and torch.is_grad_enabled():
-            return self._with_gradient(*args)
-        return self._launch(*args)
+                return self._overload
+        return self._with_gradient if requires_grad and torch.is_grad_enabled() else self._launch
 
 
 _NUMBERS = (int, float, type(None))

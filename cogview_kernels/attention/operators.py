@@ -331,7 +331,7 @@ def _define_kernels(name: str, device: str, on_the_cpu: bool) -> _Kernels:
         _allocate_forward,
         _forward,
         vmap=_folded_into_batch,
-        backward=Backward(_save, _gradients(backward)),
+        backward=Backward(3, _save, _gradients(backward)),
         device=device,
         cpu_kernel=_without_autocast(portable.attention_forward_packed) if on_the_cpu else None,
     )
@@ -355,5 +355,5 @@ PORTABLE = define_operator(
     _allocate_portable_forward,
     _without_autocast(portable.attention_forward),
     vmap=_folded_into_batch,
-    backward=Backward(_save_portable, _portable_gradients),
+    backward=Backward(2, _save_portable, _portable_gradients),
 )

@@ -21,7 +21,7 @@ from cogview_kernels.checks import (
     values_readable,
 )
 from cogview_kernels.norm import operators, portable, reference
-from cogview_kernels.norm.operators import RELAX, Affine
+from cogview_kernels.norm.operators import RELAX
 
 
 def pb_relax_layer_norm(
@@ -63,15 +63,14 @@ def pb_relax_layer_norm(
     check_choice("relax", relax, RELAX)
     eps = _check_eps(eps)
     _check_input("x", x)
-    _check_affine("x", x, "", Affine(weight, bias))
+    _check_affine("x", x, "", weight, bias)
     if backend == "reference":
         return reference.pb_relax_layer_norm(x, weight, bias, eps, relax)
     kernels = _kernels("pb_relax_layer_norm", backend, x)
     if kernels is None:
         return portable.layer_norm(x, weight, bias, eps, relax)
     check_no_tangent(x=x, weight=weight, bias=bias)
-    y, _ = kernels.pb_relax_layer_norm(x, weight, bias, eps, RELAX.index(relax))
-    return y
+    return kernels.pb_relax_layer_norm(x, weight, bias, eps, RELAX.index(relax))
 
 
 @overload
@@ -159,7 +158,7 @@ def sandwich_residual(
     _check_input("residual", residual)
     if residual.shape != f.shape:
         raise ValueError(f"residual: expected {tuple(f.shape)} as f, got {tuple(residual.shape)}")
-    _check_affine("f", f, "post_", Affine(post_weight, post_bias))
+    _check_affine("f", f, "post_", post_weight, post_bias)
     if residual.dtype not in (f.dtype, torch.float32):
         raise TypeError(f"residual: expected dtype {f.dtype} or float32, got {residual.dtype}")
     if residual.device != f.device:
@@ -170,7 +169,7 @@ def sandwich_residual(
                 raise ValueError(
                     f"{name}: expected None without final_norm, got {describe(parameter)}"
                 )
-    _check_affine("residual", residual, "pre_", Affine(pre_weight, pre_bias))
+    _check_affine("residual", residual, "pre_", pre_weight, pre_bias)
     _check_generator(generator, f)
 
     parameters = post_weight, post_bias, pre_weight, pre_bias
@@ -190,7 +189,7 @@ def sandwich_residual(
         pre_weight=pre_weight,
         pre_bias=pre_bias,
     )
-    h, z, _, _ = kernels.sandwich_residual(
+    h, z = kernels.sandwich_residual(
         f, residual, final_norm, *parameters, seed, dropout, eps, RELAX.index(relax)
     )
     return h, z if final_norm else None
@@ -324,31 +323,31 @@ def _check_input(name: str, tensor: Tensor) -> None:
     check_last_dim_contiguous(name, tensor)
 
 
-def _check_affine(x_name: str, x: Tensor, prefix: str, affine: Affine) -> None:
-    """A norm's weight and bias; the user knows them by their names behind ``prefix``."""
-    weight, bias = affine
-    if weight is not None:
-        _check_parameter(f"{prefix}weight", weight, x_name, x)
-    if bias is not None:
-        _check_parameter(f"{prefix}bias", bias, x_name, x)
+def _check_affine(
+    x_name: str, x: Tensor, prefix: str, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """The weight and bias of the norm of ``x``; the user knows them with ``prefix``."""
+    dtype, device, hidden = x.dtype, x.device, x.shape[-1:]
+    for last, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if not isinstance(parameter, Tensor) or parameter.dtype not in (dtype, torch.float32):
+            raise TypeError(
+                f"{prefix}{last}: expected a tensor of dtype {dtype} as {x_name}, or float32, "
+                f"got {describe(parameter)}"
+            )
+        if parameter.shape != hidden:
+            raise ValueError(
+                f"{prefix}{last}: expected {tuple(hidden)} as the last dimension of {x_name}, "
+                f"got {tuple(parameter.shape)}"
+            )
+        if parameter.device != device:
+            raise ValueError(
+                f"{prefix}{last}: expected device {device} as {x_name}, got {parameter.device}"
+            )
+        if values_readable(parameter) and has_nan(parameter):
+            raise ValueError(f"{prefix}{last}: expected numbers, got NaN")
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(
             f"{prefix}bias: expected dtype {weight.dtype} as {prefix}weight, got {bias.dtype}"
         )
-
-
-def _check_parameter(name: str, parameter: Tensor, x_name: str, x: Tensor) -> None:
-    if not isinstance(parameter, Tensor) or parameter.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{name}: expected a tensor of dtype {x.dtype} as {x_name}, or float32, "
-            f"got {describe(parameter)}"
-        )
-    if parameter.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{name}: expected {tuple(x.shape[-1:])} as the last dimension of {x_name}, "
-            f"got {tuple(parameter.shape)}"
-        )
-    if parameter.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} as {x_name}, got {parameter.device}")
-    if values_readable(parameter) and has_nan(parameter):
-        raise ValueError(f"{name}: expected numbers, got NaN")

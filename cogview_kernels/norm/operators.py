@@ -54,6 +54,10 @@ def _rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
+def _empty(like: Tensor) -> Tensor:
+    return torch.empty_like(like, memory_format=torch.contiguous_format)
+
+
 def _num_rows(x: Tensor) -> int:
     return math.prod(x.shape[:-1])
 
@@ -67,25 +71,19 @@ def _contiguous(tensor: Tensor | None) -> Tensor | None:
     return None if tensor is None else tensor.contiguous()
 
 
-class Affine(NamedTuple):
-    """A norm's weight and bias."""
-
-    weight: Tensor | None
-    bias: Tensor | None
-
-    @property
-    def dtype(self) -> torch.dtype | None:
-        return next((tensor.dtype for tensor in self if tensor is not None), None)
+def _dtype_of(weight: Tensor | None, bias: Tensor | None) -> torch.dtype | None:
+    present = bias if weight is None else weight
+    return None if present is None else present.dtype
 
 
-class _AffineGradient(NamedTuple):
+class AffineGradient(NamedTuple):
     """The gradients of weight and bias; of no elements where none is wanted."""
 
     dweight: Tensor
     dbias: Tensor
 
     @classmethod
-    def allocate(cls, x: Tensor, dtype: torch.dtype | None) -> _AffineGradient:
+    def allocate(cls, x: Tensor, dtype: torch.dtype | None) -> AffineGradient:
         dweight = x.new_empty(0 if dtype is None else x.shape[-1], dtype=dtype or torch.float32)
         return cls(dweight, torch.empty_like(dweight))
 
@@ -97,7 +95,7 @@ class _AffineGradient(NamedTuple):
 
 
 def _allocate_norm(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return x.new_empty(x.shape), x.new_empty((_num_rows(x), 4), dtype=torch.float32)
+    return _empty(x), x.new_empty((_num_rows(x), 4), dtype=torch.float32)
 
 
 def _allocate_norm_backward(
@@ -107,7 +105,7 @@ def _allocate_norm_backward(
     statistics: Tensor,
     parameters: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), *_AffineGradient.allocate(x, parameters)
+    return _empty(x), *AffineGradient.allocate(x, parameters)
 
 
 def _norm(
@@ -138,8 +136,8 @@ def _norm_backward(
     statistics: Tensor,
     parameters: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx = x.new_empty(x.shape)
-    gradient = _AffineGradient.allocate(x, parameters)
+    dx = _empty(x)
+    gradient = AffineGradient.allocate(x, parameters)
     num_rows = statistics.shape[0]
     if num_rows == 0:
         return dx, gradient.dweight.zero_(), gradient.dbias.zero_()
@@ -188,15 +186,12 @@ def _save_norm(
 ) -> None:
     _, statistics = outputs
     ctx.save_for_backward(*_NormSaved(x, weight, statistics))
-    ctx.mark_non_differentiable(statistics)
     ctx.set_materialize_grads(False)
-    ctx.parameters = Affine(weight, bias).dtype
+    ctx.parameters = _dtype_of(weight, bias)
 
 
 def _norm_gradients(backward: Operator) -> Callable[..., dict[str, Tensor | None]]:
-    def gradients(
-        ctx: Any, wanted: frozenset[str], dy: Tensor, _: None
-    ) -> dict[str, Tensor | None]:
+    def gradients(ctx: Any, wanted: frozenset[str], dy: Tensor) -> dict[str, Tensor | None]:
         weight, bias = "weight" in wanted, "bias" in wanted
         saved = _NormSaved(*ctx.saved_tensors)
         dx, dweight, dbias = backward(dy, *saved, ctx.parameters if weight or bias else None)
@@ -213,7 +208,7 @@ def _allocate_sandwich(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Without the final norm, its results are rows without elements."""
     rows = _num_rows(f)
-    h, f_statistics = residual.new_empty(f.shape), f.new_empty((rows, 4), dtype=torch.float32)
+    h, f_statistics = _empty(residual), f.new_empty((rows, 4), dtype=torch.float32)
     if not final_norm:
         return h, h.new_empty((rows, 0)), f_statistics, f_statistics.new_empty((rows, 0))
     return h, torch.empty_like(h), f_statistics, torch.empty_like(f_statistics)
@@ -234,9 +229,9 @@ def _allocate_sandwich_backward(
     pre_parameters: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Without the final norm, the gradient of residual is dh and not here."""
-    dresidual = dh.new_empty((_num_rows(f), 0) if dz is None else f.shape)
-    post = _AffineGradient.allocate(f, post_parameters)
-    return f.new_empty(f.shape), dresidual, *post, *_AffineGradient.allocate(f, pre_parameters)
+    dresidual = dh.new_empty((_num_rows(f), 0)) if dz is None else _empty(dh)
+    post = AffineGradient.allocate(f, post_parameters)
+    return _empty(f), dresidual, *post, *AffineGradient.allocate(f, pre_parameters)
 
 
 def _sandwich(
@@ -293,9 +288,9 @@ def _sandwich_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     has_z = dz is not None
     num_rows = f_statistics.shape[0]
-    df, dresidual = f.new_empty(f.shape), dh.new_empty(f.shape if has_z else (num_rows, 0))
-    post = _AffineGradient.allocate(f, post_parameters)
-    pre = _AffineGradient.allocate(f, pre_parameters)
+    df, dresidual = _empty(f), _empty(dh) if has_z else dh.new_empty((num_rows, 0))
+    post = AffineGradient.allocate(f, post_parameters)
+    pre = AffineGradient.allocate(f, pre_parameters)
     if num_rows == 0:
         for gradient in (*post, *pre):
             gradient.zero_()
@@ -379,11 +374,10 @@ def _save_sandwich(
         seed,
     )
     ctx.save_for_backward(*saved)
-    ctx.mark_non_differentiable(f_statistics, h_statistics)
     ctx.set_materialize_grads(False)
     ctx.dropout = dropout
-    ctx.post_parameters = Affine(post_weight, post_bias).dtype
-    ctx.pre_parameters = Affine(pre_weight, pre_bias).dtype
+    ctx.post_parameters = _dtype_of(post_weight, post_bias)
+    ctx.pre_parameters = _dtype_of(pre_weight, pre_bias)
 
 
 def _sandwich_gradients(backward: Operator) -> Callable[..., dict[str, Tensor | None]]:
@@ -392,7 +386,6 @@ def _sandwich_gradients(backward: Operator) -> Callable[..., dict[str, Tensor | 
         wanted: frozenset[str],
         dh: Tensor | None,
         dz: Tensor | None,
-        *_: None,
     ) -> dict[str, Tensor | None]:
         saved = _SandwichSaved(*ctx.saved_tensors)
         if saved.h is None or dz is None:  # nobody uses z: as if it were not there
@@ -491,7 +484,7 @@ def _define_norm(name: str, device: str, on_the_cpu: bool) -> Operator:
         _allocate_norm,
         _norm,
         vmap=_folded_into_rows(1, _allocate_norm),
-        backward=Backward(_save_norm, _norm_gradients(backward)),
+        backward=Backward(1, _save_norm, _norm_gradients(backward)),
         device=device,
         cpu_kernel=_norm_on_the_cpu if on_the_cpu else None,
     )
@@ -519,7 +512,7 @@ def _define_sandwich(name: str, device: str, on_the_cpu: bool) -> Operator:
         _allocate_sandwich,
         _sandwich,
         vmap=_folded_into_rows(2, _allocate_sandwich),
-        backward=Backward(_save_sandwich, _sandwich_gradients(backward)),
+        backward=Backward(2, _save_sandwich, _sandwich_gradients(backward)),
         device=device,
         cpu_kernel=_sandwich_on_the_cpu if on_the_cpu else None,
     )
