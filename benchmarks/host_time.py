@@ -125,7 +125,9 @@ def _pairs(device: torch.device) -> Iterator[Pair]:
     )
     yield from _both(
         "sandwich",
-        lambda: ck.sandwich_residual(x, residual, *parameters, backend=backend),
+        lambda: ck.sandwich_residual(
+            x, residual, weight, bias, pre_weight, pre_bias, backend=backend
+        ),
         torchs_sandwich,
         (x, residual, *parameters),
         (dy, dy),

@@ -93,7 +93,7 @@ def values_readable(value: Any) -> bool:
     (not traced, fake or batched) tensor on the CPU."""
     if not isinstance(value, Tensor):
         return True
-    if torch.compiler.is_compiling() or value.device.type != "cpu":
+    if torch.compiler.is_compiling() or not value.is_cpu:
         return False
     kind = type(value)
     return (kind is Tensor or kind is Parameter) and not is_functorch_wrapped_tensor(value)

@@ -23,6 +23,7 @@ except ImportError as error:
 else:
     _IMPORT_ERROR = None
 
+_CPU = torch.device("cpu")
 HOW_TO_BUILD = (
     "install a CUDA toolkit with nvcc (12.4 or later), then, in a clone of the repository, "
     "`COGVIEW_KERNELS_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps .`"
@@ -114,7 +115,7 @@ def why_not_host_model() -> str | None:
 def why_no_kernel_on(device: torch.device, backend: str) -> str | None:
     """Why ``backend`` has no kernels for tensors of ``device``; ``None`` if it has them."""
     if backend == "host_model":
-        if device.type != "cpu":
+        if device != _CPU:
             return f"the host model takes tensors on the CPU, got {device}"
         return why_not_host_model()
     return why_not_on(device)
@@ -148,7 +149,7 @@ def _kernels_of(device: torch.device) -> Any:
 
 def num_sms(device: torch.device) -> int:
     """Multiprocessors that kernels on tensors of ``device`` are spread over."""
-    if device.type == "cpu":
+    if device == _CPU:
         return host_model_num_sms
     return _cuda_num_sms(device)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import operator
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -118,7 +119,7 @@ class Operator:
         num_results: int | None = None,
     ) -> None:
         self._launch = launch
-        self._device = device
+        self._runs_on = _RUNS_ON[device]
         self._overload = overload
         self._num_results = num_results
         # Function.apply without what it does for torch.func, of which nothing is active then.
@@ -135,10 +136,7 @@ class Operator:
         return outputs[0] if self._num_results == 1 else outputs[: self._num_results]
 
     def _way(self, args: tuple[Any, ...]) -> Callable[..., Any]:
-        device = args[0].device.type
-        if device != self._device and (self._device is not None or device == "meta"):
-            return self._overload
-        if not in_plain_eager_mode():
+        if not in_plain_eager_mode() or not self._runs_on(args[0]):
             return self._overload
         requires_grad = False
         for arg in args:
@@ -151,6 +149,11 @@ class Operator:
 
 
 _NUMBERS = (int, float, type(None))
+_RUNS_ON: dict[str | None, Callable[[Tensor], bool]] = {
+    "cpu": operator.attrgetter("is_cpu"),
+    "cuda": operator.attrgetter("is_cuda"),
+    None: lambda tensor: not tensor.is_meta,
+}
 
 
 def in_plain_eager_mode() -> bool:

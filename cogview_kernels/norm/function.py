@@ -327,6 +327,8 @@ def _check_affine(
     x_name: str, x: Tensor, prefix: str, weight: Tensor | None, bias: Tensor | None
 ) -> None:
     """The weight and bias of the norm of ``x``; the user knows them with ``prefix``."""
+    if weight is None and bias is None:
+        return
     dtype, device, hidden = x.dtype, x.device, x.shape[-1:]
     for last, parameter in (("weight", weight), ("bias", bias)):
         if parameter is None:

@@ -51,6 +51,13 @@ def contiguous_rows(tensor: Tensor) -> Tensor:
 
 
 def _rows(tensor: Tensor) -> Tensor:
+    """The rows as the kernels take them: of a matrix, or of any contiguous tensor."""
+    if tensor.is_contiguous() and tensor.ndim > 1:
+        return tensor
+    return _matrix(contiguous_rows(tensor))
+
+
+def _matrix(tensor: Tensor) -> Tensor:
     return tensor if tensor.ndim == 2 else tensor.reshape(-1, tensor.shape[-1])
 
 
@@ -145,7 +152,7 @@ def _norm_backward(
     if parameters is not None:
         partial = x.new_empty((2, num_blocks, x.shape[-1]), dtype=torch.float32)
     _norm_backward_out(
-        _rows(contiguous_rows(dy)),
+        _rows(dy),
         _rows(x),
         _contiguous(weight),
         statistics.contiguous(),
@@ -160,12 +167,12 @@ def _norm_backward(
 def _norm_on_the_cpu(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: int
 ) -> tuple[Tensor, Tensor]:
-    y, statistics = portable.layer_norm_rows(_rows(x), weight, bias, eps, relax)
+    y, statistics = portable.layer_norm_rows(_matrix(x), weight, bias, eps, relax)
     return y.view(x.shape), statistics
 
 
 def _norm_backward_on_the_cpu(dy: Tensor, x: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dweight, dbias = portable.layer_norm_rows_backward(_rows(dy), _rows(x), *rest)
+    dx, dweight, dbias = portable.layer_norm_rows_backward(_matrix(dy), _matrix(x), *rest)
     return dx.view(x.shape), dweight, dbias
 
 
@@ -300,8 +307,8 @@ def _sandwich_backward(
         shape = 4 if has_z else 2, num_blocks, f.shape[-1]
         partial = f.new_empty(shape, dtype=torch.float32)
     _sandwich_backward_out(
-        _rows(contiguous_rows(dh)),
-        None if dz is None else _rows(contiguous_rows(dz)),
+        _rows(dh),
+        None if dz is None else _rows(dz),
         _rows(f),
         None if h is None else _rows(h),
         _contiguous(post_weight),
@@ -323,17 +330,23 @@ def _sandwich_backward(
 def _sandwich_on_the_cpu(
     f: Tensor, residual: Tensor, final_norm: bool, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    results = portable.sandwich_residual_rows(_rows(f), _rows(residual), final_norm, *rest)
+    results = portable.sandwich_residual_rows(_matrix(f), _matrix(residual), final_norm, *rest)
     h, z, f_statistics, h_statistics = results
     return h.view(f.shape), z.view(f.shape) if final_norm else z, f_statistics, h_statistics
 
 
 def _sandwich_backward_on_the_cpu(
     dh: Tensor, dz: Tensor | None, f: Tensor, h: Tensor | None, *rest: Any
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    rows = (None if tensor is None else _rows(tensor) for tensor in (dh, dz, f, h))
-    df, dresidual, *parameters = portable.sandwich_residual_rows_backward(*rows, *rest)
-    return df.view(f.shape), dresidual if dz is None else dresidual.view(f.shape), *parameters
+) -> tuple[Tensor, ...]:
+    df, dresidual, *of_parameters = portable.sandwich_residual_rows_backward(
+        _matrix(dh),
+        None if dz is None else _matrix(dz),
+        _matrix(f),
+        None if h is None else _matrix(h),
+        *rest,
+    )
+    dresidual = dresidual if dz is None else dresidual.view(f.shape)
+    return df.view(f.shape), dresidual, *of_parameters
 
 
 class _SandwichSaved(NamedTuple):

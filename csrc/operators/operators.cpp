@@ -191,20 +191,30 @@ struct Rows {
 };
 
 Rows rows_of(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name,
-                  ": expected shape (rows, hidden) with elements");
-  STD_TORCH_CHECK(x.size(1) <= std::numeric_limits<int32_t>::max(), name, ": hidden is too large");
-  return {x, x.size(0), x.size(1)};
+  STD_TORCH_CHECK(x.dim() >= 2 && x.numel() > 0, name,
+                  ": expected shape (..., hidden) with rows and elements");
+  const int64_t hidden = x.size(x.dim() - 1);
+  STD_TORCH_CHECK(hidden <= std::numeric_limits<int32_t>::max(), name, ": hidden is too large");
+  return {x, x.numel() / hidden, hidden};
 }
 
-// A matrix of contiguous rows; null where it is not given.
+// A matrix of contiguous rows, or a contiguous tensor of more dimensions; null where it is not
+// given.
 cogview::ConstRows const_rows(const char* name, const Tensor* tensor, const Rows& shape,
                               ScalarType dtype) {
   if (tensor == nullptr) return {};
+  STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, ": unexpected dtype");
+  if (tensor->dim() > 2) {
+    const int64_t last = tensor->size(tensor->dim() - 1);
+    STD_TORCH_CHECK(on_device_of(*tensor, shape.like), name, ": expected a tensor on ", kDevice);
+    STD_TORCH_CHECK(
+        last == shape.hidden && tensor->numel() == shape.rows * last && tensor->is_contiguous(),
+        name, ": expected a contiguous tensor with ", shape.rows, " rows of ", shape.hidden);
+    return {tensor->data_ptr(), shape.hidden};
+  }
   check_tensor(name, *tensor, shape.like, {shape.rows, shape.hidden});
   STD_TORCH_CHECK(tensor->size(1) <= 1 || tensor->stride(1) == 1, name,
                   ": expected contiguous rows");
-  STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, ": unexpected dtype");
   return {tensor->data_ptr(), tensor->stride(0)};
 }
 

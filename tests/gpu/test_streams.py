@@ -400,7 +400,8 @@ def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> 
     assert peak == 2 * elements + 2 * 4 * rows + 4 * batch * (2 + num_pivots)
     _, peak = peak_of(lambda: torch.autograd.grad(out, leaves, dout))
     num_sms = extension.num_sms(out.device)
-    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, num_pivots, 256, num_sms)
+    rows = extension.attention_split_rows(seqlen, num_pivots, out.device)
+    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, rows, 256, num_sms)
     assert (splits > 1) == (batch == 1)
     workspace = 4 * rows + (4 * batch * 3 * num_heads if dtype == torch.float16 else 0)
     if splits > 1:
