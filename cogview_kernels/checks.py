@@ -10,7 +10,6 @@ from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import Parameter
 
-
 _FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 _LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 

@@ -125,7 +125,7 @@ class Operator:
         # Function.apply without what it does for torch.func, of which nothing is active then.
         # Without a backward, the overload: its error names it if it is differentiated.
         self._with_gradient = (
-            overload if function is None else super(torch.autograd.Function, function).apply
+            overload if function is None else super(torch.autograd.Function, function).apply  # type: ignore[misc]
         )
 
     def __call__(self, *args: Any) -> Any:
