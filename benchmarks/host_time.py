@@ -21,6 +21,7 @@ from measure import synchronize
 from torch import Tensor
 
 import cogview_kernels as ck
+from cogview_kernels import extension
 
 BATCH, HEADS, SEQLEN, HEAD_DIM, HIDDEN = 1, 2, 4, 32, 64
 TEXT_LEN, NUM_PIVOTS = 1, 2
@@ -45,6 +46,12 @@ class HostTime(NamedTuple):
     @property
     def ratio(self) -> float:
         return self.ours / self.torchs
+
+
+def why_not(device: torch.device) -> str | None:
+    """Why nothing can be timed here."""
+    backend = "host_model" if device.type == "cpu" else "cuda"
+    return extension.why_no_kernel_on(device, backend)
 
 
 def host_times(device: torch.device, rounds: int = ROUNDS) -> list[HostTime]:
@@ -161,4 +168,6 @@ def table(times: list[HostTime]) -> str:
 
 
 if __name__ == "__main__":
-    print(table(host_times(torch.device("cuda" if torch.cuda.is_available() else "cpu"))))
+    _device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    _reason = why_not(_device)
+    print(table(host_times(_device)) if _reason is None else f"nothing to time: {_reason}")

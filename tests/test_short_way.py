@@ -185,10 +185,19 @@ def test_tracers_see_the_operators(
         for result, real in zip(call(*fake), call(*inputs), strict=True):
             assert type(result) is type(fake[0]) and result.shape == real.shape
 
+    seen: list[str] = []
+
     class Sub(Tensor):
-        pass
+        @classmethod
+        def __torch_function__(
+            cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+        ) -> Any:
+            seen.append(str(func))
+            return super().__torch_function__(func, types, args, kwargs or {})
 
     assert type(call(*(t.as_subclass(Sub) for t in inputs))[0]) is Sub
+    assert any(name.startswith("cogview_kernels.") for name in seen)
+    assert not any("_out" in name for name in seen)
 
 
 def test_a_norm_of_any_rank_and_stride() -> None:

@@ -83,19 +83,19 @@ def _dtype_of(weight: Tensor | None, bias: Tensor | None) -> torch.dtype | None:
     return None if present is None else present.dtype
 
 
-class AffineGradient(NamedTuple):
-    """The gradients of weight and bias; of no elements where none is wanted."""
+class Affine(NamedTuple):
+    """The gradients of a norm's weight and bias; of no elements where none is wanted."""
 
-    dweight: Tensor
-    dbias: Tensor
+    weight: Tensor
+    bias: Tensor
 
-    @classmethod
-    def allocate(cls, x: Tensor, dtype: torch.dtype | None) -> AffineGradient:
+
+def _allocate_affine(x: Tensor, weight: Tensor | None, dtype: torch.dtype | None) -> Affine:
+    if weight is not None and weight.dtype is dtype:
+        dweight = _empty(weight)
+    else:
         dweight = x.new_empty(0 if dtype is None else x.shape[-1], dtype=dtype or torch.float32)
-        return cls(dweight, torch.empty_like(dweight))
-
-    def or_none(self) -> tuple[Tensor | None, Tensor | None]:
-        return (None, None) if self.dweight.numel() == 0 else (self.dweight, self.dbias)
+    return Affine(dweight, torch.empty_like(dweight))
 
 
 # pb_relax_layer_norm
@@ -112,7 +112,7 @@ def _allocate_norm_backward(
     statistics: Tensor,
     parameters: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return _empty(x), *AffineGradient.allocate(x, parameters)
+    return _empty(x), *_allocate_affine(x, weight, parameters)
 
 
 def _norm(
@@ -144,10 +144,10 @@ def _norm_backward(
     parameters: torch.dtype | None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx = _empty(x)
-    gradient = AffineGradient.allocate(x, parameters)
+    gradient = _allocate_affine(x, weight, parameters)
     num_rows = statistics.shape[0]
     if num_rows == 0:
-        return dx, gradient.dweight.zero_(), gradient.dbias.zero_()
+        return dx, gradient.weight.zero_(), gradient.bias.zero_()
     num_blocks, partial = _num_blocks(num_rows, x), None
     if parameters is not None:
         partial = x.new_empty((2, num_blocks, x.shape[-1]), dtype=torch.float32)
@@ -159,7 +159,7 @@ def _norm_backward(
         num_blocks,
         _rows(dx),
         partial,
-        *gradient.or_none(),
+        *(gradient if parameters is not None else (None, None)),
     )
     return dx, *gradient
 
@@ -237,8 +237,8 @@ def _allocate_sandwich_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Without the final norm, the gradient of residual is dh and not here."""
     dresidual = dh.new_empty((_num_rows(f), 0)) if dz is None else _empty(dh)
-    post = AffineGradient.allocate(f, post_parameters)
-    return _empty(f), dresidual, *post, *AffineGradient.allocate(f, pre_parameters)
+    post = _allocate_affine(f, post_weight, post_parameters)
+    return _empty(f), dresidual, *post, *_allocate_affine(f, pre_weight, pre_parameters)
 
 
 def _sandwich(
@@ -296,8 +296,8 @@ def _sandwich_backward(
     has_z = dz is not None
     num_rows = f_statistics.shape[0]
     df, dresidual = _empty(f), _empty(dh) if has_z else dh.new_empty((num_rows, 0))
-    post = AffineGradient.allocate(f, post_parameters)
-    pre = AffineGradient.allocate(f, pre_parameters)
+    post = _allocate_affine(f, post_weight, post_parameters)
+    pre = _allocate_affine(f, pre_weight, pre_parameters)
     if num_rows == 0:
         for gradient in (*post, *pre):
             gradient.zero_()
@@ -321,8 +321,8 @@ def _sandwich_backward(
         _rows(df),
         _rows(dresidual) if has_z else None,
         partial,
-        *post.or_none(),
-        *pre.or_none(),
+        *(post if post_parameters is not None else (None, None)),
+        *(pre if pre_parameters is not None else (None, None)),
     )
     return df, dresidual, *post, *pre
 
