@@ -61,8 +61,6 @@ def why_not_usable() -> str | None:
 
 def why_not_on(device: torch.device) -> str | None:
     """Why no kernel can run on tensors of ``device``; ``None`` if they can."""
-    if device in _usable_devices:
-        return None
     reason = why_not_built()
     if reason is not None:
         return reason
@@ -77,11 +75,7 @@ def why_not_on(device: torch.device) -> str | None:
             f"kernels were built for {', '.join(architectures())}; rebuild with "
             f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
         )
-    _usable_devices.add(device)
     return None
-
-
-_usable_devices: set[torch.device] = set()  # remembered, as finding out takes longer than a launch
 
 
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
