@@ -28,7 +28,6 @@ sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import find_nvcc, find_torch, torch_version
 
 ROOT = Path(__file__).parent.resolve()
-CSRC = ROOT / "csrc"
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0+PTX")
 STABLE_ONLY = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  # torch 2.10
 OWN_PATHS = (
@@ -162,14 +161,14 @@ class NinjaBuild(build_ext):
         self, build: Path, target: Path, cuda: Cuda | None, compiler: list[str], debug: bool
     ) -> list[str]:
         """Describe the build to ninja; the names of the object files."""
-        sources = [CSRC / "hooks.cpp"]
+        sources = [ROOT / "csrc" / "hooks.cpp"]
         includes = [build, _pybind11(), sysconfig.get_path("include")]
         defines, link, torch = [], [], "none"
         if cuda is not None:
             torch_folder, torch = _torch()
             sources += [
-                *(f for f in sorted(CSRC.glob("*/*.cpp")) if f.parent.name != "host_model"),
-                *sorted(CSRC.rglob("*.cu")),
+                ROOT / "csrc" / "operators" / "operators.cpp",
+                *sorted((ROOT / "csrc").rglob("*.cu")),
             ]
             includes += [torch_folder / "include", cuda.root / "include"]
             names = ",".join(cuda.architectures)
@@ -253,9 +252,14 @@ class NinjaBuild(build_ext):
             "rule link",
             f"  command = {_command(compiler, ['-shared'])} $in -o $out {_command(link)}",
         ]
+        csrc = ROOT / "csrc"
         objects = []
-        for source in [*CSRC.glob("*/*.cpp"), *CSRC.rglob("*.cu")]:
-            name = f"{source.relative_to(CSRC).as_posix().replace('/', '.')}.o"
+        for source in [
+            csrc / "operators" / "operators.cpp",
+            *csrc.glob("host_model/*.cpp"),
+            *csrc.rglob("*.cu"),
+        ]:
+            name = f"{source.relative_to(csrc).as_posix().replace('/', '.')}.o"
             rule = "kernel" if source.suffix == ".cu" else "cxx"
             lines.append(f"build {name}: {rule} {_escape(source)}")
             objects.append(name)

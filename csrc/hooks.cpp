@@ -7,8 +7,6 @@
 
 #ifdef COGVIEW_KERNELS_CUDA
 #include <cuda_runtime_api.h>
-
-#include "three_region_attention/bindings.h"
 #endif
 
 namespace py = pybind11;
@@ -35,7 +33,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = COGVIEW_KERNELS_ARCHITECTURES;
   m.attr("cuda_compiler") = CUDART_VERSION;
   m.def("cuda_problem", &cuda_problem, "Why no kernel can be launched here; empty if one can.");
-  cogview::define_three_region_attention(m);
 #else
   m.attr("cuda_architectures") = "";
 #endif

@@ -48,8 +48,4 @@ class Operator {
   cudaError_t finish();
 };
 
-// Whether operators launch their kernels. False, for measuring host time: they check their
-// arguments, launch nothing and leave outputs as they were.
-bool launches_enabled();
-
 }  // namespace host_model

@@ -59,7 +59,6 @@ bool on_device_of(const Tensor& tensor, const Tensor&) { return tensor.is_cpu();
 template <typename Launch>
 void run(const char* name, const Tensor&, std::initializer_list<Argument> arguments,
          const Launch& launch) {
-  if (!host_model::launches_enabled()) return;
   std::vector<host_model::Buffer> buffers;
   for (const auto& [argument, tensor, access] : arguments) {
     if (tensor == nullptr || tensor->numel() == 0) continue;
@@ -191,30 +190,20 @@ struct Rows {
 };
 
 Rows rows_of(const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() >= 2 && x.numel() > 0, name,
-                  ": expected shape (..., hidden) with rows and elements");
-  const int64_t hidden = x.size(x.dim() - 1);
-  STD_TORCH_CHECK(hidden <= std::numeric_limits<int32_t>::max(), name, ": hidden is too large");
-  return {x, x.numel() / hidden, hidden};
+  STD_TORCH_CHECK(x.dim() == 2 && x.size(0) > 0 && x.size(1) > 0, name,
+                  ": expected shape (rows, hidden) with elements");
+  STD_TORCH_CHECK(x.size(1) <= std::numeric_limits<int32_t>::max(), name, ": hidden is too large");
+  return {x, x.size(0), x.size(1)};
 }
 
-// A matrix of contiguous rows, or a contiguous tensor of more dimensions; null where it is not
-// given.
+// A matrix of contiguous rows; null where it is not given.
 cogview::ConstRows const_rows(const char* name, const Tensor* tensor, const Rows& shape,
                               ScalarType dtype) {
   if (tensor == nullptr) return {};
-  STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, ": unexpected dtype");
-  if (tensor->dim() > 2) {
-    const int64_t last = tensor->size(tensor->dim() - 1);
-    STD_TORCH_CHECK(on_device_of(*tensor, shape.like), name, ": expected a tensor on ", kDevice);
-    STD_TORCH_CHECK(
-        last == shape.hidden && tensor->numel() == shape.rows * last && tensor->is_contiguous(),
-        name, ": expected a contiguous tensor with ", shape.rows, " rows of ", shape.hidden);
-    return {tensor->data_ptr(), shape.hidden};
-  }
   check_tensor(name, *tensor, shape.like, {shape.rows, shape.hidden});
   STD_TORCH_CHECK(tensor->size(1) <= 1 || tensor->stride(1) == 1, name,
                   ": expected contiguous rows");
+  STD_TORCH_CHECK(tensor->scalar_type() == dtype, name, ": unexpected dtype");
   return {tensor->data_ptr(), tensor->stride(0)};
 }
 
@@ -556,12 +545,8 @@ cogview::ThreeRegionProblem problem_of(const Tensor& q, const Tensor& k, const T
   const int64_t num_kv_heads = k.size(1), k_len = k.size(2);
   const cogview::DType dtype = dtype_of("q", q);
   STD_TORCH_CHECK(dtype != cogview::DType::kFloat32, "q: expected float16 or bfloat16");
-  cogview::ThreeRegionProblem problem = {};
-  problem.dtype = dtype;
-  problem.head_dim = to_int("head_dim", head_dim);
-  const std::optional<std::string> unsupported =
-      three_region_attention_unsupported(problem, cogview::device_of(q.get_device_index()));
-  STD_TORCH_CHECK(!unsupported.has_value(), "q: ", *unsupported);
+  STD_TORCH_CHECK(head_dim == 32 || head_dim == 64 || head_dim == 96 || head_dim == 128,
+                  "q: expected a head_dim of 32, 64, 96 or 128, got ", head_dim);
   STD_TORCH_CHECK(k_len <= int64_t{1} << 30, "k: expected at most 2^30 keys, got ", k_len);
   STD_TORCH_CHECK(q_len <= k_len, "q: expected at most ", k_len, " rows as k, got ", q_len);
   STD_TORCH_CHECK(num_heads % num_kv_heads == 0, "k: expected a number of heads that divides ",
@@ -576,11 +561,14 @@ cogview::ThreeRegionProblem problem_of(const Tensor& q, const Tensor& k, const T
   STD_TORCH_CHECK(query_window >= 1 && key_window_times >= 1,
                   "query_window, key_window_times: expected at least 1");
 
+  cogview::ThreeRegionProblem problem = {};
   problem.batch = to_int("batch", batch);
   problem.num_heads = to_int("num_heads", num_heads);
   problem.num_kv_heads = to_int("num_kv_heads", num_kv_heads);
   problem.q_len = to_int("q_len", q_len);
   problem.k_len = to_int("k_len", k_len);
+  problem.head_dim = to_int("head_dim", head_dim);
+  problem.dtype = dtype;
   problem.num_pivots = to_int("far_keys", columns) - 2;
   // Larger windows and more of them see nothing more, and may be as large as an int64.
   problem.query_window = static_cast<int>(std::min(query_window, k_len));

@@ -1,9 +1,6 @@
 // Launch interface of the three-region attention kernels. Plain C++: no torch, no device code.
 #pragma once
 
-#include <optional>
-#include <string>
-
 #include "../launch.h"
 
 namespace cogview {
@@ -91,21 +88,7 @@ struct ThreeRegionBackwardParams {
 // Rows of `partial` for each split, batch and head.
 int three_region_attention_split_rows(const ThreeRegionProblem& problem);
 
-// Compute capability of a GPU.
-struct Device {
-  int major;
-  int minor;
-};
-
-// Of the GPU with this index; zeros where the runtime does not know it.
-Device device_of(int index);
-
-// Why no family of kernels takes the problem on the device; none if one does. Depends on head_dim.
-std::optional<std::string> three_region_attention_unsupported(const ThreeRegionProblem& problem,
-                                                              const Device& device);
-
-// Launches on the current device. All return the status of their launches; the caller has checked
-// the arguments, three_region_attention_unsupported included.
+// All return the status of their launches; arguments were checked by the caller.
 cudaError_t three_region_attention_far_keys(const ThreeRegionFarKeysParams& params,
                                             cudaStream_t stream);
 cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& params,

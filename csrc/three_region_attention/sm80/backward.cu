@@ -13,7 +13,7 @@
 
 #include "backward.cuh"
 
-namespace cogview::sm80 {
+namespace cogview {
 namespace {
 
 constexpr int kThreads = 128;
@@ -177,6 +177,10 @@ cudaError_t launch_backward(const ThreeRegionBackwardParams& params, cudaStream_
 
 }  // namespace
 
+int three_region_attention_split_rows(const ThreeRegionProblem& problem) {
+  return partial_rows(problem);
+}
+
 cudaError_t three_region_attention_backward(const ThreeRegionBackwardParams& params,
                                             cudaStream_t stream) {
   if (params.problem.batch == 0 || params.problem.q_len == 0) return cudaErrorInvalidValue;
@@ -184,8 +188,4 @@ cudaError_t three_region_attention_backward(const ThreeRegionBackwardParams& par
                                                  : launch_backward<BFloat16>(params, stream);
 }
 
-}  // namespace cogview::sm80
-
-int cogview::three_region_attention_split_rows(const ThreeRegionProblem& problem) {
-  return sm80::partial_rows(problem);
-}
+}  // namespace cogview

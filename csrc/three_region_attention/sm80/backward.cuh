@@ -6,7 +6,7 @@
 
 #include "exact.cuh"
 
-namespace cogview::sm80 {
+namespace cogview {
 
 // Steps of three_region_attention_backward, after delta and the bounds.
 cudaError_t three_region_attention_backward_dkdv(const ThreeRegionBackwardParams& params,
@@ -50,4 +50,4 @@ __host__ __device__ inline int partial_rows(const ThreeRegionProblem& problem) {
   return partial_pivot_rows(problem) + (keys < kPartialKeys ? keys : kPartialKeys);
 }
 
-}  // namespace cogview::sm80
+}  // namespace cogview

@@ -29,7 +29,7 @@
 
 #include "backward.cuh"
 
-namespace cogview::sm80 {
+namespace cogview {
 namespace {
 
 template <int kHeadDim_>
@@ -44,6 +44,7 @@ struct DkdvShape {
   static constexpr int kMinBlocks =
       kHeadDim == 32 ? 3 : 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes = 2 * kTileBytes<kHeadDim, kBlockN> + 2 * kStageBytes;
+  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
 };
 
 // Who sees sixteen keys: from where on some and all of them are seen, and until where; from where
@@ -540,4 +541,4 @@ cudaError_t three_region_attention_backward_dkdv(const ThreeRegionBackwardParams
                                                  : launch_dkdv<BFloat16>(params, stream);
 }
 
-}  // namespace cogview::sm80
+}  // namespace cogview

@@ -17,7 +17,7 @@
 #include "backward.cuh"
 #include "query_tile.cuh"
 
-namespace cogview::sm80 {
+namespace cogview {
 namespace {
 
 template <int kHeadDim_>
@@ -31,6 +31,7 @@ struct DqShape {
   static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes =
       2 * kTileBytes<kHeadDim, kBlockM> + KeyStages<kHeadDim, kBlockN, kThreads>::kSharedBytes;
+  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
 };
 
 // Row i once more (exact.cuh).
@@ -273,4 +274,4 @@ cudaError_t three_region_attention_backward_dq(const ThreeRegionBackwardParams& 
                                                  : launch_dq<BFloat16>(params, stream);
 }
 
-}  // namespace cogview::sm80
+}  // namespace cogview

@@ -9,7 +9,7 @@
 #include "../key_list.cuh"
 #include "tile.cuh"
 
-namespace cogview::sm80 {
+namespace cogview {
 
 constexpr float kLargestFloat = 3.402823466e+38f;
 
@@ -72,4 +72,4 @@ __device__ __forceinline__ void for_rows_with_nan(const bool (&has_nan)[kRowTile
   for (; rows != 0; rows &= rows - 1) f(popc((rows & -rows) - 1));
 }
 
-}  // namespace cogview::sm80
+}  // namespace cogview

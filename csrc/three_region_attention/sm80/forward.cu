@@ -25,7 +25,7 @@
 #include "exact.cuh"
 #include "query_tile.cuh"
 
-namespace cogview::sm80 {
+namespace cogview {
 namespace {
 
 template <int kHeadDim_>
@@ -39,6 +39,7 @@ struct ForwardShape {
   static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
   static constexpr int kSharedBytes =
       kTileBytes<kHeadDim, kBlockM> + KeyStages<kHeadDim, kBlockN, kThreads>::kSharedBytes;
+  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
 };
 
 // Row i once more (exact.cuh).
@@ -342,4 +343,4 @@ cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& param
                                                  : launch_forward<BFloat16>(params, stream);
 }
 
-}  // namespace cogview::sm80
+}  // namespace cogview

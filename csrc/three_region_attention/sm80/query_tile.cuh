@@ -4,7 +4,7 @@
 #include "../key_list.cuh"
 #include "tile.cuh"
 
-namespace cogview::sm80 {
+namespace cogview {
 
 // The tile of queries of a block: positions [begin, end) of [origin, origin + kBlockM). Tiles begin
 // at multiples of kBlockM, so that they coincide with query blocks; heads are outermost, late tiles
@@ -117,4 +117,4 @@ struct KeyStages {
   }
 };
 
-}  // namespace cogview::sm80
+}  // namespace cogview

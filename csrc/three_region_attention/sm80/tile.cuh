@@ -8,15 +8,19 @@
 #include <type_traits>
 
 #include "../../instructions/sm80.cuh"
-#include "family.h"
+#include "../three_region_attention.h"
 
-namespace cogview::sm80 {
+namespace cogview {
 
 template <int kHeadDim>
 constexpr int kChunks = kHeadDim / 8;
 
 template <int kHeadDim, int kRows>
 constexpr int kTileBytes = kHeadDim * kRows * 2;
+
+// What a block may have on every GPU since sm_80, and what the kernels' shared_array take of it.
+constexpr int kMaxSharedBytes = 99 * 1024;
+constexpr int kStaticSharedBytes = 2048;
 
 template <int kHeadDim>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
@@ -131,4 +135,20 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
 template <typename T>
 constexpr bool kIsFloat16 = std::is_same_v<T, Half>;
 
-}  // namespace cogview::sm80
+// f(std::integral_constant<int, head_dim>()), if there are kernels for it.
+template <typename Function>
+cudaError_t with_head_dim(int head_dim, Function f) {
+  switch (head_dim) {
+    case 32:
+      return f(std::integral_constant<int, 32>());
+    case 64:
+      return f(std::integral_constant<int, 64>());
+    case 96:
+      return f(std::integral_constant<int, 96>());
+    case 128:
+      return f(std::integral_constant<int, 128>());
+  }
+  return cudaErrorInvalidValue;
+}
+
+}  // namespace cogview
