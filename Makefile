@@ -7,12 +7,14 @@ BIN := $(VENV)/bin
 comma := ,
 SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test lint format types bench report quality instability kernel-table kernel-costs gpu-check gpu-bench sanitize \
+.PHONY: help build demo test test-all test-sample lint format types bench report quality instability kernel-table kernel-costs gpu-check gpu-bench sanitize \
   mutations check-install clean
 
 help:
 	@echo "make demo           train a small CogView on handwritten digits and draw captions"
-	@echo "make test           build, lint, check types and run every test that needs no GPU"
+	@echo "make test           build, lint, check types and test everything that needs no GPU"
+	@echo "make test-all       the same with every parametrisation and the long sweeps (about 20 minutes)"
+	@echo "make test-sample    what make test leaves out, drawn with SEED (this commit)"
 	@echo "make bench          time everything and its peers on this machine, and write the report"
 	@echo "make report         make the report's tables and plots from the records that are here"
 	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
@@ -43,10 +45,20 @@ build: $(VENV)/.installed
 demo: build
 	$(BIN)/cogview demo --out results/demo
 
+# One worker per core; what each worker runs depends on how fast they are.
+WORKERS ?= auto
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/pytest -n $(WORKERS) --maxprocesses 8 --dist worksteal
+SEED ?= $(shell git rev-parse --short HEAD)
+
 test: build lint types
 	$(BIN)/python -m cogview_kernels
-	$(BIN)/pytest --junit-xml=results/test.xml
-	@echo "test report: results/test.xml"
+	$(PYTEST) --junit-xml=results/test.xml
+
+test-all: build lint types
+	$(PYTEST) -m "slow or not slow" --timeout=3600 --junit-xml=results/test-all.xml
+
+test-sample: build
+	$(PYTEST) -m slow --sample 2 --hypothesis-seed=$(SEED) --junit-xml=results/test-sample.xml
 
 lint: $(VENV)/.installed
 	$(BIN)/ruff check .
@@ -101,7 +113,7 @@ gpu-bench:
 
 # The kernels under AddressSanitizer and UBSan, then the same tests under the host model's own checks.
 SANITIZED := build/sanitize/lib
-SANITIZE_TESTS := -q --capture=sys tests/test_attention_kernels.py tests/test_pb_relax_layer_norm.py \
+SANITIZE_TESTS := -q -m "slow or not slow" --capture=sys tests/test_attention_kernels.py tests/test_pb_relax_layer_norm.py \
   tests/test_layer_norm_kernels.py -k 'host_model and (many_tiles and 48-3 and dtype1 or any_values or any_packed \
   or unseen or accuracy or many_rounds or places_do_not_matter)'
 ASAN = OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \

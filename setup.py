@@ -3,9 +3,13 @@ stable ABI) and hooks (pybind11). For tests also `cogview_kernels._host_model`: 
 operators, compiled for the CPU (csrc/host_model/).
 
 Environment: COGVIEW_KERNELS_CUDA=auto|0|1 (auto: kernels where nvcc is found; 1: fail where it is
-not), TORCH_CUDA_ARCH_LIST, MAX_JOBS, DEBUG=1, CUDA_HOME, CXX; COGVIEW_KERNELS_HOST_MODEL=1 (build
-`_host_model` too), COGVIEW_KERNELS_SANITIZE=1 (and with AddressSanitizer and UBSan in place of its
-own checks of plain accesses; `make sanitize` shows how to load it).
+not), TORCH_CUDA_ARCH_LIST (entries and names as torch reads them; those below 8.0 are dropped),
+MAX_JOBS, DEBUG=1, CUDA_HOME, CXX; COGVIEW_KERNELS_HOST_MODEL=1 (build `_host_model` too),
+COGVIEW_KERNELS_SANITIZE=1 (with AddressSanitizer and UBSan in place of its own checks of plain
+accesses; `make sanitize` shows how to load it).
+
+Sources are found by name: every `.cu` and `.cpp` below csrc/, without csrc/host_model/ for `_C` and
+without csrc/hooks.cpp for `_host_model`.
 """
 
 from __future__ import annotations
@@ -28,14 +32,35 @@ sys.path.insert(0, str(Path(__file__).parent))
 from build_backend import find_nvcc, find_torch, torch_version
 
 ROOT = Path(__file__).parent.resolve()
+CSRC = ROOT / "csrc"
 DEFAULT_ARCHITECTURES = ("8.0", "9.0a", "10.0", "12.0+PTX")
+OLDEST_ARCHITECTURE = (8, 0)  # cp.async, bfloat16 mma
+# Folders below csrc/ whose kernels use instructions of these architectures only. Kernels of all
+# other folders are compiled for every chosen architecture.
+FOLDER_ARCHITECTURES = {"three_region_attention/sm90": ("9.0a",)}
+# The names that TORCH_CUDA_ARCH_LIST may hold, as torch.utils.cpp_extension replaces them.
+NAMED_ARCHITECTURES = {
+    "Kepler+Tesla": "3.7",
+    "Kepler": "3.5+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+}
 STABLE_ONLY = ["-DTORCH_TARGET_VERSION=0x020a000000000000", "-DTORCH_STABLE_ONLY"]  # torch 2.10
-OWN_PATHS = (
-    f"-ffile-prefix-map={ROOT}/="  # errors name csrc/operators/operators.cpp, wherever it was built
-)
+# Error messages name csrc/... and not the folder of the build.
+OWN_PATHS = f"-ffile-prefix-map={ROOT}/="
 
-# The host model. Kernels keep the accesses that their source makes, one hook each; they alias as
-# freely as nvcc lets them. The model itself is not instrumented.
+# The host model. Each memory access in a kernel source calls one hook, so optimizations that merge
+# or drop accesses are off. Aliasing is allowed, as nvcc allows it. The model has no hooks itself.
 HOST_MODEL = ["-std=c++20", "-DCOGVIEW_HOST_MODEL", "-fPIC", "-fvisibility=hidden", "-g1", "-Wall"]
 HOST_MODEL += ["-fno-strict-aliasing", "-ffp-contract=off", "-Wno-unknown-pragmas"]
 HOST_MODEL_HOOKS = ["-O2", "-fsanitize=thread", "-fno-tree-vectorize", "-fno-tree-slp-vectorize"]
@@ -51,7 +76,7 @@ class BuildError(SystemExit):
 
 @dataclass(frozen=True)
 class Cuda:
-    """The CUDA toolkit that compiles the kernels, and what it compiles them for."""
+    """The CUDA toolkit that compiles the kernels, and the architectures it compiles them for."""
 
     nvcc: str
     root: Path
@@ -59,23 +84,23 @@ class Cuda:
 
     @classmethod
     def find(cls) -> Cuda | None:
-        """The toolkit of CUDA_HOME, else the nvcc on the PATH; None where kernels are not wanted
-        or cannot be built."""
-        wish = os.environ.get("COGVIEW_KERNELS_CUDA", "auto").lower()
-        if wish not in ("auto", "0", "1"):
-            raise BuildError(f"COGVIEW_KERNELS_CUDA: expected auto, 0 or 1, got {wish!r}")
-        if wish == "0":
+        """The toolkit of CUDA_HOME, else that of the nvcc on the PATH; None where kernels are not
+        wanted or cannot be built."""
+        setting = os.environ.get("COGVIEW_KERNELS_CUDA", "auto").lower()
+        if setting not in ("auto", "0", "1"):
+            raise BuildError(f"COGVIEW_KERNELS_CUDA: expected auto, 0 or 1, got {setting!r}")
+        if setting == "0":
             return None
         home, nvcc = find_nvcc()
         if nvcc is None:
-            if wish == "1":
+            if setting == "1":
                 where = f"under CUDA_HOME={home}" if home else "on the PATH"
                 raise BuildError(
                     f"COGVIEW_KERNELS_CUDA=1 but there is no nvcc {where}: install a CUDA "
                     "toolkit (12.4 or later) and set CUDA_HOME to it"
                 )
             return None
-        # nvcc may be a wrapper script: it says itself where its toolkit lies.
+        # nvcc may be a wrapper script; its own output names the toolkit's folder.
         dryrun = subprocess.run([nvcc, "--dryrun", "x.cu"], capture_output=True, text=True).stderr
         match = re.search(r"^#\$ TOP=(.*)$", dryrun, re.MULTILINE)
         root = Path(match.group(1)).resolve() if match else Path(nvcc).resolve().parents[1]
@@ -83,40 +108,91 @@ class Cuda:
 
     @staticmethod
     def _architectures(nvcc: str) -> tuple[str, ...]:
-        known = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
+        listed = subprocess.run([nvcc, "--list-gpu-code"], capture_output=True, text=True).stdout
         # Variants of an architecture (9.0a) are not always listed; their base is.
-        supported = set(re.findall(r"sm_(\d+)", known))
-        asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").replace(";", " ").split()
+        supported = set(re.findall(r"sm_(\d+)", listed))
+        requested = requested_architectures(os.environ.get("TORCH_CUDA_ARCH_LIST", ""))
         chosen = []
-        for architecture in dict.fromkeys(asked or DEFAULT_ARCHITECTURES):
-            match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", architecture)
-            if match is None:
-                raise BuildError(
-                    "TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 12.0+PTX, "
-                    f"got {architecture!r}"
-                )
-            if match.group(1) + match.group(2) in supported:
+        for architecture in requested or DEFAULT_ARCHITECTURES:
+            if base_of(architecture).replace(".", "") in supported:
                 chosen.append(architecture)
-            elif asked:
+            elif requested:
                 raise BuildError(f"TORCH_CUDA_ARCH_LIST: {nvcc} does not support {architecture}")
         if not chosen:
             raise BuildError(f"{nvcc} supports none of {', '.join(DEFAULT_ARCHITECTURES)}")
-        if not asked and not any(architecture.endswith("+PTX") for architecture in chosen):
+        if not requested and not any(architecture.endswith("+PTX") for architecture in chosen):
             # An older nvcc: GPUs that it does not know get PTX of the newest plain architecture.
             plain = [name for name in chosen if name[-1].isdigit()]
             if plain:
                 chosen[chosen.index(max(plain, key=float))] += "+PTX"
         return tuple(chosen)
 
-    def flags(self, debug: bool) -> list[str]:
+    def architectures_of(self, source: Path) -> tuple[str, ...]:
+        """What a kernel file, named relative to csrc/, is compiled for; may be nothing."""
+        for folder, architectures in FOLDER_ARCHITECTURES.items():
+            if source.is_relative_to(folder):
+                chosen = {base_of(architecture) for architecture in self.architectures}
+                return tuple(name for name in architectures if base_of(name) in chosen)
+        return self.architectures
+
+    @staticmethod
+    def flags(debug: bool) -> list[str]:
         flags = ["-std=c++17", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-        flags += ["-O0", "-G"] if debug else ["-O3", "-lineinfo", "-Xptxas=-v"]
-        for architecture in self.architectures:
-            number = architecture.removesuffix("+PTX").replace(".", "")
-            flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
-            if architecture.endswith("+PTX"):
-                flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
-        return flags
+        # nvcc compresses PTX only; -compress-all compresses machine code too, in the toolkit's
+        # default mode, which every driver that runs the toolkit's programs can read.
+        # --compress-mode=size would need a driver of CUDA 12.4 or later and minutes more.
+        flags.append("-Xfatbin=-compress-all")
+        return flags + (["-O0", "-G"] if debug else ["-O3", "-lineinfo", "-Xptxas=-v"])
+
+
+def requested_architectures(setting: str) -> list[str]:
+    """The entries of TORCH_CUDA_ARCH_LIST that kernels can be compiled for, each once."""
+    entries: list[str] = []
+    for entry in setting.replace(";", " ").split():
+        entries += NAMED_ARCHITECTURES.get(entry, entry).split(";")
+    kept: list[str] = []
+    dropped: list[str] = []
+    for entry in dict.fromkeys(entries):
+        match = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", entry)
+        if match is None:
+            names = ", ".join(name for name in NAMED_ARCHITECTURES if "+" not in name)
+            raise BuildError(
+                "TORCH_CUDA_ARCH_LIST: expected entries such as 8.0, 9.0a or 12.0+PTX, or names "
+                f"({names}), got {entry!r}"
+            )
+        too_old = (int(match.group(1)), int(match.group(2))) < OLDEST_ARCHITECTURE
+        (dropped if too_old else kept).append(entry)
+    if dropped:
+        notice = f"TORCH_CUDA_ARCH_LIST: dropped {', '.join(dropped)}: kernels need 8.0 or later"
+        if not kept:
+            raise BuildError(f"{notice}; nothing is left")
+        print(f"cogview_kernels: {notice}")
+    return kept
+
+
+def base_of(architecture: str) -> str:
+    """9.0 of 9.0a, 12.0 of 12.0+PTX."""
+    return architecture.removesuffix("+PTX").rstrip("af")
+
+
+def gencode(architectures: tuple[str, ...]) -> list[str]:
+    flags = []
+    for architecture in architectures:
+        number = architecture.removesuffix("+PTX").replace(".", "")
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if architecture.endswith("+PTX"):
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def kernel_sources(csrc: Path) -> list[Path]:
+    """The largest first: ninja starts jobs in this order, and a long job should not start last."""
+    return sorted(csrc.rglob("*.cu"), key=lambda path: (-path.stat().st_size, path))
+
+
+def cpp_sources(csrc: Path, *, without: str) -> list[Path]:
+    """All but those in the file or folder ``without``."""
+    return [path for path in sorted(csrc.rglob("*.cpp")) if not path.is_relative_to(csrc / without)]
 
 
 class NinjaBuild(build_ext):
@@ -124,7 +200,7 @@ class NinjaBuild(build_ext):
 
     def finalize_options(self) -> None:
         super().finalize_options()
-        self.force = True  # ninja knows what is new; copying by age would keep an older module
+        self.force = True  # ninja finds what changed; setuptools would compare ages only
 
     def build_extension(self, extension: Extension) -> None:
         compiler = shlex.split(os.environ.get("CXX") or "c++")
@@ -143,14 +219,15 @@ class NinjaBuild(build_ext):
         target.parent.mkdir(parents=True, exist_ok=True)
         build = Path(self.build_temp).resolve()
         build.mkdir(parents=True, exist_ok=True)
-        objects = self._write_ninja(build, target, cuda, compiler, debug)
-        # Kernels first: hooks.cpp embeds what ptxas reports of them.
-        kernels = [name for name in objects if name.endswith(".cu.o")]
-        self._run_ninja(build, kernels)
+        kernels, others = self._write_ninja(build, target, cuda, compiler, debug)
+        self._run_ninja(build, [*kernels, *others])
+        # ptxas has reported only now; the report is a constant of the module.
         logs = [build / f"{name}.log" for name in kernels] if not debug else []
         resources = kernel_resources(logs)
         check_resources(logs, resources)
-        _write_if_changed(build / "kernel_resources.inc", f'R"json({json.dumps(resources)})json"\n')
+        table = f'R"json({json.dumps(resources)})json"'
+        text = f"extern const char* const kKernelResources = {table};\n"
+        _write_if_changed(build / "kernel_resources.cpp", text)
         self._run_ninja(build, [str(target)])
         if cuda is None:
             print("cogview_kernels: built without CUDA kernels (no nvcc, or not wanted)")
@@ -159,66 +236,59 @@ class NinjaBuild(build_ext):
 
     def _write_ninja(
         self, build: Path, target: Path, cuda: Cuda | None, compiler: list[str], debug: bool
-    ) -> list[str]:
-        """Describe the build to ninja; the names of the object files."""
-        sources = [ROOT / "csrc" / "hooks.cpp"]
-        includes = [build, _pybind11(), sysconfig.get_path("include")]
+    ) -> tuple[list[str], list[str]]:
+        """Describe the build to ninja; the object files of kernels, and of the other sources."""
+        includes = [Path(_pybind11()), Path(sysconfig.get_path("include"))]
+        kernels: list[Path] = []
+        others = [CSRC / "hooks.cpp"]
         defines, link, torch = [], [], "none"
         if cuda is not None:
             torch_folder, torch = _torch()
-            sources += [
-                ROOT / "csrc" / "operators" / "operators.cpp",
-                *sorted((ROOT / "csrc").rglob("*.cu")),
+            kernels = [
+                source
+                for source in kernel_sources(CSRC)
+                if cuda.architectures_of(source.relative_to(CSRC))
             ]
+            others = cpp_sources(CSRC, without="host_model")
             includes += [torch_folder / "include", cuda.root / "include"]
             names = ",".join(cuda.architectures)
-            defines = [
-                "-DCOGVIEW_KERNELS_CUDA",
-                f'-DCOGVIEW_KERNELS_ARCHITECTURES="{names}"',
-                *STABLE_ONLY,
-            ]
+            defines = ["-DCOGVIEW_KERNELS_CUDA", f'-DCOGVIEW_KERNELS_ARCHITECTURES="{names}"']
+            defines += [*family_defines(CSRC, kernels), *STABLE_ONLY]
             found = [*cuda.root.glob("lib*"), *cuda.root.glob("targets/*/lib")]
             found = [folder for folder in found if (folder / "libcudart_static.a").is_file()]
             if not found:
                 raise BuildError(f"there is no libcudart_static.a under {cuda.root}")
-            libraries = found[0]
             # libtorch must be named as needed: weak symbols are looked up in it.
-            link = [f"-L{libraries}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
+            link = [f"-L{found[0]}", "-lcudart_static", "-ldl", "-lrt", "-lpthread"]
             link += _link_torch(torch_folder)
         defines.append(f'-DCOGVIEW_KERNELS_TORCH="{torch}"')
 
         host = ["-std=c++20", "-fPIC", "-fvisibility=hidden", "-Wall", OWN_PATHS]
         host += ["-O0", "-g"] if debug else ["-O2"]
         host += [*defines, *(f"-isystem{folder}" for folder in includes)]
-        lines = [
-            "ninja_required_version = 1.5",
-            "rule cxx",
-            f"  command = {_command(compiler, host)} -MMD -MF $out.d -c $in -o $out",
-            "  depfile = $out.d",
-            "  deps = gcc",
-            "rule link",
-            f"  command = {_command(compiler, ['-shared'])} $in -o $out {_command(link)}",
-        ]
+        shared = ["-shared"] if debug else ["-shared", "-s"]
+        lines = ["ninja_required_version = 1.5", *_compile_rule("cxx", compiler, host)]
+        lines += _link_rule([*compiler, *shared], link)
         if cuda is not None:
             nvcc = _command([cuda.nvcc], cuda.flags(debug))
             lines += [
                 "rule nvcc",
-                f"  command = {nvcc} -MD -MF $out.d -c $in -o $out > $out.log 2>&1 "
+                f"  command = {nvcc} $gencode -MD -MF $out.d -c $in -o $out > $out.log 2>&1 "
                 "|| { cat $out.log; exit 1; }",
                 "  depfile = $out.d",
                 "  deps = gcc",
             ]
-        objects = []
-        for source in sources:
-            name = f"{source.relative_to(ROOT).as_posix().replace('/', '.')}.o"
-            rule = "nvcc" if source.suffix == ".cu" else "cxx"
-            # hooks.cpp embeds the table that is written between the two runs.
-            also = " | kernel_resources.inc" if source.stem == "hooks" else ""
-            lines.append(f"build {name}: {rule} {_escape(source)}{also}")
-            objects.append(name)
-        lines.append(f"build {_escape(target)}: link {' '.join(objects)}")
+        for source in kernels:
+            architectures = cuda.architectures_of(source.relative_to(CSRC)) if cuda else ()
+            lines.append(f"build {_object(source)}: nvcc {_escape(source)}")
+            lines.append(f"  gencode = {_command(gencode(architectures))}")
+        lines += [f"build {_object(source)}: cxx {_escape(source)}" for source in others]
+        lines.append("build kernel_resources.o: cxx kernel_resources.cpp")
+        objects = [[_object(source) for source in sources] for sources in (kernels, others)]
+        every = " ".join([*objects[0], *objects[1], "kernel_resources.o"])
+        lines.append(f"build {_escape(target)}: link {every}")
         _write_if_changed(build / "build.ninja", "\n".join(lines) + "\n")
-        return objects
+        return objects[0], objects[1]
 
     def _build_host_model(self, extension: Extension, compiler: list[str]) -> None:
         torch_folder, _ = _torch()
@@ -228,45 +298,25 @@ class NinjaBuild(build_ext):
         )
         build.mkdir(parents=True, exist_ok=True)
         includes = [torch_folder / "include", _pybind11(), sysconfig.get_path("include")]
-        flags = [
-            *HOST_MODEL,
-            OWN_PATHS,
-            *STABLE_ONLY,
-            *(f"-isystem{folder}" for folder in includes),
-        ]
+        kernels = kernel_sources(CSRC)
+        flags = [*HOST_MODEL, OWN_PATHS, *STABLE_ONLY, *family_defines(CSRC, kernels)]
+        flags += [f"-isystem{folder}" for folder in includes]
         instrumented = HOST_MODEL_SANITIZE if sanitize else HOST_MODEL_HOOKS
         link = [*(HOST_MODEL_SANITIZE if sanitize else []), "-lpthread", *_link_torch(torch_folder)]
+        optimize = HOST_MODEL_SANITIZE if sanitize else ["-O3"]
         lines = ["ninja_required_version = 1.5"]
-        rules = {
-            "kernel": [*instrumented, "-x", "c++"],
-            "cxx": HOST_MODEL_SANITIZE if sanitize else ["-O3"],
-        }
-        for rule, more in rules.items():
-            lines += [
-                f"rule {rule}",
-                f"  command = {_command(compiler, flags, more)} -MMD -MF $out.d -c $in -o $out",
-                "  depfile = $out.d",
-                "  deps = gcc",
-            ]
-        lines += [
-            "rule link",
-            f"  command = {_command(compiler, ['-shared'])} $in -o $out {_command(link)}",
-        ]
-        csrc = ROOT / "csrc"
-        objects = []
-        for source in [
-            csrc / "operators" / "operators.cpp",
-            *csrc.glob("host_model/*.cpp"),
-            *csrc.rglob("*.cu"),
-        ]:
-            name = f"{source.relative_to(csrc).as_posix().replace('/', '.')}.o"
+        lines += _compile_rule("kernel", compiler, [*flags, *instrumented, "-x", "c++"])
+        lines += _compile_rule("cxx", compiler, [*flags, *optimize])
+        lines += _link_rule([*compiler, "-shared"], link)
+        # bindings.cpp takes longest: pybind11 is slow to compile.
+        sources = [*cpp_sources(CSRC, without="hooks.cpp"), *kernels]
+        for source in sources:
             rule = "kernel" if source.suffix == ".cu" else "cxx"
-            lines.append(f"build {name}: {rule} {_escape(source)}")
-            objects.append(name)
-        lines.append(f"build _host_model.so: link {' '.join(sorted(objects))}")
+            lines.append(f"build {_object(source)}: {rule} {_escape(source)}")
+        lines.append(f"build _host_model.so: link {' '.join(map(_object, sources))}")
         _write_if_changed(build / "build.ninja", "\n".join(lines) + "\n")
         self._run_ninja(build, ["_host_model.so"])
-        # Copied, since the two ways of building share the target.
+        # Copied: the builds with and without sanitizers share the target.
         target = Path(self.get_ext_fullpath(extension.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_suffix(".partial")
@@ -291,7 +341,18 @@ class NinjaBuild(build_ext):
         except FileNotFoundError:
             raise BuildError("ninja is not installed: pip install ninja") from None
         except subprocess.CalledProcessError:
-            raise BuildError("compilation failed; the compiler's words stand above") from None
+            raise BuildError("compilation failed; see the compiler's output above") from None
+
+
+def family_defines(csrc: Path, kernels: list[Path]) -> list[str]:
+    """COGVIEW_KERNELS_SM90 tells the C++ sources that kernels of three_region_attention/sm90 are
+    compiled in."""
+    families = [
+        folder
+        for folder in FOLDER_ARCHITECTURES
+        if any(source.is_relative_to(csrc / folder) for source in kernels)
+    ]
+    return [f"-DCOGVIEW_KERNELS_{Path(folder).name.upper()}" for folder in families]
 
 
 def kernel_resources(logs: list[Path]) -> list[dict[str, str | int]]:
@@ -366,9 +427,26 @@ def _link_torch(folder: Path) -> list[str]:
 
 
 def _write_if_changed(path: Path, text: str) -> None:
-    """Leave the file's time alone where nothing changed, so that ninja does not rebuild."""
+    """Keep the file's time where nothing changed, so that ninja does not rebuild."""
     if not path.is_file() or path.read_text() != text:
         path.write_text(text)
+
+
+def _compile_rule(name: str, compiler: list[str], flags: list[str]) -> list[str]:
+    return [
+        f"rule {name}",
+        f"  command = {_command(compiler, flags)} -MMD -MF $out.d -c $in -o $out",
+        "  depfile = $out.d",
+        "  deps = gcc",
+    ]
+
+
+def _link_rule(linker: list[str], libraries: list[str]) -> list[str]:
+    return ["rule link", f"  command = {_command(linker)} $in -o $out {_command(libraries)}"]
+
+
+def _object(source: Path) -> str:
+    return _escape(source.relative_to(CSRC)) + ".o"
 
 
 def _command(*parts: list[str]) -> str:

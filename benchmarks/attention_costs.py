@@ -152,7 +152,7 @@ def launches(case: Case) -> list[dict[str, Any]]:
 
 def short_name(launch: dict[str, Any]) -> str:
     stem = launch["kernel"].partition("<")[0].removesuffix("_kernel")
-    return stem.removeprefix("three_region_attention_")
+    return stem.rpartition("::")[2].removeprefix("three_region_attention_")
 
 
 def count(case: Case) -> list[dict[str, Any]]:

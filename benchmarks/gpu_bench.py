@@ -291,8 +291,8 @@ def run_all(
     earlier run, and each method that has compiled for long: its other cases would take as long."""
     failed = {missing["name"] for missing in record["not_measured"] if missing["failed"]}
     known = {found["name"] for found in record["benchmarks"]}
-    todo = [entry for entry in plan if entry.id not in known]
-    put_off(todo, lambda entry: entry.id in failed)
+    pending = [entry for entry in plan if entry.id not in known]
+    put_off(pending, lambda entry: entry.id in failed)
     slow: set[str] = set()
     if not record["ceilings"]:  # without them a time says little
         answer = worker.ask("ceilings", end)
@@ -302,12 +302,13 @@ def run_all(
     looked = look(record, "the first")
     saved = 0.0
     try:
-        while todo and time.time() < end - LAST_S:
-            entry = todo[0]
+        while pending and time.time() < end - LAST_S:
+            entry = pending[0]
             if time.time() > looked + LOOK_S:
                 looked = look(record, entry.id)
                 print(
-                    f"{end - time.time():4.0f} s left, {len(todo)} entries: {entry.id}", flush=True
+                    f"{end - time.time():4.0f} s left, {len(pending)} entries: {entry.id}",
+                    flush=True,
                 )
             begin = time.time()
             answer = worker.ask(entry.id, end)
@@ -315,19 +316,19 @@ def run_all(
                 break  # cut off: it is not its fault
             done = [entry]
             if "timed_out" in answer:  # so would the other kinds of work on this case
-                done = [other for other in todo if same_call(other, entry)]
-            todo = [other for other in todo if other not in done]
+                done = [other for other in pending if same_call(other, entry)]
+            pending = [other for other in pending if other not in done]
             note(record, done, answer)
             if entry.method.compiles and time.time() - begin > SLOW_S:
                 slow.add(entry.method.name)
-                put_off(todo, lambda entry: entry.method.name in slow)
+                put_off(pending, lambda entry: entry.method.name in slow)
             if time.time() > saved + SAVE_S:
-                record["not_reached"] = [other.id for other in todo]
+                record["not_reached"] = [other.id for other in pending]
                 save(record, path)
                 saved = time.time()
     finally:
         look(record, "the end")
-        record["not_reached"] = [entry.id for entry in todo]
+        record["not_reached"] = [entry.id for entry in pending]
         save(record, path)
 
 
@@ -548,14 +549,14 @@ def dry_run(arguments: argparse.Namespace) -> int:
     return int(any(outcome.startswith("fails") for outcome in outcomes))
 
 
-def told_to_end(*_: Any) -> None:
+def handle_sigterm(*_: Any) -> None:
     """The table comes all the same."""
     raise Lost("it was told to end")
 
 
 def main() -> int:
     begin = time.time()
-    signal.signal(signal.SIGTERM, told_to_end)
+    signal.signal(signal.SIGTERM, handle_sigterm)
     parser = argparse.ArgumentParser(
         description="Build, and time the suite on the GPU that is here."
     )

@@ -3,10 +3,12 @@ process under time limits, and records that outlive a hang or a kill."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -92,6 +94,15 @@ def environment(**variables: str) -> dict[str, str]:
     return {**os.environ, **here, **variables}
 
 
+def kill_session(leader: int) -> None:
+    """Kill every process of the session that ``leader`` began, whatever process group it is in."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):  # it has ended
+            session = int(path.read_text().rpartition(")")[2].split()[3])
+            if session == leader:
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
 def run_process(
     command: list[str],
     seconds: float,
@@ -101,7 +112,8 @@ def run_process(
     **variables: str,
 ) -> tuple[int, str | None]:
     """Run to the log; the exit status, and why it was killed or died, if it did not exit. Killed
-    after ``seconds``, and where ``watch`` stays as it is for ``stall_s``."""
+    after ``seconds``, and where ``watch`` stays as it is for ``stall_s``. What the process started
+    ends with it."""
     log.parent.mkdir(exist_ok=True)
     begin = time.time()
     with log.open("a") as output:
@@ -122,10 +134,10 @@ def run_process(
                 killed = f"killed: out of time after {seconds:.0f} s"
             elif watch and time.time() - last_word > stall_s:
                 killed = f"killed: no word for {stall_s} s"
-        if killed is not None:
-            os.killpg(process.pid, 9)
-            return process.wait(), killed
-    status = process.returncode
+        kill_session(process.pid)
+    status = process.wait()
+    if killed is not None:
+        return status, killed
     return status, f"died with signal {-status}" if status < 0 else None
 
 

@@ -193,9 +193,12 @@ def _demangle(names: list[str]) -> list[str]:
 
 
 def source_name(name: str) -> str:
-    """A kernel and its template arguments as the source writes them, whoever printed the name."""
+    """A kernel and its template arguments as the source writes them, whoever printed the name;
+    a kernel of a family with the family's namespace."""
     name = name.removeprefix("void ").replace("(anonymous namespace)::", "")
     name = name.replace("cogview::", "").replace(" >", ">").partition("(")[0]
+    name, bracket, arguments = name.partition("<")
+    name += bracket + re.sub(r"\w+::", "", arguments)
     return name.replace("__half", "Half").replace("__nv_bfloat16", "BFloat16")
 
 

@@ -41,7 +41,6 @@ from measure import commit_info, machine_info, now, record_name
 import cogview.train
 import cogview_kernels as ck
 from cogview.config import Config, RunFolder, load_config
-from cogview.data import TokenDataset
 from cogview.digits import CANVAS_SIZE, make_scenes
 from cogview.evaluate import DigitReader, caption_accuracy
 from cogview.files import atomic_write
@@ -50,6 +49,7 @@ from cogview.model import GPT
 from cogview.sample import draw_images
 from cogview.sequence import Batch
 from cogview.text_tokenizer import TextTokenizer
+from cogview.tokens import TokenDataset
 from cogview.train import Trainer, choose_device, read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]

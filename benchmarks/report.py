@@ -180,8 +180,8 @@ class Record:
     @functools.cached_property
     def functions(self) -> dict[str, str]:
         """What ours computes, for each operation; others may compute another function."""
-        said = [row["extra_info"] for row in self.rows] + self.content.get("not_measured", [])
-        return {entry["op"]: entry["computes"] for entry in said if entry["method"] == OURS}
+        details = [row["extra_info"] for row in self.rows] + self.content.get("not_measured", [])
+        return {entry["op"]: entry["computes"] for entry in details if entry["method"] == OURS}
 
     @property
     def on_cuda(self) -> bool:
@@ -372,24 +372,24 @@ def group_table(group: list[Row], record: Record) -> str:
     ours = ours_of(group)
 
     def cells(row: Row) -> list[str]:
-        said = info(row)
+        details = info(row)
 
         def text(value: float | None, how: Callable[[float], str]) -> str:
             return "" if value is None else how(value)
 
         mark = " †" if computes_another(row, record) else ""
-        once = [text(said.get(name), time_text) for name in ONCE]
-        error = max(said.get("errors", {}).values(), default=None)
+        once = [text(details.get(name), time_text) for name in ONCE]
+        error = max(details.get("errors", {}).values(), default=None)
         return [
-            shown_name(said["method"]) + mark,
-            said["computes"],
+            shown_name(details["method"]) + mark,
+            details["computes"],
             spread_text(row),
             text(ratio(row, ours), times),
             text(tokens_per_second(row), digits),
             text(useful_rate(row, record), digits),
             text(gigabytes_per_second(row), digits),
             text(fraction_of_floor(row, record.ceilings), percent),
-            text(said.get("extra_bytes"), bytes_text),
+            text(details.get("extra_bytes"), bytes_text),
             *once,
             text(error, lambda value: f"{value:.1e}"),
         ]
@@ -410,10 +410,10 @@ ONCE = ("prepare_seconds", "first_call_seconds", "host_seconds")
 
 
 def group_title(work: str, group: list[Row], record: Record) -> str:
-    said = info(group[0])
+    details = info(group[0])
     parts = [f"**{work}**"]
-    if said.get("attended_fraction") is not None and said["op"] == "attention":
-        parts.append(f"{percent(said['attended_fraction'])} of dense causal attention's keys")
+    if details.get("attended_fraction") is not None and details["op"] == "attention":
+        parts.append(f"{percent(details['attended_fraction'])} of dense causal attention's keys")
     floor = floor_parts(group[0], record.ceilings)
     if floor:
         bound = max(floor, key=lambda part: floor[part])
@@ -424,15 +424,15 @@ def group_title(work: str, group: list[Row], record: Record) -> str:
 def sweep_table(by: dict[Any, list[Row]], sweep: str, record: Record) -> str:
     """A row for each method, a column for each value: time, and time over ours."""
     methods = dict.fromkeys(info(row)["method"] for group in by.values() for row in group)
-    said = [info(group[0]) for group in by.values()]
+    details = [info(group[0]) for group in by.values()]
     lines = [
-        [name, *(str(entry["case"][name]) for entry in said)]
-        for name, of_case in said[0]["case"].items()
+        [name, *(str(entry["case"][name]) for entry in details)]
+        for name, of_case in details[0]["case"].items()
         if name not in FIELDS_OF.get(sweep, (sweep,))
-        and any(entry["case"][name] != of_case for entry in said)
+        and any(entry["case"][name] != of_case for entry in details)
     ]
-    if said[0].get("attended_fraction") is not None:
-        lines.append(["keys attended", *(percent(entry["attended_fraction"]) for entry in said)])
+    if details[0].get("attended_fraction") is not None:
+        lines.append(["keys attended", *(percent(entry["attended_fraction"]) for entry in details)])
     for method in methods:
         rows = {
             value: next((row for row in group if info(row)["method"] == method), None)
@@ -743,18 +743,18 @@ def roofline_points(record: Record) -> list[tuple[str, str, str, float, float]]:
     points = []
     for op in OPS:
         for _, work, group in groups(record, op):
-            said = info(group[0])
+            details = info(group[0])
             floor = floor_parts(group[0], record.ceilings)
             if not (shown_whole(group) and floor and all(floor.values())):
                 continue
             for row in (ours_of(group), best_same(group, record), best_dense(group)):
                 if row is not None:
-                    intensity = said["flops"] / said["bytes"]
+                    intensity = details["flops"] / details["bytes"]
                     what = op if work == "step" else f"{op} {work}"
                     rate = tflops(row)
                     assert rate is not None
                     points.append(
-                        (what, info(row)["method"], said["case"]["dtype"], intensity, rate)
+                        (what, info(row)["method"], details["case"]["dtype"], intensity, rate)
                     )
     return points
 
@@ -791,23 +791,18 @@ def summary_table(record: Record) -> str:
         others = [rival(group) for rival in RIVALS.values()]
         lines.append(
             [
-                f"{case['batch']} x {case['seqlen']}",
-                f"{case['key_window_times']} x {case['query_window']}",
-                f"{case['num_pivots']} + {case['text_len']}",
+                f"{case['batch']}x{case['seqlen']}",
                 percent(info(group[0])["attended_fraction"]),
                 work,
                 time_text(median(ours)),
-                *(
-                    f"{time_text(median(row))}, {times(median(row) / median(ours))}" if row else ""
-                    for row in others
-                ),
+                *(times(median(row) / median(ours)) if row else "" for row in others),
             ]
         )
     if not lines:
         return f"None of the fixed cases has been measured on {record.device}.\n\n{record.source}"
-    heads = ["batch x sequence", "window", "pivots + text", "keys attended", "work", OURS, *RIVALS]
+    heads = ["batch x length", "keys attended", "work", OURS, *RIVALS]
     note = "" if record.on_cuda else f" On a CPU {OURS} is the portable path."
-    return f"{table(heads, lines, left=5)}\n\n<sub>{common(shown)}.{note}</sub> {record.source}"
+    return f"{table(heads, lines, left=3)}\n\n<sub>{common(shown)}.{note}</sub> {record.source}"
 
 
 def summary(records: Sequence[Record], experiments: dict[str, list[Record]]) -> str:
@@ -818,9 +813,8 @@ def summary(records: Sequence[Record], experiments: dict[str, list[Record]]) -> 
         parts += [link(plot, record, README) for plot in plots(record) if plot.name == "seqlen"]
     for name, found in experiments.items():
         title = EXPERIMENTS[name]
-        parts += [
-            f"[{title.capitalize()}]({PAGE}#{anchor(title)}) {record.source}" for record in found
-        ]
+        if found:
+            parts.append(f"Experiment: [{title}]({PAGE}#{anchor(title)})")
     return "\n\n".join(parts)
 
 

@@ -2,8 +2,8 @@
 
 import os
 
-# Before torch is loaded: OpenMP threads that spin for long while they wait take the cores from
-# those that work, as soon as anything else runs on the machine.
+# Set before torch is loaded. OpenMP threads spin while they wait; a long spin takes cores away from
+# working threads when anything else runs on the machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
 try:
@@ -13,7 +13,7 @@ except ModuleNotFoundError as error:
         raise
     raise SystemExit(
         f"cogview: {error.name} is not installed; the model needs more packages than the kernels: "
-        "pip install '.[cogview]' in a clone of the repository"
+        "run pip install '.[cogview]' in a clone of the repository"
     ) from None
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Checkpoints of a training run: one file a checkpoint, whole or not there.
+"""Checkpoints of a training run: one file per checkpoint.
 
 A checkpoint is a dictionary of tensors and plain values, with the model's weights under "model" and
-the step under "step". It is written to a temporary file and renamed, so a crash, `kill -9` or a
-full disk leaves the earlier ones untouched; checksums tell a damaged file from a good one when it
-is read.
+the step under "step". It is written to a temporary file and then renamed, so that a crash,
+`kill -9` or a full disk leaves earlier checkpoints untouched. Checksums reveal a damaged file when
+it is read.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from cogview.files import atomic_write
 
 FORMAT = "cogview-checkpoint-1"
 
-# What zipfile, pickle and torch raise on damaged bytes; a seek to a damaged offset is an OSError.
+# What zipfile, pickle and torch raise on damaged bytes. A seek to a damaged offset is an OSError.
 _DAMAGED = (
     zipfile.BadZipFile,
     zlib.error,
     struct.error,
     pickle.UnpicklingError,
-    RuntimeError,  # and NotImplementedError, one of its kind
+    RuntimeError,  # includes NotImplementedError
     OSError,
     EOFError,
     LookupError,
@@ -43,12 +43,12 @@ _DAMAGED = (
 
 
 def checkpoint_path(folder: str | os.PathLike[str], step: int) -> Path:
-    """Where the checkpoint of a step is kept."""
+    """Path of the checkpoint of a step."""
     return Path(folder) / f"step_{step:08d}.pt"
 
 
 def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
-    """The checkpoints in a folder, the newest first; none if there is no such folder."""
+    """The checkpoints in a folder, newest first; empty if the folder does not exist."""
     found = [
         path for path in Path(folder).glob("step_*.pt") if re.fullmatch(r"step_\d{8,}", path.stem)
     ]
@@ -56,12 +56,12 @@ def list_checkpoints(folder: str | os.PathLike[str]) -> list[Path]:
 
 
 def save_checkpoint(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
-    """Writes `state` to `path`, which holds the old file or the new one at any time.
+    """Writes `state` to `path`, which at any time holds either the old file or the new one.
 
     Raises:
-        ValueError: a weight under "model" is NaN or infinite, which would replace a good checkpoint
-            by a useless one.
-        OSError: it cannot be written; what was there before is intact.
+        ValueError: a weight under "model" is NaN or infinite; saving it would replace a good
+            checkpoint with a useless one.
+        OSError: the file cannot be written; the previous file is intact.
     """
     _check_finite(state["model"], path)
     with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -73,9 +73,9 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        PermissionError: it may not be read.
-        ValueError: the file is truncated, damaged or no checkpoint of this program, or a weight is
-            NaN or infinite.
+        PermissionError: the file may not be read.
+        ValueError: the file is truncated, damaged or not a checkpoint of this program, or a weight
+            is NaN or infinite.
     """
     path = Path(path)
     if not path.is_file():
@@ -100,12 +100,11 @@ def load_checkpoint(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def load_latest(folder: str | os.PathLike[str], set_aside: bool = False) -> dict[str, Any] | None:
-    """Reads the newest checkpoint of a folder that can be read, with a warning for each one that
-    cannot.
+    """Reads the newest readable checkpoint of a folder, and warns of each newer one that is not.
 
     Args:
-        set_aside: rename those that cannot be read, and are newer, to `<name>.damaged`. A run that
-            goes on needs that: `prune_checkpoints` would count them, and delete good ones.
+        set_aside: rename the newer, unreadable checkpoints to `<name>.damaged`. A run that resumes
+            needs this: `prune_checkpoints` would count them and delete good ones.
 
     Returns:
         the checkpoint, or None if the folder has none.
@@ -127,45 +126,45 @@ def load_latest(folder: str | os.PathLike[str], set_aside: bool = False) -> dict
         if set_aside and state is not None:
             damaged = path.with_name(f"{path.name}.damaged")
             path.replace(damaged)
-            message += f", and keeping this one as {damaged.name}"
+            message += f", and keeping the damaged file as {damaged.name}"
         warnings.warn(message, stacklevel=2)
     if paths and state is None:
         raise ValueError(
             f"{folder}: none of the {len(paths)} checkpoints can be read; move them away to start "
-            "afresh"
+            "from the beginning"
         )
     return state
 
 
 def prune_checkpoints(folder: str | os.PathLike[str], keep: int) -> None:
-    """Deletes all checkpoints of a folder but the newest `keep`."""
+    """Deletes all checkpoints of a folder except the newest `keep`."""
     for path in list_checkpoints(folder)[keep:]:
         path.unlink(missing_ok=True)
 
 
 def check_settings(
-    saved: dict[str, Any], asked: dict[str, Any], keys: Sequence[str], source: str
+    saved: dict[str, Any], requested: dict[str, Any], keys: Sequence[str], source: str
 ) -> None:
-    """Compares the settings of a checkpoint with those asked for.
+    """Compares the settings of a checkpoint with the requested ones.
 
     Args:
-        saved, asked: nested dictionaries; a setting that `saved` lacks is not compared, as a
-            checkpoint may be older than the setting.
-        keys: what has to be the same, such as `model.norm`.
-        source: where `saved` comes from, for messages.
+        saved, requested: nested dictionaries; a setting that `saved` lacks is not compared, because
+            the checkpoint may be older than the setting.
+        keys: settings that must be the same, such as `model.norm`.
+        source: where `saved` comes from, for the message.
 
     Raises:
-        ValueError: one differs; names it with both values.
+        ValueError: a setting differs; the message names it with both values.
     """
     for key in keys:
         *sections, name = key.split(".")
-        before, now = saved, asked
+        before, now = saved, requested
         for section in sections:
             before, now = before.get(section, {}), now[section]
         if name in before and before[name] != now[name]:
             raise ValueError(
                 f"{key}: {source} was trained with {before[name]}, got {now[name]}; set it back, "
-                "or begin another run folder"
+                "or use a new run folder"
             )
 
 
@@ -173,10 +172,10 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
     """Copies weights into a model.
 
     Args:
-        source: where they come from, for messages.
+        source: where they come from, for the message.
 
     Raises:
-        ValueError: missing or unknown names, or different shapes; the message lists them, and
+        ValueError: missing or unknown names, or different shapes. The message lists them, and
             nothing is copied.
     """
     own = model.state_dict()
@@ -198,4 +197,4 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
 def _check_finite(weights: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:
     for name, weight in weights.items():
         if weight.is_floating_point() and not torch.isfinite(weight).all():
-            raise ValueError(f"{path}: {name} holds NaN or infinity; a checkpoint must be finite")
+            raise ValueError(f"{path}: {name} holds NaN or infinity; weights must be finite")

@@ -17,7 +17,7 @@ from PIL import Image
 
 from cogview.checkpoint import check_settings, load_latest, load_weights
 from cogview.config import Config, RunFolder, load_config, preset_names, save_config, to_yaml
-from cogview.data import CaptionedImages, TokenDataset, read_image
+from cogview.data import CaptionedImages, read_image
 from cogview.demo import run_demo
 from cogview.files import atomic_write
 from cogview.image_tokenizer import ImageTokenizer, train_image_tokenizer
@@ -25,6 +25,7 @@ from cogview.model import GPT
 from cogview.plots import save_grid
 from cogview.sample import draw_images, write_captions
 from cogview.text_tokenizer import TextTokenizer
+from cogview.tokens import TokenDataset
 from cogview.train import MODEL_SETTINGS, Trainer, choose_device, split_data
 
 DESCRIPTION = """\
@@ -43,14 +44,14 @@ With a folder of your own images, and captions.tsv in it (file name, tab, captio
   cogview train                 --run runs/mine
   cogview sample                --run runs/mine "a red bird on a branch" --num 4
 
-Everything that belongs to a model is kept in its run folder. Each command starts from the settings
-there; those of a new folder come from a preset. `--set key=value` changes one, for example --set
-training.steps=500 model.num_layers=6. `cogview train` that was interrupted goes on from its newest
-checkpoint when it is given again; every other command starts afresh.
+A run folder holds everything that belongs to a model. Each command reads the settings in it; a new
+folder takes its settings from a preset. `--set key=value` changes settings, for example
+--set training.steps=500 model.num_layers=6. If `cogview train` was interrupted, run it again: it
+resumes from its newest checkpoint. Every other command starts from the beginning.
 """
 
-# What is the user's or the system's to mend; RuntimeError is torch's, such as out of memory.
-_ERRORS = (
+# Errors that the user or the system caused; torch raises RuntimeError, for example out of memory.
+_REPORTED_ERRORS = (
     ValueError,
     TypeError,
     OSError,
@@ -65,8 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Runs one command.
 
     Returns:
-        the exit code: 0, 2 for an error of the user or the system (one line on standard error), 130
-            for Ctrl-C, 141 where standard output was closed, as `head` does.
+        the exit code: 0; 2 for an error of the user or the system (one line on standard error); 130
+            for Ctrl-C; 141 if standard output was closed, as `head` does.
     """
     args = _parser().parse_args(arguments)
     warnings.showwarning = _show_warning  # type: ignore[assignment]
@@ -74,19 +75,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         args.run_command(args)
         sys.stdout.flush()
     except BrokenPipeError:
-        # What is still to be written goes nowhere, or Python would complain at its exit.
+        # Discard the remaining output; otherwise Python reports the closed pipe when it exits.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         return 141
-    except _ERRORS as error:
+    except _REPORTED_ERRORS as error:
         if args.debug:
             traceback.print_exc()
         print(f"cogview: error: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
-        again = "starts afresh"
+        next_start = "starts from the beginning"
         if args.run_command is _train:
-            again = "goes on from the newest checkpoint, if there is one yet"
-        print(f"\ncogview: stopped; the same command {again}", file=sys.stderr)
+            next_start = "resumes from the newest checkpoint, if there is one"
+        print(f"\ncogview: stopped; the same command {next_start}", file=sys.stderr)
         return 130
     return 0
 
@@ -118,7 +119,7 @@ def _parser() -> argparse.ArgumentParser:
         help="images, and captions.tsv, .csv or .jsonl with path and caption",
     )
     data.add_argument(
-        "--skip-bad", action="store_true", help="leave out images and captions that cannot be read"
+        "--skip-bad", action="store_true", help="skip images and captions that cannot be read"
     )
 
     def add(
@@ -163,20 +164,20 @@ def _parser() -> argparse.ArgumentParser:
         run,
         data,
     )
-    add("train", _train, "train the transformer on the tokens, or go on training it", run)
+    add("train", _train, "train the transformer on the tokens, or resume its training", run)
 
     command = add("sample", _sample, "draw images from captions", run)
     command.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
-    command.add_argument("--file", type=Path, help="captions from a text file, one a line")
+    command.add_argument("--file", type=Path, help="read captions from a text file, one per line")
     command.add_argument("--num", type=int, default=1, help="images for each caption (%(default)s)")
     command.add_argument(
-        "--seed", type=int, default=0, help="another seed, other images (%(default)s)"
+        "--seed", type=int, default=0, help="a different seed gives other images (%(default)s)"
     )
     command.add_argument(
-        "--image", type=Path, help="complete this image: its upper rows of codes are kept"
+        "--image", type=Path, help="complete this image: keep its upper rows of codes"
     )
     command.add_argument(
-        "--keep", type=int, metavar="N", help="codes to keep of --image (default: half of them)"
+        "--keep", type=int, metavar="N", help="number of codes to keep of --image (default: half)"
     )
     command.add_argument(
         "--out", type=Path, metavar="FOLDER", help="where the images go (default: RUN/samples)"
@@ -190,7 +191,10 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
     command.add_argument(
-        "--seed", type=int, default=0, help="another seed, other captions (%(default)s)"
+        "--seed",
+        type=int,
+        default=0,
+        help="a different seed gives other captions (%(default)s)",
     )
 
     command = add(
@@ -252,7 +256,7 @@ def _encode(args: argparse.Namespace) -> None:
     _keep_config(args, config)
     clipped = sum(len(data[i][0]) > config.max_text_len for i in range(len(data)))
     note = (
-        f" ({clipped} captions are longer than {config.max_text_len} pieces and will be clipped)"
+        f" ({clipped} captions are longer than {config.max_text_len} pieces and will be truncated)"
         if clipped
         else ""
     )
@@ -265,13 +269,12 @@ def _train(args: argparse.Namespace) -> None:
     trainer = Trainer(config, args.run.path, train_data, held_out_data, progress=not args.quiet)
     _keep_config(args, config)
     if trainer.step:
-        print(f"going on from step {trainer.step}")
+        print(f"resuming from step {trainer.step}")
     trainer.run()
     losses = trainer.evaluate()
     print(
-        f"step {trainer.step}, held-out loss: image {losses['image_loss']:.4f}, text "
-        f"{losses['text_loss']:.4f} "
-        f"nats per token: {args.run.checkpoints}"
+        f"step {trainer.step}, held-out loss: image {losses['image_loss']:.4f}, "
+        f"text {losses['text_loss']:.4f} nats per token: {args.run.checkpoints}"
     )
 
 
@@ -294,11 +297,10 @@ def _sample(args: argparse.Namespace) -> None:
         keep = config.num_codes // 2 if args.keep is None else args.keep
         if not 0 <= keep <= config.num_codes:
             raise ValueError(f"--keep: expected 0 to {config.num_codes} codes, got {keep}")
-        beginnings = [_codes(image_tokenizer, [args.image]).flatten()[:keep].tolist()] * len(
-            captions
-        )
+        kept_codes = _codes(image_tokenizer, [args.image]).flatten()[:keep].tolist()
+        beginnings = [kept_codes] * len(captions)
     elif args.keep is not None:
-        raise ValueError("--keep: expected together with --image")
+        raise ValueError("--keep: expected --image with it, got no --image")
     model = _model(args.run, config)
     codes = draw_images(model, config, texts, args.seed, beginnings, progress=not args.quiet)
     images = image_tokenizer.decode(codes).cpu()
@@ -318,11 +320,9 @@ def _caption(args: argparse.Namespace) -> None:
         )
     text_tokenizer, image_tokenizer = _tokenizers(args.run, config)
     codes = _codes(image_tokenizer, args.images)
-    for path, pieces in zip(
-        args.images,
-        write_captions(_model(args.run, config), config, codes, args.seed, progress=not args.quiet),
-        strict=True,
-    ):
+    model = _model(args.run, config)
+    captions = write_captions(model, config, codes, args.seed, progress=not args.quiet)
+    for path, pieces in zip(args.images, captions, strict=True):
         print(f"{path}\t{text_tokenizer.decode(pieces)}")
 
 
@@ -333,8 +333,9 @@ def _info(args: argparse.Namespace) -> None:
             config = load_config(name, args.set)
             model, image = config.model, config.image_tokenizer
             print(
-                f"{name:<12}{_num_parameters(config):>15,}{model.num_layers:>8}{model.hidden_size:>8}{model.num_heads:>7}"
-                f"   {image.image_size}x{image.image_size} pixels, "
+                f"{name:<12}{_num_parameters(config):>15,}{model.num_layers:>8}"
+                f"{model.hidden_size:>8}{model.num_heads:>7}   "
+                f"{image.image_size}x{image.image_size} pixels, "
                 f"{image.code_size}x{image.code_size} codes"
             )
         return
@@ -347,23 +348,24 @@ def _info(args: argparse.Namespace) -> None:
 
 
 def _run_config(args: argparse.Namespace) -> Config:
-    """The settings of the run folder, or of the preset for a new one, with the changes of --set."""
+    """The settings of the run folder, or of the preset for a new folder, changed by --set."""
     preset = getattr(args, "preset", None)
     run = args.run
     if preset is None and not run.config.is_file():
         raise ValueError(
-            f"{run.path}: no config.yaml in it; a new run begins with a tokenizer and --preset"
+            f"{run.path}: expected config.yaml in it, got none; start a new run by training a "
+            "tokenizer with --preset"
         )
-    made = (run.text_tokenizer, run.image_tokenizer, run.tokens, run.checkpoints, run.metrics)
-    if preset is not None and run.config.is_file() and any(path.exists() for path in made):
+    results = (run.text_tokenizer, run.image_tokenizer, run.tokens, run.checkpoints, run.metrics)
+    if preset is not None and run.config.is_file() and any(path.exists() for path in results):
         raise ValueError(
-            f"--preset: {run.config} holds the settings already; change them with --set"
+            f"--preset: {run.config} already holds the settings; change them with --set"
         )
     return load_config(run.config if preset is None else preset, args.set)
 
 
 def _keep_config(args: argparse.Namespace, config: Config) -> None:
-    """Saves new settings in the run folder, once the command has worked with them."""
+    """Saves new settings in the run folder, once the command has succeeded with them."""
     if getattr(args, "preset", None) is not None or args.set:
         save_config(config, args.run.config)
 
@@ -378,15 +380,15 @@ def _images(args: argparse.Namespace, config: Config) -> CaptionedImages:
 def _tokenizers(run: RunFolder, config: Config) -> tuple[TextTokenizer, ImageTokenizer]:
     text_tokenizer = TextTokenizer.load(run.text_tokenizer)
     image_tokenizer = ImageTokenizer.load(run.image_tokenizer, device=choose_device(config.device))
-    for what, have, expected in (
+    for unit, actual, expected in (
         ("pieces", text_tokenizer.vocab_size, config.text_tokenizer.vocab_size),
         ("codes", image_tokenizer.config.codebook_size, config.image_tokenizer.codebook_size),
-        ("codes a side", image_tokenizer.config.code_size, config.image_tokenizer.code_size),
+        ("codes per side", image_tokenizer.config.code_size, config.image_tokenizer.code_size),
     ):
-        if have != expected:
+        if actual != expected:
             raise ValueError(
-                f"{run.path}: the settings say {expected} {what}, the tokenizer has {have}; train "
-                "it again, or set it back"
+                f"{run.path}: expected a tokenizer of {expected} {unit} as in the settings, got "
+                f"{actual}; train the tokenizer again, or set the settings back"
             )
     return text_tokenizer, image_tokenizer
 
@@ -394,7 +396,9 @@ def _tokenizers(run: RunFolder, config: Config) -> tuple[TextTokenizer, ImageTok
 def _model(run: RunFolder, config: Config) -> GPT:
     state = load_latest(run.checkpoints)
     if state is None:
-        raise FileNotFoundError(f"{run.checkpoints}: no checkpoint in it; run cogview train first")
+        raise FileNotFoundError(
+            f"{run.checkpoints}: expected a checkpoint in it, got none; run cogview train first"
+        )
     device = choose_device(config.device)
     source = f"{run.checkpoints}, step {state['step']},"
     check_settings(state["config"], dataclasses.asdict(config), MODEL_SETTINGS, source)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from cogview.files import atomic_write
 from cogview.sequence import Vocabulary
 
-if TYPE_CHECKING:  # imported where files are read and written: the model alone does without
+if TYPE_CHECKING:  # imported at run time only to read and write files: the model works without it
     from omegaconf import DictConfig
 
 PRESETS = Path(__file__).parent / "presets"
@@ -25,11 +25,10 @@ QUANTIZERS = ("moving_average", "straight_through", "gumbel", "fixed")
 
 @dataclass
 class TextTokenizerConfig:
-    vocab_size: int = 50000  # SentencePiece pieces
-    model_type: Literal["unigram", "bpe"] = "unigram"  # of SentencePiece
-    character_coverage: float = (
-        0.9995  # share of the corpus's characters that get a piece of their own
-    )
+    vocab_size: int = 50000  # number of SentencePiece pieces
+    model_type: Literal["unigram", "bpe"] = "unigram"  # SentencePiece's training algorithm
+    # Share of the corpus's characters that get a piece of their own.
+    character_coverage: float = 0.9995
 
     def __post_init__(self) -> None:
         _expect("text_tokenizer.vocab_size", self.vocab_size, self.vocab_size >= 1, "1 or more")
@@ -37,28 +36,28 @@ class TextTokenizerConfig:
 
 @dataclass
 class ImageTokenizerConfig:
-    """Shape and training rule of an image tokenizer; the defaults are CogView's.
+    """Shape and training of an image tokenizer; the defaults are CogView's.
 
     Attributes:
         image_size: side of the square images in pixels, a multiple of `2**num_downsamples`.
         channels: 3 for RGB, 1 for grey.
         hidden: channels of the inner convolutions.
-        num_downsamples: halvings; codes are a square of side `image_size / 2**num_downsamples`.
+        num_downsamples: how often the side is halved: codes form a square of side
+            `image_size / 2**num_downsamples`.
         codebook_size: number of codes.
         codebook_dim: length of a code vector.
         quantizer: how the codebook is trained.
-            `moving_average`: nearest code; a code follows the mean of the vectors it stands for.
-            `straight_through`: nearest code; codes are trained by gradient towards their vectors.
+            `moving_average`: nearest code; a code follows the mean of the vectors assigned to it.
+            `straight_through`: nearest code; gradients move a code towards its vectors.
             `gumbel`: codes are sampled in training, with a straight-through gradient to logits and
                 codes.
-            `fixed`: nearest code of a random codebook that never changes; the encoder does the
-                moving.
-        decay: of the moving averages of code usage and, with `moving_average`, of the codes.
+            `fixed`: nearest code of a random codebook that never changes; only the encoder learns.
+        decay: decay of the moving averages of code usage and, with `moving_average`, of the codes.
         commitment: weight of the loss that keeps encoder outputs near their codes.
-        kl_weight: `gumbel` only, weight of KL(code distribution || uniform).
-        restart_below: `moving_average` only: a code whose moving usage count falls below this is
-            dead and restarts at a random encoder output of the batch; 0 turns this off. A code that
-            is never used falls below 0.1 after 230 steps at decay 0.99, after 22 at 0.9.
+        kl_weight: `gumbel` only: weight of KL(code distribution || uniform).
+        restart_below: `moving_average` only: a code whose average usage per batch falls below this
+            value restarts at a random encoder output of the batch; 0 turns this off. A code that is
+            never used falls below 0.1 after 230 steps at decay 0.99, and after 22 steps at 0.9.
         mean, std: normalisation per channel; empty: CogView's for RGB, 0.5 and 0.5 otherwise.
     """
 
@@ -130,28 +129,27 @@ class ModelConfig:
     num_layers: int = 48
     hidden_size: int = 2560
     num_heads: int = 40
-    max_positions: int = 1089  # learned positions; a sequence has at most as many
-    dropout: float = 0.1  # of the embeddings and of each branch
+    max_positions: int = 1089  # learned positions: the longest sequence, in tokens
+    dropout: float = 0.1  # on the embeddings and on the output of each branch
     norm: Literal["sandwich", "pre"] = "sandwich"
-    relax: Literal["row", "tensor", "none"] = (
-        "row"  # PB-relax LayerNorm: maximum by row or (released weights) tensor
-    )
+    # PB-relax LayerNorm divides by the maximum of each row, or of the whole tensor (released
+    # weights).
+    relax: Literal["row", "tensor", "none"] = "row"
     layernorm_eps: float = 1e-5
-    init_std: float = 0.02  # of the weights at the start
-    sandwich_init: float = (
-        1.0  # of the norms after the branches: less lets the embeddings through in a small model
-    )
+    init_std: float = 0.02  # standard deviation of the initial weights
+    # Initial weight of the norms after the branches. In a small model, a value below 1 keeps the
+    # branches from drowning out the embeddings.
+    sandwich_init: float = 1.0
     attention: Literal["three_region", "dense"] = "three_region"
     query_window: int = 128  # block size of the local window, in tokens
-    key_window_times: int = 6  # blocks in the window, the query's own included
-    num_pivots: int = 768  # random image positions that every query may see, per layer and step
-    pivot_bias: Literal["none", "cogview"] = (
-        "none"  # cogview: log(S // num_pivots) on all of them in training; text counts as pivots
-    )
-    embedding_gradient_scale: float = 0.1  # shrink of the embedding's gradient; 1 turns it off
-    activation_checkpointing: bool = (
-        False  # recompute each layer in the backward: less memory, more time
-    )
+    key_window_times: int = 6  # blocks in the window, including the query's own
+    num_pivots: int = 768  # random image positions that every query sees, per layer and step
+    # "cogview" adds log(S // num_pivots) to the logits of pivots and text in training, and counts
+    # the text among the `num_pivots`.
+    pivot_bias: Literal["none", "cogview"] = "none"
+    embedding_gradient_scale: float = 0.1  # factor on the embedding's gradient; 1 turns it off
+    # Recompute each layer in the backward pass: less memory, more time.
+    activation_checkpointing: bool = False
 
     def __post_init__(self) -> None:
         for name in (
@@ -178,7 +176,7 @@ class ModelConfig:
             "model.num_pivots",
             self.num_pivots,
             not biased or self.num_pivots >= 1,
-            "1 or more with pivot_bias",
+            "1 or more with pivot_bias=cogview",
         )
         _expect("model.dropout", self.dropout, 0 <= self.dropout < 1, "0 or more, and less than 1")
         scale = self.embedding_gradient_scale
@@ -189,25 +187,22 @@ class ModelConfig:
 class TrainingConfig:
     task: Literal["text_to_image", "captioning"] = "text_to_image"
     steps: int = 144_000
-    batch_size: int = 6144  # sequences a step
-    micro_batch_size: int = (
-        0  # sequences a pass, whose gradients are summed to a step; 0: all in one pass
-    )
+    batch_size: int = 6144  # sequences per step
+    # Sequences per forward and backward pass; a step sums the gradients of its passes. 0: one pass.
+    micro_batch_size: int = 0
     learning_rate: float = 3e-4  # at the end of the warm-up
     final_learning_rate: float = 3e-5  # at the end of the cosine
     warmup_steps: int = 2880
-    weight_decay: float = 0.04  # of matrices; not of biases, norms and embeddings
+    weight_decay: float = 0.04  # on matrices; not on biases, norms and embeddings
     clip_grad_norm: float = 1.0
-    text_weight: float = 1.0  # of text tokens in the loss
-    image_weight: float = 1.0  # of image tokens in the loss
-    held_out_fraction: float = 0.01  # of the data, for the held-out loss
+    text_weight: float = 1.0  # weight of text tokens in the loss
+    image_weight: float = 1.0  # weight of image tokens in the loss
+    held_out_fraction: float = 0.01  # share of the data that is kept for the held-out loss
     eval_every: int = 1000  # steps between measurements of the held-out loss
-    eval_examples: int = 512  # at most, for one measurement
+    eval_examples: int = 512  # largest number of examples for one measurement
     save_every: int = 1000  # steps between checkpoints
-    keep_checkpoints: int = 3  # older ones are deleted
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = (
-        "auto"  # auto: bfloat16 on CUDA, else float32
-    )
+    keep_checkpoints: int = 3  # number of checkpoints to keep; older ones are deleted
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 on CUDA
 
     def __post_init__(self) -> None:
         for name in (
@@ -237,8 +232,8 @@ class TrainingConfig:
 class SamplingConfig:
     temperature: float = 1.0  # 0: always the likeliest token
     top_k: int = 200  # only the k likeliest tokens; 0 turns it off
-    top_p: float = 1.0  # only the likeliest tokens that make up this probability; 1 turns it off
-    batch_size: int = 16  # sequences drawn at a time
+    top_p: float = 1.0  # only the likeliest tokens with this total probability; 1 turns it off
+    batch_size: int = 16  # sequences that are drawn side by side
 
     def __post_init__(self) -> None:
         _expect(
@@ -251,10 +246,10 @@ class SamplingConfig:
 
 @dataclass
 class Config:
-    """All settings of one model, from its tokenizers to how it draws."""
+    """All settings of one model, from its tokenizers to its sampling."""
 
-    seed: int = 0  # of weights, data order, dropout, pivots and drawings
-    device: str = "auto"  # auto: cuda if there is one, else cpu
+    seed: int = 0  # for weights, data order, dropout, pivots and drawings
+    device: str = "auto"  # auto: cuda if there is a GPU, else cpu
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     image_training: ImageTrainingConfig = field(default_factory=ImageTrainingConfig)
@@ -276,17 +271,20 @@ class Config:
 
     @property
     def num_codes(self) -> int:
-        """Codes of one image."""
+        """Number of codes of one image."""
         return self.image_tokenizer.code_size**2
 
     @property
     def max_text_len(self) -> int:
-        """Text pieces that fit beside an image and its commands; longer captions are clipped."""
+        """Number of text pieces that fit beside an image and its command tokens.
+
+        Longer captions are truncated.
+        """
         return self.model.max_positions - self.num_codes - 4
 
 
 class RunFolder:
-    """Where a run keeps what: one folder holds everything that training and drawing need."""
+    """The files of a run: one folder holds everything that training and drawing need."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = Path(path)
@@ -315,8 +313,8 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     """Reads a preset or a YAML file, and applies overrides.
 
     Args:
-        source: name of a preset (`digits`, ..., `cogview-4b`) or path of a YAML file; what it
-            leaves out has the default of the dataclass.
+        source: name of a preset (`digits`, ..., `cogview-4b`) or path of a YAML file; settings
+            that it leaves out keep the defaults of the dataclasses.
         overrides: such as `["training.steps=500", "model.attention=dense"]`.
 
     Raises:
@@ -346,7 +344,7 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     config = OmegaConf.structured(Config)
     for section in dataclasses.fields(Config):
         if section.default_factory is not dataclasses.MISSING:
-            # From the class, not from an instance: __post_init__ is to see the final values alone.
+            # From the class, not from an instance: __post_init__ must see only the final values.
             config[section.name] = OmegaConf.structured(section.default_factory)
     try:
         loaded = OmegaConf.load(path)
@@ -356,7 +354,7 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
     config = _merge(config, changes, "override")
     try:
         result = OmegaConf.to_object(config)
-    except OmegaConfBaseException as error:  # an interpolation that leads nowhere
+    except OmegaConfBaseException as error:  # an interpolation of an unknown key
         raise ValueError(f"{error.full_key}: {str(error).splitlines()[0]}") from None
     assert isinstance(result, Config)
     return result
@@ -384,7 +382,7 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
 
 
 def to_yaml(config: Config) -> str:
-    """All settings as YAML, as `load_config` reads them."""
+    """All settings as YAML that `load_config` reads."""
     from omegaconf import OmegaConf
 
     return OmegaConf.to_yaml(OmegaConf.structured(config))

@@ -1,6 +1,6 @@
-"""A user's captioned images, and the tokens that training reads.
+"""A user's captioned images, and the order in which training reads its examples.
 
-    folder/captions.tsv     path<TAB>caption, one record a line, or
+    folder/captions.tsv     path<TAB>caption, one record per line, or
     folder/captions.csv     path,caption, quoted as usual, or
     folder/captions.jsonl   {"path": "cat.png", "caption": "a cat"}
     folder/...              the images, in any format that Pillow reads
@@ -18,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -26,17 +26,13 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
-from cogview.files import atomic_write
-from cogview.text_tokenizer import TextTokenizer, caption_problem
-
-if TYPE_CHECKING:
-    from cogview.image_tokenizer import ImageTokenizer
+from cogview.text_tokenizer import caption_problem
 
 CAPTION_FILES = ("captions.tsv", "captions.csv", "captions.jsonl")
 
 
 class Images(Protocol):
-    """A tensor of images (N, C, H, W), or anything that loads a batch of them by indices."""
+    """A tensor of images (N, C, H, W), or any object that loads a batch of images by indices."""
 
     def __len__(self) -> int: ...
 
@@ -44,17 +40,17 @@ class Images(Protocol):
 
 
 class CaptionedImages:
-    """The records of a folder; `images[[0, 7]]` reads two of them: (2, C, H, W) uint8.
+    """The records of a folder; `images[[0, 7]]` reads two images: (2, C, H, W) uint8.
 
-    Every image is decoded once at the start, so that a corrupt one is found before training and not
+    The constructor decodes every image once, so that a corrupt one is found before training and not
     in the middle of it.
 
     Args:
-        folder: see the top of this module.
+        folder: the folder; the top of this module describes its files.
         image_size: side in pixels; images are cropped around their centre to a square and resized.
         channels: 3 for RGB, 1 for grey.
-        skip_bad: leave out records that cannot be used, with one warning that counts them.
-        progress: show a progress bar, where standard error is a terminal.
+        skip_bad: skip records that cannot be used, with one warning that counts them.
+        progress: show a progress bar if standard error is a terminal.
 
     Attributes:
         paths: list of N paths.
@@ -62,9 +58,8 @@ class CaptionedImages:
 
     Raises:
         FileNotFoundError: no folder or no captions file; a missing image, unless `skip_bad`.
-        ValueError: a corrupt image, a caption with no visible character or a malformed record,
-            named by file and line (unless `skip_bad`); several captions files; no usable record at
-            all.
+        ValueError: several captions files; no usable record; unless `skip_bad`, a corrupt image, a
+            caption without a visible character or a malformed record, named by file and line.
     """
 
     def __init__(
@@ -84,29 +79,30 @@ class CaptionedImages:
         self.captions: list[str] = []
 
         records_file = _records_file(Path(folder))
-        checks: list[tuple[Path, str] | ValueError | OSError] = []
+        errors: list[ValueError | OSError] = []
         with ThreadPoolExecutor() as pool:
             results = pool.map(self._check, _records(records_file))
             for result in tqdm(
                 results, desc="images", unit="image", disable=None if progress else True
             ):
-                checks.append(result)
-                if isinstance(result, Exception) and not skip_bad:
+                if not isinstance(result, Exception):
+                    self.paths.append(result[0])
+                    self.captions.append(result[1])
+                elif skip_bad:
+                    errors.append(result)
+                else:
                     pool.shutdown(cancel_futures=True)
                     raise result
-        bad = [result for result in checks if isinstance(result, Exception)]
-        for result in checks:
-            if not isinstance(result, Exception):
-                self.paths.append(result[0])
-                self.captions.append(result[1])
         if not self.paths:
-            reason = f"; the first of {len(bad)} bad ones: {bad[0]}" if bad else ""
+            reason = f"; the first of {len(errors)} errors: {errors[0]}" if errors else ""
             raise ValueError(
                 f"{records_file}: expected at least one usable record, got none{reason}"
             )
-        if bad:
+        if errors:
+            num_records = len(errors) + len(self.paths)
             warnings.warn(
-                f"{records_file}: skipped {len(bad)} of {len(checks)} records; the first: {bad[0]}",
+                f"{records_file}: skipped {len(errors)} of {num_records} records; "
+                f"the first: {errors[0]}",
                 stacklevel=2,
             )
 
@@ -135,8 +131,8 @@ class CaptionedImages:
 def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3) -> Tensor:
     """Read an image, crop it around its centre to a square, and resize it.
 
-    Transparent pixels become white; 16-bit grey is scaled to 8 bits; the orientation of the camera
-    is applied.
+    Transparent pixels become white, 16-bit grey is scaled to 8 bits, and the camera's orientation
+    tag is applied.
 
     Returns:
         (channels, image_size, image_size) uint8.
@@ -149,7 +145,7 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
     try:
         with Image.open(path) as opened:
             image = ImageOps.exif_transpose(opened)
-            # Pillow reads 16 bits of PNG and PPM as mode I, where others keep 32 bits.
+            # Pillow reads 16-bit PNG and PPM as mode I; in other formats mode I holds 32 bits.
             if image.mode.startswith("I;16") or (
                 image.mode == "I" and opened.format in ("PNG", "PPM")
             ):
@@ -164,7 +160,7 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
             image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
     except (FileNotFoundError, MemoryError):
         raise
-    except Exception as error:  # Pillow's decoders raise anything on damaged files
+    except Exception as error:  # Pillow's decoders raise any exception on damaged files
         raise ValueError(
             f"{path}: expected an image, got a corrupt or unsupported file ({error})"
         ) from error
@@ -175,133 +171,12 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
     )
 
 
-@dataclass
-class TokenDataset:
-    """Tokenised pairs of caption and image.
-
-    Attributes:
-        text_ids: (total text length,) int32, the captions' piece ids one after the other.
-        text_offsets: (N + 1,) int64, caption `i` is `text_ids[text_offsets[i]:text_offsets[i +
-            1]]`.
-        codes: (N, h, w) int16 where the codebook allows, else int32.
-        text_vocab_size: every piece id is below this.
-        codebook_size: every code is below this.
-    """
-
-    text_ids: np.ndarray
-    text_offsets: np.ndarray
-    codes: np.ndarray
-    text_vocab_size: int
-    codebook_size: int
-
-    def __post_init__(self) -> None:
-        offsets, num = self.text_offsets, len(self.codes)
-        if self.codes.ndim != 3:
-            raise ValueError(f"codes: expected (N, h, w), got {self.codes.shape}")
-        if offsets.shape != (num + 1,) or offsets[0] != 0 or offsets[-1] != len(self.text_ids):
-            raise ValueError(
-                f"text_offsets: expected {num + 1} from 0 to {len(self.text_ids)}, "
-                f"got shape {offsets.shape}"
-            )
-        if num and (empty := np.diff(offsets) <= 0).any():
-            raise ValueError(f"text_ids: caption {int(empty.argmax())} is empty")
-        for name, ids, limit in (
-            ("text_ids", self.text_ids, self.text_vocab_size),
-            ("codes", self.codes, self.codebook_size),
-        ):
-            if ids.size and not 0 <= ids.min() <= ids.max() < limit:
-                raise ValueError(
-                    f"{name}: expected 0 to {limit - 1}, got {ids.min()} to {ids.max()}"
-                )
-
-    @classmethod
-    def tokenize(
-        cls,
-        captions: Sequence[str],
-        images: Tensor | Images,
-        text_tokenizer: TextTokenizer,
-        image_tokenizer: "ImageTokenizer",
-        *,
-        batch_size: int = 64,
-        progress: bool = True,
-    ) -> "TokenDataset":
-        """Tokenise captions and images, a batch of images in memory at a time.
-
-        Args:
-            captions: N captions.
-            images: N images, as a tensor (N, C, H, W) or as `CaptionedImages`.
-
-        Raises:
-            ValueError: not one caption for each image; an empty caption.
-        """
-        if len(captions) != len(images):
-            raise ValueError(
-                f"captions: expected one for each of {len(images)} images, got {len(captions)}"
-            )
-        texts = [text_tokenizer.encode(caption) for caption in captions]
-        codebook_size, side = image_tokenizer.config.codebook_size, image_tokenizer.config.code_size
-        codes = np.empty(
-            (len(images), side, side), np.int16 if codebook_size <= 2**15 else np.int32
-        )
-        starts = range(0, len(images), batch_size)
-        for start in tqdm(
-            starts, desc="image codes", unit="batch", disable=None if progress else True
-        ):
-            indices = list(range(start, min(start + batch_size, len(images))))
-            codes[indices] = image_tokenizer.encode(images[indices], batch_size).cpu().numpy()
-        return cls(
-            np.fromiter((i for text in texts for i in text), np.int32),
-            np.cumsum([0, *map(len, texts)], dtype=np.int64),
-            codes,
-            text_tokenizer.vocab_size,
-            codebook_size,
-        )
-
-    def __len__(self) -> int:
-        return len(self.codes)
-
-    def __getitem__(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Piece ids (text length,) and codes (h, w) of pair `i`."""
-        return self.text_ids[self.text_offsets[i] : self.text_offsets[i + 1]], self.codes[i]
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Save as one `.npz`; an existing file is replaced atomically."""
-        with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            np.savez(file, **vars(self))
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> "TokenDataset":
-        """Load a saved data set.
-
-        Raises:
-            FileNotFoundError: there is no such file.
-            ValueError: the file is truncated, corrupt or not a token data set.
-        """
-        try:
-            with np.load(path, allow_pickle=False) as saved:
-                arrays = {name: saved[name] for name in saved.files}
-            text_vocab_size, codebook_size = (
-                int(arrays.pop(n)) for n in ("text_vocab_size", "codebook_size")
-            )
-            return cls(**arrays, text_vocab_size=text_vocab_size, codebook_size=codebook_size)
-        except FileNotFoundError as error:
-            raise FileNotFoundError(
-                error.errno, "token data set: no such file", str(path)
-            ) from None
-        except MemoryError:
-            raise
-        except Exception as error:  # zipfile, zlib and numpy raise anything on damaged files
-            raise ValueError(
-                f"{path}: expected a token data set, got a corrupt or truncated file ({error})"
-            ) from error
-
-
 def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """Which examples a training step reads: a pure function, so that resuming needs no iterator
-    state.
+    """Indices of the examples that a training step reads.
 
-    Every epoch is a fresh permutation of all examples, and the steps cut the sequence of epochs
-    into batches; a batch may span epochs, and no example is left out.
+    This is a pure function, so that a resumed run needs no iterator state. Every epoch is a new
+    permutation of all examples. The steps cut the sequence of epochs into batches; a batch may span
+    two epochs, and every example is read.
 
     Returns:
         (batch_size,) int64 in `[0, num_examples)`.
@@ -315,11 +190,11 @@ def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> n
             f"got step={step}, batch_size={batch_size}, num_examples={num_examples}"
         )
     positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, places = np.divmod(positions, num_examples)
+    epochs, offsets = np.divmod(positions, num_examples)
     indices = np.empty(batch_size, dtype=np.int64)
     for epoch in np.unique(epochs):
-        here = epochs == epoch
-        indices[here] = _permutation(seed, int(epoch), num_examples)[places[here]]
+        in_epoch = epochs == epoch
+        indices[in_epoch] = _permutation(seed, int(epoch), num_examples)[offsets[in_epoch]]
     return indices
 
 
@@ -366,9 +241,9 @@ def _records(records_file: Path) -> Iterator[_Record]:
 
 
 def _tsv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number and [path, caption], or what is wrong with the line.
+    """Line number, and [path, caption] or the error of the line.
 
-    There is no quoting: a caption may hold any character but tab and newline.
+    There is no quoting: a caption may hold any character except tab and newline.
     """
     for line, row in enumerate(text.split("\n"), 1):
         if row := row.removesuffix("\r"):
@@ -376,7 +251,7 @@ def _tsv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number and [path, caption], or what is wrong with the line."""
+    """Line number, and [path, caption] or the error of the line."""
     rows = csv.reader(io.StringIO(text, newline=None), strict=True)
     while True:
         try:
@@ -395,7 +270,7 @@ def _two_columns(row: list[str]) -> list[str] | str:
 
 
 def _json_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number and [path, caption], or what is wrong with the line."""
+    """Line number, and [path, caption] or the error of the line."""
     for line, row in enumerate(text.split("\n"), 1):
         if not row.strip():
             continue

@@ -1,10 +1,8 @@
-"""The main job, whole: handwriting to tokenizers to transformer to drawings of captions nobody has
-drawn before.
+"""The demonstration: trains a whole CogView on handwriting, and measures how well it draws.
 
-Real handwritten digits are composed to scenes with captions. A text tokenizer, an image tokenizer
-and the GPT are trained on them; then the GPT draws captions whose combination of digits it has
-never seen, and a classifier, trained on handwriting that no other part has seen, reads the digits
-back.
+It composes scenes with captions from real handwritten digits, and trains a text tokenizer, an image
+tokenizer and the GPT on them. Then the GPT draws captions whose combination of digits it has never
+seen, and a classifier, trained on handwriting that no other part has seen, reads the digits.
 """
 
 from __future__ import annotations
@@ -21,7 +19,6 @@ import torch
 
 from cogview.checkpoint import prune_checkpoints
 from cogview.config import Config, RunFolder, save_config
-from cogview.data import TokenDataset
 from cogview.digits import CANVAS_SIZE, make_scenes
 from cogview.evaluate import DigitReader, caption_accuracy
 from cogview.files import atomic_write
@@ -29,10 +26,11 @@ from cogview.image_tokenizer import train_image_tokenizer
 from cogview.plots import save_curves, save_grid, save_reconstructions
 from cogview.sample import draw_images
 from cogview.text_tokenizer import TextTokenizer
+from cogview.tokens import TokenDataset
 from cogview.train import Trainer, choose_device, read_metrics
 
 NUM_TRAIN_SCENES = 8000
-NUM_TEST_SCENES = 128  # four digits each; all of them are drawn
+NUM_TEST_SCENES = 128  # of four digits each; the GPT draws all of them
 NUM_SHOWN = 16
 RESULTS = ("metrics.json", "samples.png", "reconstructions.png", "curves.png")
 
@@ -50,23 +48,23 @@ UNITS = {
 def run_demo(
     config: Config, folder: str | os.PathLike[str], progress: bool = True
 ) -> dict[str, Any]:
-    """Trains everything, draws held-out captions, reads them back, and writes it all to `folder`.
+    """Trains everything, draws held-out captions, reads them, and writes the results to `folder`.
 
-    An earlier demonstration in the same folder is deleted first; `cogview sample --run FOLDER`
-    draws more with the result.
+    It first deletes an earlier demonstration in the same folder. Afterwards
+    `cogview sample --run FOLDER` draws more captions.
 
     Args:
-        config: such as the preset `digits`.
-        folder: gets samples.png, reconstructions.png, curves.png, metrics.json, config.yaml, the
-            tokenizers and the checkpoints.
-        progress: show progress bars, where standard error is a terminal.
+        config: settings, such as the preset `digits`.
+        folder: folder for samples.png, reconstructions.png, curves.png, metrics.json, config.yaml,
+            the tokenizers and the checkpoints.
+        progress: show progress bars if standard error is a terminal.
 
     Returns:
-        what metrics.json holds.
+        the content of metrics.json.
 
     Raises:
         ValueError: the configuration does not fit the scenes (64x64 pixels, one channel), or the
-            folder holds a run on other data; nothing in it is touched.
+            folder holds a run on other data, which stays untouched.
         OSError: the folder cannot be written.
     """
     run = RunFolder(folder)
@@ -161,7 +159,7 @@ def run_demo(
         title="Drawn from captions that were held out",
     )
     save_reconstructions(test.images[:8], reconstructions[:8], run.path / "reconstructions.png")
-    curves = {"image tokenizer": _select(image_metrics), "gpt": _select(gpt_metrics)}
+    curves = {"image tokenizer": _plotted(image_metrics), "gpt": _plotted(gpt_metrics)}
     save_curves(curves, run.path / "curves.png", UNITS)
     with atomic_write(run.path / "metrics.json") as temporary:
         temporary.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
@@ -170,12 +168,12 @@ def run_demo(
 
 
 def attention_sparsity(config: Config, trainer: Trainer, data: TokenDataset) -> dict[str, float]:
-    """How much of a whole sequence the attention looks at.
+    """How much of a whole sequence the attention reads.
 
     Returns:
-        `attended_fraction`: keys attended over keys a causal attention would attend, all rows
-        together; and `longest_list_fraction`: keys of the row that attends most, over the length of
-        the sequence.
+        `attended_fraction`: number of attended keys over the number that causal attention would
+        attend to, summed over all rows; `longest_list_fraction`: number of keys in the row that
+        attends to most, over the length of the sequence.
     """
     batch = trainer._batch(data, torch.arange(min(8, len(data))).numpy())
     size, length = batch.tokens.shape
@@ -192,7 +190,7 @@ def attention_sparsity(config: Config, trainer: Trainer, data: TokenDataset) -> 
 
 
 def report(result: dict[str, Any], run: RunFolder) -> str:
-    """The table at the end, for people."""
+    """The table that the demonstration prints at its end."""
     lines = ["", "                          digits right   captions all right"]
     for name, scores in result["accuracy"].items():
         digits, captions = scores["digit_accuracy"], scores["whole_caption_accuracy"]
@@ -202,14 +200,11 @@ def report(result: dict[str, Any], run: RunFolder) -> str:
     lines += [
         "",
         f"caption accuracy          {result['caption_accuracy']:.1%} of the drawn digits are "
-        "right, in the right place "
-        f"({result['num_drawings']} held-out captions)",
-        f"sampling                  temperature {sampling['temperature']}, top-k "
-        f"{sampling['top_k']}, "
-        f"top-p {sampling['top_p']}",
-        f"attention                 {attention['attended_fraction']:.0%} of the causal keys; at "
-        "most "
-        f"{attention['longest_list_fraction']:.0%} of the sequence in one row",
+        f"right, in the right place ({result['num_drawings']} held-out captions)",
+        f"sampling                  temperature {sampling['temperature']}, "
+        f"top-k {sampling['top_k']}, top-p {sampling['top_p']}",
+        f"attention                 {attention['attended_fraction']:.0%} of the causal keys; "
+        f"at most {attention['longest_list_fraction']:.0%} of the sequence in one row",
         f"time                      {sum(result['seconds'].values()):.0f} s on {result['device']}",
         f"results                   {run.path}/: samples.png reconstructions.png curves.png "
         "metrics.json",
@@ -219,14 +214,14 @@ def report(result: dict[str, Any], run: RunFolder) -> str:
 
 def _check(config: Config, run: RunFolder) -> None:
     for name, expected in (("image_size", CANVAS_SIZE), ("channels", 1)):
-        have = getattr(config.image_tokenizer, name)
-        if have != expected:
+        actual = getattr(config.image_tokenizer, name)
+        if actual != expected:
             raise ValueError(
                 f"image_tokenizer.{name}: expected {expected}, as the demonstration's scenes have, "
-                f"got {have}"
+                f"got {actual}"
             )
-    demonstration = (run.path / "metrics.json").is_file()
-    if run.config.is_file() and run.tokens.is_file() and not demonstration:
+    is_demonstration = (run.path / "metrics.json").is_file()
+    if run.config.is_file() and run.tokens.is_file() and not is_demonstration:
         raise ValueError(
             f"{run.path}: holds a run on other data ({run.tokens.name}), which the demonstration "
             "would replace; choose another folder"
@@ -248,6 +243,6 @@ def _stage(name: str, seconds: dict[str, float]) -> Iterator[None]:
     print(f"{seconds[name]:7.1f} s", flush=True)
 
 
-def _select(rows: list[dict[str, float]]) -> list[dict[str, float]]:
-    """What is worth a panel: the step, and the quantities with a unit."""
+def _plotted(rows: list[dict[str, float]]) -> list[dict[str, float]]:
+    """The step and the quantities that have an axis label in `UNITS`."""
     return [{name: row[name] for name in ("step", *UNITS) if name in row} for row in rows]

@@ -1,14 +1,14 @@
 """Scenes of real handwriting: four digits on a canvas, described by a caption.
 
-The handwriting is the UCI set that ships inside scikit-learn (1797 digits of 8x8 pixels). A scene
-is a 64x64 canvas with one digit in each quarter; "a seven and a three above a two and a nine" names
-them in reading order. Nothing that is evaluated was seen in training: the handwritten images *and*
-the combinations of four digits are split.
+The handwriting is the UCI set that ships with scikit-learn (1797 digits of 8x8 pixels). A scene is
+a 64x64 canvas with one digit in each quarter; "a seven and a three above a two and a nine" names
+them in reading order. Training and evaluation share neither handwritten images nor combinations of
+four digits: both are split.
 
     split      handwriting    combinations
-    train      half           those not held out
-    reader     30 %           all; trains the classifier that reads drawings back
-    test       20 %           held out only
+    train      50 %           all except the held-out ones
+    reader     30 %           all; trains the classifier that reads the drawings
+    test       20 %           only the held-out ones
 """
 
 import functools
@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 CANVAS_SIZE = 64
 CELL_SIZE = 32
 CELLS = ((0, 0), (0, CELL_SIZE), (CELL_SIZE, 0), (CELL_SIZE, CELL_SIZE))  # top, left
-DIGIT_SIZES = (26, 27, 28)  # pixels of the scaled 8x8 original
+DIGIT_SIZES = (26, 27, 28)  # side in pixels to which the 8x8 originals are scaled
 SPLITS = ("train", "reader", "test")
 
 _SHARES = (0.5, 0.3, 0.2)
@@ -54,9 +54,9 @@ def make_scenes(split: str, num: int, seed: int, jitter: int = 2) -> Scenes:
     Args:
         split: `train`, `reader` or `test`, see the table above.
         num: number of scenes.
-        seed: of the digits, the handwriting and the jitter.
-        jitter: largest shift of a digit from the middle of its cell, in pixels and each direction
-            (at most 2: larger digits would leave their cell).
+        seed: for the choice of digits, handwriting and jitter.
+        jitter: largest shift of a digit from the middle of its cell, in pixels in each direction
+            (at most 2, so that the largest digits stay inside their cell).
 
     Raises:
         ValueError: unknown split, negative `num`, or jitter out of range.
@@ -97,24 +97,24 @@ def _draw_combinations(split: str, num: int, rng: np.random.Generator) -> np.nda
 
 @functools.cache
 def _held_out_combinations() -> np.ndarray:
-    """(10000,) bool, indexed by the four digits read as one number."""
+    """(10000,) bool, indexed by the four digits as one decimal number."""
     return np.array([is_held_out(digits) for digits in np.ndindex(10, 10, 10, 10)])
 
 
 @functools.cache
 def _handwriting(split: str) -> tuple[tuple[np.ndarray, ...], ...]:
-    """Per digit and digit size, a split's glyphs: (num_glyphs, size, size) float32 in [0, 1]."""
+    """A split's glyphs, by digit and size: each (num_glyphs, size, size) float32 in [0, 1]."""
     if split not in SPLITS:
         raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
     originals, labels = load_digits(return_X_y=True)
     originals = originals.reshape(-1, 8, 8).astype(np.float32) / 16
     bounds = np.cumsum((0.0, *_SHARES))
-    which = SPLITS.index(split)
+    split_idx = SPLITS.index(split)
     rng = np.random.default_rng(0)  # the split of the handwriting is fixed
     glyphs = []
     for digit in range(10):
         order = rng.permutation(np.flatnonzero(labels == digit))
-        start, stop = (np.round(bounds[which : which + 2] * len(order))).astype(int)
+        start, stop = (np.round(bounds[split_idx : split_idx + 2] * len(order))).astype(int)
         glyphs.append(tuple(_scaled(originals[order[start:stop]], size) for size in DIGIT_SIZES))
     return tuple(glyphs)
 

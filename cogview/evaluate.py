@@ -1,4 +1,4 @@
-"""Reading drawn digits back: a classifier, and how often a drawing shows its caption."""
+"""Reads drawn digits with a classifier, and measures how often a drawing shows its caption."""
 
 import numpy as np
 import torch
@@ -44,15 +44,15 @@ class DigitReader:
 
 
 def caption_accuracy(read: Tensor, labels: Tensor) -> dict[str, float]:
-    """How often the right digit stands in the right place.
+    """How often the right digit is in the right place.
 
     Args:
         read: (N, 4) digits read from drawings.
         labels: (N, 4) digits of their captions.
 
     Returns:
-        `digit_accuracy`, the share of the digits that are right in their place (chance 0.1), and
-        `whole_caption_accuracy`, the share of the drawings with all four right (chance 0.0001).
+        `digit_accuracy`, the share of right digits in the right place (chance 0.1), and
+        `whole_caption_accuracy`, the share of drawings with all four right (chance 0.0001).
 
     Raises:
         ValueError: different shapes, or no drawings.

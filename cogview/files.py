@@ -1,4 +1,4 @@
-"""Files that are either the old version or the new one, never half of the new one."""
+"""Atomic writes: a file is either the old version or the new one, never half of the new one."""
 
 import contextlib
 import errno
@@ -10,16 +10,16 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Replace `path` by what the block writes to the yielded path, or leave it untouched.
+    """Replace `path` with what the block writes to the yielded path, or leave it untouched.
 
-    The yielded path is `.{stem}.partial{suffix}` in the folder of `path`, empty at first; writers
-    that choose a format by the suffix therefore work. When the block ends, the file is flushed to
-    disk and renamed. When the block raises, the temporary is removed. After `kill -9` or a power
-    cut the temporary stays behind, and the next write to the same target starts it afresh. A lock
-    on it, which the system drops when its owner dies, keeps two live processes apart.
+    The yielded path is `.{stem}.partial{suffix}` in the folder of `path`, an empty file at first.
+    It keeps the suffix because some writers choose a format by it. When the block ends, the file is
+    flushed to disk and renamed. When the block raises, the temporary file is removed. After
+    `kill -9` or a power cut it stays behind, and the next write to the same target truncates it.
+    A lock on it keeps two live processes apart; the system drops the lock when its owner dies.
 
-    Give `torch.save` an `open(temporary, "wb")`, not the path: it turns a full disk into a
-    RuntimeError, from which the OSError can be recovered only where a Python file raised it.
+    Give `torch.save` an `open(temporary, "wb")`, not the path: `torch.save` turns a full disk into
+    a RuntimeError, and the OSError can be recovered from it only if a Python file raised it.
 
     Args:
         path: target file; missing folders are created.
@@ -28,9 +28,8 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         the temporary path to write to.
 
     Raises:
-        OSError: the file cannot be written (full disk, no permission, is a directory, another
-            process is writing it); the message names the target and says that the previous file is
-            intact.
+        OSError: the file cannot be written (full disk, no permission, a directory, another process
+            is writing it). The message names the target and says that the previous file is intact.
     """
     target = Path(path)
     temporary = target.with_name(f".{target.stem}.partial{target.suffix}")
@@ -43,7 +42,7 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
         raise _not_saved(target, error) from error
     try:
         yield temporary
-        # The writer may have put another inode there: sync what is going to be renamed.
+        # The writer may have replaced the inode: sync the file that will be renamed.
         with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
@@ -59,12 +58,12 @@ def atomic_write(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _create_locked(temporary: Path) -> int:
-    """Create `temporary` empty, whatever a dead process left there; returns a locked descriptor."""
+    """Create `temporary`, or truncate an abandoned one; returns a locked descriptor."""
     descriptor = os.open(temporary, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        # Between open and flock the previous owner may have renamed this inode to the target: not
-        # ours then.
+        # Between open and flock, the previous owner may have renamed this inode to the target. Then
+        # it is not ours.
         if not (temporary.exists() and os.path.samestat(os.fstat(descriptor), os.stat(temporary))):
             raise BlockingIOError
         os.ftruncate(descriptor, 0)
@@ -85,7 +84,7 @@ def _fsync_folder(folder: Path) -> None:
 
 
 def _disk_error(error: BaseException) -> OSError | None:
-    """The OSError that `error` is, or that a writer was handling when it raised its own error."""
+    """`error` itself if it is an OSError, or the OSError that a writer was handling."""
     if isinstance(error, OSError):
         return error
     if isinstance(error, RuntimeError) and isinstance(error.__context__, OSError):
@@ -96,5 +95,5 @@ def _disk_error(error: BaseException) -> OSError | None:
 def _not_saved(target: Path, error: OSError) -> OSError:
     intact = "; the previous file is intact" if target.is_file() else ""
     reason = error.strerror or str(error)
-    # OSError picks the subclass (PermissionError, ...) from errno by itself.
+    # OSError chooses the subclass (PermissionError, ...) from errno.
     return OSError(error.errno or errno.EIO, f"{target}: not saved: {reason}{intact}")

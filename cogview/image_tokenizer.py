@@ -1,12 +1,11 @@
 """Images to codes and back: CogView's VQVAE, generalised in size, channels and quantisation rule.
 
     encoder    num_downsamples x [Conv2d 4x4 stride 2, ReLU], Conv2d 1x1 to codebook_dim
-    quantise   nearest of codebook_size vectors (see `ImageTokenizerConfig`)
+    quantise   nearest of the codebook_size vectors (see `ImageTokenizerConfig`)
     decoder    num_downsamples x [ConvTranspose2d 4x4 stride 2, ReLU], Conv2d 1x1 to the channels
 
-With the defaults (256x256 RGB, 32x32 codes out of 8192) it is CogView's tokenizer: 19 034 883
-parameters, the codebook of 8192 x 256 apart, which is a buffer there, and the same names in the
-state dict.
+With the defaults (256x256 RGB, 32x32 codes out of 8192) it is CogView's tokenizer, with the same
+names in the state dict: 19 034 883 parameters, and the codebook of 8192 x 256 as a buffer.
 """
 
 import math
@@ -33,9 +32,9 @@ class ImageTokenizerOutput(NamedTuple):
 
     reconstruction: Tensor  # (B, C, H, W) in the range of the images, not clamped
     codes: Tensor  # (B, h, w) int64
-    loss: Tensor  # scalar, what to minimise
+    loss: Tensor  # scalar to minimise, the sum of the two below
     reconstruction_loss: Tensor  # scalar, mean squared error in normalised units
-    codebook_loss: Tensor  # scalar, the rest of `loss`, weighted
+    codebook_loss: Tensor  # scalar, weighted
 
 
 class Quantizer(nn.Module):
@@ -48,14 +47,14 @@ class Quantizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig):
         super().__init__()
         self.config = config
-        self.temperature = 1.0  # of gumbel sampling, annealed by the training loop
+        self.temperature = 1.0  # for gumbel sampling; the training loop anneals it
         embed = torch.empty(config.codebook_dim, config.codebook_size)
         nn.init.xavier_uniform_(embed, gain=nn.init.calculate_gain("tanh"))
         if config.quantizer in ("straight_through", "gumbel"):
             self.embed = nn.Parameter(embed)
         else:
             self.register_buffer("embed", embed)
-        # From 1: with 0, the first update would divide unused codes by almost nothing.
+        # Start at 1: from 0, the first update would divide unused codes by almost 0.
         self.register_buffer("cluster_size", torch.ones(config.codebook_size))
         self.register_buffer("embed_avg", embed.detach().clone())
 
@@ -71,8 +70,8 @@ class Quantizer(nn.Module):
         """Quantise `vectors` (N, codebook_dim); in training mode also update the codebook.
 
         Returns:
-            quantised (N, codebook_dim), with the gradient of the rule; codes (N,) int64; codebook
-            loss, a scalar.
+            quantised (N, codebook_dim), with the gradient that `config.quantizer` defines; codes
+            (N,) int64; codebook loss, a scalar.
         """
         config = self.config
         if config.quantizer == "gumbel" and self.training:
@@ -87,7 +86,7 @@ class Quantizer(nn.Module):
         return vectors + (quantised - vectors).detach(), codes, loss
 
     def _distances(self, vectors: Tensor) -> Tensor:
-        """Squared distance to each code less |vector|^2: (N, codebook_size)."""
+        """Squared distance to each code, minus |vector|^2: (N, codebook_size)."""
         return self.embed.pow(2).sum(0) - 2 * vectors @ self.embed
 
     def _sample(self, vectors: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,19 +100,19 @@ class Quantizer(nn.Module):
     @torch.no_grad()
     def _update(self, vectors: Tensor, codes: Tensor) -> None:
         config = self.config
-        # Sums through a one-hot product: deterministic on a GPU too, unlike a scatter.
+        # Sum by a one-hot product: unlike a scatter, it is deterministic on a GPU.
         one_hot = F.one_hot(codes, config.codebook_size).to(vectors.dtype)
         self.cluster_size.lerp_(one_hot.sum(0), 1 - config.decay)
         if config.quantizer == "moving_average":
             self.embed_avg.lerp_(vectors.t() @ one_hot, 1 - config.decay)
             mean = self.embed_avg / self.cluster_size
             self.embed.copy_(torch.where(self.cluster_size > 1e-5, mean, self.embed))
-            dead = (self.cluster_size < config.restart_below).nonzero().squeeze(1)
-            self.restart(dead, vectors)
+            unused = (self.cluster_size < config.restart_below).nonzero().squeeze(1)
+            self.restart(unused, vectors)
 
     @torch.no_grad()
     def restart(self, codes: Tensor, vectors: Tensor) -> None:
-        """Put `codes` (K,) at random rows of `vectors` (N, codebook_dim), as if they were new."""
+        """Set `codes` (K,) to random rows of `vectors` (N, codebook_dim), with fresh averages."""
         rows = torch.randint(len(vectors), (len(codes),), device=vectors.device)
         self.embed[:, codes] = vectors[rows].t()
         self.embed_avg[:, codes] = vectors[rows].t()
@@ -173,7 +172,7 @@ class ImageTokenizer(nn.Module):
 
         Args:
             images: (B, C, H, W) floating point in [0, 1], or uint8.
-            batch_size: images encoded at a time; bounds the memory, not the result.
+            batch_size: images encoded at a time; bounds the memory and does not change the result.
 
         Returns:
             (B, h, w) int64 on the device of the tokenizer.
@@ -224,7 +223,7 @@ class ImageTokenizer(nn.Module):
         return images
 
     def forward(self, images: Tensor) -> ImageTokenizerOutput:
-        """Reconstruct `images` (B, C, H, W); in training mode the codebook is updated too."""
+        """Reconstruct `images` (B, C, H, W); in training mode, also update the codebook."""
         images = self._checked(images)
         vectors = self._vectors(images)  # (B, h, w, codebook_dim)
         quantised, codes, codebook_loss = self.quantize_t(vectors.flatten(0, 2))
@@ -277,12 +276,12 @@ class ImageTokenizer(nn.Module):
     ) -> "ImageTokenizer":
         """Load a saved tokenizer, or a bare state dict such as CogView's.
 
-        Keys of a state dict may start with `module.`, as wrappers leave them.
+        Keys of a state dict may start with `module.`, the prefix that wrappers add.
 
         Args:
             path: the file.
-            config: for a bare state dict, its configuration (default: CogView's).
-            device: where to put the tokenizer.
+            config: configuration of a bare state dict (default: CogView's).
+            device: device of the tokenizer.
 
         Raises:
             FileNotFoundError: there is no such file.
@@ -300,7 +299,7 @@ class ImageTokenizer(nn.Module):
             ) from None
         except (PermissionError, IsADirectoryError):
             raise
-        # A truncated file is a RuntimeError or an OSError (EINVAL) by where it ends.
+        # A truncated file raises RuntimeError or OSError (EINVAL), depending on where it ends.
         except (RuntimeError, OSError, EOFError, KeyError, ValueError, *_DAMAGED) as error:
             raise ValueError(
                 f"{path}: expected a saved image tokenizer, "
@@ -314,7 +313,9 @@ class ImageTokenizer(nn.Module):
                 {name.removeprefix("module."): value for name, value in saved.items()}
             )
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
-            raise ValueError(f"{path}: not the weights of this image tokenizer: {error}") from error
+            raise ValueError(
+                f"{path}: expected weights of this image tokenizer: {error}"
+            ) from error
         return tokenizer.eval().to(device)
 
 
@@ -331,25 +332,25 @@ def train_image_tokenizer(
 ) -> tuple[ImageTokenizer, list[dict[str, float]]]:
     """Train a tokenizer with AdamW and a cosine learning rate.
 
-    The same arguments give the same weights on one machine. Unless the codebook is fixed, codes
-    start at random encoder outputs of the first batch. Gumbel sampling is annealed from temperature
-    1 to 1/16.
+    The same arguments give the same weights on the same machine. Unless the codebook is fixed, the
+    codes start at random encoder outputs of the first batch. The temperature of gumbel sampling
+    falls from 1 to 1/16.
 
     Args:
-        config: the tokenizer.
+        config: configuration of the tokenizer.
         images: (N, C, H, W) in [0, 1] or uint8, or an object that returns such a batch for a list
             of indices.
-        steps: optimizer steps.
-        batch_size: images a step; every epoch is a fresh permutation of all images.
-        learning_rate: at the start.
-        seed: of weights, data order and sampling. The caller's random state is left alone.
-        device: where to train.
-        progress: show a progress bar, where standard error is a terminal.
+        steps: number of optimizer steps.
+        batch_size: images per step; every epoch is a new permutation of all images.
+        learning_rate: initial learning rate.
+        seed: for weights, data order and sampling. The caller's random state does not change.
+        device: device to train on.
+        progress: show a progress bar if standard error is a terminal.
 
     Returns:
-        the tokenizer in evaluation mode, and per step `step`, `loss`, `reconstruction_loss` (mean
-        squared error, normalised units), `codebook_loss`, `codes_used` (different codes in the
-        batch) and `learning_rate`.
+        the tokenizer in evaluation mode, and for each step `step`, `loss`, `reconstruction_loss`
+        (mean squared error in normalised units), `codebook_loss`, `codes_used` (number of different
+        codes in the batch) and `learning_rate`.
 
     Raises:
         ValueError: no images, fewer than one step, wrong shapes, NaN or infinity in an image, or a
@@ -359,7 +360,7 @@ def train_image_tokenizer(
         raise ValueError("images: expected at least one image to train on, got none")
     if steps < 1 or batch_size < 1:
         raise ValueError(
-            f"expected steps and batch_size of 1 or more, got {steps} and {batch_size}"
+            f"steps and batch_size: expected 1 or more each, got {steps} and {batch_size}"
         )
     device = torch.device(device)
     metrics: list[dict[str, float]] = []
@@ -368,8 +369,8 @@ def train_image_tokenizer(
         tokenizer = ImageTokenizer(config).to(device).train()
         optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=learning_rate, weight_decay=0.0)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        quiet = None if progress else True  # None: where standard error is no terminal
-        bar = tqdm(range(steps), desc="image tokenizer", unit="step", disable=quiet)
+        disable = None if progress else True  # None: disabled if standard error is not a terminal
+        bar = tqdm(range(steps), desc="image tokenizer", unit="step", disable=disable)
         for step in bar:
             batch = images[batch_indices(seed, step, batch_size, len(images)).tolist()]
             if step == 0:
@@ -378,8 +379,8 @@ def train_image_tokenizer(
             output = tokenizer(batch)
             if not output.loss.isfinite():
                 raise ValueError(
-                    f"image tokenizer: loss is {output.loss.item()} at step {step}; "
-                    "lower the learning rate"
+                    f"image tokenizer: expected a finite loss, got {output.loss.item()} at step "
+                    f"{step}; lower the learning rate"
                 )
             optimizer.zero_grad(set_to_none=True)
             output.loss.backward()
@@ -404,5 +405,5 @@ def _start_codebook(tokenizer: ImageTokenizer, batch: Tensor) -> None:
     if tokenizer.config.quantizer == "fixed":
         return
     vectors = tokenizer._vectors(tokenizer._checked(batch)).flatten(0, 2)
-    every_code = torch.arange(tokenizer.config.codebook_size, device=vectors.device)
-    tokenizer.quantize_t.restart(every_code, vectors)
+    all_codes = torch.arange(tokenizer.config.codebook_size, device=vectors.device)
+    tokenizer.quantize_t.restart(all_codes, vectors)

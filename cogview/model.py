@@ -1,13 +1,13 @@
-"""The CogView GPT, whole in this file.
+"""The CogView GPT, all of it in this file.
 
 Features:
 - Sandwich-LN: `h + LN(f(LN(h)))` around attention and MLP (or plain Pre-LN, for comparison)
-- PB-relax LayerNorm: the input is divided by its largest magnitude first, so that float16 does not
+- PB-relax LayerNorm: divides the input by its largest magnitude first, so that float16 does not
   overflow
-- three-region sparse attention: all text, random pivots (drawn anew for each layer and step), a
+- three-region sparse attention: all text, random pivots (drawn anew for each layer and step), and a
   block-wise local window (or dense causal attention, for comparison)
-- tanh-GELU MLP of four times the width, learned positions, output head tied to the embedding
-- embedding-gradient shrink: `e * a + e.detach() * (1 - a)`
+- MLP with tanh-GELU and four times the width, learned positions, output head tied to the embedding
+- smaller gradient for the embedding: `e * a + e.detach() * (1 - a)`
 - initialisation N(0, init_std = 0.02), and init_std / sqrt(2 L) for the projections that write to
   the residual stream
 - decoding with a preallocated key/value cache
@@ -28,11 +28,11 @@ from cogview.config import ModelConfig
 
 
 class KVCache:
-    """Keys and values of every layer, and how many positions are filled.
+    """Keys and values of every layer, and the number of positions that are filled.
 
     Args:
-        batch, length: room for `batch` sequences of `length` tokens.
-        dtype, device: of the keys and values the model computes.
+        batch, length: capacity: `batch` sequences of `length` tokens.
+        dtype, device: dtype and device of the model's keys and values.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class KVCache:
     def extend(
         self, layer: int, k: torch.Tensor, v: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Writes (B, H, Sq, D) behind what is filled; returns views of all positions so far."""
+        """Appends (B, H, Sq, D) to the filled positions; returns views of all filled ones."""
         end = self.filled + k.shape[2]
         if end > self.length:
             raise ValueError(f"cache: expected at most {self.length} tokens, got {end}")
@@ -66,7 +66,8 @@ class SelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads = config.num_heads
-        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)  # rows Q; K; V
+        # Rows of the weight: those of Q, then K, then V.
+        self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
         self.dense = nn.Linear(config.hidden_size, config.hidden_size)
 
     def forward(
@@ -80,16 +81,15 @@ class SelfAttention(nn.Module):
         qkv = self.query_key_value(z).view(
             batch, length, 3, self.num_heads, hidden // self.num_heads
         )
-        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(
-            0
-        )  # each (B, H, S, D), a view of the packed projection
+        # Each (B, H, S, D), a view of the packed projection.
+        q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         if layout is not None:
             out = ck.three_region_attention(q, k, v, layout)
         elif q.shape[2] == k.shape[2]:
             out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # the queries are the last positions
+        else:  # with a cache the queries are the last positions
             mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
             out = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask.tril(k.shape[2] - q.shape[2])
@@ -110,9 +110,9 @@ class MLP(nn.Module):
 class Layer(nn.Module):
     """Attention and MLP.
 
-    Takes and returns the residual stream `h` and its normalised form `z`, input of the next
-    sub-layer. The fused kernel makes both in one pass, so the last norm of a layer is the first of
-    the next.
+    Takes and returns the residual stream `h` and its normalised form `z`, which is the input of the
+    next sub-layer. The fused kernel computes both in one pass; a layer therefore ends with the
+    first norm of the next layer.
     """
 
     def __init__(self, config: ModelConfig, index: int) -> None:
@@ -123,12 +123,9 @@ class Layer(nn.Module):
         self.attention = SelfAttention(config)
         self.post_attention_layernorm = _layer_norm(config)
         self.mlp = MLP(config)
-        self.third_layernorm = (
-            _layer_norm(config) if config.norm == "sandwich" else None
-        )  # after attention
-        self.fourth_layernorm = (
-            _layer_norm(config) if config.norm == "sandwich" else None
-        )  # after the MLP
+        sandwich = config.norm == "sandwich"
+        self.third_layernorm = _layer_norm(config) if sandwich else None  # after attention
+        self.fourth_layernorm = _layer_norm(config) if sandwich else None  # after the MLP
 
     def forward(
         self,
@@ -156,10 +153,10 @@ def _add_and_norm(
     pre: ck.PBRelaxLayerNorm,
     dropout_p: float,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sandwich-LN `h + post(dropout(f))`, or Pre-LN `h + dropout(f)` without `post`; and `pre` of
-    the sum.
+    """The new `h` and `pre(h)`: Sandwich-LN `h + post(dropout(f))`, or Pre-LN `h + dropout(f)`
+    where `post` is None.
 
-    Under autocast f comes in half precision, and the residual stream stays float32.
+    Under autocast f has half precision, while the residual stream stays float32.
     """
     if post is None:
         h = h + F.dropout(f, dropout_p)
@@ -179,7 +176,7 @@ class Transformer(nn.Module):
 
 
 class GPT(nn.Module):
-    """The model. See the top of the file for its features, `ModelConfig` for its settings.
+    """The model: the top of this file lists its features, `ModelConfig` its settings.
 
     Raises:
         ValueError: settings that contradict each other (from `ModelConfig`).
@@ -207,12 +204,12 @@ class GPT(nn.Module):
         """Draws the pivots of every layer.
 
         Args:
-            text_len: int32 (B,): tokens before the first image code.
-            length: tokens of the whole sequence, those that are still to be generated included.
+            text_len: int32 (B,), the number of tokens before the first image code.
+            length: tokens of the whole sequence, including those still to be generated.
             generator: on the device of `text_len`.
 
         Returns:
-            One layout a layer; None for dense attention.
+            One layout per layer; None for dense attention.
         """
         config = self.config
         if config.attention == "dense":
@@ -242,12 +239,12 @@ class GPT(nn.Module):
         layouts: list[ck.ThreeRegionLayout | None],
         cache: KVCache | None = None,
     ) -> torch.Tensor:
-        """The final hidden states; `logits` turns those that are needed into scores.
+        """The final hidden states; `logits` turns them into scores.
 
         Args:
-            tokens, positions: int64 (B, S). With a cache, those that follow the cached ones.
+            tokens, positions: int64 (B, S). With a cache, the tokens after the cached ones.
             layouts: from `sample_layouts`.
-            cache: is extended by this call.
+            cache: this call appends its keys and values.
 
         Returns:
             (B, S, hidden_size)
@@ -270,15 +267,15 @@ class GPT(nn.Module):
         return z
 
     def logits(self, z: torch.Tensor) -> torch.Tensor:
-        """Scores of every id by the tied head: (..., hidden_size) to (..., vocab_size)."""
+        """Scores of every id, from the tied head: (..., hidden_size) to (..., vocab_size)."""
         return F.linear(z, self.word_embeddings.weight)
 
 
 def _leave_room_for_text(
     pivots: torch.Tensor, text_len: torch.Tensor, length: int, generator: torch.Generator | None
 ) -> torch.Tensor:
-    """CogView's list has `num_pivots` entries with the text among them: as many pivots (B, P) as
-    there is text, chosen at random, become padding."""
+    """Replaces as many random pivots (B, P) as there are text tokens by padding, because CogView
+    counts the text among its `num_pivots` entries."""
     order = torch.rand(pivots.shape, generator=generator, device=pivots.device).argsort(dim=1)
     dropped = order < text_len.unsqueeze(1)
     return pivots.masked_fill(dropped, length).sort(dim=1).values

@@ -1,4 +1,4 @@
-"""Pictures of a run: labelled samples, reconstructions, curves. Each is written atomically."""
+"""Pictures of a run: labelled samples, reconstructions and curves, each written atomically."""
 
 import math
 import os
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from cogview.files import atomic_write
 
-GRID_LIMIT = 100  # images in a grid; matplotlib draws at most 2**16 pixels a side
+GRID_LIMIT = 100  # images in a grid; matplotlib draws at most 2**16 pixels per side
 
 
 def save_grid(
@@ -27,19 +27,19 @@ def save_grid(
 ) -> None:
     """Save images in a grid, each under its caption.
 
-    Only the first `GRID_LIMIT` images are drawn, and the title says so: a larger figure would pass
-    matplotlib's limit of pixels.
+    The grid holds at most the first `GRID_LIMIT` images, and the title then says so: a larger
+    figure would exceed matplotlib's limit of pixels.
 
     Args:
-        images: (N, C, H, W) in [0, 1], C of 1 (shown as ink on paper) or 3.
-        captions: N texts, drawn as they are (`$` is no mathematics); long ones are wrapped.
+        images: (N, C, H, W) in [0, 1]; C is 1 (shown as ink on paper) or 3.
+        captions: N texts; long ones are wrapped, and `$` does not start a formula.
         path: PNG file.
-        right: whether each image shows its caption; titles are then green or red.
-        title: over the whole picture.
-        columns: images a row.
+        right: whether each image shows its caption; captions are then green or red.
+        title: title of the whole picture.
+        columns: images per row.
 
     Raises:
-        ValueError: no images, or not one caption (or `right`) for each.
+        ValueError: no images, or another number of captions (or of `right`) than images.
     """
     if len(images) == 0:
         raise ValueError("images: expected at least one image, got none")
@@ -69,7 +69,7 @@ def save_grid(
 def save_reconstructions(
     originals: Tensor, reconstructions: Tensor, path: str | os.PathLike[str]
 ) -> None:
-    """Save pairs of original (upper row) and reconstruction (lower row), up to eight a line.
+    """Save pairs of original (upper row) and reconstruction (lower row), up to eight per line.
 
     Args:
         originals: (N, C, H, W) in [0, 1].
@@ -88,7 +88,7 @@ def save_reconstructions(
     lines = math.ceil(len(originals) / columns)
     figure = Figure(figsize=(1.4 * columns + 0.4, 2.9 * lines), layout="constrained")
     axes = figure.subplots(2 * lines, columns, squeeze=False)
-    for axis in axes.ravel():  # what stays empty; _show turns its own on
+    for axis in axes.ravel():  # hide all axes; _show turns on those that it fills
         axis.set_axis_off()
     for i, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True)):
         line, column = divmod(i, columns)
@@ -105,12 +105,12 @@ def save_curves(
     path: str | os.PathLike[str],
     units: Mapping[str, str] | None = None,
 ) -> None:
-    """Save training curves, one panel for each run and quantity, over `step`.
+    """Save training curves over `step`, one panel for each run and quantity.
 
     Args:
-        metrics: per run (say `image tokenizer`) its metrics log: records with `step` and numbers.
-            Records may lack some of the numbers; losses are drawn on a logarithmic scale where all
-            are positive.
+        metrics: for each run (such as `image tokenizer`) its metrics log: records with `step` and
+            numbers. A record may lack some of the numbers. Losses that are all positive and fall by
+            more than a factor of 10 have a logarithmic scale.
         path: PNG file.
         units: axis label of a quantity, such as `{"loss": "loss (nats per token)"}`; default: its
             name.

@@ -1,4 +1,4 @@
-"""Drawing from the GPT: batched, cached, with temperature, top-k, top-p and token-type masks."""
+"""Sampling from the GPT: batched, cached, with temperature, top-k, top-p and token-type masks."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ def sample_tokens(
     sampling: SamplingConfig,
     generator: torch.Generator | None = None,
 ) -> torch.Tensor:
-    """Draws one token a row.
+    """Draws one token per row.
 
     Args:
-        logits: (B, V), any floating dtype.
-        allowed: bool (V,): the token type mask; no other id is ever drawn.
-        sampling: temperature (0: the likeliest token), top-k, then top-p of what top-k left.
+        logits: (B, V), any floating-point dtype.
+        allowed: bool (V,), the token-type mask; no other id is ever drawn.
+        sampling: temperature (0: the likeliest token), then top-k, then top-p of the rest.
         generator: on the device of the logits.
 
     Returns:
@@ -33,14 +33,15 @@ def sample_tokens(
     if sampling.temperature == 0:
         return logits.argmax(-1)
     logits, ids = logits.sort(dim=-1, descending=True, stable=True)
-    # Relative to the likeliest, and with a temperature that float32 can invert: nothing overflows.
+    # Subtract the largest logit, and use a temperature that float32 can invert, to avoid overflow.
     logits = (logits - logits[:, :1]) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
     if sampling.top_k:
         logits[:, sampling.top_k :] = float("-inf")
     probabilities = logits.softmax(-1)
     if sampling.top_p < 1.0:
-        before = probabilities.cumsum(-1) - probabilities  # the likeliest token always stays
-        probabilities = probabilities.masked_fill(before >= sampling.top_p, 0.0)
+        # Probability of all likelier tokens: 0 for the likeliest token, which always stays.
+        likelier = probabilities.cumsum(-1) - probabilities
+        probabilities = probabilities.masked_fill(likelier >= sampling.top_p, 0.0)
     return ids.gather(1, torch.multinomial(probabilities, 1, generator=generator)).squeeze(1)
 
 
@@ -55,19 +56,19 @@ def generate(
     stop_token: int | None = None,
     progress: tqdm | None = None,
 ) -> list[list[int]]:
-    """Continues prompts of different lengths side by side.
+    """Continues prompts of different lengths in one batch.
 
-    Every layer's pivots are drawn once, for the whole sequence; a token then reads text, pivots and
-    window from the cache.
+    Each layer draws its pivots once, for the whole sequence; each new token then reads text, pivots
+    and window from the cache.
 
     Args:
-        model: in evaluation mode; its device and dtype are used.
+        model: the model in evaluation mode; sampling uses its device and dtype.
         prompts: beginnings of sequences.
-        num_new: tokens to add to each.
-        allowed: bool (vocabulary,): ids that may be drawn.
+        num_new: number of tokens to add to each prompt.
+        allowed: bool (vocabulary,), the ids that may be drawn.
         generator: on the device of the model.
-        stop_token: ends a sequence early; it is the last of the returned ids.
-        progress: is advanced by one a token position.
+        stop_token: ends a sequence early, and is then the last of the returned ids.
+        progress: advances by one for each token position.
 
     Returns:
         the new ids of each prompt.
@@ -89,8 +90,7 @@ def generate(
     if int(positions.max()) >= config.model.max_positions:
         raise ValueError(
             f"prompt: expected a sequence of at most {config.model.max_positions} positions in "
-            "all, "
-            f"got {int(positions.max()) + 1}; shorten the text"
+            f"all, got {int(positions.max()) + 1}; shorten the text"
         )
     layouts = model.sample_layouts(batch.text_len, length, generator)
     cache = KVCache(config.model, len(prompts), length, dtype, device)
@@ -101,7 +101,7 @@ def generate(
     while end < length:
         z = model(batch.tokens[:, begin:end], positions[:, begin:end], layouts, cache)
         drawn = sample_tokens(model.logits(z[:, -1]), allowed, config.sampling, generator)
-        # Longer prompts go on with their own token, finished sequences with padding.
+        # Longer prompts keep their own token; finished sequences keep padding.
         writes = (end >= starts) & (end < ends) & ~done
         batch.tokens[:, end] = torch.where(writes, drawn, batch.tokens[:, end])
         if stop_token is not None:
@@ -132,16 +132,16 @@ def draw_images(
 
     Args:
         texts: text pieces, numbered from 0.
-        seed: the same one gives the same images, on the same device with the same batch size.
-        beginnings: for each text the first codes of its image, row by row, which are kept; the rest
-            is drawn.
-        progress: show a progress bar, where standard error is a terminal.
+        seed: the same seed gives the same images on the same device with the same batch size.
+        beginnings: for each text the first codes of its image, row by row; the model draws the
+            rest.
+        progress: show a progress bar if standard error is a terminal.
 
     Returns:
         int64 (N, h, w) codes, on the CPU.
 
     Raises:
-        ValueError: an empty text or one that is too long, too many codes, or an id out of range.
+        ValueError: an empty text, a text that is too long, too many codes, or an id out of range.
     """
     vocab, num_codes, side = config.vocabulary, config.num_codes, config.image_tokenizer.code_size
     beginnings = [()] * len(texts) if beginnings is None else beginnings
@@ -174,7 +174,7 @@ def write_captions(
     Args:
         codes: int (N, h, w).
         seed: as for `draw_images`.
-        max_len: text pieces at most.
+        max_len: largest number of text pieces in a caption.
 
     Returns:
         text pieces of each caption, numbered from 0.
@@ -198,7 +198,7 @@ def _in_batches(
     seed: int,
     stop_token: int | None,
     progress: bool,
-    what: str,
+    description: str,
 ) -> list[list[int]]:
     size = config.sampling.batch_size
     generator = torch.Generator(model.word_embeddings.weight.device).manual_seed(seed)
@@ -206,10 +206,9 @@ def _in_batches(
     batches = range(0, len(prompts), size)
     for start in batches:
         chosen = slice(start, start + size)
-        description = f"{what} {start // size + 1}/{len(batches)}"
         with tqdm(
             total=max(num_new[chosen]),
-            desc=description,
+            desc=f"{description} {start // size + 1}/{len(batches)}",
             unit="token",
             disable=None if progress else True,
         ) as bar:

@@ -1,6 +1,6 @@
 """Token ids, and the sequences that are built from text pieces and image codes.
 
-Ids, in this order (CogView's order; the sizes are settings, CogView's own are in brackets):
+The ids, in CogView's order (the sizes are settings; CogView's own are in brackets):
 
     image codes      0 .. codebook_size - 1                          [0 .. 8191]
     text pieces      codebook_size .. codebook_size + text_size - 1  [8192 .. 58191]
@@ -14,9 +14,9 @@ Three kinds of sequence:
                        [ROI2] [POS0] [BASE] [BOI2] codes [EOI2]
     captioning         [BASE] [BOI1] codes [EOI1] [ROI1] text [SEP]
 
-[BASE] stands for the size of the picture: [TINY] up to 8x8 codes, [SMALL] 16x16, [BASE] 32x32,
-[BIG] beyond. The super-resolution sequence always says [BASE], and its positions restart at 0 at
-[ROI2].
+[BASE] names the size of the picture: [TINY] up to 8x8 codes, [SMALL] up to 16x16, [BASE] up to
+32x32, [BIG] beyond. The super-resolution sequence always has [BASE], and its positions restart at 0
+at [ROI2].
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Vocabulary:
 
     @property
     def size(self) -> int:
-        """Ids in use (58219 for CogView)."""
+        """Number of ids in use (58219 for CogView)."""
         return self.first_command + len(COMMANDS)
 
     @property
@@ -67,7 +67,7 @@ class Vocabulary:
         return -(-self.size // 128) * 128
 
     def command(self, name: str) -> int:
-        """Id of a command token, by its name without brackets, such as "BOI1"."""
+        """Id of a command token; the name has no brackets, for example "BOI1"."""
         return self.first_command + COMMANDS[name]
 
     def size_command(self, num_codes: int) -> int:
@@ -78,7 +78,7 @@ class Vocabulary:
         return self.command("BIG")
 
     def text_ids(self, pieces: Iterable[int]) -> list[int]:
-        """Text pieces (numbered from 0) to token ids."""
+        """Token ids of text pieces (numbered from 0)."""
         ids = [int(piece) for piece in pieces]
         if not ids:
             raise ValueError("text: expected at least one piece, got none (an empty caption?)")
@@ -86,7 +86,7 @@ class Vocabulary:
         return [piece + self.codebook_size for piece in ids]
 
     def image_ids(self, codes: Iterable[int] | np.ndarray | torch.Tensor) -> list[int]:
-        """Image codes of any shape to a flat list of token ids, row by row."""
+        """Token ids of image codes of any shape, as a flat list, row by row."""
         if isinstance(codes, torch.Tensor):
             codes = codes.cpu().numpy()
         ids = np.asarray(codes).reshape(-1).tolist()
@@ -94,33 +94,31 @@ class Vocabulary:
         return ids
 
     def image_mask(self) -> torch.Tensor:
-        """bool (padded_size,): the ids that may be drawn where an image code is due."""
+        """bool (padded_size,): the ids that may be drawn as an image code."""
         mask = torch.zeros(self.padded_size, dtype=torch.bool)
         mask[: self.codebook_size] = True
         return mask
 
     def text_mask(self) -> torch.Tensor:
-        """bool (padded_size,): the ids that may be drawn where text is due: pieces, and [SEP] as
-        its end."""
+        """bool (padded_size,): the ids that may be drawn as text: pieces, and [SEP] to end it."""
         mask = torch.zeros(self.padded_size, dtype=torch.bool)
         mask[self.codebook_size : self.first_command] = True
         mask[self.command("SEP")] = True
         return mask
 
 
-def _check_range(what: str, ids: Sequence[int], size: int) -> None:
+def _check_range(name: str, ids: Sequence[int], size: int) -> None:
     if ids and not (0 <= min(ids) and max(ids) < size):
-        raise ValueError(f"{what}: expected 0 .. {size - 1}, got {min(ids)} .. {max(ids)}")
+        raise ValueError(f"{name}: expected 0 .. {size - 1}, got {min(ids)} .. {max(ids)}")
 
 
 @dataclass(frozen=True)
 class TokenSequence:
-    """One sequence: its ids, their positions, and how many tokens stand before the first image
-    code."""
+    """One sequence of token ids."""
 
     tokens: list[int]
     positions: list[int]
-    text_len: int
+    text_len: int  # number of tokens before the first image code
 
     def __len__(self) -> int:
         return len(self.tokens)
@@ -132,14 +130,13 @@ def text_to_image(
     codes: Iterable[int] | np.ndarray | torch.Tensor,
     num_codes: int | None = None,
 ) -> TokenSequence:
-    """`[ROI1] text [BASE] [BOI1] codes [EOI1]`, or a prompt where fewer than `num_codes` codes are
-    given.
+    """`[ROI1] text [BASE] [BOI1] codes [EOI1]`, or the beginning of it as a prompt.
 
     Args:
         text: text pieces, numbered from 0; at least one.
-        codes: image codes, row by row. With fewer than `num_codes` (none for plain drawing), the
-            sequence stops after them, and the rest is for the model to draw.
-        num_codes: codes of the whole image; as many as are given by default.
+        codes: image codes, row by row. With fewer than `num_codes` codes (none to draw a whole
+            image) the sequence is a prompt: it ends after them, and the model draws the rest.
+        num_codes: number of codes of the whole image; default: the number of `codes`.
 
     Raises:
         ValueError: empty text, an id out of range, or more codes than `num_codes`.
@@ -168,20 +165,23 @@ def super_resolution(
     fine_codes: Iterable[int] | np.ndarray | torch.Tensor = (),
     num_fine_codes: int | None = None,
 ) -> TokenSequence:
-    """`[ROI1] text [BASE][BOI1] codes [EOI1][ROI2][POS0][BASE][BOI2] fine codes [EOI2]`, or a
-    prompt.
+    """`[ROI1] text [BASE][BOI1] codes [EOI1][ROI2][POS0][BASE][BOI2] fine codes [EOI2]`, or the
+    beginning of it as a prompt.
 
-    Args: as `text_to_image`; `codes` is the whole small image, `fine_codes` the large one, or its
-        beginning.
     The positions restart at 0 at [ROI2].
+
+    Args:
+        text: text pieces, numbered from 0; at least one.
+        codes: image codes of the whole small image.
+        fine_codes: image codes of the large image, or the first of them.
+        num_fine_codes: number of codes of the large image; default: the number of `fine_codes`.
     """
     image, fine = vocab.image_ids(codes), vocab.image_ids(fine_codes)
     num_fine_codes = len(fine) if num_fine_codes is None else num_fine_codes
     if not image or not len(fine) <= num_fine_codes or num_fine_codes < 1:
         raise ValueError(
             f"codes: expected a whole small image and at most {num_fine_codes} (and 1 or more) "
-            "fine codes, "
-            f"got {len(image)} and {len(fine)}"
+            f"fine codes, got {len(image)} and {len(fine)}"
         )
     head = [
         vocab.command("ROI1"),
@@ -201,8 +201,7 @@ def captioning(
     codes: Iterable[int] | np.ndarray | torch.Tensor,
     text: Iterable[int] | None = None,
 ) -> TokenSequence:
-    """`[BASE] [BOI1] codes [EOI1] [ROI1] text [SEP]`, or the prompt up to [ROI1] where `text` is
-    None."""
+    """`[BASE] [BOI1] codes [EOI1] [ROI1] text [SEP]`; without `text`, the prompt up to [ROI1]."""
     image = vocab.image_ids(codes)
     if not image:
         raise ValueError("codes: expected an image of at least one code, got none")
@@ -215,11 +214,11 @@ def captioning(
 
 @dataclass
 class Batch:
-    """Sequences of different lengths side by side, padded at the end with [PAD]."""
+    """A batch of sequences of different lengths, padded at the end with [PAD]."""
 
     tokens: torch.Tensor  # (B, S) int64
     positions: torch.Tensor  # (B, S) int64, 0 on padding
-    text_len: torch.Tensor  # (B,) int32: tokens before the first image code
+    text_len: torch.Tensor  # (B,) int32, number of tokens before the first image code
 
     def to(self, device: torch.device | str) -> Batch:
         return Batch(self.tokens.to(device), self.positions.to(device), self.text_len.to(device))
@@ -228,10 +227,10 @@ class Batch:
 def collate(
     vocab: Vocabulary, sequences: Sequence[TokenSequence], length: int | None = None
 ) -> Batch:
-    """Pads sequences to `length` (the longest of them by default).
+    """Pads sequences to `length` (default: the longest length).
 
     Raises:
-        ValueError: no sequence, or one that is longer than `length`.
+        ValueError: no sequence, or a sequence longer than `length`.
     """
     if not sequences:
         raise ValueError("sequences: expected at least one, got none")
@@ -253,7 +252,7 @@ def collate(
 def loss_weights(
     vocab: Vocabulary, targets: torch.Tensor, text_weight: float = 1.0, image_weight: float = 1.0
 ) -> torch.Tensor:
-    """Weight of each target token in the loss: by its type; 1 for command tokens, 0 for padding.
+    """Weight of each target token in the loss, by its type: 1 for command tokens, 0 for padding.
 
     Args:
         targets: token ids, any shape, int64.

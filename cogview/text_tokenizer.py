@@ -1,4 +1,4 @@
-"""Text to piece ids and back: a SentencePiece model, trained from a corpus or loaded."""
+"""Text to piece ids and back, with a SentencePiece model that is trained or loaded."""
 
 import io
 import os
@@ -17,13 +17,14 @@ _NORMALIZER_SPEC = 3
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode categories: controls, formats, separators
-_SPACES = "\u2581\ufffd"  # visible, but spaces to SentencePiece
+_SPACES = "\u2581\ufffd"  # visible characters that SentencePiece treats as spaces
 
 
 class TextTokenizer:
-    """SentencePiece pieces, numbered from 0 (the unknown piece); no begin, end or padding piece.
+    """SentencePiece pieces, numbered from 0 (the unknown piece).
 
-    The sequence layout has its own command tokens and shifts piece ids behind the image codes.
+    There is no begin, end or padding piece: `cogview.sequence` has its own command tokens, and
+    shifts piece ids past the image codes.
     """
 
     def __init__(self, model_proto: bytes):
@@ -46,12 +47,12 @@ class TextTokenizer:
 
         Args:
             corpus: captions; blank ones are skipped.
-            path: where to save the `.model` file, replaced atomically.
-            vocab_size: number of pieces, the unknown piece included (CogView: 50 000).
+            path: the `.model` file to write, replaced atomically.
+            vocab_size: number of pieces, including the unknown piece (CogView: 50 000).
             model_type: `unigram`, `bpe`, `word` or `char`.
             character_coverage: share of the characters of the corpus that get a piece of their own.
-            byte_fallback: spell unknown characters as bytes (256 further pieces, within
-                `vocab_size`) instead of mapping them to the unknown piece.
+            byte_fallback: spell unknown characters as bytes (256 of the `vocab_size` pieces)
+                instead of mapping them to the unknown piece.
             max_sentences: train on at most this many captions.
 
         Returns:
@@ -60,12 +61,12 @@ class TextTokenizer:
         Raises:
             TypeError: the corpus holds something that is not a string.
             ValueError: the corpus is empty or holds half a surrogate pair, or `vocab_size` does not
-                fit it (the message says what does).
+                fit the corpus (the message names sizes that do).
             OSError: the model cannot be saved.
         """
         captions = _checked(corpus, max_sentences)
         if not captions:
-            raise ValueError(f"{path}: the corpus holds no caption to train a text tokenizer on")
+            raise ValueError(f"{path}: expected a corpus with at least one caption, got none")
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -83,8 +84,8 @@ class TextTokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            # "Internal: src/trainer.cc(n) [condition] reason": the reason is what a user can act
-            # on.
+            # The message is "Internal: src/trainer.cc(n) [condition] reason"; the user needs the
+            # reason.
             reason = str(error).rpartition("] ")[2].strip() or str(error)
             raise ValueError(
                 f"text tokenizer: vocab_size={vocab_size} does not fit the corpus of "
@@ -112,7 +113,7 @@ class TextTokenizer:
             tokenizer = cls(model)
         except (RuntimeError, OSError) as error:
             raise ValueError(f"{path}: expected a SentencePiece model, got {error}") from error
-        # SentencePiece accepts a model cut between two fields, and then works with what is there.
+        # SentencePiece accepts a model that is truncated between two fields.
         if not {_TRAINER_SPEC, _NORMALIZER_SPEC} <= _fields(model):
             raise ValueError(f"{path}: expected a whole SentencePiece model, got a truncated one")
         return tokenizer
@@ -135,7 +136,7 @@ class TextTokenizer:
         return self._processor.encode(text)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of piece ids; unknown pieces read as U+2047.
+        """Text of piece ids; an unknown piece becomes U+2047.
 
         Raises:
             ValueError: an id is outside `[0, vocab_size)`.
@@ -148,7 +149,7 @@ class TextTokenizer:
 
 
 def caption_problem(text: str) -> str | None:
-    """What a text has got that no caption may, or None."""
+    """Why a text cannot be a caption ("got ..."), or None if it can."""
     if _SURROGATE.search(text):
         return f"got half a surrogate pair in {text!r}"
     if all(unicodedata.category(c) in _INVISIBLE or c in _SPACES for c in text):
@@ -166,7 +167,7 @@ def _checked(corpus: Iterable[str], max_sentences: int) -> list[str]:
             if _SURROGATE.search(caption):
                 raise ValueError(f"corpus[{number}]: {caption_problem(caption)}")
             if not caption_problem(caption):
-                yield " ".join(caption.split())  # SentencePiece takes one line a caption
+                yield " ".join(caption.split())  # a caption must be one line for SentencePiece
 
     if isinstance(corpus, str):
         raise TypeError("corpus: expected an iterable of captions, got one string")

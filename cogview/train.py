@@ -3,9 +3,8 @@
 AdamW, linear warm-up and cosine decay, gradient clipping, held-out loss, a metrics log,
 checkpoints.
 
-Nothing random outlives a step: data order, pivots and dropout are functions of (seed, step), so a
-checkpoint needs no generator states, and a run that is resumed continues bit for bit like one that
-was never interrupted.
+Data order, pivots and dropout are functions of (seed, step). A checkpoint therefore needs no
+generator states, and a resumed run gives the same bits as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -33,13 +32,14 @@ from cogview.checkpoint import (
     save_checkpoint,
 )
 from cogview.config import Config, ModelConfig, RunFolder
-from cogview.data import TokenDataset, batch_indices
+from cogview.data import batch_indices
 from cogview.files import atomic_write
 from cogview.model import GPT
 from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
+from cogview.tokens import TokenDataset
 
-# Settings that a model keeps for life, and those that a run keeps besides: its weights, tokens and
-# split of the data depend on them.
+# Settings that must not change: the weights of a model depend on the first list, the tokens and the
+# data split of a run on the second.
 MODEL_SETTINGS = [
     f"model.{field.name}"
     for field in dataclasses.fields(ModelConfig)
@@ -56,21 +56,23 @@ RUN_SETTINGS = [
     "training.held_out_fraction",
 ]
 
-MAX_SKIPPED_STEPS = 50  # in a row, under float16's loss scaler, before training gives up
+# Under float16, a step is skipped if a gradient is not finite. After more such steps in a row,
+# training stops.
+MAX_SKIPPED_STEPS = 50
 
 
 def choose_device(name: str) -> torch.device:
-    """The device `cpu`, `cuda:1`, ...; `auto` is CUDA where there is a GPU, else the CPU.
+    """The device `cpu`, `cuda:1`, ...; `auto` is CUDA if there is a GPU, else the CPU.
 
     Raises:
-        ValueError: no such device here.
+        ValueError: this machine has no such device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         device = torch.device(name)
         torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # what torch raises differs from build to build
+    except (RuntimeError, AssertionError) as error:  # the type depends on the build of torch
         raise ValueError(
             f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}"
         ) from None
@@ -91,7 +93,7 @@ def learning_rate(config: Config, step: int) -> float:
 
 
 def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> TokenSequence:
-    """The training sequence of one pair; captions that do not fit are clipped."""
+    """The training sequence of one pair; a caption that does not fit is truncated."""
     text = text[: config.max_text_len]
     if config.training.task == "captioning":
         return captioning(config.vocabulary, codes, text)
@@ -99,7 +101,7 @@ def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> Token
 
 
 def split_data(data: TokenDataset, config: Config) -> tuple[TokenDataset, TokenDataset]:
-    """Training and held-out data: a random split that depends on the seed alone.
+    """Training and held-out data: a random split that depends only on the seed.
 
     Raises:
         ValueError: fewer than two pairs.
@@ -123,22 +125,22 @@ def split_data(data: TokenDataset, config: Config) -> tuple[TokenDataset, TokenD
 
 
 class Trainer:
-    """One training run; goes on where its folder (`metrics.jsonl`, `checkpoints/`) ends.
+    """One training run; resumes from the newest checkpoint in its folder.
 
     Args:
         config: all settings.
-        run_folder: is created if need be.
-        train_data: token pairs to learn from.
+        run_folder: folder for `metrics.jsonl` and `checkpoints/`; created if necessary.
+        train_data: token pairs for training.
         held_out_data: token pairs for the held-out loss.
-        progress: show a progress bar, where standard error is a terminal.
+        progress: show a progress bar if standard error is a terminal.
 
     Attributes:
         model: the GPT, on the device.
-        step: optimizer steps done.
+        step: number of finished optimizer steps.
 
     Raises:
-        ValueError: data that does not fit the configuration, a checkpoint of other settings, or
-            checkpoints of which none can be read.
+        ValueError: the data does not fit the configuration, a checkpoint has other settings, or
+            there are checkpoints but none can be read.
     """
 
     def __init__(
@@ -165,7 +167,7 @@ class Trainer:
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step = 0
-        self.skipped_steps = 0  # without an update, in a row
+        self.skipped_steps = 0  # number of steps in a row without an update
         self._resume()
 
     def run(self) -> GPT:
@@ -175,8 +177,9 @@ class Trainer:
             the model, in evaluation mode.
 
         Raises:
-            FloatingPointError: the loss or a gradient is not finite; names the step. Under float16,
-                such a step is skipped and counted instead, and only a long row of them is an error.
+            FloatingPointError: the loss or a gradient is not finite; the message names the step.
+                Under float16 such a step is skipped, and more than `MAX_SKIPPED_STEPS` in a row are
+                an error.
             OSError: a checkpoint or the metrics cannot be written; earlier checkpoints are intact.
         """
         training = self.config.training
@@ -210,7 +213,7 @@ class Trainer:
     def evaluate(self) -> dict[str, float]:
         """Held-out `loss`, `text_loss` and `image_loss`, in nats per token.
 
-        The examples and the pivots are the same each time.
+        Every call uses the same examples and pivots.
         """
         training = self.config.training
         count = min(training.eval_examples, len(self.held_out_data))
@@ -254,7 +257,7 @@ class Trainer:
         ).item()
         means = totals.means()
         self._check_finite(means["loss"], grad_norm)
-        self.scaler.step(self.optimizer)  # skips the update where a gradient is not finite
+        self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
         self.scaler.update()
         self.step += 1
         metrics = {"step": self.step, **means, "learning_rate": rate, "grad_norm": grad_norm}
@@ -269,13 +272,12 @@ class Trainer:
         self.skipped_steps += 1
         if self.scaler.is_enabled() and self.skipped_steps <= MAX_SKIPPED_STEPS:
             return
-        what = f"loss {loss} and gradient norm {grad_norm} at step {self.step + 1}"
+        reason = f"loss {loss} and gradient norm {grad_norm} at step {self.step + 1}"
         if self.scaler.is_enabled():
-            what += f", the {self.skipped_steps}th in a row that is not finite"
+            reason += f", the {self.skipped_steps}th step in a row that is not finite"
         raise FloatingPointError(
-            f"training stopped: {what}; the checkpoints in {self.checkpoints} are of before. Try a "
-            "lower learning rate, a "
-            "longer warm-up, model.norm=sandwich with model.relax=row, or "
+            f"training stopped: {reason}; the checkpoints in {self.checkpoints} are older. Try a "
+            "lower learning rate, a longer warm-up, model.norm=sandwich with model.relax=row, or "
             "training.precision=bfloat16"
         )
 
@@ -284,7 +286,7 @@ class Trainer:
         return collate(self.config.vocabulary, sequences).to(self.device)
 
     def _weights(self, batch: Batch) -> torch.Tensor:
-        """Loss weight of every target, (B, S - 1)."""
+        """Loss weight of every target: (B, S - 1)."""
         training = self.config.training
         return loss_weights(
             self.config.vocabulary, batch.tokens[:, 1:], training.text_weight, training.image_weight
@@ -293,7 +295,7 @@ class Trainer:
     def _losses(
         self, batch: Batch, generator: torch.Generator
     ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
-        """Cross entropy and weight of every target, (B, S - 1); which are text, which image."""
+        """Cross entropy and weight of every target, and masks of text and image: (B, S - 1)."""
         vocab = self.config.vocabulary
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
         layouts = self.model.sample_layouts(batch.text_len, inputs.shape[1], generator)
@@ -317,7 +319,7 @@ class Trainer:
         try:
             with open(self.metrics_path, "a", encoding="utf-8") as log:
                 log.write(json.dumps(metrics) + "\n")
-        except OSError as error:  # one of a write, to a full disk, names no file
+        except OSError as error:  # a write to a full disk raises an error without a file name
             raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
 
     def _save(self) -> None:
@@ -335,7 +337,7 @@ class Trainer:
     def _resume(self) -> None:
         state = load_latest(self.checkpoints, set_aside=True)
         if state is None:
-            # Of a run that ended before its first checkpoint.
+            # Left by a run that ended before its first checkpoint.
             self.metrics_path.unlink(missing_ok=True)
             return
         source = f"{self.checkpoints}, step {state['step']},"
@@ -346,20 +348,20 @@ class Trainer:
         if self.scaler.is_enabled():
             if not state["scaler"]:
                 raise ValueError(
-                    f"{self.checkpoints}: written by a run that was not float16; keep "
-                    "training.precision"
+                    f"{self.checkpoints}: expected checkpoints of a float16 run, got another "
+                    "precision; do not change training.precision"
                 )
             self.scaler.load_state_dict(state["scaler"])
         self.step = state["step"]
         self.skipped_steps = state["skipped_steps"]
-        # The log may be ahead of the checkpoint, and its last line may be cut short.
+        # The log may be ahead of the checkpoint, and its last line may be incomplete.
         kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= self.step]
         with atomic_write(self.metrics_path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a metrics log up to the first damaged line; none if there is no file."""
+    """The rows of a metrics log before the first damaged line; empty if there is no file."""
     rows: list[dict[str, float]] = []
     if not Path(path).is_file():
         return rows
@@ -382,8 +384,7 @@ class _Totals:
     ) -> None:
         pairs = {"loss": weights, "text_loss": targets["text"], "image_loss": targets["image"]}
         for name, weight in pairs.items():
-            # where, not times: a loss that is not finite must not leak out of positions that do not
-            # count
+            # torch.where instead of a product: a NaN at a position of weight 0 must not count.
             counted = torch.where(weight > 0, losses * weight, 0.0).sum()
             self.sums[name].append(torch.stack([counted, weight.sum().float()]))
 
@@ -397,7 +398,7 @@ class _Totals:
 
 
 def _optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
-    """AdamW with weight decay on the matrices of the layers alone."""
+    """AdamW with weight decay only on the matrices of the layers."""
     decayed: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
@@ -413,15 +414,15 @@ def _optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
 def _check_data(name: str, data: TokenDataset, config: Config) -> None:
     if not len(data):
         raise ValueError(f"{name}: expected at least one pair of caption and image, got none")
-    for what, have, expected in (
+    for unit, actual, expected in (
         ("pieces of text", data.text_vocab_size, config.text_tokenizer.vocab_size),
         ("image codes", data.codebook_size, config.image_tokenizer.codebook_size),
-        ("codes an image", int(np.prod(data.codes.shape[1:])), config.num_codes),
+        ("codes per image", int(np.prod(data.codes.shape[1:])), config.num_codes),
     ):
-        if have != expected:
+        if actual != expected:
             raise ValueError(
-                f"{name}: expected {expected} {what} as in the configuration, got {have}; encode "
-                "it again"
+                f"{name}: expected {expected} {unit} as in the configuration, got {actual}; encode "
+                "the data again"
             )
 
 

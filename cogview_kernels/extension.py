@@ -61,25 +61,43 @@ def why_not_usable() -> str | None:
 
 def why_not_on(device: torch.device) -> str | None:
     """Why no kernel can run on tensors of ``device``; ``None`` if they can."""
-    reason = why_not_built()
-    if reason is not None:
-        return reason
     if device.type != "cuda":
-        return f"the tensors lie on {device}, not on a CUDA device"
-    if not torch.cuda.is_available():  # fake tensors, while tracing for another machine
-        return why_not_usable()
+        return why_not_built() or f"the tensors lie on {device}, not on a CUDA device"
+    return _why_not_on_gpu(device)
+
+
+@functools.cache  # asked at every call
+def _why_not_on_gpu(device: torch.device) -> str | None:
+    reason = why_not_usable()
+    # torch finds no device for fake tensors, while tracing for another machine.
+    if reason is not None or not torch.cuda.is_available():
+        return reason
     major, minor = torch.cuda.get_device_capability(device)
-    if not any(_runs_on(entry, major, minor) for entry in architectures()):
+    fitting = [entry for entry in architectures() if _runs_on(entry, major, minor)]
+    if not fitting:
         return (
             f"{torch.cuda.get_device_name(device)} has compute capability {major}.{minor}, and "
             f"kernels were built for {', '.join(architectures())}; rebuild with "
             f"TORCH_CUDA_ARCH_LIST={major}.{minor}"
         )
+    only_ptx = not any(_runs_on(entry.removesuffix("+PTX"), major, minor) for entry in fitting)
+    if only_ptx and _C.cuda_driver() < _C.cuda_compiler:  # newer PTX than the driver can compile
+        return (
+            f"{torch.cuda.get_device_name(device)} (compute capability {major}.{minor}) needs the "
+            f"kernels' PTX, and the driver compiles PTX up to CUDA {_cuda(_C.cuda_driver())}, but "
+            f"the kernels were built with CUDA {_cuda(_C.cuda_compiler)}; update the driver, or "
+            f"rebuild with TORCH_CUDA_ARCH_LIST={major}.{minor}"
+        )
     return None
 
 
+def _cuda(version: int) -> str:
+    """13.0 for 13000."""
+    return f"{version // 1000}.{version % 1000 // 10}"
+
+
 def _runs_on(architecture: str, major: int, minor: int) -> bool:
-    """Machine code runs on its major version from its minor version up (and 9.0a on 9.0 alone);
+    """Machine code runs on its major version from its minor version up (and 9.0a on 9.0 alone),
     PTX on everything from its version up."""
     number = architecture.removesuffix("+PTX")
     built = tuple(int(part) for part in number.rstrip("af").split("."))

@@ -11,8 +11,13 @@
 
 namespace cogview {
 
-// Shared memory that a kernel has at most in arrays of its own, beside what is asked for at launch.
+// The most shared memory that a kernel has in arrays of its own, in bytes; what it asks for at launch
+// comes on top.
 constexpr int kMaxArrayBytes = 2048;
+
+// Left unused of the shared memory that a device allows a block: from compute capability 9.0 on,
+// compilers count 1 KB of the system's among a kernel's arrays.
+constexpr int kReservedSharedBytes = 1024;
 
 enum class DType : int { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
 

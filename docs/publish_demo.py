@@ -1,8 +1,9 @@
-"""Puts the results of `make demo` into the documentation: pictures, record, and README's table.
+"""Copies the results of `make demo` to the documentation: pictures, record and README's table.
 
     python docs/publish_demo.py results/demo
 
-Writes docs/demo/ and docs/overview.png, and fills README.md from docs/demo/metrics.json alone.
+It writes docs/demo/ and docs/mask.png, and renders the table in README.md from
+docs/demo/metrics.json alone.
 """
 
 from __future__ import annotations
@@ -21,16 +22,22 @@ import matplotlib.pyplot as plt
 import torch
 
 import cogview_kernels as ck
-from cogview.config import load_config
+from cogview.config import Config, load_config
 
 ROOT = Path(__file__).resolve().parents[1]
 BEGIN, END = "<!-- demo: begin -->", "<!-- demo: end -->"
 FILES = ("samples.png", "reconstructions.png", "curves.png")
 
 
-def draw_overview(run: Path, target: Path) -> None:
-    """The regions of the demo's attention beside what its model drew."""
-    config = load_config(run / "config.yaml")
+REGIONS = (  # name and colour
+    ("local window", (0.17, 0.35, 0.60)),
+    ("text", (0.93, 0.60, 0.15)),
+    ("random pivots", (0.75, 0.18, 0.30)),
+)
+
+
+def draw_mask(config: Config, target: Path) -> None:
+    """Draws which keys each query attends to, with a colour for each region."""
     seqlen, text_len = config.model.max_positions, config.max_text_len
     pivots = ck.sample_pivots(
         text_len, seqlen, config.model.num_pivots, torch.Generator().manual_seed(config.seed)
@@ -38,25 +45,17 @@ def draw_overview(run: Path, target: Path) -> None:
     layout = ck.ThreeRegionLayout(
         text_len, pivots, config.model.query_window, config.model.key_window_times
     )
-    window, text, pivot = (region[0] for region in layout.regions(1, seqlen, seqlen))
     picture = torch.full((seqlen, seqlen, 3), 0.96)
-    for region, colour in (
-        (window, (0.17, 0.35, 0.60)),
-        (text, (0.93, 0.60, 0.15)),
-        (pivot, (0.75, 0.18, 0.30)),
-    ):
-        picture[region] = torch.tensor(colour)
-
-    figure, (left, right) = plt.subplots(
-        1, 2, figsize=(13, 6.2), width_ratios=(1, 1.05), layout="constrained"
-    )
-    left.imshow(picture.numpy(), interpolation="nearest")
-    left.set_xlabel("key position (tokens)")
-    left.set_ylabel("query position (tokens)")
-    left.set_title("Who looks where: window (blue), pivots (red), text (orange)")
-    right.imshow(plt.imread(run / "samples.png"))
-    right.axis("off")
-    figure.savefig(target, dpi=110)
+    figure, axes = plt.subplots(figsize=(5, 5), layout="constrained")
+    regions = layout.regions(1, seqlen, seqlen)
+    for i, ((name, colour), region) in enumerate(zip(REGIONS, regions, strict=True)):
+        picture[region[0]] = torch.tensor(colour)
+        place = 0.97, 0.95 - 0.08 * i  # in the empty half: no query sees a later key
+        axes.text(*place, name, color=colour, transform=axes.transAxes, ha="right", fontsize=16)
+    axes.imshow(picture.numpy(), interpolation="nearest")
+    axes.set_xlabel("key position (tokens)", fontsize=14)
+    axes.set_ylabel("query position (tokens)", fontsize=14)
+    figure.savefig(target, dpi=130)
     plt.close(figure)
 
 
@@ -67,22 +66,21 @@ def table(metrics: dict[str, Any]) -> str:
         lines.append(f"| {name} | {digits:.1%} | {captions:.1%} |")
     lines.append("| chance | 10.0% | 0.01% |")
     attention, seconds = metrics["attention"], sum(metrics["seconds"].values())
-    said = (
-        f"{metrics['num_drawings']} held-out captions of four digits, read back by a classifier",
-        "that was trained on other handwriting. A query attends to",
+    sentences = (
+        f"{metrics['num_drawings']} held-out captions of four digits. A query attends to",
         f"{attention['attended_fraction']:.0%} of its causal keys, and to at most",
         f"{attention['longest_list_fraction']:.0%} of the sequence.",
         f"{metrics['parameters'] / 1e6:.1f} M parameters, {seconds:.0f} s in all on",
         f"{metrics['device']}, torch {metrics['torch']}, commit {metrics['commit']},",
-        f"{metrics['date']}; record: `docs/demo/metrics.json`, pictures beside it.",
+        f"{metrics['date']}; record: `docs/demo/metrics.json`.",
     )
-    lines += ["", " ".join(said)]
+    lines += ["", " ".join(sentences)]
     return "\n".join(lines)
 
 
 def main() -> None:
     if len(sys.argv) != 2 or not (Path(sys.argv[1]) / "metrics.json").is_file():
-        raise SystemExit("usage: python docs/publish_demo.py FOLDER, one that `make demo` wrote")
+        raise SystemExit("usage: python docs/publish_demo.py FOLDER (the output of `make demo`)")
     run, target = Path(sys.argv[1]), ROOT / "docs" / "demo"
     target.mkdir(exist_ok=True)
     for name in FILES:
@@ -97,7 +95,7 @@ def main() -> None:
     )
     metrics["commit"] = head.stdout.strip()
     (target / "metrics.json").write_text(json.dumps(metrics, indent=2) + "\n")
-    draw_overview(run, ROOT / "docs" / "overview.png")
+    draw_mask(load_config(run / "config.yaml"), ROOT / "docs" / "mask.png")
     readme = ROOT / "README.md"
     before, rest = readme.read_text().split(BEGIN)
     after = rest.split(END)[1]

@@ -1,4 +1,4 @@
-"""What several tests share: the formulas as plain loops, random problems, error bounds."""
+"""Shared by the tests: the formulas as plain loops, random problems, error bounds."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ RESULTS = ("out", "lse", "dq", "dk", "dv")
 
 
 def region_of(i: int, j: int, text_len: int, pivots: list[int], w: int, n: int) -> str | None:
-    """Which region of query position ``i`` holds key ``j``: the definition, word for word."""
+    """The region of key ``j`` for the query at position ``i``, straight from the definition."""
     start = max(0, (i // w - n + 1) * w)
     if start <= j <= i:
         return "window"
@@ -33,7 +33,7 @@ def region_of(i: int, j: int, text_len: int, pivots: list[int], w: int, n: int) 
 
 @dataclasses.dataclass
 class Problem:
-    """One call of the attention with the gradients that come back to it."""
+    """The inputs of one attention call, and the gradients of its results."""
 
     q: Tensor
     k: Tensor
@@ -84,7 +84,7 @@ class Problem:
         return self.map(lambda tensor: tensor.to(dtype))
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Problem:
-        """The problem with each of its tensors changed, the layout's apart."""
+        """The problem with ``change`` applied to every tensor but the layout's."""
         names = ("q", "k", "v", "dout", "dlse")
         return dataclasses.replace(self, **{name: change(getattr(self, name)) for name in names})
 
@@ -226,7 +226,7 @@ def layouts(draw: st.DrawFn, batch: int, k_len: int) -> ck.ThreeRegionLayout:
         num_pivots = draw(st.integers(0, min(k_len, 12)))
         table = []
         for row in range(rows):
-            # Padding below the text may stand anywhere, padding behind the keys at the end.
+            # Padding below the text may stand anywhere; padding beyond the keys stands at the end.
             text = min(text_lens[row : row + 1] if rows > 1 else text_lens, default=0)
             below = st.sampled_from([-(2**31), -1, *range(max(0, text - 3), min(text, k_len))])
             above = st.sampled_from([k_len, k_len + 1, 2**31 - 1])
@@ -274,7 +274,7 @@ def problems(
 
 
 class Recorder(TorchDispatchMode):
-    """The operators that ran, and the number of elements of the largest tensor they made."""
+    """Records the operators that ran and the bytes of the largest tensor they made."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -292,7 +292,7 @@ class Recorder(TorchDispatchMode):
 
 @contextmanager
 def refused(error: type[Exception], match: str) -> Iterator[None]:
-    """The call is refused with this error before any matrix product or kernel runs."""
+    """The call raises this error before any matrix product or kernel runs."""
     with Recorder() as recorder, pytest.raises(error, match=match):
         yield
     work = {"mm", "bmm", "native_layer_norm", "exp", "linalg_vector_norm"}

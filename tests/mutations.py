@@ -2,10 +2,11 @@
 
     python tests/mutations.py               all of them; exit code 1 if one survives
     python tests/mutations.py --only NAME   these alone; may be repeated
+    python tests/mutations.py --jobs 2      so many at once; all cores otherwise
     python tests/mutations.py --list        their names; fails where a kernel has changed
 
-Works in a copy of the sources, in a temporary folder, with the host model: needs what `make build`
-installs, no GPU. MAX_JOBS bounds the compilers that run at once.
+Works in copies of the sources, in a temporary folder, with the host model: needs what `make build`
+installs, no GPU.
 """
 
 from __future__ import annotations
@@ -19,12 +20,14 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from queue import SimpleQueue
 
 ROOT = Path(__file__).resolve().parents[1]
 COPIED = ["csrc", "cogview_kernels", "tests", "setup.py", "build_backend.py", "pyproject.toml"]
-COPIED += ["README.md", "LICENSE"]
+COPIED += ["README.md", "LICENSE", "docs"]
 
 # Which tests a mutation is shown to: a pytest -k expression.
 VALUES = "many_tiles"
@@ -47,6 +50,7 @@ RERUNS = "reruns_and_multiprocessors"
 DROPPED = "what_is_dropped"
 OFFSET = "large_offset"
 OVERFLOW = "nothing_overflows"
+RESERVE = "memory_is_left"
 
 
 @dataclass(frozen=True)
@@ -305,20 +309,20 @@ MUTATIONS = [
         (
             "dkdv-last-head-of-group-dropped",
             VALUES,
-            "int64_t(group) * num_query_tiles",
-            "int64_t(max(group - 1, 1)) * num_query_tiles",
+            "int64_t(group) * stages",
+            "int64_t(max(group - 1, 1)) * stages",
         ),
         (
             "dkdv-wrong-head-of-group",
             DEFINITION,
-            "const int head = kv_head * group + tile / num_query_tiles;\n    const int query",
-            "const int head = kv_head + tile / num_query_tiles;\n    const int query",
+            "shared.stages, batch, kv_head * group);",
+            "shared.stages, batch, kv_head);",
         ),
         (
             "dkdv-last-tiles-of-splits-lost",
             VALUES,
-            "num_tiles * (split + 1) / num_splits",
-            "num_tiles / num_splits * (split + 1)",
+            "num_tiles * (work.split + 1) / work.num_splits",
+            "num_tiles / work.num_splits * (work.split + 1)",
         ),
         ("dkdv-pivots-written-twice", EDGES, "tile.key[pivot] = -1;", ";"),
         ("dkdv-text-ends-late", VALUES, "key < far.text_len;", "key <= far.text_len;"),
@@ -350,8 +354,8 @@ MUTATIONS = [
         (
             "dkdv-stage-not-waited-for",
             VALUES,
-            "++tile) {\n    cp_async_wait_group<0>();",
-            "++tile) {",
+            "int end) {\n    cp_async_wait_group<0>();",
+            "int end) {",
         ),
         (
             "dkdv-stage-without-barrier",
@@ -381,7 +385,7 @@ MUTATIONS = [
         ),
     ),
     *mutations(
-        "pb_relax_layer_norm/row.cuh",
+        "pb_relax_layer_norm/vector.cuh",
         (
             "narrow-row-read-beyond-its-end",
             NORMS,
@@ -394,33 +398,16 @@ MUTATIONS = [
             "if (column + j < hidden) row[",
             "if (column + j <= hidden) row[",
         ),
-        ("row-copied-beyond-its-end", NORMS, "&& column < hidden);", "&& column <= hidden);"),
         (
-            "odd-row-copied-beyond-its-end",
-            NORMS,
-            "is_row && column + j < hidden ?",
-            "is_row && column + j <= hidden ?",
+            "dropped-wrong-half",
+            DROPPED,
+            "j % 2 == 0 ? mask | 0xffff0000u",
+            "j % 2 == 1 ? mask | 0xffff0000u",
         ),
-        ("rows-behind-the-last-copied", NORMS, "is_row && column < hidden);", "column < hidden);"),
-        ("row-stride-ignored", PLACES, "+ row * rows.row_stride;", "+ row * hidden;"),
-        (
-            "row-stride-taken-for-aligned",
-            PLACES,
-            "rows.row_stride % (kColumns / pieces_of(dtype)) == 0",
-            "true",
-        ),
-        (
-            "row-address-taken-for-aligned",
-            PLACES,
-            "reinterpret_cast<uintptr_t>(rows.data) % kPieceBytes == 0",
-            "true",
-        ),
-        (
-            "parameter-taken-for-aligned",
-            PLACES,
-            "&& reinterpret_cast<uintptr_t>(parameter) % kPieceBytes == 0",
-            "",
-        ),
+        ("one-column-too-many-kept", KINDS, "(1u << count) - 1u", "(2u << count) - 1u"),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/dropout.cuh",
         ("philox-of-nine-rounds", DROPPED, "round < 10;", "round < 9;"),
         ("dropout-halves-swapped", DROPPED, "16 * (j % 2)", "16 * (1 - j % 2)"),
         (
@@ -435,32 +422,30 @@ MUTATIONS = [
             "uint32_t(vector_idx), uint32_t(row),",
             "uint32_t(vector_idx), uint32_t(row / 2),",
         ),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/row_pipeline.cuh",
         (
-            "dropped-wrong-half",
-            DROPPED,
-            "j % 2 == 0 ? mask | 0xffff0000u",
-            "j % 2 == 1 ? mask | 0xffff0000u",
+            "parameters-share-slots",
+            RERUNS,
+            "kSlots = kCount * kVectors * kPieces<float>",
+            "kSlots = kCount * kPieces<float>",
         ),
-        ("one-column-too-many-kept", KINDS, "(1u << count) - 1u", "(2u << count) - 1u"),
+        ("row-copied-beyond-its-end", NORMS, "&& column < hidden);", "&& column <= hidden);"),
         (
-            "row-reduction-without-barrier",
-            ROUNDS,
-            "bar_sync();\n#pragma unroll\n  for (int n = 0;",
-            "#pragma unroll\n  for (int n = 0;",
+            "odd-row-copied-beyond-its-end",
+            NORMS,
+            "is_row && column + j < hidden ?",
+            "is_row && column + j <= hidden ?",
         ),
+        ("rows-behind-the-last-copied", NORMS, "is_row && column < hidden);", "column < hidden);"),
+        ("row-stride-ignored", PLACES, "+ row * rows.row_stride;", "+ row * hidden;"),
         (
-            "row-of-all-warps-but-one",
-            ROUNDS,
-            "int warp = 1; warp < num_warps;",
-            "int warp = 2; warp < num_warps;",
+            "parameter-taken-for-aligned",
+            PLACES,
+            "&& reinterpret_cast<uintptr_t>(parameter) % kPieceBytes == 0",
+            "",
         ),
-        (
-            "sums-of-another-row",
-            ROUNDS,
-            "scratch + me.row_in_block * num_warps * kCount;",
-            "scratch;",
-        ),
-        ("maximum-summed", KINDS, "n == 0 ? fmaxf(a, b) : a + b", "a + b"),
         ("stages-not-swapped", ROUNDS, "now = next;", ""),
         ("rows-not-waited-for", ROUNDS, "cp_async_wait_group<1>();", ""),
         (
@@ -482,12 +467,28 @@ MUTATIONS = [
             "} else if (dtype == DType::kFloat32) {",
             "} else if (false) {",
         ),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/statistics.cuh",
         (
-            "parameters-share-slots",
-            RERUNS,
-            "slots_apart(kCount * kVectors * kPieces<float>)",
-            "slots_apart(kCount * kPieces<float>)",
+            "row-reduction-without-barrier",
+            ROUNDS,
+            "bar_sync();\n#pragma unroll\n  for (int n = 0;",
+            "#pragma unroll\n  for (int n = 0;",
         ),
+        (
+            "row-of-all-warps-but-one",
+            ROUNDS,
+            "int warp = 1; warp < num_warps;",
+            "int warp = 2; warp < num_warps;",
+        ),
+        (
+            "sums-of-another-row",
+            ROUNDS,
+            "scratch + me.row_in_block * num_warps * kCount;",
+            "scratch;",
+        ),
+        ("maximum-summed", KINDS, "n == 0 ? fmaxf(a, b) : a + b", "a + b"),
         ("peak-not-an-eighth", KINDS, "peak * scale * 0.125f", "peak * scale"),
         ("eps-not-relaxed", KINDS, "eps.relaxed) * c * c;", "eps.relaxed);"),
         (
@@ -528,11 +529,29 @@ MUTATIONS = [
         ),
         ("statistics-swapped", OFFSET, "return {rough_mean, shift,", "return {shift, rough_mean,"),
         ("bias-weighted", KINDS, "* weight[j] + bias[j];", "* (weight[j] + bias[j]);"),
+    ),
+    *mutations(
+        "pb_relax_layer_norm/plan.h",
         (
             "plan-without-statistics",
             RERUNS,
-            "vectors * needs.stage_pieces + needs.extra_pieces",
+            "vectors * needs.stage_pieces + needs.thread_pieces",
             "vectors * needs.stage_pieces",
+        ),
+        ("parameters-in-the-last-stage", ROUNDS, "return stage(stages);", "return stage(1);"),
+        ("no-memory-for-the-system", RESERVE, "- kRowArrayBytes - kReservedSharedBytes", ""),
+        ("blocks-without-rows-left-out", NORMS, "if (!needs.every_block) {", "if (true) {"),
+        (
+            "row-stride-taken-for-aligned",
+            PLACES,
+            "rows.row_stride % (kColumns / pieces_of(dtype)) == 0",
+            "true",
+        ),
+        (
+            "row-address-taken-for-aligned",
+            PLACES,
+            "reinterpret_cast<uintptr_t>(rows.data) % kPieceBytes == 0",
+            "true",
         ),
     ),
     *mutations(
@@ -638,7 +657,7 @@ MUTATIONS = [
             "if (params.add.data != nullptr) {\n        const X* add_row",
             "if (false) {\n        const X* add_row",
         ),
-        ("add-taken-for-aligned", PLACES, "rows_aligned(params.add, params.x_dtype) &&", ""),
+        ("add-taken-for-aligned", PLACES, "{params.add, params.x_dtype},", ""),
         (
             "backward-scratch-shared",
             RERUNS,
@@ -760,13 +779,13 @@ MUTATIONS = [
         ("norms-add-twice", OVERFLOW, "norm.add = {};", ""),
     ),
     *mutations(
-        "operators/operators.cpp",
+        "operators/norms.cpp",
         ("eps-half-shrunk", ROUNDS, "eps * kept * kept", "eps * kept"),
         (
             "row-stride-not-passed",
             PLACES,
-            "return {tensor->data_ptr(), tensor->stride(0)};",
-            "return {tensor->data_ptr(), tensor->size(1)};",
+            "return {data, strides[0]};",
+            "return {data, hidden_};",
         ),
     ),
 ]
@@ -775,7 +794,7 @@ MUTATIONS = [
 PYTEST = """
 import sys, hypothesis, pytest
 hypothesis.settings.register_profile(
-    "mutations", derandomize=True, deadline=None, database=None,
+    "mutations", derandomize=True, deadline=None, database=None, max_examples=600,
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 sys.exit(pytest.main(["--hypothesis-profile=mutations", *sys.argv[1:]]))
@@ -786,20 +805,19 @@ class Copy:
     """The sources in a folder of their own, and the host model built from them."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir()
         self.folder = folder
         # Never the checkout's package, which an editable install would find.
         self.environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
         self.environment |= {"COGVIEW_KERNELS_CUDA": "0", "COGVIEW_KERNELS_HOST_MODEL": "1"}
         self.environment |= {"COLUMNS": "250", "PYTHONDONTWRITEBYTECODE": "1"}
+        self.environment |= {"MAX_JOBS": "1"}  # each of the other cores has a copy of its own
         ignored = shutil.ignore_patterns("*.so", "__pycache__")
         for name in COPIED:
             if (ROOT / name).is_dir():
                 shutil.copytree(ROOT / name, folder / name, ignore=ignored)
             else:
                 shutil.copy(ROOT / name, folder / name)
-
-    def source(self, mutation: Mutation) -> Path:
-        return self.folder / "csrc" / mutation.file
 
     def build(self) -> None:
         done = self._run("setup.py", "-q", "build_ext", "--inplace")
@@ -811,7 +829,7 @@ class Copy:
         files = ("tests/test_attention_kernels.py", "tests/test_layer_norm_kernels.py")
         done = self._run(
             *("-c", PYTEST, "-x", "-q", "--tb=no", "-p", "no:cacheprovider"),
-            *("-k", f"host_model and ({tests})", *files),
+            *("-m", "slow or not slow", "-k", f"host_model and not sweep and ({tests})", *files),
         )
         failed = re.search(r"^FAILED \S*::(.*)$", done.stdout, re.MULTILINE)
         if done.returncode == 1 and failed is not None:
@@ -819,6 +837,16 @@ class Copy:
         if done.returncode == 0:
             return None
         raise SystemExit(f"{done.stdout}\nmutations: pytest ended with {done.returncode}")
+
+    def first_failure_with(self, mutation: Mutation) -> tuple[str | None, float]:
+        """The first test that fails with this mutation, and the seconds that it took."""
+        begin, source = time.monotonic(), self.folder / "csrc" / mutation.file
+        text = source.read_text()
+        source.write_text(text.replace(mutation.old, mutation.new))
+        self.build()
+        failure = self.first_failure(mutation.tests)
+        source.write_text(text)
+        return failure, time.monotonic() - begin
 
     def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
@@ -846,6 +874,7 @@ def check_texts() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--only", action="append", metavar="NAME", help="this mutation alone")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="copies to work in")
     parser.add_argument("--list", action="store_true", help="list the mutations")
     arguments = parser.parse_args()
     check_texts()
@@ -859,22 +888,35 @@ def main() -> None:
         return
 
     survived = []
-    with tempfile.TemporaryDirectory(prefix="mutations-") as folder:
-        copy = Copy(Path(folder))
-        copy.build()
-        failure = copy.first_failure(" or ".join(sorted({f"({m.tests})" for m in chosen})))
-        if failure is not None:
-            raise SystemExit(f"mutations: fails without any: {failure}")
-        for mutation in chosen:
-            begin, source = time.monotonic(), copy.source(mutation)
-            text = source.read_text()
-            source.write_text(text.replace(mutation.old, mutation.new))
-            copy.build()
-            failure = copy.first_failure(mutation.tests)
-            source.write_text(text)
+    with (
+        tempfile.TemporaryDirectory(prefix="mutations-") as folder,
+        ThreadPoolExecutor(arguments.jobs) as pool,
+    ):
+        copies = [Copy(Path(folder) / str(job)) for job in range(arguments.jobs)]
+        list(pool.map(Copy.build, copies))
+        tests = sorted({f"({m.tests})" for m in chosen})
+        shares = [
+            " or ".join(share) for job in range(len(copies)) if (share := tests[job :: len(copies)])
+        ]
+        for failure in pool.map(Copy.first_failure, copies, shares):
+            if failure is not None:
+                raise SystemExit(f"mutations: fails without any: {failure}")
+        idle: SimpleQueue[Copy] = SimpleQueue()
+        for copy in copies:
+            idle.put(copy)
+
+        def first_failure_with(mutation: Mutation) -> tuple[str | None, float]:
+            copy = idle.get()
+            try:
+                return copy.first_failure_with(mutation)
+            finally:
+                idle.put(copy)
+
+        for mutation, (failure, seconds) in zip(
+            chosen, pool.map(first_failure_with, chosen), strict=True
+        ):
             if failure is None:
                 survived.append(mutation.name)
-            seconds = time.monotonic() - begin
             print(f"{mutation.name:42} {seconds:3.0f} s  {failure or 'SURVIVED'}", flush=True)
     print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
     if survived:

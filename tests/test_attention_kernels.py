@@ -1,9 +1,10 @@
-"""The attention kernels against the definition: their own source on the CPU (``host_model``) and,
-where there is one, on a GPU (``cuda``)."""
+"""The attention kernels against the definition: their source on the CPU simulator (``host_model``)
+and, where there is a GPU, on that (``cuda``)."""
 
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import math
 from collections.abc import Iterator
 from typing import Any
@@ -59,7 +60,7 @@ def run(problem: Problem, backend: str) -> dict[str, Tensor]:
 
 
 def check(problem: Problem, backend: str) -> dict[str, Tensor]:
-    """Run the kernels and hold every result against the definition."""
+    """Run the kernels and compare every result with the definition."""
     results = run(problem, backend)
     dtype = problem.q.dtype
     assert [results[name].dtype for name in RESULTS] == [dtype, torch.float32, dtype, dtype, dtype]
@@ -71,12 +72,48 @@ def check(problem: Problem, backend: str) -> dict[str, Tensor]:
     return results
 
 
+# What the kernels take
+
+
+def kernel_modules() -> list[Any]:
+    """The built modules that answer for the kernels: the same source, compiled twice."""
+    modules = [] if extension._C is None else [extension._C]
+    if extension.why_not_host_model() is None:
+        modules.append(importlib.import_module("cogview_kernels._host_model"))
+    modules = [m for m in modules if hasattr(m, "three_region_attention_unsupported")]
+    return modules or pytest.skip("neither the kernels nor the host model are built")
+
+
+def test_which_problems_have_a_kernel() -> None:
+    for module in kernel_modules():
+        unsupported = module.three_region_attention_unsupported
+        for dtype in ("float16", "bfloat16"):
+            taken = [dim for dim in range(-1, 300) if unsupported(dtype, dim, 8, 0) is None]
+            assert taken == list(HEAD_DIMS)
+        dims = "the kernels take head dimensions of 32, 64, 96 and 128, got 80"
+        assert unsupported("float16", 80, 9, 0) == dims
+        for dtype in ("float32", "float64"):
+            reason = unsupported(dtype, 64, 9, 0)
+            assert reason == f"the kernels take float16 and bfloat16, got {dtype}"
+        reason = unsupported("bfloat16", 64, 7, 5)
+        assert reason == "the kernels need compute capability 8.0 or later, got 7.5"
+        assert unsupported("bfloat16", 64, 12, 0) is None
+
+
+def test_rows_of_partial_sums() -> None:
+    """Whole tiles of 64: the pivots, and up to 256 of the first keys."""
+    expected = {(40, 6): 128, (1, 0): 64, (64, 64): 128, (65, 65): 256, (1000, 0): 256}
+    for module in kernel_modules():
+        for (k_len, num_pivots), rows in expected.items():
+            assert module.three_region_attention_split_rows(k_len, num_pivots) == rows
+
+
 # The definition
 
 
 @pytest.mark.parametrize("dtype", HALVES)
 @given(data=st.data())
-@settings(max_examples=300)
+@settings(max_examples=settings().max_examples // 2)
 def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(300, dtype, max_batch=2, head_dims=HEAD_DIMS))
     extension.host_model_num_sms = data.draw(st.sampled_from([1, 40]))  # the backward's splits
@@ -86,13 +123,14 @@ def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataOb
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", HALVES)
 @given(data=st.data())
-@settings(max_examples=1000)
+@settings(max_examples=10 * settings().max_examples)
 def test_equals_the_definition_sweep(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(700, dtype, max_batch=2, head_dims=HEAD_DIMS))
     extension.host_model_num_sms = data.draw(st.sampled_from([1, 40]))
     check(problem, backend)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("head_dim", HEAD_DIMS)
 @pytest.mark.parametrize("w, n", [(64, 2), (128, 1), (48, 3), (200, 1)])

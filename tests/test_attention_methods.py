@@ -1,5 +1,5 @@
-"""The attention's methods of the benchmark suite: each computes what it says, on every layout, and
-FlexAttention's block masks hold what the mask needs and nothing else."""
+"""The attention methods of the benchmark suite compute the function they declare, on every layout;
+FlexAttention's block masks list exactly the blocks that the mask needs."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ FLEX = (
     "window + pivots, merged by lse",
 )
 THREE_REGION = ("cogview_kernels", "SDPA, dense mask", "CogView's formulation", *FLEX)
-BLOCK = 16  # of the block masks here, for many blocks in short sequences
+BLOCK = 16  # small, so that short sequences have many blocks
 
 
 class BlockwiseFlex:
-    """``flex_attention`` as its kernels see it, differentiable in any dtype: blocks that are not
-    listed are not read, and full ones not masked. Keeps the block masks."""
+    """``flex_attention`` as its kernels compute it, differentiable in any dtype: skips blocks that
+    are not listed and does not mask full blocks. Keeps the block masks."""
 
     def __init__(self) -> None:
         self.block_masks: list[Any] = []
@@ -79,14 +79,14 @@ class BlockwiseFlex:
         logits = q @ k.mT * q.shape[3] ** -0.5
         logits = logits if score_mod is None else score_mod(logits, *place)
         logits = logits.masked_fill(~visible, -math.inf)
-        # As the kernels: a row that sees nothing has out 0, and no gradient.
+        # As in the kernels, a row without keys has out 0 and no gradient.
         lse = logits.logsumexp(-1).masked_fill(~visible.any(-1), -math.inf)
         p = (logits - lse.masked_fill(lse.isinf(), 0.0)[..., None]).exp()
         return p @ v if return_aux is None else (p @ v, torch_flex.AuxOutput(lse=lse))
 
 
 def listed_blocks(block_mask: Any, batch: int) -> list[Tensor]:
-    """Partial and full blocks, bool ``(B, 1, Nq, Nk)``, by the lists that the kernels read."""
+    """Partial and full blocks, bool ``(B, 1, Nq, Nk)``, from the lists that the kernels read."""
     found = []
     for number, index in (
         (block_mask.kv_num_blocks, block_mask.kv_indices),
@@ -106,7 +106,7 @@ def by_position(blocks: Tensor, block_mask: Any) -> Tensor:
 
 @pytest.fixture
 def flex() -> Iterator[BlockwiseFlex]:
-    """FlexAttention uncompiled, by blocks, in float64."""
+    """FlexAttention in float64, block by block, not compiled."""
     blockwise = BlockwiseFlex()
     attention_methods._block_mask_builder.cache_clear()
     with (
@@ -177,7 +177,7 @@ def calls(draw: st.DrawFn) -> Call:
     """Any layout: ragged text and pivots, padding of every kind, windows that cover everything."""
     batch, seqlen = draw(st.integers(1, 3)), draw(st.integers(1, 100))
     layout = draw(layouts(batch, seqlen))
-    if draw(st.booleans()):  # more pivots than a block of the list holds
+    if draw(st.booleans()):  # more pivots than one block of the list holds
         count = draw(st.integers(BLOCK, 3 * BLOCK))
         text_len = torch.as_tensor(layout.text_len).expand(batch)
         generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
@@ -213,7 +213,7 @@ def test_computes_three_regions(flex: BlockwiseFlex, name: str) -> None:
 @pytest.mark.parametrize(
     "case",
     [
-        # Windows on and off the blocks, sequences of whole blocks and not, a token, a chunk.
+        # Windows and sequences that are and are not multiples of a block; one token; a chunk.
         AttentionCase(512, 128, 2, 90, batch=2, num_heads=2, dtype="float64"),
         AttentionCase(300, 64, 3, 40, num_heads=4, num_kv_heads=2, head_dim=128, dtype="float64"),
         AttentionCase(700, 100, 2, 200, num_heads=1, dtype="float64"),
@@ -222,7 +222,7 @@ def test_computes_three_regions(flex: BlockwiseFlex, name: str) -> None:
     ],
     ids=lambda case: case.name,
 )
-def test_computes_three_regions_at_the_suites_sizes(
+def test_computes_three_regions_at_the_suite_s_sizes(
     flex: BlockwiseFlex, name: str, case: AttentionCase
 ) -> None:
     with mock.patch.object(attention_methods, "BLOCK", 128):
@@ -238,7 +238,7 @@ SMALL = AttentionCase(
     "name, q_len, bias", [(FLEX[0], 1, 0.0), *((name, 0, 0.7) for name in FLEX)]
 )
 def test_torchs_own_flex_attention_agrees(name: str, q_len: int, bias: float) -> None:
-    """Traced whole, forward and backward, as for a GPU; only not compiled to kernels."""
+    """Traced in one graph, forward and backward, as for a GPU, but not compiled to kernels."""
     attention_methods._block_mask_builder.cache_clear()
     case = dataclasses.replace(SMALL, q_len=q_len)
     layout = dataclasses.replace(case.layout(CPU), text_bias=bias, pivot_bias=2 * bias)
@@ -274,8 +274,7 @@ def test_compiled_on_a_cpu(name: str) -> None:
 
 
 def tiles(visible: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a dense mask: tiles of which anything is seen, and whole ones of which all is, by every
-    query that there is."""
+    """Tiles of a dense mask that some query sees in part, and that every query sees in full."""
     *_, rows, columns = visible.shape
     padding = (0, -columns % BLOCK, 0, -rows % BLOCK)
 
@@ -294,7 +293,7 @@ def check_blocks(flex: BlockwiseFlex, merged: bool, call: Call) -> None:
     case, layout = call.case, call.layout
     far = attention_methods.far_keys(layout, case, BLOCK)
     window, text, pivot = layout.regions(case.batch, case.queries, case.seqlen)
-    # The list, position by position: what stands behind a sample's last entry is seen by nobody.
+    # The list, position by position: no query sees entries after a sample's last one.
     number = (far.place >= 0).sum(1)[:, None, None]
     entry = torch.arange(far.index.shape[1])
     index = far.index[:, None].expand(-1, case.queries, -1)
@@ -311,7 +310,7 @@ def check_blocks(flex: BlockwiseFlex, merged: bool, call: Call) -> None:
         listed = listed_blocks(block_mask, case.batch)
         assert torch.equal(listed[0][:, 0], seen & ~full)
         assert torch.equal(listed[1][:, 0], full)
-        # And by keys, for the backward.
+        # The same by keys, for the backward.
         for kind, number, index in (
             (0, block_mask.q_num_blocks, block_mask.q_indices),
             (1, block_mask.full_q_num_blocks, block_mask.full_q_indices),
@@ -323,18 +322,18 @@ def check_blocks(flex: BlockwiseFlex, merged: bool, call: Call) -> None:
 
 
 @pytest.mark.parametrize("merged", [False, True])
-def test_blocks_are_those_that_the_mask_needs(flex: BlockwiseFlex, merged: bool) -> None:
+def test_blocks_are_exactly_those_the_mask_needs(flex: BlockwiseFlex, merged: bool) -> None:
     check_blocks(flex, merged)
 
 
 def test_blocks_by_hand(flex: BlockwiseFlex) -> None:
-    # Blocks of 16 queries, windows of 32 keys, 16 of text and 24 pivots 17, 19, ..., 63.
+    # Blocks of 16 queries, windows of 32 keys, 16 text keys, 24 pivots 17, 19, ..., 63.
     pivots = torch.arange(17, 65, 2, dtype=torch.int32)[None]
     layout = ck.ThreeRegionLayout(torch.tensor([16], dtype=torch.int32), pivots, 16, 2)
     case = AttentionCase(96, 16, 2, 24, num_heads=1, head_dim=4, text_len=16, dtype="float64")
     Call(case, layout).check(FLEX[0])
     (block_mask,) = flex.block_masks
-    # The list is 48 long: text, 17..47 and 49..63 with padding; then six blocks of keys.
+    # The list has 48 entries: text, 17..47 and 49..63 with padding; then six blocks of keys.
     assert block_mask.seq_lengths == (96, 48 + 96)
     partial, full = (blocks[0, 0].tolist() for blocks in listed_blocks(block_mask, 1))
     x, o = True, False
@@ -380,7 +379,7 @@ def test_more_cases_than_torch_recompiles() -> None:
 @pytest.mark.parametrize("backend", [None, SDPBackend.MATH, SDPBackend.FLASH_ATTENTION])
 @pytest.mark.parametrize("q_len", [0, 1, 30])
 @pytest.mark.parametrize("num_kv_heads", [2, 4])
-def test_sdpa_is_causal_from_the_last_key(
+def test_sdpa_aligns_the_last_query_with_the_last_key(
     flex: BlockwiseFlex, backend: SDPBackend | None, q_len: int, num_kv_heads: int
 ) -> None:
     case = dataclasses.replace(SMALL, dtype="float64", q_len=q_len, num_kv_heads=num_kv_heads)
@@ -392,7 +391,7 @@ def test_sdpa_is_causal_from_the_last_key(
 @pytest.mark.parametrize("name", ["SDPA flash", "SDPA cuDNN", "SDPA efficient", "SDPA math"])
 @pytest.mark.parametrize("q_len", [0, 1])
 def test_sdpa_takes_cuda_tensors(name: str, q_len: int) -> None:
-    """Fake ones: the shapes of a call, not which kernel would run."""
+    """Fake tensors check the shapes of a call, not which kernel would run."""
     case = dataclasses.replace(SMALL, dtype="bfloat16", q_len=q_len)
     attention = METHODS[name].prepare(case, case.layout(CPU), CUDA)
     with FakeTensorMode():
@@ -409,7 +408,7 @@ def test_sdpa_takes_cuda_tensors(name: str, q_len: int) -> None:
 
 
 def lower_right(q: Tensor, k: Tensor, v: Tensor, window_start: Any = None) -> Tensor:
-    """``(B, S, H, D)``, by the documentation of the package that it stands for."""
+    """Takes ``(B, S, H, D)``, as the replaced package documents."""
     q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
     i = torch.arange(k.shape[2] - q.shape[2], k.shape[2])[:, None]
     j = torch.arange(k.shape[2])
@@ -470,12 +469,12 @@ def test_other_packages_are_called_as_documented(
         Call(case, case.layout(CPU)).check(name)
 
 
-# What cannot run says why
+# Methods that cannot run
 
 
 @pytest.mark.parametrize("method", ATTENTION_METHODS, ids=lambda method: method.name)
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
-def test_what_cannot_run_says_why(method: Method, device: torch.device) -> None:
+def test_a_method_that_cannot_run_gives_a_reason(method: Method, device: torch.device) -> None:
     for planned in cases_of(device.type):
         if isinstance(planned.case, AttentionCase):
             reason = method.why_not(planned.case, device)
@@ -506,8 +505,8 @@ def test_what_runs_on_a_cpu() -> None:
     assert "SDPA, dense mask" not in running(long)
 
 
-def test_kernels_never_stand_for_the_portable_path() -> None:
-    """On a GPU, what the kernels do not take is refused, not timed under their name."""
+def test_the_portable_path_is_never_timed_as_the_kernels() -> None:
+    """On a GPU, inputs that the kernels do not support raise."""
     ours = METHODS["cogview_kernels"]
     reason = ours.why_not(SMALL, CUDA)
     assert reason is not None and "float32" in reason

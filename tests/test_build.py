@@ -1,9 +1,10 @@
-"""The build: what it refuses, what it made, and what it linked."""
+"""The build: what it compiles, what it refuses, and what it linked."""
 
 from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,6 +13,8 @@ from types import ModuleType
 
 import pytest
 import torch
+from setuptools import Distribution
+from torch.utils import cpp_extension
 
 import cogview_kernels
 from cogview_kernels import extension
@@ -55,7 +58,7 @@ def test_with_nvcc_there_are_kernels(setup_module: ModuleType) -> None:
 
 
 @pytest.mark.parametrize(
-    ("variables", "said"),
+    ("variables", "message"),
     [
         ({"COGVIEW_KERNELS_CUDA": "yes"}, "COGVIEW_KERNELS_CUDA: expected auto, 0 or 1, got 'yes'"),
         (
@@ -65,31 +68,140 @@ def test_with_nvcc_there_are_kernels(setup_module: ModuleType) -> None:
         ({"CXX": "no-such-compiler", "COGVIEW_KERNELS_CUDA": "0"}, "installing pure Python"),
     ],
 )
-def test_what_the_build_says(tmp_path: Path, variables: dict[str, str], said: str) -> None:
+def test_messages_of_the_build(tmp_path: Path, variables: dict[str, str], message: str) -> None:
     result = build(tmp_path, **variables)
-    assert said in result.stdout + result.stderr
+    assert message in result.stdout + result.stderr
     assert (result.returncode == 0) == ("CXX" in variables)
 
 
 @needs_nvcc
 @pytest.mark.parametrize(
-    ("architectures", "said"),
-    [("hopper", "got 'hopper'"), ("9.0a;1.0", "does not support 1.0")],
+    ("architectures", "message"),
+    [
+        ("hopper", "got 'hopper'"),
+        ("9.0a;8.5", "does not support 8.5"),
+        ("7.0 Turing", "dropped 7.0, 7.5+PTX: kernels need 8.0 or later; nothing is left"),
+    ],
 )
-def test_unknown_architectures(tmp_path: Path, architectures: str, said: str) -> None:
+def test_refused_architectures(tmp_path: Path, architectures: str, message: str) -> None:
     result = build(tmp_path, TORCH_CUDA_ARCH_LIST=architectures, COGVIEW_KERNELS_CUDA="1")
     assert result.returncode != 0
-    assert said in result.stderr
+    assert message in result.stderr
+
+
+def test_older_architectures_are_dropped(
+    setup_module: ModuleType, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert setup_module.requested_architectures("Volta;7.5 8.0;9.0a 8.0") == ["8.0", "9.0a"]
+    assert "dropped 7.0+PTX, 7.5: kernels need 8.0 or later" in capsys.readouterr().out
+    assert setup_module.requested_architectures("8.0;12.0+PTX") == ["8.0", "12.0+PTX"]
+    assert setup_module.requested_architectures("") == []
+    assert capsys.readouterr().out == ""
+
+
+def test_named_architectures_are_those_of_torch(
+    setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, entries in setup_module.NAMED_ARCHITECTURES.items():
+        monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", f"{name};9.0a")
+        assert sorted(
+            {*setup_module.gencode(entries.split(";")), *setup_module.gencode(["9.0a"])}
+        ) == (cpp_extension._get_cuda_arch_flags())
 
 
 def test_an_older_nvcc_gets_ptx(setup_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     listed = "\n".join(f"sm_{number}" for number in (75, 80, 86, 89, 90))
-    answer = subprocess.CompletedProcess([], 0, stdout=listed)
-    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: answer)
+    process = subprocess.CompletedProcess([], 0, stdout=listed)
+    monkeypatch.setattr(subprocess, "run", lambda *args, **kwargs: process)
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
     assert setup_module.Cuda._architectures("nvcc") == ("8.0+PTX", "9.0a")
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6;8.6")
     assert setup_module.Cuda._architectures("nvcc") == ("8.6",)
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Turing;Ampere")
+    assert setup_module.Cuda._architectures("nvcc") == ("8.0", "8.6+PTX")
+
+
+@pytest.fixture
+def csrc(setup_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Source files in folders of several depths, one folder of them for sm_90a only."""
+    folder = tmp_path / "csrc"
+    for name, size in {
+        "hooks.cpp": 1,
+        "host_model/fibers.cpp": 1,
+        "operators/norms.cpp": 1,
+        "family/dispatch.cpp": 1,
+        "family/far_keys.cu": 2,
+        "family/sm80/forward.cu": 9,
+        "family/sm80/tile.cuh": 9,
+        "family/sm90/forward.cu": 5,
+        "family/sm90/instantiations/forward.cu": 1,
+    }.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("x" * size)
+    monkeypatch.setattr(setup_module, "CSRC", folder)
+    monkeypatch.setattr(setup_module, "FOLDER_ARCHITECTURES", {"family/sm90": ("9.0a",)})
+    return folder
+
+
+def test_sources_of_both_modules(setup_module: ModuleType, csrc: Path) -> None:
+    def names(paths: list[Path]) -> list[str]:
+        return [path.relative_to(csrc).as_posix() for path in paths]
+
+    largest_first = ["family/sm80/forward.cu", "family/sm90/forward.cu", "family/far_keys.cu"]
+    largest_first += ["family/sm90/instantiations/forward.cu"]
+    assert names(setup_module.kernel_sources(csrc)) == largest_first
+    both = ["family/dispatch.cpp", "operators/norms.cpp"]
+    assert names(setup_module.cpp_sources(csrc, without="host_model")) == sorted(
+        [*both, "hooks.cpp"]
+    )
+    assert names(setup_module.cpp_sources(csrc, without="hooks.cpp")) == sorted(
+        [*both, "host_model/fibers.cpp"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("architectures", "of_sm90"),
+    [
+        (("8.0", "9.0a", "12.0+PTX"), ["-gencode=arch=compute_90a,code=sm_90a"]),
+        (("9.0",), ["-gencode=arch=compute_90a,code=sm_90a"]),
+        (("8.0", "12.0+PTX"), None),
+    ],
+)
+def test_architectures_per_folder(
+    setup_module: ModuleType,
+    csrc: Path,
+    tmp_path: Path,
+    architectures: tuple[str, ...],
+    of_sm90: list[str] | None,
+) -> None:
+    """Files of a folder that no chosen architecture can run are left out, and C++ is told."""
+    toolkit, target = tmp_path / "toolkit", tmp_path / "_C.so"
+    (toolkit / "lib64").mkdir(parents=True)
+    (toolkit / "lib64" / "libcudart_static.a").touch()
+    cuda = setup_module.Cuda("nvcc", toolkit, architectures)
+    ninja = setup_module.NinjaBuild(Distribution())
+    kernels, others = ninja._write_ninja(tmp_path, target, cuda, ["c++"], False)
+    text = (tmp_path / "build.ninja").read_text()
+    found = dict(re.findall(r"build (\S+): nvcc .*\n  gencode = (.*)", text))
+    expected = {"family/sm80/forward.cu.o": setup_module.gencode(architectures)}
+    expected["family/far_keys.cu.o"] = expected["family/sm80/forward.cu.o"]
+    if of_sm90 is not None:
+        expected["family/sm90/forward.cu.o"] = of_sm90
+        expected["family/sm90/instantiations/forward.cu.o"] = of_sm90
+    assert found == {name: " ".join(flags) for name, flags in expected.items()}
+    assert ("-DCOGVIEW_KERNELS_SM90" in text) == (of_sm90 is not None)
+    assert sorted(kernels) == sorted(found)
+    assert others == ["family/dispatch.cpp.o", "hooks.cpp.o", "operators/norms.cpp.o"]
+    linked = re.search(r": link (.*)", text)
+    assert linked is not None
+    assert linked.group(1).split() == [*kernels, *others, "kernel_resources.o"]
+
+
+def test_no_object_of_two_sources(setup_module: ModuleType) -> None:
+    """Nor a `.cpp` and a `.cu` of one name in one folder."""
+    sources = [path for path in setup_module.CSRC.rglob("*") if path.suffix in (".cpp", ".cu")]
+    assert len({path.with_suffix("") for path in sources}) == len(sources) > 10
 
 
 PTXAS = """\
@@ -134,6 +246,13 @@ def test_every_kernel_on_every_architecture_without_spills() -> None:
         assert f"pb_relax_layer_norm_{kernel}" in names
 
 
+@needs_table
+def test_size(setup_module: ModuleType) -> None:
+    if extension.architectures() != setup_module.DEFAULT_ARCHITECTURES:
+        pytest.skip("the kernels were not built for the default architectures")
+    assert Path(extension._C.__file__).stat().st_size < 25e6
+
+
 @needs_kernels
 def test_links_to_any_torch() -> None:
     """The stream's symbol is weak, for CPU builds of torch have no such library, and libtorch.so
@@ -169,8 +288,8 @@ def test_errors_do_not_name_the_folder_of_the_build() -> None:
     assert spec is not None
     assert spec.origin is not None
     module = Path(spec.origin).read_bytes()
-    assert b"csrc/operators/operators.cpp" in module
-    assert f"{ROOT}/csrc/operators/operators.cpp".encode() not in module
+    assert b"csrc/operators/" in module
+    assert f"{ROOT}/csrc/operators/".encode() not in module
 
 
 def test_kernels_do_not_see_torch() -> None:
@@ -194,5 +313,5 @@ def test_report() -> None:
 def test_mutations_are_current() -> None:
     """Each still finds the text that it changes."""
     mutations = Path(__file__).with_name("mutations.py")
-    done = subprocess.run([sys.executable, mutations, "--list"], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    result = subprocess.run([sys.executable, mutations, "--list"], capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr

@@ -1,4 +1,4 @@
-"""What the documentation says is so."""
+"""The documentation is true: examples run, links resolve, figures have records."""
 
 from __future__ import annotations
 
@@ -21,28 +21,29 @@ def test_the_example_of_the_readme_runs() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_lead_somewhere(page: Path) -> None:
-    for target in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+def test_links_and_pictures_exist(page: Path) -> None:
+    text = page.read_text()
+    for target in [*re.findall(r"\]\(([^)#]+)\)", text), *re.findall(r'src="([^"]+)"', text)]:
         if not target.startswith("https://"):
             assert (page.parent / target).exists(), f"{page.name}: {target}"
 
 
 def blocks_of(text: str) -> dict[str, str]:
-    """What stands between a page's marks, by their name."""
+    """The generated blocks of a page, by name."""
     pairs = re.findall(r"<!-- ([\w ]+): begin -->\n(.*?)<!-- \1: end -->", text, re.DOTALL)
     return dict(pairs)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_figures_have_a_record(page: Path) -> None:
-    """Every block of measurements names records that are committed, and their commits."""
+    """Every block of measurements names committed records, and the commits they measured."""
     for name, block in blocks_of(page.read_text()).items():
         records = re.findall(r"record: `([^`]+)`", block)
         if "|" in block and name in ("measured", "demo", "quality", "instability"):
             assert records, f"{page.name}, {name}: a table without a record"
         for record in records:
             content = json.loads((ROOT / record).read_text())
-            if name == "counted":  # by the host model, of the kernels that stand here
+            if name == "counted":  # the host model counts the kernels of this commit
                 continue
             assert (content.get("commit") or content["commit_info"]["id"])[:7] in block
 
@@ -52,20 +53,20 @@ FIGURE = re.compile(
     r"ns|us|µs|ms|s|(?:micro|milli)?seconds?|min|minutes|[GT]B/s|[GT]FLOPS?(?:/s)?|tokens/s|"
     r"[KMG]i?B|x|%|times (?:faster|slower|less|more))(?![\w/])"
 )
-# Of the machine, of the method or of what an option says; none is a result.
-NO_RESULT = (
+# Figures that explain a unit and are no results.
+EXPLANATIONS = (
     "50% of the floor is twice its time",
     '"2x" is twice our time',
 )
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "docs" / "benchmarks.md"], ids=str)
-def test_no_figure_stands_outside_of_the_blocks(page: Path) -> None:
+def test_there_are_no_figures_outside_the_generated_blocks(page: Path) -> None:
     text = page.read_text()
     for block in blocks_of(text).values():
         text = text.replace(block, "")
-    for words in NO_RESULT:
-        text = text.replace(words, "")
+    for explanation in EXPLANATIONS:
+        text = text.replace(explanation, "")
     assert [line for line in text.splitlines() if FIGURE.search(line)] == []
 
 
@@ -83,12 +84,12 @@ def test_no_figure_stands_outside_of_the_blocks(page: Path) -> None:
         "ours is 3 times faster",
     ],
 )
-def test_a_figure_is_known_when_seen(claim: str) -> None:
+def test_figures_are_recognised(claim: str) -> None:
     assert FIGURE.search(claim)
 
 
 def outcomes(text: str) -> list[str]:
-    """The last cells of the tables that have a column for them."""
+    """The cells of the column "outcome", which is the last of its table."""
     found, inside = [], False
     for line in text.splitlines():
         cells = [cell.strip() for cell in line.strip().strip("|").split("|")]
@@ -98,7 +99,7 @@ def outcomes(text: str) -> list[str]:
     return found
 
 
-def test_an_outcome_was_counted_or_has_a_record() -> None:
+def test_every_outcome_was_counted_or_has_a_record() -> None:
     text = (ROOT / "docs" / "perf-notes.md").read_text()
     assert len(outcomes(text)) > 8
     for outcome in outcomes(text):
@@ -107,7 +108,7 @@ def test_an_outcome_was_counted_or_has_a_record() -> None:
         assert records or outcome.startswith(("not measured", "counted")), outcome
 
 
-def test_pages_say_that_no_gpu_ran_this_until_one_has() -> None:
+def test_pages_say_that_no_gpu_has_run_the_kernels_until_one_has() -> None:
     folder = ROOT / "benchmarks" / "results"
     suites = [json.loads(path.read_text()) for path in folder.glob("suite-*.json")]
     checked = any(folder.glob("gpu-check-*.json"))

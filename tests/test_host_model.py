@@ -1,4 +1,4 @@
-"""The host model finds planted bugs, follows the PTX manual and counts exactly."""
+"""The host model finds planted bugs, does what the PTX manual says, and counts exactly."""
 
 from __future__ import annotations
 
@@ -17,7 +17,11 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-MODEL = ROOT / "csrc" / "host_model" / "host_model.cpp"
+MODEL = [
+    str(ROOT / "csrc" / "host_model" / f"{name}.cpp")
+    for name in ("fibers", "memory", "counters", "instructions")
+]
+OBJECTS = [f"{Path(source).stem}.o" for source in MODEL]
 PLANTED = ROOT / "tests" / "host_model" / "planted.cu"
 COUNTS = ("mma", "barriers", "shared_accesses", "bank_conflicts")
 COUNTS += ("a_loaded", "out_stored", "a_unique", "out_unique")
@@ -34,16 +38,16 @@ def _setup() -> ModuleType:
 
 @pytest.fixture(scope="session")
 def planted(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    """The kernels of planted.cu with a host model of their own, compiled as setup.py does."""
+    """planted.cu with a host model of its own, compiled as setup.py compiles them."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler: {compiler[0]!r} is not on the PATH")
     setup, folder = _setup(), tmp_path_factory.mktemp("planted")
     common = [*compiler, *setup.HOST_MODEL, f"-I{ROOT / 'csrc'}", f"-I{ROOT}", "-c"]
     for command in (
-        [*common, "-O1", str(MODEL), "-o", "model.o"],
+        [*common, "-O1", *MODEL],
         [*common, *setup.HOST_MODEL_HOOKS, "-x", "c++", str(PLANTED), "-o", "planted.o"],
-        [*compiler, "-shared", "model.o", "planted.o", "-lpthread", "-o", "planted.so"],
+        [*compiler, "-shared", *OBJECTS, "planted.o", "-lpthread", "-o", "planted.so"],
     ):
         subprocess.run(command, cwd=folder, check=True)
     library = ctypes.CDLL(str(folder / "planted.so"))
@@ -110,7 +114,7 @@ BUGS = {
     "shuffle_from_nowhere": "there is no lane 32",
     "global_read_out_of_bounds": "thread 63: out of bounds: read of 4 bytes at a+256, which ends",
     "global_write_out_of_bounds": "thread 0: out of bounds: write of 4 bytes, 4 bytes before the b",
-    "global_vector_out_of_bounds": "thread 16: out of bounds: ld_global_v4 (sm80.cuh:",
+    "global_vector_out_of_bounds": "thread 16: out of bounds: ld_global_v4 (common.cuh:",
     "input_written": "write of 4 bytes at a+0, which is an input",
     "cp_async_out_of_bounds": "thread 63: out of bounds: cp_async (planted.cu:",
     "shared_out_of_bounds": "thread 63: out of bounds: write of 4 bytes at shared_array+256, which",
@@ -128,7 +132,7 @@ BUGS = {
     "copy_without_barrier": "race: read of 4 bytes at shared_array+0, which thread 0 wrote",
     "copy_over_a_read": "race: cp_async (planted.cu:",
     "write_over_a_copy": "write of 4 bytes at shared_array+0 before the cp.async of thread 0",
-    "misaligned_load": "misaligned: ld_global_v4 (sm80.cuh:",
+    "misaligned_load": "misaligned: ld_global_v4 (common.cuh:",
     "misaligned_store": "misaligned: st_global_v4 (planted.cu:",
     "misaligned_copy_source": "misaligned: cp_async (planted.cu:",
     "misaligned_copy_target": "misaligned: cp_async (planted.cu:",
@@ -158,6 +162,11 @@ def test_errors_say_where(run: Run) -> None:
     source, number = line.split()[0].rsplit(":", 1)
     assert source.endswith("planted.cu")
     assert "KERNEL(global_read_out_of_bounds)" in PLANTED.read_text().splitlines()[int(number) - 1]
+
+
+def test_kernels_keep_the_name_of_their_family(run: Run) -> None:
+    text = run("kernel_of_a_family")
+    assert text.startswith("sm80::kernel_of_a_family<Params>, block (0, 0), thread 0: ")
 
 
 def test_an_error_leaves_the_model_usable(run: Run) -> None:
@@ -258,7 +267,7 @@ def test_conversions(run: Run, dtype: str) -> None:
     )
     assert numbers[exact.isnan()].isnan().all()
 
-    # Every number of the type, every tie between neighbours, and one bit to each side of it.
+    # Every number of the type, every tie between neighbours, and the float32 numbers beside it.
     finite = exact[exact.isfinite()].sort().values
     ties = (finite[1:].double() + finite[:-1].double()).div(2).float()
     sides = [torch.nextafter(ties, torch.tensor(limit)) for limit in (torch.inf, -torch.inf)]
@@ -269,7 +278,7 @@ def test_conversions(run: Run, dtype: str) -> None:
     rounded = _bits(f"float_to_{dtype}", run, values)
     number = ~values.isnan().numpy()
     np.testing.assert_array_equal(rounded[number], expected[number])
-    assert (rounded[~number] == 0x7FFF).all()  # the one NaN that cvt makes
+    assert (rounded[~number] == 0x7FFF).all()  # the NaN that cvt gives
 
 
 def test_ex2(run: Run) -> None:

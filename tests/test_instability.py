@@ -1,4 +1,4 @@
-"""The instability experiment: its float16, its separate operations, its records."""
+"""The instability experiment: its simulated float16, its operations, its records."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_each_operation_is_rounded() -> None:
 
 def test_an_operation_rounds_once() -> None:
     with EveryOperation(simulate=True):
-        assert half(60000.0, 60000.0).mean().item() == 60000  # their sum is no float16
+        assert half(60000.0, 60000.0).mean().item() == 60000  # their sum overflows float16
         row = half(256.0, 256.0, -256.0)
         assert (row @ half(256.0, 1.0, 256.0)).item() == 256
         assert torch.stack([row, row]).dtype == torch.float16
@@ -95,7 +95,7 @@ def test_each_operation_of_the_backward_is_rounded() -> None:
 
 @each_half
 @pytest.mark.parametrize("simulate", [True, False])
-def test_nothing_of_a_model_stays_wide(
+def test_no_operation_of_a_model_stays_in_float32(
     variant: Variant, simulate: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, wide = tiny_model(variant, torch.float16), set()
@@ -118,7 +118,7 @@ def test_nothing_of_a_model_stays_wide(
     }
 
 
-def test_simulation_is_close_to_the_processors_own_float16() -> None:
+def test_simulation_is_close_to_native_float16() -> None:
     model = tiny_model(halves[2], torch.float16)
     gradients, peaks = [], []
     for simulate in (True, False):
@@ -192,7 +192,7 @@ def test_a_relaxed_row_near_the_end_of_float16_stays_finite() -> None:
         plain = instability.layer_norm(x, weight, bias, 1e-5, False, "float16")
         relaxed = instability.layer_norm(x, weight, bias, 1e-5, True, "float16")
         relaxed.backward(half(*range(16)))
-    assert (plain == 0.25).all()  # variance inf: nothing is left but the bias
+    assert (plain == 0.25).all()  # infinite variance: only the bias remains
     assert relaxed.tolist() == [1.25, -0.75] * 8
     assert x.grad is not None and x.grad.isfinite().all()
 
@@ -214,7 +214,7 @@ def test_relaxed_scores_beyond_float16_stay_finite() -> None:
     [((600.0, 0.0), (0.0, 600.0), [1, 2]), ((1.0, 600.0), (-600.0, 600.0), [1, 3])],
     ids=["a later key's", "far below the maximum"],
 )
-def test_no_score_overflows_beside_the_relaxed_maximum(
+def test_no_score_overflows_with_the_relaxed_maximum(
     queries: tuple[float, ...], keys: tuple[float, ...], expected: list[float]
 ) -> None:
     q, k, v = (half(*values).view(1, 1, 2, 1) for values in (queries, keys, (1.0, 3.0)))
@@ -227,7 +227,7 @@ def test_no_score_overflows_beside_the_relaxed_maximum(
 # Training.
 
 
-def test_every_result_of_an_operation_is_watched() -> None:
+def test_every_result_of_an_operation_is_recorded() -> None:
     x, weight = torch.randn(4, 8).half().requires_grad_(), torch.ones(8).half().requires_grad_()
     bias = torch.zeros(8).half().requires_grad_()
     with EveryOperation(simulate=True) as watch:
@@ -237,12 +237,12 @@ def test_every_result_of_an_operation_is_watched() -> None:
     assert len(backward) == 3 and backward[0].isfinite() and backward[2] == torch.inf
 
 
-def test_a_span_hides_no_seed() -> None:
+def test_a_range_of_outcomes_covers_every_seed() -> None:
     assert instability._span([2.0, math.nan, 1.0], "{:.1f}") == "1.0 to NaN"
     assert instability._span([1.9, math.inf, 2.1, 1.7], "{:.1f}") == "1.7 to overflow"
 
 
-def test_an_overflow_is_found_where_it_arises() -> None:
+def test_an_overflow_is_attributed_to_its_operation() -> None:
     model = tiny_model(halves[0], torch.float16)
     with torch.no_grad():
         model.transformer.layers[1].mlp.dense_h_to_4h.weight[0, 0] = 6e4  # type: ignore[union-attr]
@@ -263,7 +263,7 @@ def test_an_overflow_is_found_where_it_arises() -> None:
     assert run["first_overflow"]["backward"]["step"] == 7
 
 
-def test_the_largest_by_layer_are_the_streams_own() -> None:
+def test_the_largest_values_by_layer_are_those_of_the_residual_stream() -> None:
     model, seen = tiny_model(halves[0], torch.float16), []
     for layer in model.transformer.layers:
         layer.register_forward_hook(lambda _, __, out: seen.append(out[0].abs().max().item()))
@@ -283,13 +283,13 @@ def test_the_scale_halves_where_a_gradient_overflows() -> None:
     assert run["first_overflow"]["forward"] is None and run["first_overflow"]["backward"]
 
 
-def test_the_scale_doubles_in_quiet() -> None:
+def test_the_scale_doubles_without_overflows() -> None:
     settings = dataclasses.replace(TINY, initial_loss_scale=2.0, loss_scale_window=2)
     run = instability.train(halves[2], 0, settings, CPU)
     assert run["loss_scale"] == [2, 2, 4, 4] and run["skipped"] == []
 
 
-def test_runs_learn_start_alike_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_runs_learn_start_equal_and_repeat(monkeypatch: pytest.MonkeyPatch) -> None:
     starts = []
 
     def kept(thing: Any) -> Any:
@@ -307,13 +307,11 @@ def test_runs_learn_start_alike_and_repeat(monkeypatch: pytest.MonkeyPatch) -> N
     for run in runs:
         assert sum(run["loss"][-5:]) / 5 < run["loss"][0] - 0.5
     assert runs[0] | {"seconds": 0} == runs[1] | {"seconds": 0}
-    for name, weight in starts[2].items():  # Pre-LN's; the sandwich has more
+    for name, weight in starts[2].items():  # Pre-LN's weights; the sandwich has more
         assert torch.equal(weight, starts[0][name])
 
 
-def test_a_run_that_has_ended_is_not_repeated(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_finished_run_is_not_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = instability.run_once(halves[0], 0, TINY, "cpu", tmp_path)
     monkeypatch.setattr(instability, "train", lambda *_: {"trained": "anew"})
     assert instability.run_once(halves[0], 0, TINY, "cpu", tmp_path) == first
@@ -371,7 +369,7 @@ def test_the_table_has_a_row_for_each_variant(record: dict[str, Any]) -> None:
     assert "2 seeds" in lines[-1] and "012345678" in lines[-1]
 
 
-def test_the_picture_is_drawn(record: dict[str, Any], tmp_path: Path) -> None:
+def test_the_plot_is_drawn(record: dict[str, Any], tmp_path: Path) -> None:
     instability.draw(record, tmp_path / "picture.png")
     with Image.open(tmp_path / "picture.png") as image:
         assert image.size[0] > 1000 and len(image.convert("L").getcolors() or ()) > 20

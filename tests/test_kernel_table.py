@@ -1,4 +1,4 @@
-"""The committed facts of the compiled kernels: they hold, and the built module still has them."""
+"""The committed facts of the compiled kernels are sound, and the built module still matches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import kernel_table  # noqa: E402
 
 STALE = "differs from docs/kernels.json: run `make kernel-table` and commit what it writes"
 
-# Kernels that read what does not come in sixteen bytes: columns of sums, the pivots. The others
-# write whole rows too, but for those that write a number to a row or to a tensor.
+# Kernels whose reads are narrower than 16 bytes: columns of sums, the pivots. Other kernels also
+# write full rows, except those that write one number per row or per tensor.
 NARROW_LOADS = ("_partial_sums_kernel", "_reduce_kernel", "_far_keys_kernel")
 NARROW_STORES = (*NARROW_LOADS, "_backward_row_kernel", "_peak_kernel")
-# Rows so wide do not fit a small SM with float32 gradients: there the launcher goes another way.
+# Rows this wide do not fit a small SM with float32 gradients; the launcher picks another kernel.
 FOUR_VECTORS = re.compile(r"pb_relax_layer_norm_backward_kernel<\w+, \w+, 4>")
 SMALL = re.compile("sm_(86|89|120)")
 TENSOR_CORES = ("attention_forward_kernel", "_backward_dq_kernel", "_backward_dkdv_kernel")
@@ -43,7 +43,7 @@ def by_name(rows: list[dict[str, Any]]) -> dict[tuple[str, str], dict[str, Any]]
 
 @pytest.fixture(scope="module")
 def ptxas() -> dict[tuple[str, str], dict[str, Any]]:
-    """What ptxas reported of the built kernels, on the architectures that are committed."""
+    """What ptxas reported for the built kernels, on the committed architectures."""
     if not extension.kernel_resources():
         pytest.skip("built without kernels, or with DEBUG=1")
     known = {row["architecture"] for row in COMMITTED["kernels"]}
@@ -55,7 +55,7 @@ def ptxas() -> dict[tuple[str, str], dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def built(ptxas: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
-    """What stands in the built module's machine code, in the form of the committed record."""
+    """Facts read from the built module's machine code, in the format of the committed record."""
     if kernel_table.cuobjdump() is None or shutil.which("c++filt") is None:
         pytest.skip("no cuobjdump (the dev extra has it) or no c++filt")
     kernels = {row["kernel"] for row in kernel_table.disassemble(kernel_table.module())["kernels"]}
@@ -74,7 +74,7 @@ def built(ptxas: dict[tuple[str, str], dict[str, Any]]) -> dict[str, Any]:
         ("sm_90a", 128, 168, 0, (3, "registers")),
         # 33 are 40 (1056 -> 1280 in units of 256): 12 a quarter, 48 warps, 8 a CTA.
         ("sm_80", 256, 33, 0, (6, "registers")),
-        # The same where 48 warps are all there are: a tie goes to the first.
+        # The same where an SM has 48 warps: the first limit wins a tie.
         ("sm_86", 256, 33, 0, (6, "threads")),
         # 104 registers: 3328 a warp, 4 in a quarter, 16 warps (the whole would hold 19), 3 a CTA.
         ("sm_100", 96, 104, 0, (5, "registers")),
@@ -145,8 +145,8 @@ def assert_sound(rows: list[dict[str, Any]]) -> None:
 
 
 def accesses_of_a_row(kernel: str) -> tuple[int, int] | None:
-    """How many times sixteen bytes a thread of the kernel copies to shared memory for a row and
-    stores of it; None where the kernel does not keep rows there."""
+    """How many 16-byte vectors of a row one thread copies to shared memory and stores; None where
+    the kernel does not keep rows there."""
     match = re.fullmatch(r"(\w+)_kernel<(\w+), (\w+), (\d)>", kernel)
     if match is None or "three_region" in kernel:
         return None
@@ -162,7 +162,7 @@ def accesses_of_a_row(kernel: str) -> tuple[int, int] | None:
 
 
 def assert_rows_move_in_sixteen_bytes(rows: list[dict[str, Any]]) -> None:
-    """Where rows are aligned; the same code holds the way for those that are not."""
+    """For aligned rows; the same code holds the path for unaligned ones."""
     for row in rows:
         accesses = accesses_of_a_row(row["kernel"])
         if accesses is None:
@@ -175,7 +175,7 @@ def assert_rows_move_in_sixteen_bytes(rows: list[dict[str, Any]]) -> None:
 
 
 def test_committed_kernels_are_sound() -> None:
-    """For each architecture the same kernels, and the machine code that their sources ask for."""
+    """All architectures have the same kernels, with the instructions that the sources ask for."""
     assert_sound(COMMITTED["kernels"])
     assert_rows_move_in_sixteen_bytes(COMMITTED["kernels"])
     rows = by_name(COMMITTED["kernels"])
@@ -185,7 +185,7 @@ def test_committed_kernels_are_sound() -> None:
 
 
 def test_every_row_kernel_of_the_norms_is_committed() -> None:
-    """One for each pair of dtypes and number of vectors to a thread."""
+    """One for each pair of dtypes and number of vectors per thread."""
     pairs = [("float", "float")]
     pairs += [(x, y) for x in ("Half", "BFloat16") for y in (x, "float")]
     kernels = {
@@ -203,8 +203,10 @@ def test_every_row_kernel_of_the_norms_is_committed() -> None:
     assert kernels == {kernel for kernel in KERNELS if accesses_of_a_row(kernel) is not None}
 
 
-def test_built_kernels_are_those_committed(ptxas: dict[tuple[str, str], dict[str, Any]]) -> None:
-    """Without a disassembler: names, spills, shared memory, and the number of CTAs on an SM."""
+def test_built_kernels_are_the_committed_ones(
+    ptxas: dict[tuple[str, str], dict[str, Any]],
+) -> None:
+    """Needs no disassembler: names, spills, shared memory, CTAs per SM."""
     built_for = {architecture for _, architecture in ptxas}
     committed = by_name(COMMITTED["kernels"])
     assert set(ptxas) == {key for key in committed if key[1] in built_for}, STALE
@@ -218,7 +220,7 @@ def test_built_kernels_are_those_committed(ptxas: dict[tuple[str, str], dict[str
 
 
 def test_launches_of_the_host_model() -> None:
-    """Blocks have the threads and the shared memory stated."""
+    """Blocks have the committed number of threads and bytes of shared memory."""
     reason = extension.why_not_host_model()
     if reason is not None:
         pytest.skip(reason)
@@ -228,7 +230,7 @@ def test_launches_of_the_host_model() -> None:
 def test_built_machine_code(
     built: dict[str, Any], ptxas: dict[tuple[str, str], dict[str, Any]]
 ) -> None:
-    """With the nvcc that is recorded every figure is the same; with another, what matters is."""
+    """With the recorded nvcc every figure is equal; with another, the important ones are."""
     found = by_name(built["kernels"])
     for key, row in ptxas.items():
         assert found[key]["registers"] == row["registers"], key

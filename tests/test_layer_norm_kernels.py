@@ -498,7 +498,7 @@ def test_sandwich_equals_the_definition(
 @pytest.mark.slow
 @pytest.mark.parametrize("dtypes", [*((dtype,) for dtype in DTYPES), *PAIRS])
 @given(data=st.data())
-@settings(max_examples=2000)
+@settings(max_examples=20 * settings().max_examples)
 def test_equals_the_definition_sweep(
     backend: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
 ) -> None:
@@ -584,7 +584,9 @@ def variants() -> set[str]:
     spelled = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
     for path in (*CSRC.glob("pb_relax_layer_norm/*.cu"), *CSRC.glob("sandwich_residual/*.cu")):
         text = path.read_text()
-        vectors = set(re.findall(r"return launch_rows<\w+, \w+, (\d)>", text))
+        most = re.search(r"kMaxVectors = (\d);", text)
+        assert most is not None
+        vectors = {number for number in (1, 2, 4) if number <= int(most.group(1))}
         for kernel in re.findall(
             r"^ .*\b(\w+_kernel)\(const [\w ]+ params\) {", text, re.MULTILINE
         ):
@@ -658,8 +660,8 @@ def plan_of(launch: dict[str, Any], hidden: int) -> tuple[str, int, int, int]:
 
 
 def test_plans(host_model: None) -> None:
-    """Rows in blocks that hold one or many, arriving a round ahead or not, and what is launched
-    where none of that fits."""
+    """Blocks that hold one row or many, with one stage or two, and the launches where no plan
+    fits."""
     found: dict[str, set[tuple[int, bool, int]]] = {kernel: set() for kernel in SLOTS}
     fallbacks = set()
     for dtypes in ((torch.float16, torch.float16), (torch.float32, torch.float32)):
@@ -681,13 +683,44 @@ def test_plans(host_model: None) -> None:
                                 fallbacks.add("norms of the sandwich")
                                 continue
                             _, vectors, rows, stages = plan_of(launch, hidden)
-                            assert rows * stages >= 1 and launch["dynamic_shared"] <= shared_kb * KB
+                            assert rows * stages >= 1
                             found[kernel].add((vectors, rows > 1, stages))
     for kernel, plans in found.items():
         assert {(1, True, 2), (2, True, 2)} <= plans, kernel
         assert {(rows, stages) for _, rows, stages in plans} >= {(True, 2), (False, 1), (False, 2)}
     assert "norms of the sandwich" in fallbacks
     assert {f"pb_relax_layer_norm_{way}_wide_kernel" for way in MAX_THREADS} <= fallbacks
+
+
+@pytest.mark.parametrize("shared_kb", SHARED_KB[:3])
+def test_memory_is_left_for_the_system(host_model: None, shared_kb: int) -> None:
+    """Beside a launch's shared memory, its own arrays included, 1 KB stays free. The widest rows of
+    each kernel, which docs/architecture.md lists, come close to the limit."""
+    text = (CSRC.parent / "docs" / "architecture.md").read_text()
+    table = text.partition("| | 227 KB | 163 KB | 99 KB |")[2].partition("\n\n")[0]
+    rows = dict(re.findall(r"^\| ((?:plain|sandwich) \w+), .*?\| ([\d /|]+) \|$", table, re.M))
+    assert len(rows) == 4
+    f16, f32 = torch.float16, torch.float32
+    for case, cells in rows.items():
+        widest = [int(n) for n in cells.split("|")[SHARED_KB.index(shared_kb)].split("/")]
+        pairs = [(f16, f16), (f16, f32), (f32, f32)]
+        for hidden, dtypes in zip(widest, pairs if len(widest) == 3 else pairs[::2], strict=True):
+            kind, way = case.split()
+            name = f"pb_relax_layer_norm_{way}_kernel"
+            if kind == "sandwich":
+                name = f"sandwich_residual_{way}_kernel"
+            for is_widest in (True, False):
+                columns = hidden if is_widest else hidden + 8
+                problem = make_norm(2, columns, dtypes[0])
+                if kind == "sandwich":
+                    problem = make_sandwich(2, columns, dtypes)
+                with machine(2, shared_kb):
+                    found = launches(problem)
+                found = [launch for launch in found if launch["kernel"].startswith(f"{name}<")]
+                assert bool(found) == is_widest, (case, hidden, dtypes)
+                for launch in found:
+                    total = launch["dynamic_shared"] + launch["static_shared"]
+                    assert total + KB <= shared_kb * KB, (case, hidden, dtypes)
 
 
 # Properties
@@ -837,6 +870,7 @@ def test_gradients_at_any_loss_scale(backend: str, exponent: int, hidden: int) -
         check(make_sandwich(9, hidden, dtypes, dropout=6554, **options), backend)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("dtypes", PAIRS)
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("hidden", [1, 8, 300, 8200, 17000])

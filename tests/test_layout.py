@@ -68,7 +68,7 @@ def test_dense_mask_is_the_definition(data: st.DataObject) -> None:
 @pytest.mark.parametrize(
     "w, n", [(2**40, 2**40), (128, 2**60), (1, 2**63 - 1), (2**63 - 1, 2**63 - 1), (2**62, 1)]
 )
-def test_window_of_any_size_covers_the_sequence(w: int, n: int) -> None:
+def test_large_window_covers_the_sequence(w: int, n: int) -> None:
     layout = ck.ThreeRegionLayout(3, int32([[4, 5]]), w, n)
     assert torch.equal(layout.dense_mask(1, 9, 9)[0], torch.ones(9, 9, dtype=torch.bool).tril())
 
@@ -190,7 +190,7 @@ def test_dense_mask_refuses_bad_sizes() -> None:
     st.integers(0, 2**16),
 )
 @settings(max_examples=100)
-def test_pivots_are_sorted_unique_and_behind_the_text(
+def test_pivots_are_sorted_unique_and_after_the_text(
     text_lens: list[int], seqlen: int, num_pivots: int, seed: int
 ) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -221,7 +221,7 @@ def test_pivots_are_uniform() -> None:
     chi2 = ((counts - expected) ** 2 / expected).sum().item() / (1 - num_pivots / cells)
     spread = math.sqrt(2 * (cells - 1))
     assert abs(chi2 - (cells - 1)) < 4 * spread
-    # Pairs as well: how often the first and the last position are drawn together.
+    # Pairs: how often the first and the last position are drawn together.
     both = (pivots[:, 0] == text_len) & (pivots[:, -1] == seqlen - 1)
     probability = num_pivots * (num_pivots - 1) / (cells * (cells - 1))
     deviation = math.sqrt(draws * probability * (1 - probability))
@@ -229,7 +229,7 @@ def test_pivots_are_uniform() -> None:
 
 
 def test_pivots_do_not_depend_on_the_default_dtype() -> None:
-    """Random numbers of 8 bits would be equal too often."""
+    """bfloat16 random numbers have 8 bits: too many of them would be equal."""
     torch.set_default_dtype(torch.bfloat16)
     try:
         pivots = ck.sample_pivots(3, 1000, 50, torch.Generator().manual_seed(1))
@@ -248,8 +248,8 @@ def test_pivots_differ_between_samples_and_calls() -> None:
     assert torch.equal(ck.sample_pivots(5, 1000, 50)[0], first[0]), "int: one sample"
 
 
-def test_pivots_without_reading_the_device() -> None:
-    """Reading a value of a fake tensor is an error: nothing here waits for the GPU."""
+def test_pivots_are_sampled_without_reading_the_device() -> None:
+    """Reading a value of a fake tensor raises, so nothing here waits for the GPU."""
     with FakeTensorMode():
         text_len = torch.zeros(3, dtype=torch.int32, device="cuda")
         pivots = ck.sample_pivots(text_len, 64, 8)

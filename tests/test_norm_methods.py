@@ -1,4 +1,4 @@
-"""The suite's norms and sandwiches compute what they say, ours and the peers'."""
+"""The suite's norm and sandwich methods, ours and the peers', compute what they declare."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ METHODS = [
     *(("sandwich_residual", method) for method in SANDWICH_METHODS),
 ]
 PACKAGES = ("liger-kernel", "quack-kernels", "Apex")
-TOLERANCE = {"float32": 1e-6, "bfloat16": 0.02}  # of the norm, for results and gradients
+TOLERANCE = {"float32": 1e-6, "bfloat16": 0.02}  # relative error in norm, of results and gradients
 
 
 def of_methods(*pairs: tuple[str, Method]) -> Any:
@@ -41,13 +41,13 @@ def of_methods(*pairs: tuple[str, Method]) -> Any:
 def inputs(case: NormCase, device: torch.device = CPU) -> list[Tensor]:
     norms = 1 if case.op == "layer_norm" else 2
     shapes = [(case.rows, case.hidden)] * norms + [(case.hidden,)] * 2 * norms
-    # Small: plain LayerNorm then differs from PB-relax by its eps.
+    # Small inputs: eps makes plain LayerNorm differ from PB-relax.
     drawn = [0.01 * torch.randn(shape, device=device) + 0.005 for shape in shapes]
     return [t.to(case.torch_dtype) for t in drawn]
 
 
 def differentiate(function: Any, tensors: list[Tensor], douts: list[Tensor]) -> list[Tensor]:
-    """Results and gradients; of ``douts`` the first are taken."""
+    """Results and gradients; ``douts`` may hold more than there are results."""
     leaves = [t.detach().requires_grad_() for t in tensors]
     results = function(*leaves)
     results = results if isinstance(results, tuple) else (results,)
@@ -85,14 +85,14 @@ def test_what_a_method_computes(uncompiled: None, op: str, method: Method, dtype
 
 
 @of_methods(METHODS[0], next(p for p in METHODS if p[1].name == "F.layer_norm"))
-def test_the_two_functions_are_told_apart(op: str, method: Method) -> None:
+def test_the_check_distinguishes_the_two_functions(op: str, method: Method) -> None:
     other = {PB_RELAX: PLAIN, PLAIN: PB_RELAX}[method.computes]
     with pytest.raises(AssertionError):
         assert_computes(NormCase(op, ROWS, HIDDEN, "bfloat16"), method, other)
 
 
 def test_no_gradient_flows_through_the_maximum() -> None:
-    """It would be of the size of eps: float64 tells."""
+    """The gradient would be of the size of eps, which float64 resolves."""
     tensors = [t.double() for t in inputs(NormCase("layer_norm", ROWS, HIDDEN, "float32"))]
     douts = [torch.randn(ROWS, HIDDEN)]
     actual = differentiate(norm_methods.pb_relax_layer_norm, tensors, douts)
@@ -104,7 +104,7 @@ def test_no_gradient_flows_through_the_maximum() -> None:
 @pytest.mark.slow
 @of_methods(*(pair for pair in METHODS if pair[1].compiles))
 def test_compiled(op: str, method: Method) -> None:
-    """For two shapes, and a backward that runs twice, as where it is timed alone."""
+    """For two shapes, with a backward that runs twice, as when it is timed alone."""
     for rows in (ROWS, ROWS + 1):
         case = NormCase(op, rows, HIDDEN, "float32")
         assert_computes(case, method, method.computes)
@@ -122,7 +122,7 @@ def statistics(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 @pytest.fixture
 def packages(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The peers' functions with the signatures that they publish, computed by torch."""
+    """Stubs with the peers' published signatures, computed by torch."""
 
     def module(name: str, **functions: Any) -> None:
         found = ModuleType(name)
@@ -179,7 +179,7 @@ def test_packages_are_called_as_published(
 
 
 @of_methods(*METHODS)
-def test_a_method_that_cannot_run_says_why(op: str, method: Method) -> None:
+def test_a_method_that_cannot_run_gives_a_reason(op: str, method: Method) -> None:
     case = NormCase(op, ROWS, HIDDEN)
     here, elsewhere = (method.why_not(case, device) for device in (CPU, CUDA))
     if method.compiles:
@@ -202,7 +202,7 @@ def test_names_differ_and_ours_come_first() -> None:
 def test_ours_is_never_a_substitute(
     monkeypatch: pytest.MonkeyPatch, op: str, method: Method
 ) -> None:
-    """On a GPU the kernels' operators are called, or there is an error."""
+    """On a GPU our method calls the kernels' operators or raises."""
 
     def never(*args: Any) -> None:
         raise AssertionError("portable")

@@ -238,6 +238,7 @@ def assert_accurate(
         assert excess <= 1, f"{name}: {excess:.3g} times the allowed error"
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -1,4 +1,4 @@
-"""The experiment of benchmarks/quality.py: fair between its variants, resumable, told as it is."""
+"""benchmarks/quality.py: variants are treated alike, runs resume, the table matches the record."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def record(experiment: quality.Experiment, out: Path) -> dict[str, Any]:
-    """All variants, end to end."""
+    """The record of all variants, run end to end."""
     *_, last = quality.run(experiment, list(quality.VARIANTS), SEEDS, jobs=2, out=out)
     return last
 
@@ -81,7 +81,7 @@ def test_every_variant_runs(record: dict[str, Any]) -> None:
         assert 0 <= run["accuracy"]["digit_accuracy"] <= 1
 
 
-def test_variants_share_weights_and_batches_and_seeds_do_not(record: dict[str, Any]) -> None:
+def test_weights_and_batches_depend_on_the_seed_only(record: dict[str, Any]) -> None:
     for name in ("initial_weights", "batches"):
         by_seed = {
             seed: {run[name] for run in record["runs"] if run["seed"] == seed} for seed in SEEDS
@@ -95,7 +95,7 @@ def test_variants_learn_different_things(record: dict[str, Any]) -> None:
     assert len(losses) == len(quality.VARIANTS)
 
 
-def test_batches_are_digested_as_they_are_read(
+def test_the_digest_covers_every_batch_that_is_read(
     experiment: quality.Experiment, out: Path, record: dict[str, Any]
 ) -> None:
     trainer = trainer_of(experiment, out, "dense")
@@ -149,7 +149,7 @@ def test_keys_are_counted_exactly(
 
 
 def test_the_defaults_attend_to_at_most_a_quarter_of_the_keys() -> None:
-    """Of the whole experiment's settings, with the shortest caption and the longest it can hold."""
+    """With the full experiment's settings, for the shortest and the longest possible caption."""
     config = load_config("digits", quality.SETTINGS)
     for text_len in (14, config.model.max_positions - config.num_codes - 1):
         length = text_len + config.num_codes
@@ -163,7 +163,7 @@ def test_the_defaults_attend_to_at_most_a_quarter_of_the_keys() -> None:
         assert (length + 1) / 2 >= 4 * keys
 
 
-def test_only_what_is_missing_is_run_again(
+def test_only_missing_runs_are_run_again(
     experiment: quality.Experiment, out: Path, record: dict[str, Any]
 ) -> None:
     folder, variants = experiment.folder(out), list(quality.VARIANTS)
@@ -189,7 +189,7 @@ def test_other_settings_are_other_runs(experiment: quality.Experiment, out: Path
 
 
 class InThisProcess:
-    """Stands for the pool of processes."""
+    """Stands in for the process pool."""
 
     def __init__(self, *args: Any) -> None: ...
 
@@ -246,7 +246,7 @@ def test_table() -> None:
         in (rows["dense causal"])
     )
     assert "| 60.0 | 4.92x |" in rows["three-region"]
-    # 0.1, 0 and 0.2: standard deviation 0.1, of the mean 0.1 / sqrt(3)
+    # 0.1, 0 and 0.2: standard deviation 0.1, standard error 0.1 / sqrt(3)
     assert (
         "| +0.1000 ± 0.0577 | +10.0% ± 5.8% | +5.0% ± 2.9% | 3 |"
         in (rows["three-region − dense causal"])
@@ -255,7 +255,7 @@ def test_table() -> None:
     assert "24x24 codes, 590 tokens" in text
 
 
-def test_a_difference_is_taken_over_seeds_that_ran_both() -> None:
+def test_differences_use_the_seeds_that_both_variants_ran() -> None:
     record = made_up({"dense": (0.8, 0.9, 0.1), "three_region": (0.5, 0.7)})
     mean, error, seeds = quality.paired_difference(record, "three_region", "dense", "digits right")
     assert (mean, error, seeds) == (pytest.approx(-0.25), pytest.approx(0.05), 2)

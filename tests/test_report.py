@@ -1,4 +1,4 @@
-"""The report says what the records say."""
+"""The report shows what the records contain."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ import cases  # noqa: E402
 import report  # noqa: E402
 import report_plots  # noqa: E402
 
-# A peer: name, what it computes, its speed over ours, and whether its time follows the keys
-# attended or all keys.
+# A peer: name, function it computes, speed relative to ours, and whether its time grows with the
+# attended keys or with all keys.
 ATTENTION = [
     ("cogview_kernels", "three-region", 1.0, True),
     ("portable", "three-region", 0.2, True),
@@ -75,14 +75,14 @@ EPYC = {"device": "AMD EPYC", "device_type": "cpu", "threads": 2, "torch": "2.13
 
 
 def row(op: str, method: str, seconds: list[float], **info: Any) -> dict[str, Any]:
-    said = {"op": op, "method": method, "work": "forward", "computes": "three-region"}
-    said |= {"case": {"dtype": "bfloat16"}, "case_name": "a case", "sweeps": ["fixed"]}
-    return {"stats": {"data": seconds}, "extra_info": said | info}
+    extra_info = {"op": op, "method": method, "work": "forward", "computes": "three-region"}
+    extra_info |= {"case": {"dtype": "bfloat16"}, "case_name": "a case", "sweeps": ["fixed"]}
+    return {"stats": {"data": seconds}, "extra_info": extra_info | info}
 
 
 @functools.cache
 def made_up_rows(device_type: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Of every case: times follow from work and bytes. And what was not measured."""
+    """Rows of every case, with times computed from flops and bytes, and rows not measured."""
     found, missing = [], []
     for planned in cases.cases_of(device_type):
         case = planned.case
@@ -125,7 +125,7 @@ def made_up_rows(device_type: str) -> tuple[list[dict[str, Any]], list[dict[str,
 
 
 def made_up(machine: dict[str, Any]) -> dict[str, Any]:
-    """A record as the suite writes it."""
+    """A record in the suite's format."""
     found, missing = made_up_rows(machine["device_type"])
     return copy.deepcopy(
         {
@@ -145,7 +145,7 @@ def save(root: Path, name: str, record: dict[str, Any]) -> None:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A repository without records, its pages empty between the marks."""
+    """A repository without records; its pages are empty between the marks."""
     (tmp_path / report.RESULTS).mkdir(parents=True)
     for page in (report.README, report.PAGE):
         text = (ROOT / page).read_text()
@@ -161,8 +161,8 @@ def root(tmp_path: Path) -> Path:
 # The pages.
 
 
-def test_the_pages_say_what_the_records_say() -> None:
-    """Of this repository: every number between marks is rendered again."""
+def test_the_pages_match_the_records() -> None:
+    """Renders every number between marks in this repository again."""
     assert list(report.differences(ROOT, report.report(ROOT))) == []
 
 
@@ -181,7 +181,7 @@ def test_rates() -> None:
 
 
 def test_floor() -> None:
-    # 4e11 at 4e14 a second are 1 ms, 2e9 bytes at 1e12 a second 2 ms
+    # 4e11 flop at 4e14 per second take 1 ms; 2e9 bytes at 1e12 per second take 2 ms
     assert report.floor_parts(ROW, HAND) == pytest.approx({"arithmetic": 1e-3, "memory": 2e-3})
     assert report.floor_seconds(ROW, HAND) == pytest.approx(2e-3)
     assert report.fraction_of_floor(ROW, HAND) == pytest.approx(1)
@@ -194,7 +194,7 @@ def test_no_floor_without_its_ceiling_or_its_counts() -> None:
     other = row("attention", "a", [1.0], flops=1, bytes=1, case={"dtype": "float16"})
     assert report.floor_seconds(other, HAND) is None
     assert report.fraction_of_floor(row("attention", "a", [1.0]), HAND) is None
-    # A norm has bytes alone: it needs no rate of products.
+    # A norm counts bytes only and needs no matrix-product rate.
     norm = row("layer_norm", "a", [1.0], flops=0, bytes=1e12, case={"dtype": "float16"})
     assert report.floor_seconds(norm, HAND) == pytest.approx(1)
 
@@ -237,7 +237,7 @@ def cells(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
 
 
-def test_columns_without_anything_are_left_out() -> None:
+def test_empty_columns_are_left_out() -> None:
     table = report.table(("a", "b", "c"), [("x", "", "1"), ("", "", "2")])
     assert cells(table) == [["a", "c"], ["---", "---:"], ["x", "1"], ["", "2"]]
 
@@ -247,7 +247,7 @@ def one_case_record(*rows: dict[str, Any]) -> report.Record:
     return report.Record("benchmarks/results/suite-x.json", content, "")
 
 
-def test_ours_first_then_who_computes_the_same_then_who_does_not() -> None:
+def test_rows_are_ours_then_same_function_then_other_functions() -> None:
     given = [
         row("attention", "dense", [1e-3], computes="dense causal"),
         row("attention", "slow peer", [9e-3]),
@@ -268,14 +268,14 @@ def test_ours_first_then_who_computes_the_same_then_who_does_not() -> None:
     assert columns["error"] == ("2.0e-01", "", "", "")
 
 
-def test_without_ours_there_is_no_ratio_and_no_mark() -> None:
+def test_without_our_row_there_is_no_ratio_and_no_mark() -> None:
     record = one_case_record(row("attention", "dense", [1e-3], computes="dense causal"))
     ((_, _, group),) = report.groups(record, "attention")
     table = report.group_table(group, record)
     assert "time / ours" not in table and "†" not in table
 
 
-def test_a_sweep_says_what_varies_beside_its_variable() -> None:
+def test_a_sweep_lists_what_varies_besides_its_variable() -> None:
     both = [
         row(
             "attention",
@@ -308,7 +308,7 @@ def test_a_sweep_says_what_varies_beside_its_variable() -> None:
     assert report.common(by.values()) == "dtype bfloat16, num_heads 4"
 
 
-def test_a_sweep_says_how_far_ours_is_from_the_floor() -> None:
+def test_a_sweep_shows_our_distance_from_the_floor() -> None:
     both = [
         row(
             "attention",
@@ -349,7 +349,7 @@ def test_an_overview_names_the_fastest_others() -> None:
     ]
 
 
-def test_what_was_not_reached_is_counted() -> None:
+def test_entries_not_reached_are_counted() -> None:
     record = one_case_record(row("attention", report.OURS, [1.0]))
     assert "Not reached" not in report.device_part(record)
     record.content["not_reached"] = ["a", "b"]
@@ -368,7 +368,7 @@ def test_a_line_has_a_gap_where_a_method_has_no_time() -> None:
     assert found[report.FLOOR] == [(1, 0.5), (2, 0.5), (3, 0.5)]
 
 
-def test_clocks_under_load_are_told_from_those_at_rest() -> None:
+def test_clocks_under_load_are_separate_from_idle_clocks() -> None:
     record = one_case_record(row("attention", report.OURS, [1.0]))
     record.content["machine_info"] = {**H200, "clocks": {"clocks.sm": "345 MHz"}}
     record.content["ceilings"] = {**HAND, "clocks": {"clocks.sm": "1980 MHz"}}
@@ -387,7 +387,7 @@ def test_the_best_peer_is_not_ours() -> None:
     assert best is not None and report.info(best)["method"] == "peer"
 
 
-def test_the_readme_s_rivals_are_methods_of_the_suite() -> None:
+def test_the_methods_the_readme_compares_with_are_in_the_suite() -> None:
     import suite
 
     methods = [
@@ -406,11 +406,11 @@ def test_the_readme_s_rivals_are_methods_of_the_suite() -> None:
     assert best is not None and report.info(best)["method"] == "SDPA cuDNN"
 
 
-# Whole reports.
+# Complete reports.
 
 
 def test_several_devices(root: Path) -> None:
-    """CUDA first; every table of measurements names its record, commit, device and date."""
+    """CUDA comes first; every table names its record, commit, device and date."""
     save(root, "suite-a.json", made_up(EPYC))
     save(root, "suite-b.json", made_up(H200))
     save(root, "attention-old.json", {"of": "another format"})
@@ -429,7 +429,7 @@ def test_several_devices(root: Path) -> None:
         for device in ("nvidia-h200", "amd-epyc")
         for plot in ("seqlen", "decode", "memory", "regions", "norms", "roofline")
     }
-    # Every row of the record is somewhere: whole, or in a sweep; and so is what was not measured.
+    # Every row of the record appears, in full or in a sweep, and so does every row not measured.
     for method, *_ in (*ATTENTION, *NORMS, *STEPS):
         assert method in text
     assert "Not measured here" in text and "out of memory" in text
@@ -452,7 +452,7 @@ def test_the_newest_record_of_a_device_counts(root: Path) -> None:
 
 
 def test_missing_peers_and_rows(root: Path) -> None:
-    """Only ours, and nothing at all."""
+    """A record with our rows only, and an empty one."""
     record = made_up(H200)
     ours = [row for row in record["benchmarks"] if report.info(row)["method"] == report.OURS]
     save(root, "suite-a.json", {**record, "benchmarks": ours})
@@ -486,14 +486,14 @@ def test_a_record_without_its_origin_is_refused(root: Path, name: str) -> None:
         report.report(root)
 
 
-def test_an_unknown_commit_is_none(root: Path) -> None:
+def test_an_unknown_commit_is_refused(root: Path) -> None:
     save(root, "suite-a.json", {**made_up(EPYC), "commit_info": {"id": "unknown"}})
     with pytest.raises(ValueError, match="commit_info.id"):
         report.report(root)
 
 
 class Experiment:
-    """In place of benchmarks/quality.py."""
+    """Stands in for benchmarks/quality.py."""
 
     @staticmethod
     def table(record: dict[str, Any]) -> str:
@@ -508,7 +508,7 @@ class Experiment:
 
 @pytest.fixture
 def with_few_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Records with one plot, of which an experiment's is one."""
+    """Records with one plot each; one is an experiment's."""
     monkeypatch.setitem(sys.modules, "quality", Experiment)
     record = made_up(EPYC)
     few = [
@@ -522,7 +522,7 @@ def with_few_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return root
 
 
-def test_what_is_written_is_what_the_check_wants(with_few_rows: Path) -> None:
+def test_the_check_accepts_what_was_written(with_few_rows: Path) -> None:
     root = with_few_rows
     assert list(report.differences(root, report.report(root))) == []
     block = blocks_of((root / report.PAGE).read_text())["quality"]
@@ -540,7 +540,7 @@ def test_the_check_notices_a_changed_digit(with_few_rows: Path, wrong: str) -> N
     assert found.endswith("| 72.5% |")
 
 
-def test_the_check_notices_a_line_too_many(with_few_rows: Path) -> None:
+def test_the_check_notices_an_extra_line(with_few_rows: Path) -> None:
     page = with_few_rows / report.README
     begin, end = report.marks("measured")
     page.write_text(page.read_text().replace(end, f"ten times faster\n{end}"))
@@ -548,7 +548,7 @@ def test_the_check_notices_a_line_too_many(with_few_rows: Path) -> None:
     assert "ten times faster" in found
 
 
-def test_the_check_notices_pictures_of_other_records(with_few_rows: Path) -> None:
+def test_the_check_notices_plots_of_other_records(with_few_rows: Path) -> None:
     root = with_few_rows
     plots = root / report.PLOTS
     shutil.copy(plots / "amd-epyc-norms.png", plots / "amd-epyc-roofline.png")
@@ -563,7 +563,7 @@ def test_the_check_notices_pictures_of_other_records(with_few_rows: Path) -> Non
     assert found == "docs/quality.png: not drawn from the newest record, or not by this code"
 
 
-def test_the_command_names_the_place(
+def test_the_command_names_the_page_and_line(
     with_few_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(report, "ROOT", with_few_rows)
@@ -578,7 +578,7 @@ def test_the_command_names_the_place(
 
 
 def test_plots_draw_every_method_in_its_own_style(root: Path) -> None:
-    """As many lines as methods in each panel, the same colour everywhere, labelled axes."""
+    """Each panel has a line per method, in the method's colour, and labelled axes."""
     save(root, "suite-a.json", made_up(EPYC))
     (record,) = report.newest(root, "suite")
     colours: dict[str, set[str]] = {}
@@ -599,8 +599,8 @@ def test_plots_draw_every_method_in_its_own_style(root: Path) -> None:
     assert len({tuple(map(str, style.values())) for style in styles.values()}) == len(styles)
 
 
-def test_the_arithmetic_needs_the_standard_library_alone() -> None:
-    """On a bare machine with a GPU, gpu_bench.py's table uses it."""
+def test_the_arithmetic_needs_only_the_standard_library() -> None:
+    """gpu_bench.py's table uses it on GPU machines that have torch and little else."""
     program = (
         "import sys; sys.path.insert(0, 'benchmarks')\n"
         "for name in ('numpy', 'torch', 'matplotlib', 'PIL'): sys.modules[name] = None\n"

@@ -119,6 +119,7 @@ def test_worked_by_hand(implementation: str) -> None:
     torch.testing.assert_close(z, torch.tensor(expected))
 
 
+@pytest.mark.thinned
 @pytest.mark.usefixtures("fixed_seed")
 @pytest.mark.parametrize("implementation", ["reference", *IMPLEMENTATIONS])
 @pytest.mark.parametrize("relax", RELAX)
@@ -165,6 +166,7 @@ def test_equals_the_definition(
     assert torch.equal(actual[2] == 0, dropped)
 
 
+@pytest.mark.thinned
 @pytest.mark.usefixtures("fixed_seed")
 @pytest.mark.parametrize("implementation", KERNELS)
 @pytest.mark.parametrize("hidden", [1, 7, 8, 63, 264, 700, 2056, 4100, 9000])
@@ -444,6 +446,7 @@ def test_any_parameter_may_be_missing(implementation: str, given: str) -> None:
         torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("place", ["f", "residual"])
@@ -495,6 +498,7 @@ def test_strides_do_not_matter(implementation: str, relax: str | None) -> None:
                 torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-6)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize("shape", [(6,), (2, 1, 3, 6), (0, 6), (2, 0, 6), (3, 1)])
@@ -521,6 +525,7 @@ def operator(name: str, backend: str) -> Any:
     return getattr(OPS, name.replace("residual", f"residual{host_model}")).default
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("relax", [0, 1, 2])
@@ -610,8 +615,18 @@ def test_checkpointing_drops_the_same_again(backend: str, use_reentrant: bool) -
     assert all(map(torch.equal, *results))
 
 
-@pytest.mark.parametrize("backend", ["portable", *KERNELS])
-@pytest.mark.parametrize("compiler", ["aot_eager", "inductor"])
+@pytest.mark.parametrize(
+    "backend, compiler",
+    [
+        ("portable", "aot_eager"),
+        pytest.param("portable", "inductor", marks=pytest.mark.slow),
+        *(
+            pytest.param(*kernel.values, compiler, marks=kernel.marks)
+            for kernel in KERNELS
+            for compiler in ("aot_eager", "inductor")
+        ),
+    ],
+)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.5])
 def test_compile_in_one_graph(backend: str, compiler: str, dropout_p: float) -> None:
     """With dropout, the seed is drawn inside the graph."""
@@ -649,6 +664,7 @@ def test_export(backend: str, dropout_p: float) -> None:
         assert torch.equal(program(x), actual) == (dropout_p == 0)
 
 
+@pytest.mark.thinned
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("relax", RELAX)
 @pytest.mark.parametrize(

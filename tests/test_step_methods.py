@@ -1,4 +1,4 @@
-"""The suite's training steps compute what they say, and train."""
+"""The suite's training steps compute what they declare, and train."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CASE = StepCase(
     dtype="float32",
 )
 HALF = StepCase(**{**vars(CASE), "dtype": "bfloat16"})
-TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-3}  # of the losses, in norm
+TOLERANCE = {"float32": 1e-6, "bfloat16": 2e-3}  # relative error in norm, of the losses
 
 of_methods = pytest.mark.parametrize("method", STEP_METHODS, ids=lambda method: method.name)
 of_those_that_compile = pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def uncompiled(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def error(training: Training, computes: str) -> float:
-    """Of the last step's losses against the definitions."""
+    """Relative error of the last step's losses against the definitions."""
     expected = reference_losses(training.case, computes, CPU)
     assert expected.dtype == torch.float64
     return float((training.losses - expected).norm() / expected.norm())
@@ -63,7 +63,7 @@ def error(training: Training, computes: str) -> float:
 
 @pytest.mark.parametrize("case", [CASE, HALF], ids=lambda case: case.dtype)
 @of_methods
-def test_the_first_step_is_that_of_the_definitions(
+def test_the_first_step_matches_the_definitions(
     uncompiled: None, method: Method, case: StepCase
 ) -> None:
     training = method.prepare(case, None, CPU)
@@ -78,7 +78,7 @@ def test_the_first_step_is_that_of_the_definitions(
 
 
 @of_methods
-def test_gradients_are_those_of_the_definitions(uncompiled: None, method: Method) -> None:
+def test_gradients_match_the_definitions(uncompiled: None, method: Method) -> None:
     training = method.prepare(CASE, None, CPU)
     exact = Training(CASE, method.computes, definitions(), CPU)
     exact.model.double()
@@ -93,10 +93,10 @@ def test_gradients_are_those_of_the_definitions(uncompiled: None, method: Method
 
 
 def test_a_step_s_loss_and_gradients_are_its_own() -> None:
-    """Each token is predicted from those before it, and no gradient is left of earlier."""
+    """Each token is predicted from those before it; gradients of earlier steps are cleared."""
     (method,) = (m for m in STEP_METHODS if m.name == "dense SDPA")
     training = method.prepare(CASE, None, CPU)
-    training.optimizer.param_groups[0]["lr"] = 0.0  # each step is the first again
+    training.optimizer.param_groups[0]["lr"] = 0.0  # every step repeats the first
     tokens, model = training.tokens, training.model
     z = model(tokens[:, :-1], training.positions, [None] * CASE.num_layers)
     scores = model.logits(z).log_softmax(-1).gather(2, tokens[:, 1:, None])
@@ -138,7 +138,7 @@ def test_pivots_are_drawn_anew_in_each_step(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_a_step_leaves_the_model_s_functions_alone() -> None:
-    """Also where it fails."""
+    """Also after an error."""
     training = STEP_METHODS[0].prepare(CASE, None, CPU)
     assert cogview.model.ck is ck
     training.positions = training.positions + CASE.seqlen
@@ -160,7 +160,7 @@ def test_on_a_gpu_ours_is_never_a_substitute() -> None:
             call()
 
 
-def test_plain_steps_run_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_plain_steps_do_not_call_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError
 
@@ -174,15 +174,15 @@ def test_plain_steps_run_nothing_of_ours(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 @pytest.mark.parametrize(
-    "changes, said",
+    "changes, expected",
     [
         ({}, None),
         ({"dtype": "float32"}, "float16 and bfloat16"),
         ({"hidden_size": 80}, "no kernel for 40"),
     ],
 )
-def test_a_method_that_cannot_run_says_why(
-    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], said: str | None
+def test_a_method_that_cannot_run_gives_a_reason(
+    monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str | None
 ) -> None:
     monkeypatch.setattr(
         extension,
@@ -194,7 +194,7 @@ def test_a_method_that_cannot_run_says_why(
     for method in STEP_METHODS[:2]:
         assert method.why_not(case, CPU) is None
         reason = method.why_not(case, CUDA)
-        assert reason is None if said is None else said in str(reason)
+        assert reason is None if expected is None else expected in str(reason)
 
 
 def test_names_differ_and_ours_come_first() -> None:
@@ -205,8 +205,8 @@ def test_names_differ_and_ours_come_first() -> None:
 
 
 @of_those_that_compile
-def test_layers_share_what_is_compiled(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
-    """Two graphs in all, one of a layer and one of the loss."""
+def test_layers_share_one_compiled_graph(monkeypatch: pytest.MonkeyPatch, method: Method) -> None:
+    """Two graphs in total: one for the layers and one for the loss."""
     graphs = []
 
     def compiler(graph: Any, inputs: Any) -> Any:

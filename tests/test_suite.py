@@ -37,7 +37,7 @@ SMALL = AttentionCase(
 )
 
 
-def test_visible_pairs_and_keys_are_those_of_the_dense_mask() -> None:
+def test_visible_pairs_and_keys_match_the_dense_mask() -> None:
     draw = random.Random(0)
     for _ in range(60):
         seqlen = draw.randint(5, 90)
@@ -57,16 +57,16 @@ def test_visible_pairs_and_keys_are_those_of_the_dense_mask() -> None:
 
 
 def test_work_and_bytes_of_the_fixed_cases_by_hand() -> None:
-    # 4 x 40 heads of 4224 rows of 64 in two bytes: 54 MB a tensor
+    # 4 x 40 heads, 4224 rows of 64 values, 2 bytes each: 54 MB per tensor
     case = AttentionCase(4224, 128, 2, 256, batch=4)
     tensor = 4 * 40 * 4224 * 64 * 2
     assert case.bytes("forward") == 4 * tensor + 4 * 40 * 4224 * 4
     assert case.bytes("backward") == 8 * tensor + 4 * 40 * 4224 * 4
     assert case.flops("backward") == 2.5 * case.flops("forward")
-    assert case.flops("forward") == pytest.approx(63e9, rel=0.01)  # Gflop, as designed for
+    assert case.flops("forward") == pytest.approx(63e9, rel=0.01)
     grouped = dataclasses.replace(case, num_kv_heads=8)
     assert grouped.bytes("forward") == 2 * tensor + 2 * tensor // 5 + 4 * 40 * 4224 * 4
-    # 256 columns of the window's two blocks, 64 text, and the pivots before
+    # 256 keys of the window's two blocks, 64 of text, and the pivots before the window
     token = AttentionCase(4224, 128, 2, 256, num_heads=1, q_len=1)
     keys = 256 + 64 + int((token.layout("cpu").pivot_idx < 4224 - 256).sum())
     assert token.pairs == keys
@@ -80,7 +80,7 @@ def test_work_and_bytes_of_the_fixed_cases_by_hand() -> None:
 
 
 @pytest.mark.parametrize("device_type", ["cpu", "cuda"])
-def test_entries_are_all_there_once_and_the_fixed_cases_come_first(device_type: str) -> None:
+def test_entries_are_unique_and_fixed_cases_come_first(device_type: str) -> None:
     entries = suite.entries(device_type)
     ids = [entry.id for entry in entries]
     assert len(set(ids)) == len(ids)
@@ -93,7 +93,7 @@ def test_entries_are_all_there_once_and_the_fixed_cases_come_first(device_type: 
     assert sweeps == {"fixed", "seqlen", "window", "pivots", "head_dim", "dtype", "llm"}
 
 
-def test_the_sweep_over_lengths_goes_from_1k_to_64k_on_a_gpu() -> None:
+def test_the_length_sweep_covers_1k_to_64k_on_a_gpu() -> None:
     lengths = [
         planned.case.seqlen  # type: ignore[union-attr]
         for planned in cases_of("cuda")
@@ -103,7 +103,7 @@ def test_the_sweep_over_lengths_goes_from_1k_to_64k_on_a_gpu() -> None:
 
 
 def spoiled(number: int) -> Callable[..., Any]:
-    """The right attention, but for the result (0: out, then dq, dk, dv) of one sample and head."""
+    """Correct attention except for one result, which is 0.1 % off: 0 is out, then dq, dk, dv."""
 
     class Spoil(torch.autograd.Function):
         @staticmethod
@@ -128,7 +128,7 @@ def spoiled(number: int) -> Callable[..., Any]:
 
 
 @pytest.mark.parametrize(("number", "name"), list(enumerate(["out", "dq", "dk", "dv"])))
-def test_a_method_that_is_a_little_wrong_gets_no_time(number: int, name: str) -> None:
+def test_a_slightly_wrong_method_is_not_timed(number: int, name: str) -> None:
     method = Method("spoiled", "three-region", spoiled(number))
     entry = suite.Entry(SMALL, "forward", method, ("fixed",))
     with pytest.raises(suite.NotMeasured, match=f"wrong.*{name}: 0.001") as caught:
@@ -136,7 +136,7 @@ def test_a_method_that_is_a_little_wrong_gets_no_time(number: int, name: str) ->
     assert caught.value.failed
 
 
-def test_a_method_that_computes_another_function_must_say_so() -> None:
+def test_a_method_must_declare_the_function_it_computes() -> None:
     dense = next(
         m
         for m in suite.ATTENTION_METHODS
@@ -160,7 +160,7 @@ def test_a_method_that_computes_another_function_must_say_so() -> None:
     ids=["a pivot less", "late pivots less", "a text token less", "a bias"],
 )
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
-def test_a_slip_is_seen_beside_the_roundings_of_half_precision(dtype: str, change: Any) -> None:
+def test_a_wrong_layout_exceeds_half_precision_rounding(dtype: str, change: Any) -> None:
     case = AttentionCase(2176, 128, 2, 256, num_heads=2, dtype=dtype)
 
     def prepare(case: Any, layout: Any, device: torch.device) -> Callable[..., Tensor]:
@@ -172,7 +172,7 @@ def test_a_slip_is_seen_beside_the_roundings_of_half_precision(dtype: str, chang
         suite.run(entry, CPU, 0.01)
 
 
-def test_what_comes_first_where_time_is_short() -> None:
+def test_the_most_important_entries_come_first() -> None:
     order = [
         (entry.case.op, entry.method.name, entry.method.compiles)
         for entry in suite.entries("cuda")
@@ -199,7 +199,7 @@ def test_what_comes_first_where_time_is_short() -> None:
         assert last(*before) < first(*after)
 
 
-def test_a_backend_that_takes_no_such_case_has_not_failed() -> None:
+def test_an_unsupported_case_is_not_a_failure() -> None:
     def prepare(case: Any, layout: Any, device: torch.device) -> Callable[..., Tensor]:
         def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):  # none on a CPU
@@ -214,7 +214,7 @@ def test_a_backend_that_takes_no_such_case_has_not_failed() -> None:
 
 
 def test_a_step_leaves_no_gradients_behind() -> None:
-    """They would be freed within the next one, and hide as much of its memory."""
+    """The next step would free them, and its peak memory would look smaller."""
     case = StepCase(2, 32, 2, 2, 60, 8, 2, 8, text_len=8, vocab_size=100, dtype="float32")
     step = suite.STEP_METHODS[0].prepare(case, None, CPU)
     step()
@@ -229,7 +229,7 @@ def test_a_training_step_with_another_attention_is_wrong() -> None:
         suite.run(suite.Entry(case, "step", liar, ()), CPU, 0.01)
 
 
-def test_a_method_that_breaks_or_gives_nan_is_one_rows_reason() -> None:
+def test_an_error_or_nan_becomes_the_reason_of_one_row() -> None:
     def breaks(case: Any, layout: Any, device: torch.device) -> Callable[..., Any]:
         raise ValueError("no such\n thing")
 
@@ -253,7 +253,7 @@ def test_a_method_that_breaks_or_gives_nan_is_one_rows_reason() -> None:
     ],
     ids=lambda case: case.op,
 )
-def test_every_method_that_runs_here_is_right_and_timed(case: Any) -> None:
+def test_every_method_that_runs_here_is_correct_and_timed(case: Any) -> None:
     ran = set()
     for method in suite.METHODS[case.op]:
         if method.why_not(case, CPU) or method.compiles:
@@ -270,7 +270,7 @@ def test_every_method_that_runs_here_is_right_and_timed(case: Any) -> None:
     suite.forget()
 
 
-def test_peak_memory_counts_what_is_alive_at_once() -> None:
+def test_peak_memory_counts_tensors_alive_at_the_same_time() -> None:
     megabyte = torch.zeros(1 << 18)
 
     def run() -> Tensor:
@@ -281,33 +281,33 @@ def test_peak_memory_counts_what_is_alive_at_once() -> None:
 
     assert measure.peak_bytes(run, CPU) == pytest.approx(2 << 20, rel=0.01)
     x = torch.zeros(1 << 18, requires_grad=True)
-    # x * 2, kept for sin's gradient, and sin's value; then gradients
+    # x * 2, saved for the gradient of sin, and the value of sin; then gradients
     peak = measure.peak_bytes(lambda: torch.autograd.grad((x * 2).sin().sum(), x), CPU)
     assert 2 << 20 <= peak <= 3.1 * (1 << 20)
 
 
-def test_a_gpu_s_clock_runs_from_event_to_event_behind_a_flush(
+def test_gpu_timing_is_between_events_and_after_a_flush(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """By stand-ins: the order of what is asked of the device."""
-    asked: list[str] = []
+    """With stubs for the device: checks the order of the calls."""
+    calls: list[str] = []
 
     class Event:
         def __init__(self, enable_timing: bool) -> None:
             assert enable_timing
 
         def record(self) -> None:
-            asked.append("event")
+            calls.append("event")
 
         def synchronize(self) -> None:
-            asked.append("wait")
+            calls.append("wait")
 
         def elapsed_time(self, end: Any) -> float:
             return 2.0  # ms
 
     class Flushed:
         def zero_(self) -> None:
-            asked.append("flush")
+            calls.append("flush")
 
     properties = types.SimpleNamespace(L2_cache_size=50 << 20)
     sizes: list[int] = []
@@ -315,29 +315,30 @@ def test_a_gpu_s_clock_runs_from_event_to_event_behind_a_flush(
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
     monkeypatch.setattr(torch, "empty", lambda size, **_: sizes.append(size) or Flushed())
-    seconds, host = measure._time_cuda(lambda: asked.append("run"), CPU, 3)
+    seconds, host = measure._time_cuda(lambda: calls.append("run"), CPU, 3)
     assert seconds == [2e-3] * 3 and host > 0
     assert sizes == [256 << 20]  # several times the cache
-    text = " ".join(asked)
+    text = " ".join(calls)
     timed = re.findall(r"((?:flush )+)event run event wait", text)
-    assert len(timed) == 3 and text.count("run") == 3 + 5  # the host's time of a launch is of five
+    # Five more launches measure the host's time.
+    assert len(timed) == 3 and text.count("run") == 3 + 5
 
 
-def test_a_cpu_s_times_and_ceilings_are_of_this_machine() -> None:
+def test_cpu_times_are_plausible() -> None:
     a = torch.randn(600, 600)
     timed = measure.measure(lambda: a @ a, CPU, 0.05)
     assert 1e-5 < min(timed.seconds) < 1 and timed.host_seconds is None
     assert len(timed.seconds) <= measure.MAX_ROUNDS
 
 
-def test_the_record_names_no_host() -> None:
+def test_the_record_does_not_name_the_host() -> None:
     import platform
 
     text = json.dumps([measure.machine_info(CPU), measure.commit_info()])
     assert platform.node() not in text.split('"') and str(ROOT) not in text
 
 
-def test_without_git_nobody_knows_whether_the_tree_has_changes(
+def test_without_git_the_working_tree_state_is_unknown(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(measure, "output_of", lambda *command: None)
@@ -361,7 +362,8 @@ def test_record_file_names(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == [name]
 
 
-def test_pytest_benchmark_plays_back_the_measured_times(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_pytest_benchmark_reports_the_measured_times(tmp_path: Path) -> None:
     path = tmp_path / "bench.json"
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--benchmark-enable"]
     command += ["benchmarks/bench_suite.py", "-k", "decode and S1088 and cogview_kernels"]
@@ -380,8 +382,8 @@ def test_pytest_benchmark_plays_back_the_measured_times(tmp_path: Path) -> None:
     assert set(record["commit_info"]) == {"id", "time", "dirty"}
 
 
-def test_a_whole_run_is_kept_as_a_record(tmp_path: Path) -> None:
-    """A suite of one case; what cannot run here is part of it."""
+def test_a_complete_run_writes_a_record(tmp_path: Path) -> None:
+    """With a suite of one case, which includes a method that cannot run here."""
     (tmp_path / "tiny.py").write_text(f"""
 import sys
 from pathlib import Path

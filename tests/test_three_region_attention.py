@@ -178,7 +178,7 @@ def test_portable_is_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObjec
 
 @pytest.mark.slow
 @given(problems(max_len=700))
-@settings(max_examples=1000)
+@settings(max_examples=10 * settings().max_examples)
 def test_portable_equals_reference_sweep(problem: Problem) -> None:
     close(problem.run("portable"), problem.run("reference"), 1e-11)
 
@@ -186,7 +186,7 @@ def test_portable_equals_reference_sweep(problem: Problem) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @given(data=st.data())
-@settings(max_examples=500)
+@settings(max_examples=5 * settings().max_examples)
 def test_portable_is_as_accurate_as_torch_sweep(dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(max_len=500, dtype=dtype))
     assert_as_accurate_as_torch(problem, problem.run("portable"))

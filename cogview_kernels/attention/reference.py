@@ -1,6 +1,6 @@
-"""The dense definitions, in float64: what every other backend is held against.
+"""The dense definition of the attention in float64, which every other backend is compared with.
 
-Written to be read beside the formulas, not to be fast: memory grows with ``Sq x Sk``.
+It follows the formulas and is not fast: memory grows with ``Sq x Sk``.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from cogview_kernels.attention.layout import ThreeRegionLayout
 def three_region_attention(
     q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, softmax_scale: float
 ) -> tuple[Tensor, Tensor]:
-    """Joint softmax over the three regions. Shapes as the public function; see there.
+    """Joint softmax over the three regions, with the shapes of the public function.
 
-    A key that no region holds has no influence, NaN and infinity included.
+    A key outside the regions has no influence, even if it is NaN or infinite.
     """
     batch, num_heads, q_len, _ = q.shape
     num_kv_heads, k_len = k.shape[1:3]
@@ -39,10 +39,10 @@ def three_region_attention(
 
 
 def visible_matmul(left: Tensor, visible: Tensor, right: Tensor) -> Tensor:
-    """``left @ right``, summed over the visible pairs alone, ``visible`` broadcasting to ``left``.
+    """``left @ right``, summed only over the visible pairs; ``visible`` broadcasts to ``left``.
 
-    ``left`` must be zero where it is not visible. A plain product would let a NaN or infinity in
-    ``right`` through a zero of ``left``; here it reaches exactly the sums that it is part of.
+    ``left`` must be zero where it is not visible. In a plain product, such a zero times a NaN or
+    infinity in ``right`` is NaN; here a NaN or infinity reaches only the sums that contain it.
     """
     finite = right.isfinite()
     product = left @ right.masked_fill(~finite, 0.0)

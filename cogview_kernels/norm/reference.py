@@ -1,4 +1,4 @@
-"""The dense definitions of the norms, in float64: what every other backend is held against."""
+"""The definitions of the norms in float64, which every other backend is compared with."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ def sandwich_residual(
     relax: str | None,
     final_norm: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """``h = residual + LN_post(dropout(f))`` and, with the final norm, ``z = LN_pre(h)`` of the
-    rounded ``h``."""
+    """``h = residual + LN_post(dropout(f))``, rounded to the dtype of ``residual``; with the final
+    norm also ``z = LN_pre(h)``."""
     f64 = f.double()
     if dropped is not None:
-        scale = 1 - dropout_p or 1.0  # nothing is left that could be scaled
+        scale = 1 - dropout_p or 1.0  # with p = 1, everything is dropped
         f64 = torch.where(dropped, 0.0, f64 / scale)
     h = residual.double() + _norm(f64, post_weight, post_bias, eps, relax)
     h = h.to(residual.dtype)
@@ -46,7 +46,7 @@ def _norm(
         peak = x.detach().abs().amax()
     else:
         peak = torch.full((), 8.0, dtype=torch.float64, device=x.device)
-    c = torch.where(peak == 0, 8.0, peak) / 8  # all zero: any c gives 0, so that y = bias
+    c = torch.where(peak == 0, 8.0, peak) / 8  # all zero: any c gives y = bias
     centred = x / c - (x / c).mean(-1, keepdim=True)
     y = centred * (centred.square().mean(-1, keepdim=True) + eps).rsqrt()
     if weight is not None:

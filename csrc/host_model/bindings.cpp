@@ -1,14 +1,21 @@
-// The Python module `cogview_kernels._host_model`. Importing it registers the operators of ops.cpp
-// for CPU tensors.
+// The Python module `cogview_kernels._host_model`. Importing it registers the operators of
+// csrc/operators for CPU tensors.
+
+#include "../three_region_attention/bindings.h"
 
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <atomic>
+
 #include "report.h"
+#include "runtime.h"
 
 namespace py = pybind11;
 
 namespace {
+
+std::atomic<bool> enabled{true};
 
 py::list take_report() {
   using namespace py::literals;
@@ -35,6 +42,8 @@ py::list take_report() {
 
 }  // namespace
 
+bool host_model::launches_enabled() { return enabled; }
+
 PYBIND11_MODULE(_host_model, m) {
   m.def("take_report", &take_report,
         "What was counted in each launch since the last call (report.h): a list of dicts.");
@@ -42,4 +51,9 @@ PYBIND11_MODULE(_host_model, m) {
         "Blocks run on so many threads of the CPU.");
   m.def("set_max_shared_bytes", &host_model::set_max_shared_bytes, py::arg("bytes"),
         "A block may have so much shared memory; 227 KB at first.");
+  m.def(
+      "set_launches", [](bool launches) { enabled = launches; }, py::arg("launches"),
+      "Measuring equipment for host time. False: operators check their arguments, launch nothing "
+      "and leave outputs as they were. True at first.");
+  cogview::define_three_region_attention(m);
 }

@@ -1,8 +1,10 @@
-// What the host model shows to launch headers and operators: the few names of the CUDA runtime that
-// they use, and the registration of the memory that an operator's kernels may touch.
+// What the host model offers to launches and operators: the few names of the CUDA runtime that they
+// use, the launch, and the registration of the memory that an operator's kernels may touch.
 #pragma once
 
 #include <cstdint>
+#include <source_location>
+#include <string_view>
 #include <vector>
 
 enum cudaError_t : int {
@@ -25,17 +27,28 @@ struct alignas(16) uint4 {
 
 namespace host_model {
 
+using Where = std::source_location;
+
+// The shared memory that a block may have, in bytes.
+int max_shared_bytes();
+
+// Runs kernel(params) for every thread. `name` is the compiler's name of cogview::launch with the
+// kernel in it.
+cudaError_t launch(std::string_view name, void (*kernel)(const void*), const void* params,
+                   size_t params_bytes, int64_t grid_x, int grid_y, int num_threads,
+                   int shared_bytes);
+
 // Global memory that the kernels of an operator may touch, from the tensor's first element to its
 // last. A buffer without bytes is ignored.
 struct Buffer {
   const char* name;
   const void* data;
   int64_t bytes;
-  bool must_write = false;  // uninitialised before, every byte written at the end
+  bool must_write = false;  // holds no values before, and every byte must be written
   bool writable = false;    // implied by must_write
 };
 
-// One call of an operator, from before its first launch on: without one, every access to global
+// One call of an operator, created before its first launch. Without one, every access to global
 // memory is an error. One operator runs at a time; other threads wait in the constructor.
 class Operator {
  public:
@@ -44,8 +57,13 @@ class Operator {
   Operator(const Operator&) = delete;
   Operator& operator=(const Operator&) = delete;
 
-  // After the last launch: the first launch's error, or that of an output that is not complete.
+  // Called after the last launch: the error of the first launch that failed, or of an output that
+  // was not written completely.
   cudaError_t finish();
 };
+
+// Whether operators launch their kernels. False, for measuring host time: they check their
+// arguments, launch nothing and leave outputs as they were.
+bool launches_enabled();
 
 }  // namespace host_model

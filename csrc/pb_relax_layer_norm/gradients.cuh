@@ -1,18 +1,21 @@
 // Gradients of weights and biases, as the backward kernels collect them.
 #pragma once
 
-#include "row.cuh"
+#include "statistics.cuh"
 
 namespace cogview {
+
+// Two sums for each warp, and again for the next call of reduce_row.
+constexpr int kGradientScratchFloats = 2 * 2 * kMaxWarps;
 
 // A thread's sums for its columns, one set for each gradient.
 template <int kGradients, int kVectors>
 struct ColumnSums {
   float value[kGradients][kVectors][kColumns] = {};
 
-  // The sums of the rows that the block worked on side by side are added up, in order, and go to
-  // the block's rows of `partial` (kGradients, gridDim.x, hidden). After the last round: the slots
-  // where rows arrived are free.
+  // Adds up the sums of the rows that the block works on at once, in order, and stores them in the
+  // block's rows of `partial` (kGradients, gridDim.x, hidden). Call it after the last round: it uses
+  // the slots where rows arrived.
   __device__ __forceinline__ void store(float* partial, int64_t hidden, const RowThread& me) {
     uint4* slots = reinterpret_cast<uint4*>(dynamic_shared()) + me.in_row;
     const int rows = int(blockDim.x) / me.threads_per_row;
@@ -85,7 +88,7 @@ __device__ __forceinline__ void add_columns(const float (&xhat)[kColumns], float
   }
 }
 
-// A row's sums of g and of g xhat, and what follows from them: the gradient for x.
+// The gradient for x, from a row's sums of g and of g xhat.
 struct RowGradient {
   float mean_g_xhat, offset, rstd, scale;
 

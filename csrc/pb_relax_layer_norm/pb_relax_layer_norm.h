@@ -39,16 +39,28 @@ struct alignas(16) RowStatistics {
   float rough_mean, shift, rstd, scale;
 };
 
-// How rows are dealt out to threads, the same in all kernels. Columns go in vectors of eight. A row
-// belongs to threads_per_row threads, whole warps, of which thread t holds vectors t,
-// t + threads_per_row, ... A block works on rows_per_block rows at once, in step, and goes on to
-// those of its next round. Rows arrive in shared memory, a round ahead where there are two stages.
+// How rows are dealt out to threads and blocks, in all kernels of rows; found by plan_rows. Columns
+// go in vectors of eight: of a row's threads, thread t holds vectors t, t + threads_per_row, ...
 struct RowPlan {
+  // Whole warps: no warp works on two rows, so that shuffles add up a row's columns.
   int threads_per_row;
+  // Rows that a block works on at once, in step, before it goes on to the next round: as many as
+  // its threads and shared memory hold, since one block fills a multiprocessor.
   int rows_per_block;
-  int stages;        // 1 or 2
-  bool aligned;      // hidden % 8 == 0, and rows begin at multiples of 16 bytes
-  int shared_bytes;  // dynamic
+  // 2: the next round's rows arrive in shared memory while this round's are worked on. 1: they
+  // arrive in between, where there is room for one round alone.
+  int stages;
+  // Rows are moved sixteen bytes at once. Needs hidden % 8 == 0, and rows that begin at multiples of
+  // 16 bytes.
+  bool aligned;
+
+  // From here on: of the launch, not read by kernels.
+
+  // More of them, up to what registers hold, leave fewer threads to exchange sums.
+  int vectors_per_thread;
+  // Of SharedMemoryPlan.
+  int shared_bytes;
+  // One for each multiprocessor, or fewer where fewer have rows.
   int num_blocks;
 
   int num_threads() const { return threads_per_row * rows_per_block; }

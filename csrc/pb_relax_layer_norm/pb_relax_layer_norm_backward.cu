@@ -5,21 +5,30 @@
 //   dweight = sum over rows of dy * xhat;  dbias = sum over rows of dy
 // Dropped elements of x count as zero, and their dx is `add`.
 //
+// Phases     1 the weight to shared memory. 2 in rounds: copy the next rows; sums of g and g xhat;
+//            dx. 3 the block's column sums to `partial`. 4 `partial_sums`, a launch of its own,
+//            adds up the rows of `partial`.
 // Layout     dy, x, add: rows at a stride; dx contiguous; partial (2, num_blocks, hidden) float32.
 // Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
-// Threads    threads_per_row to a row: dy, x and add are read once and dx is written once. Sums for
-//            dweight and dbias stay in registers until the end. Rows that are wider, or do not fit
-//            a block's shared memory, take the `wide` kernel: a row at a time, two passes over it,
-//            column sums in `partial`.
-// Smem       slots for arriving rows and their statistics, two rounds of them; weight; scratch.
-//            At the end the slots carry column sums from the threads of one row to those of another.
-// Barriers   bar.sync once the weight is there, inside reduce_row, and around that last exchange.
-// Writers    each element of dx and of `partial` by one thread; another kernel adds the partial rows
-//            in a fixed order. No atomics: deterministic.
+// Warps      threads_per_row threads, whole warps, own a row: dy, x and add are read once, dx is
+//            written once. Column sums stay in registers until phase 3. Rows that are wider, or do
+//            not fit into shared memory, take the `wide` kernel: a row at a time, two passes over
+//            it, column sums in `partial`.
+// Smem       of 2560 float16 columns, 160 threads a row, 3 rows, without `add`:
+//              2 stages   statistics, x, dy  38 400 bytes each; phase 3 uses them for column sums
+//              parameters weight             12 800 bytes
+//              scratch    of the sums           512 bytes   in all 90 112
+// Barriers   bar.sync: the weight is there; a warp's sums are there (reduce_row); in phase 3, the
+//            slots are free, and column sums of another row are there.
+// Writers    one thread writes each element of dx and of `partial`; `partial_sums` adds in a fixed
+//            order. No atomics: deterministic.
 // Rounding   float32 throughout; dx, dweight and dbias rounded once.
-// Reference  gradient of cogview_kernels.reference.pb_relax_layer_norm
+// Reference  gradient of cogview_kernels.norm.reference.pb_relax_layer_norm
 
+#include "dropout.cuh"
 #include "gradients.cuh"
+#include "plan.h"
+#include "row_pipeline.cuh"
 
 namespace cogview {
 namespace {
@@ -37,9 +46,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int hidden = int(params.hidden);
   const float inverse_hidden = 1.f / float(hidden);
   const bool has_add = params.add.data != nullptr;
-  const int stage_slots = has_add ? kSlots : kAddSlots;
-  float* scratch = shared_array<float, 2 * 2 * kMaxWarps>();
-  const SharedParameters<1, kVectors> parameters(plan, stage_slots, me);
+  float* scratch = shared_array<float, kGradientScratchFloats>();
+  using Parameters = SharedParameters<1, kVectors>;  // weight
+  const SharedMemoryPlan shared = {plan.stages, int(blockDim.x), plan.threads_per_row,
+                                   has_add ? kSlots : kAddSlots, Parameters::kSlots};
+  const Parameters parameters(shared, me);
   parameters.template fill<X>(0, params.weight, params.weight_dtype, 1.f, hidden, me);
   bar_sync();
 
@@ -80,7 +91,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if (me.column(i) >= hidden) continue;
-      if constexpr (kVectors > 2) {  // registers are short: again
+      if constexpr (kVectors > 2) {  // too few registers to keep them
         load(i);
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) g[i][j] *= weight[j];
@@ -95,7 +106,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                       pack<X>(g[i]));
     }
   };
-  for_each_row(plan, params.rows, stage_slots, me, copy, compute);
+  for_each_row(plan, shared, params.rows, me, copy, compute);
   if (params.partial != nullptr) sums.store(params.partial, hidden, me);
 }
 
@@ -108,7 +119,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const RowThread me(plan);
   const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
   const float inverse_hidden = 1.f / float(hidden);
-  float* scratch = shared_array<float, 2 * 2 * kMaxWarps>();
+  float* scratch = shared_array<float, kGradientScratchFloats>();
   float* dweight = nullptr;
   float* dbias = nullptr;
   if (params.partial != nullptr) {
@@ -173,7 +184,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
 constexpr int kSumColumns = 32, kSumRows = 8;
 
-// A gradient for each blockIdx.y: block x adds up 32 columns of its partial rows.
+// Block (x, y) adds up the partial rows of gradient y, 32 columns of them.
 __global__ void __launch_bounds__(kSumColumns* kSumRows)
     pb_relax_layer_norm_partial_sums_kernel(const __grid_constant__ PartialSumsParams params) {
   float* scratch = shared_array<float, kSumRows * kSumColumns>();
@@ -210,47 +221,39 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
   }
 }
 
-template <typename X, typename Y, int kVectors>
-cudaError_t launch_rows(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-  return launch<pb_relax_layer_norm_backward_kernel<X, Y, kVectors>>(
-      params.num_blocks, 1, params.plan.num_threads(), params.plan.shared_bytes, stream, params);
-}
-
-template <typename X, typename Y>
-cudaError_t launch_backward(PbRelaxLayerNormBackwardParams params, cudaStream_t stream) {
-  const int x_pieces = pieces_of(params.x_dtype), dy_pieces = pieces_of(params.dy_dtype);
-  RowNeeds needs = {};
-  needs.rows = params.rows;
-  needs.hidden = params.hidden;
-  needs.num_blocks = params.num_blocks;
-  needs.max_threads = kMaxThreads;
-  needs.stage_pieces = (params.add.data == nullptr ? 1 : 2) * x_pieces + dy_pieces;
-  needs.extra_pieces = 1;  // the row's statistics
-  needs.num_parameters = 1;
-  const int vectors = vectors_for(params.hidden, kMaxThreads);
-  bool fits = false;
-  const cudaError_t status = plan_rows(needs, vectors, &params.plan, &fits);
-  if (status != cudaSuccess) return status;
-  if (fits && vectors == 1) return launch_rows<X, Y, 1>(params, stream);
-  if (fits && vectors == 2) return launch_rows<X, Y, 2>(params, stream);
-  if (fits && vectors == 4) return launch_rows<X, Y, 4>(params, stream);
-  params.plan.threads_per_row = kMaxThreads;
-  return launch<pb_relax_layer_norm_backward_wide_kernel<X, Y>>(params.num_blocks, 1, kMaxThreads,
-                                                                0, stream, params);
-}
+struct BackwardKernels {
+  static constexpr int kMaxVectors = 4;
+  template <typename X, typename Y, int kVectors>
+  static cudaError_t launch(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
+    return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, kVectors>>(params, stream);
+  }
+};
 
 }  // namespace
 
 cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& given,
                                          cudaStream_t stream) {
   PbRelaxLayerNormBackwardParams params = given;
-  params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.x, params.x_dtype) &&
-                        rows_aligned(params.dy, params.dy_dtype) &&
-                        rows_aligned(params.add, params.x_dtype) &&
-                        rows_aligned({params.dx, params.hidden}, params.x_dtype);
-  return with_dtypes(params.x_dtype, params.dy_dtype, [&](auto x, auto dy) {
-    return launch_backward<typename decltype(x)::Type, typename decltype(dy)::Type>(params, stream);
-  });
+  RowNeeds needs = {};
+  needs.aligned = all_aligned(params.hidden, {{params.x, params.x_dtype},
+                                              {params.dy, params.dy_dtype},
+                                              {params.add, params.x_dtype},
+                                              {{params.dx, params.hidden}, params.x_dtype}});
+  needs.every_block = true;  // each writes its row of `partial`
+  needs.max_threads = kMaxThreads;
+  needs.stage_pieces = pieces_of(params.x_dtype) + pieces_of(params.dy_dtype);
+  if (params.add.data != nullptr) needs.stage_pieces += pieces_of(params.x_dtype);
+  needs.thread_pieces = 1;  // the row's statistics
+  needs.num_parameters = 1;
+  const auto launch_wide = [&](auto x, auto dy) {
+    params.plan.aligned = needs.aligned;
+    params.plan.threads_per_row = kMaxThreads;
+    return launch<pb_relax_layer_norm_backward_wide_kernel<typename decltype(x)::Type,
+                                                           typename decltype(dy)::Type>>(
+        params.num_blocks, 1, kMaxThreads, 0, stream, params);
+  };
+  return plan_and_launch<BackwardKernels>(needs, params, params.x_dtype, params.dy_dtype, stream,
+                                          launch_wide);
 }
 
 cudaError_t pb_relax_layer_norm_partial_sums(const PartialSumsParams& params, cudaStream_t stream) {

@@ -1,21 +1,29 @@
-// PB-relax LayerNorm, forward; also the sandwich's first half alone: its residual and dropout.
+// PB-relax LayerNorm, forward; also the first half of the sandwich: its residual and dropout.
 //
 // Math, for each row x of `hidden` columns, with c = max|x| / 8 over the row or the tensor:
 //   y = [residual +] (x - mean) / sqrt(var + eps c^2) * weight + bias
-// computed as row.cuh has it. Dropped elements of x count as zero; Epsilon tells what becomes of the
-// factor 1 / (1 - p) of the others.
+// computed as statistics.cuh says. Dropped elements of x count as zero; Epsilon says what becomes of
+// the factor 1 / (1 - p) of the others.
 //
+// Phases     0 (relax = tensor) `peak`: max|x|. 1 weight and bias to shared memory. 2 in rounds:
+//            copy the next rows; sum and maximum of x; sums of its deviations; y.
 // Layout     x, residual: rows at a stride; y contiguous; statistics: sixteen bytes a row.
 // Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).
-// Threads    threads_per_row to a row, which they keep in registers: x and residual are read once
-//            and y is written once. Rows that are wider, or do not fit a block's shared memory,
-//            take the `wide` kernel: one block per row, three passes over x.
-// Smem       slots for arriving rows, two rounds of them; weight and bias; scratch of the sums.
-// Barriers   bar.sync once weight and bias are there, and inside reduce_row.
+// Warps      threads_per_row threads, whole warps, own a row and keep it in registers: x and
+//            residual are read once, y is written once. Rows that are wider, or do not fit into
+//            shared memory, take the `wide` kernel: one block per row, three passes over x.
+// Smem       of 2560 float16 columns, 160 threads a row, 6 rows, with the residual:
+//              2 stages   x, residual   76 800 bytes each
+//              parameters weight, bias  23 040 bytes
+//              scratch    of the sums      640 bytes   in all 177 280
+// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row).
 // Rounding   float32 throughout, y rounded once.
-// Reference  cogview_kernels.reference.pb_relax_layer_norm
+// Reference  cogview_kernels.norm.reference.pb_relax_layer_norm
 
-#include "row.cuh"
+#include "dropout.cuh"
+#include "plan.h"
+#include "row_pipeline.cuh"
+#include "statistics.cuh"
 
 namespace cogview {
 namespace {
@@ -23,7 +31,8 @@ namespace {
 constexpr int kMaxThreads = 1024;
 constexpr int kWideThreads = 512;
 
-// Join max|value| over the threads of a warp into *peak. A NaN's bits are larger than all others.
+// *peak becomes the larger of itself and the warp's max|value|, given as bits. Those of a NaN are
+// larger than all others.
 __device__ __forceinline__ void join_peak(float* peak, uint32_t bits) {
 #pragma unroll
   for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
@@ -51,10 +60,12 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const RowThread me(plan);
   const int hidden = int(params.hidden);
   const bool has_residual = params.residual.data != nullptr;
-  const int stage_slots = has_residual ? kSlots : kXSlots;
   float* scratch = shared_array<float, kScratchFloats>();
   const NormParameters& given = params.parameters;
-  const SharedParameters<2, kVectors> parameters(plan, stage_slots, me);  // weight, bias
+  using Parameters = SharedParameters<2, kVectors>;  // weight, bias
+  const SharedMemoryPlan shared = {plan.stages, int(blockDim.x), plan.threads_per_row,
+                                   has_residual ? kSlots : kXSlots, Parameters::kSlots};
+  const Parameters parameters(shared, me);
   parameters.template fill<X>(0, given.weight, given.dtype, 1.f, hidden, me);
   parameters.template fill<X>(1, given.bias, given.dtype, 0.f, hidden, me);
   bar_sync();
@@ -94,11 +105,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     }
     if (me.in_row == 0) params.statistics[row] = statistics;
   };
-  for_each_row(plan, params.rows, stage_slots, me, copy, compute);
+  for_each_row(plan, shared, params.rows, me, copy, compute);
   if (params.y_peak != nullptr) join_peak(params.y_peak, y_peak);
 }
 
-// Any width: one block per row, which is read again for each step.
+// Any width: one block per row; each pass reads the row again.
 template <typename X, typename Y>
 __global__ void __launch_bounds__(kWideThreads, 1)
     pb_relax_layer_norm_forward_wide_kernel(const PbRelaxLayerNormForwardParams params) {
@@ -157,7 +168,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   if (params.y_peak != nullptr) join_peak(params.y_peak, y_peak);
 }
 
-// max|x| over the tensor, joined into `peak`: exact, so that the order does not matter.
+// *peak becomes max|x| over the tensor. A maximum is exact in any order.
 template <typename X>
 __global__ void __launch_bounds__(kWideThreads, 1)
     pb_relax_layer_norm_peak_kernel(const PbRelaxLayerNormForwardParams params) {
@@ -178,44 +189,24 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   join_peak(params.peak, bits);
 }
 
-template <typename X, typename Y, int kVectors>
-cudaError_t launch_rows(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
-  const RowPlan& plan = params.plan;
-  return launch<pb_relax_layer_norm_forward_kernel<X, Y, kVectors>>(
-      plan.num_blocks, 1, plan.num_threads(), plan.shared_bytes, stream, params);
-}
+struct ForwardKernels {
+  static constexpr int kMaxVectors = 2;  // wider rows: fewer registers than threads need
+  template <typename X, typename Y, int kVectors>
+  static cudaError_t launch(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
+    return launch_planned<pb_relax_layer_norm_forward_kernel<X, Y, kVectors>>(params, stream);
+  }
+};
 
-template <typename X, typename Y>
-cudaError_t launch_forward(PbRelaxLayerNormForwardParams params, cudaStream_t stream) {
-  RowNeeds needs = {};
-  needs.rows = params.rows;
-  needs.hidden = params.hidden;
-  needs.num_blocks = params.num_blocks;
-  needs.max_threads = kMaxThreads;
-  needs.stage_pieces = pieces_of(params.x_dtype);
-  if (params.residual.data != nullptr) needs.stage_pieces += pieces_of(params.y_dtype);
-  needs.num_parameters = 2;
-  const int vectors = vectors_for(params.hidden, kMaxThreads);
-  bool fits = false;
-  const cudaError_t status = plan_rows(needs, vectors, &params.plan, &fits);
-  if (status != cudaSuccess) return status;
-  if (fits && vectors == 1) return launch_rows<X, Y, 1>(params, stream);
-  if (fits && vectors == 2) return launch_rows<X, Y, 2>(params, stream);
-  params.plan.threads_per_row = kWideThreads;
-  return launch<pb_relax_layer_norm_forward_wide_kernel<X, Y>>(
-      params.rows < INT32_MAX ? params.rows : INT32_MAX, 1, kWideThreads, 0, stream, params);
-}
-
-// max|x| of all elements that are not dropped, joined into params.peak.
+// params.peak becomes max|x| of all elements that are not dropped.
 cudaError_t launch_peak(const PbRelaxLayerNormForwardParams& given, cudaStream_t stream) {
   PbRelaxLayerNormForwardParams params = given;
   RowPlan& plan = params.plan;
-  plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.x, params.x_dtype);
-  plan.threads_per_row = min(threads_for(params.hidden, 1), kWideThreads);
+  plan.aligned = all_aligned(params.hidden, {{params.x, params.x_dtype}});
+  plan.threads_per_row = std::min(threads_for(params.hidden, 1), kWideThreads);
   plan.rows_per_block = kWideThreads / plan.threads_per_row;
-  constexpr int64_t kBlocksPerSm = 4;  // each thread has one load under way: many threads
+  constexpr int64_t kBlocksPerSm = 4;  // a thread waits for one load at a time: many threads
   plan.num_blocks =
-      int(min(ceil_div(params.rows, plan.rows_per_block), kBlocksPerSm * params.num_blocks));
+      int(std::min(ceil_div(params.rows, plan.rows_per_block), kBlocksPerSm * params.num_blocks));
   return with_dtypes(params.x_dtype, params.x_dtype, [&](auto x, auto) {
     return launch<pb_relax_layer_norm_peak_kernel<typename decltype(x)::Type>>(
         plan.num_blocks, 1, plan.num_threads(), 0, stream, params);
@@ -231,12 +222,23 @@ cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& giv
     const cudaError_t status = launch_peak(params, stream);
     if (status != cudaSuccess) return status;
   }
-  params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.x, params.x_dtype) &&
-                        rows_aligned(params.residual, params.y_dtype) &&
-                        rows_aligned({params.y, params.hidden}, params.y_dtype);
-  return with_dtypes(params.x_dtype, params.y_dtype, [&](auto x, auto y) {
-    return launch_forward<typename decltype(x)::Type, typename decltype(y)::Type>(params, stream);
-  });
+  RowNeeds needs = {};
+  needs.aligned = all_aligned(params.hidden, {{params.x, params.x_dtype},
+                                              {params.residual, params.y_dtype},
+                                              {{params.y, params.hidden}, params.y_dtype}});
+  needs.max_threads = kMaxThreads;
+  needs.stage_pieces = pieces_of(params.x_dtype);
+  if (params.residual.data != nullptr) needs.stage_pieces += pieces_of(params.y_dtype);
+  needs.num_parameters = 2;
+  const auto launch_wide = [&](auto x, auto y) {
+    params.plan.aligned = needs.aligned;
+    params.plan.threads_per_row = kWideThreads;
+    return launch<pb_relax_layer_norm_forward_wide_kernel<typename decltype(x)::Type,
+                                                          typename decltype(y)::Type>>(
+        std::min(params.rows, int64_t{INT32_MAX}), 1, kWideThreads, 0, stream, params);
+  };
+  return plan_and_launch<ForwardKernels>(needs, params, params.x_dtype, params.y_dtype, stream,
+                                         launch_wide);
 }
 
 }  // namespace cogview

@@ -5,17 +5,33 @@
 //   df = the gradient of LN_post for dresidual, zero where f was dropped
 //   dpre_weight = sum over rows of dz * hhat;          dpre_bias = sum over rows of dz
 //   dpost_weight = sum over rows of dresidual * fhat;  dpost_bias = sum over rows of dresidual
-// with the gradient of a norm as pb_relax_layer_norm_backward.cu has it.
+// with the gradient of a norm as in pb_relax_layer_norm_backward.cu.
 //
+// Phases     1 two weights to shared memory. 2 in rounds: copy the next rows; sums of h's norm;
+//            dresidual and sums of f's norm; df. 3 the block's column sums to `partial`. 4
+//            pb_relax_layer_norm_partial_sums, a launch of its own, adds up the rows of `partial`.
 // Layout     dh, dz, f, h: rows at a stride; df, dresidual contiguous; partial (4, num_blocks,
 //            hidden) float32, the post weight's and bias's sums first.
-// Grid, threads, shared memory, barriers, writers: as there, with four rows arriving together. Each
-//            of dh, dz, f, h is read once; df and dresidual are written once. Deterministic.
-// Otherwise  two launches of pb_relax_layer_norm_backward: where a row is too wide, and without z.
-// Rounding   float32 throughout, df goes on from dresidual before it is rounded.
-// Reference  gradient of cogview_kernels.reference.sandwich_residual
+// Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
+// Warps      threads_per_row threads, whole warps, own a row: dh, dz, f and h are read once, df and
+//            dresidual are written once. Two launches of pb_relax_layer_norm_backward serve instead
+//            where a row is too wide, and without z.
+// Smem       of 2560 float16 columns, 160 threads a row, 3 rows:
+//              2 stages   statistics of f and h, f, h, dh, dz   84 480 bytes each; dresidual
+//                         replaces dh and dz, and phase 3 uses them for column sums
+//              parameters two weights                           23 040 bytes
+//              scratch    of the sums                              512 bytes   in all 192 512
+// Barriers   bar.sync: weights are there; a warp's sums are there (reduce_row); in phase 3, the
+//            slots are free, and column sums of another row are there.
+// Writers    one thread writes each element of df, dresidual and `partial`. No atomics:
+//            deterministic.
+// Rounding   float32 throughout; df is computed from dresidual before it is rounded.
+// Reference  gradient of cogview_kernels.norm.reference.sandwich_residual
 
+#include "../pb_relax_layer_norm/dropout.cuh"
 #include "../pb_relax_layer_norm/gradients.cuh"
+#include "../pb_relax_layer_norm/plan.h"
+#include "../pb_relax_layer_norm/row_pipeline.cuh"
 #include "sandwich_residual.h"
 
 namespace cogview {
@@ -35,8 +51,11 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const RowThread me(plan);
   const int64_t hidden = params.hidden;
   const float inverse_hidden = 1.f / float(hidden);
-  float* scratch = shared_array<float, 2 * 2 * kMaxWarps>();
-  const SharedParameters<2, kVectors> parameters(plan, kStageSlots, me);  // post, pre weight
+  float* scratch = shared_array<float, kGradientScratchFloats>();
+  using Parameters = SharedParameters<2, kVectors>;  // weight of post, of pre
+  const SharedMemoryPlan shared = {plan.stages, int(blockDim.x), plan.threads_per_row, kStageSlots,
+                                   Parameters::kSlots};
+  const Parameters parameters(shared, me);
   parameters.template fill<F>(0, params.post_weight, params.post_dtype, 1.f, hidden, me);
   parameters.template fill<H>(1, params.pre_weight, params.pre_dtype, 1.f, hidden, me);
   bar_sync();
@@ -98,7 +117,7 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         store_vector_at(static_cast<H*>(params.dresidual) + row * hidden, me.column(i), hidden,
                         plan.aligned, pack<H>(dresidual));
       }
-      // It is needed once more, unrounded: over dh, and dz where that has sixteen bits, too.
+      // Kept unrounded for df, in the slots of dh, and of dz too where that has sixteen bits.
       slots.store(kDhSlots + i * kGradientStep, pack<float>(dresidual));
       if (params.dropout.seed != nullptr) {
         kept[i] = kept_columns(params.dropout, row, me.vector_idx(i));
@@ -126,15 +145,17 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
                       df);
     }
   };
-  for_each_row(plan, params.rows, kStageSlots, me, copy, compute);
+  for_each_row(plan, shared, params.rows, me, copy, compute);
   if (params.partial != nullptr) sums.store(params.partial, hidden, me);
 }
 
-template <typename F, typename H, int kVectors>
-cudaError_t launch_rows(const SandwichResidualBackwardParams& params, cudaStream_t stream) {
-  return launch<sandwich_residual_backward_kernel<F, H, kVectors>>(
-      params.num_blocks, 1, params.plan.num_threads(), params.plan.shared_bytes, stream, params);
-}
+struct BackwardKernels {
+  static constexpr int kMaxVectors = 2;  // more column sums than registers hold
+  template <typename F, typename H, int kVectors>
+  static cudaError_t launch(const SandwichResidualBackwardParams& params, cudaStream_t stream) {
+    return launch_planned<sandwich_residual_backward_kernel<F, H, kVectors>>(params, stream);
+  }
+};
 
 // One norm after the other.
 cudaError_t launch_norms(const SandwichResidualBackwardParams& params, cudaStream_t stream) {
@@ -171,40 +192,25 @@ cudaError_t launch_norms(const SandwichResidualBackwardParams& params, cudaStrea
   return pb_relax_layer_norm_backward(norm, stream);
 }
 
-template <typename F, typename H>
-cudaError_t launch_backward(SandwichResidualBackwardParams params, cudaStream_t stream) {
-  RowNeeds needs = {};
-  needs.rows = params.rows;
-  needs.hidden = params.hidden;
-  needs.num_blocks = params.num_blocks;
-  needs.max_threads = kMaxThreads;
-  needs.stage_pieces = pieces_of(params.f_dtype) + 3 * pieces_of(params.h_dtype);
-  needs.extra_pieces = 2;  // statistics
-  needs.num_parameters = 2;
-  const int vectors = vectors_for(params.hidden, kMaxThreads);
-  bool fits = false;
-  const cudaError_t status = plan_rows(needs, vectors, &params.plan, &fits);
-  if (status != cudaSuccess) return status;
-  if (fits && vectors == 1) return launch_rows<F, H, 1>(params, stream);
-  if (fits && vectors == 2) return launch_rows<F, H, 2>(params, stream);
-  return launch_norms(params, stream);
-}
-
 }  // namespace
 
-cudaError_t sandwich_residual_backward(const SandwichResidualBackwardParams& given,
+cudaError_t sandwich_residual_backward(const SandwichResidualBackwardParams& params,
                                        cudaStream_t stream) {
-  if (given.dresidual == nullptr) return launch_norms(given, stream);
-  SandwichResidualBackwardParams params = given;
-  const DType h_dtype = params.h_dtype;
-  params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.f, params.f_dtype) &&
-                        rows_aligned(params.h, h_dtype) && rows_aligned(params.dh, h_dtype) &&
-                        rows_aligned(params.dz, h_dtype) &&
-                        rows_aligned({params.df, params.hidden}, params.f_dtype) &&
-                        rows_aligned({params.dresidual, params.hidden}, h_dtype);
-  return with_dtypes(params.f_dtype, h_dtype, [&](auto f, auto h) {
-    return launch_backward<typename decltype(f)::Type, typename decltype(h)::Type>(params, stream);
-  });
+  if (params.dresidual == nullptr) return launch_norms(params, stream);
+  RowNeeds needs = {};
+  needs.aligned = all_aligned(params.hidden, {{params.f, params.f_dtype},
+                                              {params.h, params.h_dtype},
+                                              {params.dh, params.h_dtype},
+                                              {params.dz, params.h_dtype},
+                                              {{params.df, params.hidden}, params.f_dtype},
+                                              {{params.dresidual, params.hidden}, params.h_dtype}});
+  needs.every_block = true;  // each writes its rows of `partial`
+  needs.max_threads = kMaxThreads;
+  needs.stage_pieces = pieces_of(params.f_dtype) + 3 * pieces_of(params.h_dtype);
+  needs.thread_pieces = 2;  // statistics
+  needs.num_parameters = 2;
+  return plan_and_launch<BackwardKernels>(needs, params, params.f_dtype, params.h_dtype, stream,
+                                          [&](auto, auto) { return launch_norms(params, stream); });
 }
 
 }  // namespace cogview

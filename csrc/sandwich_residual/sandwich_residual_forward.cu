@@ -1,17 +1,28 @@
 // Sandwich residual, forward.
 //
 // Math  h = residual + LN_post(dropout(f));  z = LN_pre(h), of the rounded h
-// with both norms as pb_relax_layer_norm_forward.cu has them.
+// with both norms as pb_relax_layer_norm_forward.cu computes them.
 //
+// Phases     1 four parameters to shared memory. 2 in rounds: copy the next rows; statistics of f,
+//            h; statistics of h, z.
 // Layout     f, residual: rows at a stride; h, z contiguous; statistics: sixteen bytes a row.
-// Grid, threads, shared memory, barriers: as there, with both rows arriving together. f and
-//            residual are read once, h and z are written once.
-// Otherwise  two launches of pb_relax_layer_norm_forward: where a row is too wide, without z, and
-//            for Relax::kTensor, whose second norm needs the maximum over all of h.
+// Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).
+// Warps      threads_per_row threads, whole warps, own a row: f and residual are read once, h and z
+//            are written once. Two launches of pb_relax_layer_norm_forward serve instead where a row
+//            is too wide, without z, and for Relax::kTensor, whose second norm needs the maximum
+//            over all of h.
+// Smem       of 2560 float16 columns, 160 threads a row, 5 rows:
+//              2 stages   f, residual                  64 000 bytes each
+//              parameters two weights, two biases      43 520 bytes
+//              scratch    of the sums                     640 bytes   in all 172 160
+// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row).
 // Rounding   float32 throughout, h and z rounded once each.
-// Reference  cogview_kernels.reference.sandwich_residual
+// Reference  cogview_kernels.norm.reference.sandwich_residual
 
-#include "../pb_relax_layer_norm/row.cuh"
+#include "../pb_relax_layer_norm/dropout.cuh"
+#include "../pb_relax_layer_norm/plan.h"
+#include "../pb_relax_layer_norm/row_pipeline.cuh"
+#include "../pb_relax_layer_norm/statistics.cuh"
 #include "sandwich_residual.h"
 
 namespace cogview {
@@ -28,7 +39,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const int hidden = int(params.hidden);
   float* scratch = shared_array<float, kScratchFloats>();
   const NormParameters &post = params.post, &pre = params.pre;
-  const SharedParameters<4, kVectors> parameters(plan, kStageSlots, me);
+  using Parameters = SharedParameters<4, kVectors>;  // weight and bias of post, of pre
+  const SharedMemoryPlan shared = {plan.stages, int(blockDim.x), plan.threads_per_row, kStageSlots,
+                                   Parameters::kSlots};
+  const Parameters parameters(shared, me);
   parameters.template fill<F>(0, post.weight, post.dtype, 1.f, hidden, me);
   parameters.template fill<F>(1, post.bias, post.dtype, 0.f, hidden, me);
   parameters.template fill<H>(2, pre.weight, pre.dtype, 1.f, hidden, me);
@@ -85,15 +99,16 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       params.h_statistics[row] = h_statistics;
     }
   };
-  for_each_row(plan, params.rows, kStageSlots, me, copy, compute);
+  for_each_row(plan, shared, params.rows, me, copy, compute);
 }
 
-template <typename F, typename H, int kVectors>
-cudaError_t launch_rows(const SandwichResidualForwardParams& params, cudaStream_t stream) {
-  const RowPlan& plan = params.plan;
-  return launch<sandwich_residual_forward_kernel<F, H, kVectors>>(
-      plan.num_blocks, 1, plan.num_threads(), plan.shared_bytes, stream, params);
-}
+struct ForwardKernels {
+  static constexpr int kMaxVectors = 2;  // more columns than registers hold
+  template <typename F, typename H, int kVectors>
+  static cudaError_t launch(const SandwichResidualForwardParams& params, cudaStream_t stream) {
+    return launch_planned<sandwich_residual_forward_kernel<F, H, kVectors>>(params, stream);
+  }
+};
 
 // One norm after the other.
 cudaError_t launch_norms(const SandwichResidualForwardParams& params, cudaStream_t stream) {
@@ -130,37 +145,21 @@ cudaError_t launch_norms(const SandwichResidualForwardParams& params, cudaStream
   return pb_relax_layer_norm_forward(norm, stream);
 }
 
-template <typename F, typename H>
-cudaError_t launch_forward(SandwichResidualForwardParams params, cudaStream_t stream) {
+}  // namespace
+
+cudaError_t sandwich_residual_forward(const SandwichResidualForwardParams& params,
+                                      cudaStream_t stream) {
+  if (params.z == nullptr || params.relax == Relax::kTensor) return launch_norms(params, stream);
   RowNeeds needs = {};
-  needs.rows = params.rows;
-  needs.hidden = params.hidden;
-  needs.num_blocks = params.num_blocks;
+  needs.aligned = all_aligned(params.hidden, {{params.f, params.f_dtype},
+                                              {params.residual, params.h_dtype},
+                                              {{params.h, params.hidden}, params.h_dtype},
+                                              {{params.z, params.hidden}, params.h_dtype}});
   needs.max_threads = kMaxThreads;
   needs.stage_pieces = pieces_of(params.f_dtype) + pieces_of(params.h_dtype);
   needs.num_parameters = 4;
-  const int vectors = vectors_for(params.hidden, kMaxThreads);
-  bool fits = false;
-  const cudaError_t status = plan_rows(needs, vectors, &params.plan, &fits);
-  if (status != cudaSuccess) return status;
-  if (fits && vectors == 1) return launch_rows<F, H, 1>(params, stream);
-  if (fits && vectors == 2) return launch_rows<F, H, 2>(params, stream);
-  return launch_norms(params, stream);
-}
-
-}  // namespace
-
-cudaError_t sandwich_residual_forward(const SandwichResidualForwardParams& given,
-                                      cudaStream_t stream) {
-  if (given.z == nullptr || given.relax == Relax::kTensor) return launch_norms(given, stream);
-  SandwichResidualForwardParams params = given;
-  params.plan.aligned = params.hidden % kColumns == 0 && rows_aligned(params.f, params.f_dtype) &&
-                        rows_aligned(params.residual, params.h_dtype) &&
-                        rows_aligned({params.h, params.hidden}, params.h_dtype) &&
-                        rows_aligned({params.z, params.hidden}, params.h_dtype);
-  return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
-    return launch_forward<typename decltype(f)::Type, typename decltype(h)::Type>(params, stream);
-  });
+  return plan_and_launch<ForwardKernels>(needs, params, params.f_dtype, params.h_dtype, stream,
+                                         [&](auto, auto) { return launch_norms(params, stream); });
 }
 
 }  // namespace cogview

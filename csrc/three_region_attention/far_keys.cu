@@ -1,18 +1,21 @@
-// Packs text lengths and pivots, whatever their values, into what the other kernels rely on.
+// Packs text lengths and pivots of any values into what the other kernels rely on.
 //
+// Phases     for each 32 entries of a sample's row: which are in range and above all before them;
+//            append those. Then fill the rest, and write text length and number of pivots.
 // Layout     text_len (batch), pivot_idx (batch, num_pivots) at any strides; far_keys
 //            (batch, 2 + num_pivots): text length in [0, k_len], number of pivots, the pivots.
-// Grid       one warp per sample, which walks the row 32 entries at a time.
-// Writers    every element of far_keys by one thread; unused entries become k_len.
-// Reference  cogview_kernels.layout.ThreeRegionLayout
+// Grid       one warp per sample.
+// Smem       none.
+// Writers    one thread writes each element of far_keys; unused entries become k_len.
+// Reference  cogview_kernels.attention.layout.ThreeRegionLayout
 
-#include "../instructions/sm80.cuh"
+#include "../instructions/common.cuh"
 #include "three_region_attention.h"
 
 namespace cogview {
 namespace {
 
-// The largest number of this lane and those before it.
+// The largest number of this lane and the lanes before it.
 __device__ __forceinline__ int running_max(int value) {
   const int lane = threadIdx.x % kWarpSize;
 #pragma unroll

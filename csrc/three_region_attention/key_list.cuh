@@ -1,19 +1,19 @@
-// Which keys a tile of queries attends to: the virtual key list, and who sees what of it.
+// Which keys a tile of queries attends to: the key list, and which query sees which of its entries.
 //
 // Keys of the queries [begin, end), with start(i) the first key of query i's window:
 //
 //   entry  0 ............ num_text ............ num_far ........................ size
 //   key    text prefix    | pivots < start      | start(begin) .... end - 1 (the window)
 //
-// All queries of one block (query_window of them) see all text and pivot entries; where a tile
-// holds queries of several blocks, an entry may be seen by some only, and a key may stand in the
-// list twice, as far key of one query and window key of another.
+// All queries of one query block (query_window of them) see all text and pivot entries. Where a
+// tile holds queries of several query blocks, some entries are seen by a part of them only, and a
+// key may have two entries: far key of one query, window key of another.
 //
-// KeyList and WarpView live in shared memory: they are the same for a block and for a warp, and
+// KeyList and WarpView lie in shared memory: they are the same for a whole block or warp, and
 // registers are scarce.
 #pragma once
 
-#include "../instructions/sm80.cuh"
+#include "../instructions/common.cuh"
 #include "three_region_attention.h"
 
 namespace cogview {
@@ -26,7 +26,7 @@ __device__ __forceinline__ int window_start(int position, const ThreeRegionProbl
   return max(0, block - problem.num_windows + 1) * problem.query_window;
 }
 
-// First query position whose window begins behind `key`; k_len if there is none.
+// First query position whose window begins after `key`; k_len if there is none.
 __device__ __forceinline__ int first_far_query(int key, const ThreeRegionProblem& problem) {
   const int block = int(unsigned(key) / unsigned(problem.query_window));
   const int64_t query = (int64_t(block) + problem.num_windows) * problem.query_window;
@@ -38,7 +38,7 @@ __device__ __forceinline__ int count_below(const int32_t* sorted, int size, int 
   const int lane = threadIdx.x % kWarpSize;
   int begin = 0, end = size;  // the answer lies in [begin, end]
   while (begin < end) {
-    // 32 segments, a lane each: those whose last number lies below come first.
+    // 32 segments, one to a lane: the segments whose last number lies below come first.
     const int step = (end - begin + kWarpSize - 1) / kWarpSize;
     const int segment = begin + lane * step;
     const bool below = segment < end && sorted[min(segment + step, end) - 1] < bound;
@@ -55,7 +55,7 @@ struct FarKeys {
   int text_len;
   int k_len;
 
-  // Inside k and v whatever the table holds.
+  // A key inside k and v, whatever the table holds.
   __device__ __forceinline__ int pivot(int index) const {
     return min(max(pivots[index], 0), k_len - 1);
   }
@@ -83,7 +83,7 @@ struct KeyList {
   }
 };
 
-// The list of the queries at positions [begin, end), not empty. Whole warps must call it.
+// The list of the queries at positions [begin, end), at least one. Whole warps must call it.
 __device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem, int batch,
                                                int begin, int end) {
   KeyList list;
@@ -96,7 +96,7 @@ __device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem
   return list;
 }
 
-// What the queries of one warp see of a key list: which entries some of them see, and all of them.
+// What the queries of one warp see of a key list: entries that some and that all of them see.
 struct WarpView {
   int text_some, text_all;      // from entry 0 on
   int pivots_some, pivots_all;  // from entry num_text on
@@ -128,13 +128,13 @@ struct WarpView {
   }
 };
 
-// A warp's own copy of both.
+// A warp's own copy of list and view.
 struct WarpContext {
   KeyList list;
   WarpView view;
 };
 
-// The view of the queries at positions [first, last] of the list's; of nothing where first > last.
+// The view of the list's queries at positions [first, last]; they see nothing if first > last.
 // Whole warps must call it.
 __device__ __forceinline__ WarpView warp_view_of(const ThreeRegionProblem& problem,
                                                  const KeyList& list, int first, int last) {

@@ -1,6 +1,9 @@
 // Launch interface of the three-region attention kernels. Plain C++: no torch, no device code.
 #pragma once
 
+#include <optional>
+#include <string>
+
 #include "../launch.h"
 
 namespace cogview {
@@ -29,7 +32,7 @@ struct ThreeRegionProblem {
   int num_kv_heads;  // divides num_heads
   int q_len;         // queries are the last q_len positions of the keys
   int k_len;         // at most 2^30
-  int head_dim;      // 32, 64, 96 or 128
+  int head_dim;      // one that a family takes: three_region_attention_unsupported
   DType dtype;       // of q, k, v, out and their gradients: float16 or bfloat16
   int num_pivots;    // columns of the pivot table, the largest number of pivots in a sample
   int query_window;  // w, at most max(k_len, 1)
@@ -42,8 +45,8 @@ struct ThreeRegionProblem {
   const int32_t* far_keys;
 };
 
-// Packs the text lengths and the pivots that count: any values are safe. An entry counts if it
-// lies in [text_len, k_len) and above all entries before it that count.
+// Packs the text lengths and the pivots that count. Any values are safe. An entry counts if it lies
+// in [text_len, k_len) and above all entries before it that count.
 struct ThreeRegionFarKeysParams {
   int batch;
   int num_pivots;
@@ -78,8 +81,8 @@ struct ThreeRegionBackwardParams {
   // float16 only, workspace, zeroed by the caller: bits of the largest |row| of dout and the
   // largest |delta| (batch, num_heads, 2), then of the largest |row| of v (batch, num_kv_heads).
   uint32_t* bounds;
-  // Keys that many queries see are dealt out to `num_splits` blocks, whose float32 sums of dk and
-  // dv meet in `partial` (num_splits, 2, batch, num_kv_heads, num_split_rows, head_dim), where
+  // `num_splits` blocks share the queries of the keys that many queries see. Their float32 sums of
+  // dk and dv go to `partial` (num_splits, 2, batch, num_kv_heads, num_split_rows, head_dim), where
   // num_split_rows = three_region_attention_split_rows(...). May be null where num_splits is 1.
   int num_splits;
   float* partial;
@@ -88,7 +91,21 @@ struct ThreeRegionBackwardParams {
 // Rows of `partial` for each split, batch and head.
 int three_region_attention_split_rows(const ThreeRegionProblem& problem);
 
-// All return the status of their launches; arguments were checked by the caller.
+// Compute capability of a GPU.
+struct Device {
+  int major;
+  int minor;
+};
+
+// Of the GPU with this index; zeros where the runtime does not know it.
+Device device_of(int index);
+
+// Why no family of kernels takes the problem on the device; none if one does. Depends on head_dim.
+std::optional<std::string> three_region_attention_unsupported(const ThreeRegionProblem& problem,
+                                                              const Device& device);
+
+// Launches on the current device. All return the status of their launches; the caller has checked
+// the arguments, three_region_attention_unsupported included.
 cudaError_t three_region_attention_far_keys(const ThreeRegionFarKeysParams& params,
                                             cudaStream_t stream);
 cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& params,

@@ -34,7 +34,7 @@ def test_newest_first_and_pruning(tmp_path):
     for step in (9, 100_000_000, 10):
         save_checkpoint(checkpoint_path(tmp_path, step), state(step))
     (tmp_path / ".step_00000011.partial.pt").write_bytes(b"left by a killed run")
-    (tmp_path / "step_best.pt").write_bytes(b"somebody else's")
+    (tmp_path / "step_best.pt").write_bytes(b"another program's file")
     assert [path.name for path in list_checkpoints(tmp_path)] == [
         "step_100000000.pt", "step_00000010.pt", "step_00000009.pt",
     ]  # fmt: skip
@@ -73,9 +73,11 @@ def test_every_damaged_byte_of_the_directory_is_a_damaged_file(tmp_path):
         for mask in (0x01, 0xFF):
             path.write_bytes(data[:at] + bytes([data[at] ^ mask]) + data[at + 1 :])
             try:
-                assert load_checkpoint(path)["step"] == 7  # not every byte matters
+                assert load_checkpoint(path)["step"] == 7  # some bytes do not matter
             except ValueError as error:
-                assert "step_00000007.pt: " in str(error)  # or what torch read is not finite
+                assert "step_00000007.pt: " in str(
+                    error
+                )  # or torch read a weight that is not finite
 
 
 @pytest.mark.parametrize("error", [OSError(22, "Invalid argument"), NotImplementedError()])
@@ -175,12 +177,10 @@ def test_kill_9_in_the_middle_of_a_save_loses_nothing(tmp_path):
     process.kill()
     assert process.wait() == -signal.SIGKILL
     process.stdout.close()
-    for path in list_checkpoints(tmp_path):  # whatever has its final name is whole
+    for path in list_checkpoints(tmp_path):  # every file with a final name is complete
         load_checkpoint(path)
     latest = load_latest(tmp_path)["step"]
-    save_checkpoint(
-        checkpoint_path(tmp_path, latest + 1), state(latest + 1)
-    )  # and the next save works
+    save_checkpoint(checkpoint_path(tmp_path, latest + 1), state(latest + 1))
     assert load_latest(tmp_path)["step"] == latest + 1
     assert not list(tmp_path.glob(".*"))
 

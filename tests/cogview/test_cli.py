@@ -95,14 +95,13 @@ def test_from_a_folder_of_photos_to_drawings(tmp_path, photos, capsys):
     assert len(list(out.glob("0*.png"))) == 2
 
     assert cogview("train", "--run", run, "--set", "training.steps=6") == 0
-    assert "going on from step 4" in capsys.readouterr().out
+    assert "resuming from step 4" in capsys.readouterr().out
     assert load_config(run / "config.yaml").training.steps == 6
     wrong = error(capsys, "sample", "--run", run, "a wall", "--set", "model.attention=dense")
     assert "model.attention: " in wrong and "with three_region, got dense" in wrong
     assert cogview("sample", "--run", run, "a red wall", "--set", "sampling.temperature=0") == 0
-    assert (
-        load_config(run / "config.yaml").sampling.temperature == 1.0
-    )  # a setting of one drawing is not kept
+    # `sample` does not save its settings.
+    assert load_config(run / "config.yaml").sampling.temperature == 1.0
 
 
 def test_captions_from_images(tmp_path, photos, capsys, monkeypatch):
@@ -133,10 +132,10 @@ def error(capsys, *arguments):
     return lines[0]
 
 
-def test_errors_are_one_line_that_names_the_thing(tmp_path, photos, capsys):
+def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
     run, new = tmp_path / "run", ["--preset", "small", "--set", *SMALL]
     text = ["train-text-tokenizer", "--run", run, "--data", photos]
-    assert "no config.yaml in it" in error(capsys, *text)
+    assert "expected config.yaml in it, got none" in error(capsys, *text)
     assert "'smal' is neither a preset" in error(capsys, *text, "--preset", "smal")
     assert "unknown key 'stepz' in training" in error(capsys, *text, *new, "training.stepz=1")
     assert "vocab_size=5000 does not fit" in error(
@@ -144,16 +143,16 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, photos, capsys):
     )
     assert not run.exists()  # settings that did not work are not kept
     run.mkdir()
-    (run / "config.yaml").write_text("seed: 1\n")  # nothing is made with them yet
+    (run / "config.yaml").write_text("seed: 1\n")  # settings without any results yet
     assert cogview(*text, *new) == 0
     assert load_config(run / "config.yaml").seed == 0
-    assert "config.yaml holds the settings already" in error(capsys, *text, "--preset", "small")
+    assert "config.yaml already holds the settings" in error(capsys, *text, "--preset", "small")
     assert "image_tokenizer.pt" in error(capsys, "encode", "--run", run, "--data", photos)
     assert "tokens.npz" in error(capsys, "train", "--run", run, "--set", "training.steps=9")
     assert load_config(run / "config.yaml").training.steps == 4
 
     assert cogview("train-image-tokenizer", "--run", run, "--data", photos, "--quiet") == 0
-    assert "no checkpoint in it; run cogview train first" in error(
+    assert "expected a checkpoint in it, got none; run cogview train first" in error(
         capsys, "sample", "--run", run, "a wall"
     )
     assert "expected at least one, on the command line" in error(capsys, "sample", "--run", run)
@@ -165,7 +164,7 @@ def test_errors_are_one_line_that_names_the_thing(tmp_path, photos, capsys):
         capsys, "caption", "--run", run, photos / "red0.png"
     )
     wrong = "image_tokenizer.codebook_size=32"
-    assert "settings say 32 codes, the tokenizer has 16" in error(
+    assert "expected a tokenizer of 32 codes as in the settings, got 16" in error(
         capsys, "encode", "--run", run, "--data", photos, "--set", wrong
     )
     assert (
@@ -219,10 +218,10 @@ def test_ctrl_c_says_what_the_same_command_does(tmp_path, monkeypatch, capsys):
     raise_in(monkeypatch, "load_config", KeyboardInterrupt())
     (tmp_path / "config.yaml").write_text("")
     assert cogview("train", "--run", tmp_path) == 130
-    assert "the same command goes on from the newest checkpoint" in capsys.readouterr().err
+    assert "the same command resumes from the newest checkpoint" in capsys.readouterr().err
     for command in (["demo"], ["encode", "--run", tmp_path, "--data", tmp_path]):
         assert cogview(*command) == 130
-        assert "the same command starts afresh" in capsys.readouterr().err
+        assert "the same command starts from the beginning" in capsys.readouterr().err
 
 
 def test_a_closed_pipe_is_quiet():
@@ -231,10 +230,10 @@ def test_a_closed_pipe_is_quiet():
     assert result.stdout == "141\n" and result.stderr == ""
 
 
-def test_demo_touches_no_folder_that_it_does_not_fit(tmp_path, capsys):
+def test_demo_leaves_a_folder_with_other_data_untouched(tmp_path, capsys):
     files = {name: tmp_path / name for name in ("config.yaml", "tokens.npz", "image_tokenizer.pt")}
     for path in files.values():
-        path.write_text("mine")
+        path.write_text("the user's")
     demo = ["demo", "--out", tmp_path]
     assert "image_tokenizer.image_size: expected 64" in error(
         capsys, *demo, "--set", "image_tokenizer.image_size=32"
@@ -243,12 +242,12 @@ def test_demo_touches_no_folder_that_it_does_not_fit(tmp_path, capsys):
         capsys, *demo, "--set", "image_tokenizer.channels=3"
     )
     assert "holds a run on other data" in error(capsys, *demo)
-    assert {path.read_text() for path in files.values()} == {"mine"}
+    assert {path.read_text() for path in files.values()} == {"the user's"}
 
 
-def test_demo_deletes_what_an_earlier_one_left(tmp_path, monkeypatch):
-    left = ["metrics.json", "samples.png", "curves.png", "image_tokenizer.pt", "metrics.jsonl"]
-    for name in [*left, "notes.txt"]:
+def test_demo_deletes_the_results_of_an_earlier_one(tmp_path, monkeypatch):
+    earlier = ["metrics.json", "samples.png", "curves.png", "image_tokenizer.pt", "metrics.jsonl"]
+    for name in [*earlier, "notes.txt"]:
         (tmp_path / name).write_text("{}")
 
     def stop(*_):

@@ -103,7 +103,7 @@ def test_saving_and_loading_gives_the_same_settings(tmp_path):
 def test_the_model_needs_none_of_the_optional_packages():
     optional = ("matplotlib", "omegaconf", "PIL", "sentencepiece", "sklearn", "tqdm")
     script = (
-        f"import sys; sys.modules |= dict.fromkeys({optional})\n"  # which makes an import fail
+        f"import sys; sys.modules |= dict.fromkeys({optional})\n"  # makes their import fail
         "from cogview.config import ModelConfig\n"
         "from cogview.model import GPT\n"
         "GPT(ModelConfig(num_layers=1, hidden_size=8, num_heads=2), vocab_size=5)\n"

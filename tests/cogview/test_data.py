@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cogview.config import ImageTokenizerConfig
-from cogview.data import CaptionedImages, TokenDataset, batch_indices, read_image
+from cogview.data import CaptionedImages, batch_indices, read_image
 from cogview.image_tokenizer import ImageTokenizer
 from cogview.text_tokenizer import TextTokenizer
+from cogview.tokens import TokenDataset
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -106,7 +107,7 @@ def test_grey_of_unknown_range_is_named(tmp_path: Path, mode: str, dtype: type) 
 
 
 @pytest.mark.parametrize("error", [struct.error, RuntimeError, SyntaxError, ZeroDivisionError])
-def test_whatever_a_decoder_raises_names_the_file(
+def test_every_error_of_a_decoder_names_the_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ) -> None:
     transpose = ImageOps.exif_transpose
@@ -123,7 +124,7 @@ def test_whatever_a_decoder_raises_names_the_file(
         assert load(folder, skip_bad=True).captions == ["a red card", "a blue card"]
 
 
-def test_a_lack_of_memory_is_no_fault_of_the_file(
+def test_out_of_memory_is_not_blamed_on_the_file(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def exhausted(image: Image.Image) -> Image.Image:
@@ -150,7 +151,7 @@ def test_an_empty_caption_is_named(folder: Path) -> None:
     ("caption", "problem"),
     [("\u200b\xad", "no visible character"), ("a \ud800", "half a surrogate pair")],
 )
-def test_a_caption_that_is_no_text_is_named(folder: Path, caption: str, problem: str) -> None:
+def test_a_caption_without_text_is_named(folder: Path, caption: str, problem: str) -> None:
     (folder / "captions.tsv").unlink()
     rows = [{"path": "red.png", "caption": "a red card"}, {"path": "blue.png", "caption": caption}]
     (folder / "captions.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -251,9 +252,9 @@ def test_token_data_set(dataset: TokenDataset, tmp_path: Path) -> None:
     loaded = TokenDataset.load(tmp_path / "tokens.npz")
     assert (loaded.text_vocab_size, loaded.codebook_size) == (14, 50)
     for i in range(3):
-        for mine, theirs in zip(dataset[i], loaded[i], strict=True):
-            assert mine.dtype == theirs.dtype
-            np.testing.assert_array_equal(mine, theirs)
+        for saved, read in zip(dataset[i], loaded[i], strict=True):
+            assert saved.dtype == read.dtype
+            np.testing.assert_array_equal(saved, read)
 
 
 def test_damaged_token_data_sets(dataset: TokenDataset, tmp_path: Path) -> None:
@@ -263,14 +264,16 @@ def test_damaged_token_data_sets(dataset: TokenDataset, tmp_path: Path) -> None:
     dataset.save(path)
     data = path.read_bytes()
     flipped = bytearray(data)
-    flipped[data.index(b"codes.npy") + 140] ^= 0xFF  # one byte of the array: the checksum tells
+    flipped[data.index(b"codes.npy") + 140] ^= (
+        0xFF  # one byte of the array, which the checksum reveals
+    )
     for damaged in (b"", b"text", data[: len(data) // 2], data[:-1], bytes(flipped)):
         path.write_bytes(damaged)
         with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set, got"):
             TokenDataset.load(path)
     compressed = bytearray(data)
     for start in (data.index(b"PK\x03\x04") + 8, data.index(b"PK\x01\x02") + 10):
-        compressed[start] = 99  # a method of compression that zipfile does not know
+        compressed[start] = 99  # a compression method that zipfile does not know
     path.write_bytes(compressed)
     with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set, got"):
         TokenDataset.load(path)
@@ -307,7 +310,7 @@ def test_batches_are_a_sequence_of_permutations(
     stream = np.concatenate(batches)[: num_epochs * num_examples]
     for epoch in stream.reshape(num_epochs, num_examples):
         assert sorted(epoch) == list(range(num_examples))
-    # Pure: any step alone, in any order, after anything else.
+    # A pure function: the order of the calls does not matter.
     batch_indices(seed + 1, 0, batch_size, num_examples)
     for step in reversed(range(steps)):
         np.testing.assert_array_equal(

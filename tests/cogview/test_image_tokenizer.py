@@ -137,9 +137,9 @@ def test_moving_average_follows_its_definition() -> None:
         vectors[:, 0] = vectors[:, 0].abs() + 1  # some codes are never used
         codes = module(vectors)[1]
         for k in range(5):
-            mine = vectors[codes == k]
-            size[k] = 0.9 * size[k] + 0.1 * len(mine)
-            total[k] = 0.9 * total[k] + 0.1 * mine.sum(0)
+            assigned = vectors[codes == k]
+            size[k] = 0.9 * size[k] + 0.1 * len(assigned)
+            total[k] = 0.9 * total[k] + 0.1 * assigned.sum(0)
     torch.testing.assert_close(module.cluster_size, size)
     torch.testing.assert_close(module.embed, (total / size[:, None]).t())
 
@@ -154,7 +154,7 @@ def test_an_unused_code_stays_where_it_is_without_restarts() -> None:
     torch.testing.assert_close(module.embed[:, 7], torch.full((8,), 100.0))
 
 
-def test_a_dead_code_restarts_at_an_encoder_output() -> None:
+def test_an_unused_code_restarts_at_an_encoder_output() -> None:
     module = Quantizer(TINY).train()
     module.embed[:, 7] = 100.0
     module.embed_avg[:, 7] = 100.0
@@ -261,7 +261,7 @@ def test_loads_a_bare_state_dict_of_a_wrapped_model(
     torch.save(state, tmp_path / "a.pt")
     loaded = ImageTokenizer.load(tmp_path / "a.pt", TINY)
     assert torch.equal(loaded.encode(digits), tokenizer.encode(digits))
-    with pytest.raises(ValueError, match=r"a\.pt: not the weights of this image tokenizer"):
+    with pytest.raises(ValueError, match=r"a\.pt: expected weights of this image tokenizer"):
         ImageTokenizer.load(tmp_path / "a.pt", replace(TINY, hidden=24))
 
 
@@ -292,5 +292,5 @@ def test_other_files(tmp_path: Path) -> None:
         ImageTokenizer.load(tmp_path / "a.pt")
     for other in (torch.zeros(3), {"config": {"depth": 3}, "model": {}}, {"weights": 1}):
         torch.save(other, tmp_path / "a.pt")
-        with pytest.raises(ValueError, match=r"a\.pt: not the weights of this image tokenizer"):
+        with pytest.raises(ValueError, match=r"a\.pt: expected weights of this image tokenizer"):
             ImageTokenizer.load(tmp_path / "a.pt")

@@ -24,13 +24,13 @@ def test_grid(tmp_path: Path, num: int, channels: int) -> None:
     assert ink(tmp_path / "b.png") < 0.2  # a blank drawing is blank paper
 
 
-def test_captions_are_no_mathematics(tmp_path: Path) -> None:
+def test_dollar_signs_in_captions_start_no_formula(tmp_path: Path) -> None:
     captions = ["costs $5 and $6", r"$\frac{$ and \unknown$"]
     save_grid(torch.zeros(2, 1, 8, 8), captions, tmp_path / "a.png", title=r"$\frac{$")
     assert (tmp_path / "a.png").is_file()
 
 
-def test_a_large_grid_is_cut(tmp_path: Path) -> None:
+def test_a_large_grid_is_limited(tmp_path: Path) -> None:
     num = GRID_LIMIT + 1
     save_grid(torch.zeros(num, 1, 2, 2), ["a"] * num, tmp_path / "a.png", right=[True] * num)
     save_grid(torch.zeros(num - 1, 1, 2, 2), ["a"] * (num - 1), tmp_path / "b.png")

@@ -115,12 +115,11 @@ def test_generation_equals_the_full_forward_at_every_token(model):
     assert len(set(map(tuple, drawn))) == 3
 
 
-def test_positions_go_on_from_the_prompt_in_super_resolution(model):
+def test_positions_continue_those_of_the_prompt_in_super_resolution(model):
     config = dataclasses.replace(CONFIG, sampling=SamplingConfig(temperature=0.0))
     vocab = config.vocabulary
-    prompt = super_resolution(
-        vocab, [1, 2], [3] * 16, num_fine_codes=30
-    )  # 22 + 4 tokens; 4 + 30 positions
+    # 22 + 4 tokens; the positions after [ROI2] run from 0 to 33.
+    prompt = super_resolution(vocab, [1, 2], [3] * 16, num_fine_codes=30)
     with torch.inference_mode():
         drawn = generate(
             model, config, [prompt], [30], vocab.image_mask(), torch.Generator().manual_seed(3)

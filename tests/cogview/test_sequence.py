@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from cogview.sequence import (
+    COMMANDS,
     Vocabulary,
     captioning,
     collate,
@@ -16,9 +17,7 @@ SMALL = Vocabulary(16, 10)
 
 
 def names(vocab, tokens):
-    """Ids to letters: i image code, t text piece, and the names of command tokens."""
-    from cogview.sequence import COMMANDS
-
+    """Kinds of ids: "i" for an image code, "t" for a text piece, the name of a command token."""
     by_id = {vocab.command(name): name for name in COMMANDS}
     return [
         "i" if t < vocab.codebook_size else "t" if t < vocab.first_command else by_id[t]

@@ -25,7 +25,7 @@ def test_round_trip_of_captions_never_seen(
 ) -> None:
     caption = caption_of(digits)
     ids = tokenizer.encode(caption)
-    assert all(0 < i < tokenizer.vocab_size for i in ids)  # nothing is unknown
+    assert all(0 < i < tokenizer.vocab_size for i in ids)  # no piece is unknown
     assert tokenizer.decode(ids) == caption
 
 
@@ -106,7 +106,7 @@ def test_vocabulary_that_does_not_fit_the_corpus(corpus: list[str], tmp_path: Pa
 
 
 def test_empty_corpus(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="no caption"):
+    with pytest.raises(ValueError, match="at least one caption, got none"):
         TextTokenizer.train(["", "  "], tmp_path / "a.model", 8)
 
 
@@ -119,7 +119,7 @@ def test_bad_model_files(corpus: list[str], tmp_path: Path) -> None:
     path.write_bytes(b"not a model at all")
     with pytest.raises(ValueError, match=r"a\.model: expected a SentencePiece model"):
         TextTokenizer.load(path)
-    # Cut anywhere, also between two pieces, where SentencePiece itself notices nothing.
+    # Truncated anywhere, also between two pieces, where SentencePiece itself raises no error.
     for length in [*range(600), len(model) // 2, len(model) - 1]:
         path.write_bytes(model[:length])
         with pytest.raises(ValueError, match=r"a\.model: expected a .*SentencePiece model"):

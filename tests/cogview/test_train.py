@@ -11,7 +11,7 @@ import torch
 
 from cogview.checkpoint import list_checkpoints, load_checkpoint
 from cogview.config import Config, load_config
-from cogview.data import TokenDataset
+from cogview.tokens import TokenDataset
 from cogview.train import Trainer, choose_device, learning_rate, read_metrics, split_data
 
 SETTINGS = [
@@ -41,7 +41,7 @@ def config(*overrides: str) -> Config:
 
 
 def dataset(num: int = 10, seed: int = 0) -> TokenDataset:
-    """Images of one code each, which the first piece of the caption names."""
+    """Images in which all codes equal the first piece of the caption."""
     rng = np.random.default_rng(seed)
     lengths = rng.integers(2, 7, num)
     text = rng.integers(0, 16, lengths.sum()).astype(np.int32)
@@ -62,7 +62,7 @@ def without_seconds(folder):
 
 
 def assert_same(a, b):
-    """Bit for bit, through nested dictionaries and lists."""
+    """Compares nested dictionaries and lists bit for bit."""
     assert type(a) is type(b)
     if isinstance(a, dict):
         assert a.keys() == b.keys()
@@ -78,7 +78,7 @@ def assert_same(a, b):
         assert a == b
 
 
-# Trains in a process of its own, which kills itself with SIGKILL in the middle of step 5.
+# A separate process trains, and kills itself with SIGKILL in the middle of step 5.
 KILLED = """
 import os, signal, sys
 sys.path[:0] = sys.argv[2:]
@@ -102,12 +102,8 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
         [sys.executable, "-c", KILLED, str(killed), *paths], capture_output=True, text=True
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
-    assert [row["step"] for row in read_metrics(killed / "metrics.jsonl")] == [
-        1,
-        2,
-        3,
-        4,
-    ]  # ahead of the checkpoint
+    # The log is ahead of the checkpoint.
+    assert [row["step"] for row in read_metrics(killed / "metrics.jsonl")] == [1, 2, 3, 4]
     torch.rand(3)  # the state of the global generator must not matter
     resumed = trainer(config(), killed)
     assert resumed.step == 3
@@ -136,13 +132,12 @@ def test_training_learns_what_the_caption_says(tmp_path):
         "training.batch_size=8", "training.eval_every=300", "training.save_every=300",
         "training.text_weight=0",
     )  # fmt: skip
-    data = dataset(512)  # enough not to be learned by heart
+    data = dataset(512)  # too many examples to memorise
     Trainer(settings, tmp_path, data, dataset(32, 1), progress=False).run()
     last = read_metrics(tmp_path / "metrics.jsonl")[-1]
-    assert (
-        last["held_out_image_loss"] < 0.1
-    )  # the first code costs log(16) / 16 = 0.17 to who cannot read
-    assert last["held_out_text_loss"] > 2.0  # weight 0: not learned
+    # A model that ignores the caption pays log(16) / 16 = 0.17 for the first code.
+    assert last["held_out_image_loss"] < 0.1
+    assert last["held_out_text_loss"] > 2.0  # text has weight 0: not learned
 
 
 def test_metrics_name_text_and_image_loss(tmp_path):
@@ -208,7 +203,7 @@ def test_pruning_does_not_count_damaged_checkpoints(tmp_path):
     folder = tmp_path / "checkpoints"
     (folder / "step_00000006.pt").write_bytes(b"")
     (folder / "step_00000009.pt").write_bytes(b"")
-    with pytest.warns(UserWarning, match="keeping this one as step_0000000[69].pt.damaged"):
+    with pytest.warns(UserWarning, match="keeping the damaged file as step_0000000[69].pt.damaged"):
         run = trainer(settings, tmp_path)
     run._train_step()
     run._save()
@@ -234,7 +229,7 @@ def test_no_readable_checkpoint_is_an_error_not_a_fresh_start(tmp_path):
 
 def test_a_checkpoint_of_other_settings_is_an_error(tmp_path):
     trainer(config(), tmp_path).run()
-    for key, saved, asked in (
+    for key, saved, requested in (
         ("model.max_positions", 40, 36),
         ("model.norm", "sandwich", "pre"),
         ("model.num_pivots", 4, 5),
@@ -243,8 +238,8 @@ def test_a_checkpoint_of_other_settings_is_an_error(tmp_path):
         ("training.held_out_fraction", 0.05, 0.1),
         ("image_tokenizer.channels", 1, 3),
     ):
-        with pytest.raises(ValueError, match=f"^{key}: .*step 6, was .* {saved}, got {asked};"):
-            trainer(config(f"{key}={asked}"), tmp_path)
+        with pytest.raises(ValueError, match=f"^{key}: .*step 6, was .* {saved}, got {requested};"):
+            trainer(config(f"{key}={requested}"), tmp_path)
     changed = ["model.dropout=0", "model.activation_checkpointing=true", "training.steps=7"]
     assert trainer(config(*changed), tmp_path).step == 6
 
@@ -277,13 +272,13 @@ def test_float16_skips_steps_that_overflow_and_counts_them(tmp_path):
     assert first["skipped_steps"] == 1 and first["loss_scale"] == 2.0**39
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
     rows = [run._train_step() for _ in range(35)]
-    assert rows[-1]["skipped_steps"] == 0  # the scale came down, and training goes on
+    assert rows[-1]["skipped_steps"] == 0  # the loss scale has become small enough
     assert not torch.equal(run.model.word_embeddings.weight, before["word_embeddings.weight"])
 
 
 def test_data_that_does_not_fit_is_named(tmp_path):
     with pytest.raises(
-        ValueError, match="training data: expected 32 image codes .* got 16; encode it again"
+        ValueError, match="training data: expected 32 image codes .* got 16; encode the data again"
     ):
         trainer(config("image_tokenizer.codebook_size=32"), tmp_path)
     empty = TokenDataset(
@@ -303,11 +298,11 @@ def test_learning_rate_warms_up_and_decays():
     assert rates[99] == pytest.approx(training.final_learning_rate, rel=0.02)
 
 
-def test_captions_that_are_too_long_are_clipped(tmp_path):
-    lengths = dataclasses.replace(
-        config().model, max_positions=23
-    )  # 16 codes, 4 commands, 3 pieces
-    settings = dataclasses.replace(config(), model=lengths)
+def test_captions_that_are_too_long_are_truncated(tmp_path):
+    # 23 positions: 16 codes, 4 commands, 3 pieces of text.
+    settings = dataclasses.replace(
+        config(), model=dataclasses.replace(config().model, max_positions=23)
+    )
     run = trainer(settings, tmp_path)
     batch = run._batch(run.train_data, np.arange(10))
     assert batch.tokens.shape[1] == 23 and int(batch.text_len.max()) == 6

@@ -1,11 +1,11 @@
 """Everything that needs a GPU, in one command: ``python tests/gpu/check.py`` from the repository's
-root, with the Python that holds torch. Builds for the GPU that is here, runs the groups below, each
+root, with the Python that has torch. Builds for the GPU of the machine, runs the groups below, each
 in a process of its own, and prints a table last.
 
 The record, ``benchmarks/results/gpu-check-<device>-<date>-<commit>.json``, is rewritten after each
-test, so that what was learned outlives a hang or a kill; ``$OUT``, where set, gets a copy. A test
-that takes its process down, or says nothing for STALL_S, counts as failed, and its group goes on
-with the tests behind it. The commit is git's, else ``$COMMIT``.
+test, so that results outlive a hang or a kill; ``$OUT``, where set, gets a copy. A test that ends
+its process, or reports nothing for STALL_S seconds, counts as failed, and its group continues with
+the next test. The commit is git's, else ``$COMMIT``.
 
 Exit status: 0 all passed, 1 something failed, 2 nothing ran.
 """
@@ -54,7 +54,7 @@ class Group:
 
 
 CALLS = ("tests/test_pb_relax_layer_norm.py", "tests/test_sandwich_residual.py")
-# What tells most comes first.
+# The most informative groups come first. A group may take budget_s seconds, all of them BUDGET_S.
 GROUPS = (
     Group("primitives", ("tests/gpu/test_primitives.py",), 60),
     Group("attention", ("tests/test_attention_kernels.py", "-k", "cuda"), 120),
@@ -62,7 +62,7 @@ GROUPS = (
     Group("layer norm", ("tests/test_layer_norm_kernels.py", "-k", "cuda"), 100),
     Group("layer norm, large", ("tests/gpu/test_layer_norm.py",), 80),
     Group("layer norm, calls", (*CALLS, "-k", "cuda"), 80),
-    Group("streams and graphs", ("tests/gpu/test_streams.py",), 90),
+    Group("streams and graphs", ("tests/gpu/test_streams.py",), 150),
     Group("wiring", ("tests/test_backends.py", "-k", "cuda or takes_cpu_tensors"), 90),
     Group("timing", ("tests/gpu/test_measure.py",), 40),
     Group("sanitizer", ("tests/gpu/test_sanitizer.py",), 120),
@@ -70,7 +70,7 @@ GROUPS = (
 
 
 class Recorder:
-    """The pytest plugin of one group: leaves out what is on record, records the rest."""
+    """The pytest plugin of one group: leaves out recorded tests, and records the others."""
 
     def __init__(self, path: Path, name: str) -> None:
         self.path, self.record = path, json.loads(path.read_text())
@@ -79,10 +79,12 @@ class Recorder:
     def pytest_configure(self, config: pytest.Config) -> None:
         import hypothesis
 
-        # A failing example as it is drawn: shrinking it would take the time of the other tests.
+        # A failing example is reported as drawn: shrinking it would take the other tests' time.
         phases = [phase for phase in hypothesis.Phase if phase.name in ("explicit", "generate")]
         current = hypothesis.settings()
-        hypothesis.settings.register_profile("gpu-check", current, phases=phases)
+        hypothesis.settings.register_profile(
+            "gpu-check", current, phases=phases, max_examples=6 * current.max_examples
+        )
         hypothesis.settings.load_profile("gpu-check")
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -121,7 +123,7 @@ class Recorder:
         if test["outcome"] == "failed" and not context_lives():
             test["reason"] = f"[CUDA context lost] {test['reason']}"
             save(self.record, self.path)
-            os._exit(3)  # the context cannot be mended in this process
+            os._exit(3)  # this process cannot get a new context
 
     def pytest_sessionfinish(self) -> None:
         self.group["finished"] = True
@@ -129,7 +131,7 @@ class Recorder:
 
 
 def run_group(group: Group, path: Path, deadline: float) -> None:
-    """All tests of a group, in as many processes as they take down."""
+    """Run all tests of a group. Each test that ends its process costs a new one."""
     record = json.loads(path.read_text())
     empty: dict[str, Any] = {
         "seconds": 0.0,
@@ -154,7 +156,7 @@ def run_group(group: Group, path: Path, deadline: float) -> None:
             test = {"id": this["running"], "outcome": "failed", "seconds": None}
             test["reason"] = lost or "its process ended"
             known = [test["id"] for test in this["tests"]]
-            if this["running"] in known:  # it had reported, and then hung in its teardown
+            if this["running"] in known:  # it reported an outcome, then hung in its teardown
                 del this["tests"][known.index(this["running"]) :]
             this["tests"].append(test)
             this["running"] = None
@@ -168,7 +170,7 @@ def run_group(group: Group, path: Path, deadline: float) -> None:
 
 
 def run_build(path: Path, architecture: str) -> bool:
-    """The kernels, then the host model beside them; whether the kernels are there."""
+    """Build the kernels, then the host model too; whether the kernels were built."""
     record = json.loads(path.read_text())
     tests: list[dict[str, Any]] = []
     record["groups"]["build"] = {"seconds": 0.0, "finished": True, "error": None, "tests": tests}
@@ -180,10 +182,10 @@ def run_build(path: Path, architecture: str) -> bool:
 
 
 def table(record: dict[str, Any]) -> tuple[str, bool]:
-    """One row for each group and one line for its first failure; whether all is well. A group in
-    which nothing passed is not well."""
+    """One row for each group and one line for its first failure; whether all groups passed. A group
+    without a passed test did not."""
     rows = [f"{'group':20} {'passed':>6} {'failed':>6} {'skipped':>7} {'seconds':>7}  worst error"]
-    well = True
+    passed = True
     for name, group in record["groups"].items():
         tests = group["tests"]
         count = {
@@ -203,12 +205,12 @@ def table(record: dict[str, Any]) -> tuple[str, bool]:
         if not count["passed"] and not failures:
             reasons = sorted({str(test.get("reason")) for test in tests}) or ["no tests"]
             rows.append(f"    nothing passed: {reasons[0][:150]}")
-        well = well and not failures and not group["error"] and count["passed"] > 0
-    return "\n".join(rows), well
+        passed = passed and not failures and not group["error"] and count["passed"] > 0
+    return "\n".join(rows), passed
 
 
 def describe() -> dict[str, Any]:
-    """The machine and what stands on it."""
+    """The machine and its software."""
     import torch
 
     commit = output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT")
@@ -244,12 +246,12 @@ def check(groups: tuple[Group, ...], path: Path, architecture: str | None) -> bo
             run_group(group, path, begin + BUDGET_S)
     record = json.loads(path.read_text())
     save_log(LOG)
-    text, well = table(record)
+    text, passed = table(record)
     print(f"\n{text}\nrecord: {path}")
     missing = [group.name for group in groups if group.name not in record["groups"]]
     if missing:
         print(f"not run: {', '.join(missing)}")
-    return well and not missing
+    return passed and not missing
 
 
 def main() -> int:

@@ -1,4 +1,4 @@
-"""Tests that need a GPU skip with the reason where none can be used."""
+"""Tests that need a GPU are skipped, with the reason, where none can be used."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ def cuda() -> None:
 
 @pytest.fixture
 def record(request: pytest.FixtureRequest) -> Callable[[str, object], None]:
-    """Keep a number beside the test's outcome in the record that check.py writes."""
+    """Add a number to the test's entry in the record that check.py writes."""
     return lambda name, value: request.node.user_properties.append((name, value))

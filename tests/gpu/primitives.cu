@@ -1,6 +1,6 @@
-// Kernels of one primitive each, for test_primitives.py: operands from global memory, the primitive,
-// its result to global memory. nvcc compiles them for the device, and with COGVIEW_HOST_MODEL a host
-// compiler for the model: the same kernels, the same entry `run`.
+// Kernels for test_primitives.py, each with one primitive: it takes operands from global memory and
+// writes its result there. nvcc compiles them for the device. With COGVIEW_HOST_MODEL a host compiler
+// compiles the same kernels and the same entry `run` for the model.
 //
 // Element i of an operand belongs to thread i of all blocks, unless a kernel says otherwise.
 
@@ -67,7 +67,7 @@ KERNEL(copy_v4_kernel) {  // sixteen bytes for each thread
   st_global_v4(static_cast<char*>(p.out) + 16 * i, bits);
 }
 
-KERNEL(shared_v4_kernel) {  // sixteen bytes of the neighbour's, through shared memory
+KERNEL(shared_v4_kernel) {  // the neighbour's sixteen bytes, through shared memory
   const int i = thread_number();
   unsigned char* shared = dynamic_shared();
   st_shared_v4(shared + 16 * threadIdx.x, ld_global_nc_v4(static_cast<const char*>(p.a) + 16 * i));
@@ -75,12 +75,12 @@ KERNEL(shared_v4_kernel) {  // sixteen bytes of the neighbour's, through shared 
   st_global_v4(static_cast<char*>(p.out) + 16 * i, ld_shared_v4(shared + 16 * (threadIdx.x ^ 1)));
 }
 
-KERNEL(red_global_max_kernel) {  // a: the value, b: where in out
+KERNEL(red_global_max_kernel) {  // a: the value, b: its place in out
   const int i = thread_number();
   red_global_max(static_cast<uint32_t*>(p.out) + load<int>(p.b, i), load<uint32_t>(p.a, i));
 }
 
-// kBytes from element b of a (in kBytes) where c; shared memory is not zero before.
+// Copies element b of a, kBytes long, where c holds. Shared memory is not zero before.
 template <int kBytes>
 KERNEL(cp_async_kernel) {
   constexpr int kWords = kBytes / 4;
@@ -100,7 +100,8 @@ KERNEL(cp_async_kernel) {
   for (int word = 0; word < kWords; ++word) store(p, kWords * i + word, shared[word]);
 }
 
-// a: 64 rows of 16 bytes for each block; b: the row whose address a lane gives. Four words a lane.
+// a: 64 rows of 16 bytes for each block; b: the row whose address a lane gives. Each lane gets four
+// words.
 template <bool kTransposed>
 KERNEL(ldmatrix_kernel) {
   uint32_t* shared = reinterpret_cast<uint32_t*>(dynamic_shared());
@@ -247,8 +248,8 @@ cudaError_t run_on(const std::string& name, int num_blocks, const Array (&arrays
 
 std::string error;
 
-// Run a primitive on arrays of the host: operands a, b, c, then out, whose values count before. The
-// error's text, or nothing.
+// Runs a primitive on arrays of the host: operands a, b, c, then out with its initial values. Returns
+// the error's text, or nothing.
 extern "C" __attribute__((visibility("default"))) const char* run(const char* name, int num_blocks,
                                                                   void* const* data,
                                                                   const int64_t* bytes) {

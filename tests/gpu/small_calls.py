@@ -1,5 +1,5 @@
-"""The smallest calls that reach every kernel, for test_sanitizer.py to run under compute-sanitizer.
-Inputs come from the CPU, so that hardly a kernel runs but those under test."""
+"""The smallest calls that reach every kernel, which test_sanitizer.py runs under compute-sanitizer.
+Inputs are made on the CPU, so that few kernels run besides those under test."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def on_gpu(*shape: int, dtype: torch.dtype) -> Tensor:
 
 
 def attend(head_dim: int, dtype: torch.dtype) -> None:
-    """Several tiles of queries and keys with ragged ends, the backward's splits, one query."""
+    """Several tiles of queries and keys, partly filled, the backward's splits, and one query."""
     k_len = 150
     text_len = torch.tensor([70, 9], dtype=torch.int32)
     pivots = ck.sample_pivots(text_len, k_len, 20, torch.Generator().manual_seed(0))

@@ -1,5 +1,5 @@
-"""The attention kernels at sizes that only a GPU reaches; tests/test_attention_kernels.py holds the
-small ones, for the GPU too."""
+"""The attention kernels at sizes that only a GPU can run; tests/test_attention_kernels.py has the
+small sizes, on the GPU too."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def problem_on_gpu(
     dtype: torch.dtype = torch.bfloat16,
     num_kv_heads: int | None = None,
 ) -> Problem:
-    """Normal random inputs made on the GPU: views of one projection (B, S, ., D)."""
+    """Normal random inputs, made on the GPU as views of one projection (B, S, ., D)."""
     num_kv_heads = num_kv_heads or num_heads
     generator = torch.Generator("cuda").manual_seed(0)
 
@@ -60,8 +60,8 @@ def layout_on_gpu(
 
 
 def pieces(problem: Problem) -> Iterator[tuple[Problem, tuple[slice, slice]]]:
-    """The problem cut by sample and heads, such that a dense matrix fits several times. As many key
-    as query heads."""
+    """The problem in pieces of one sample and some heads, so small that several dense matrices fit
+    into memory. Expects as many key heads as query heads."""
     batch, num_heads, seqlen, _ = problem.q.shape
     step = max(1, 2**28 // seqlen**2)
     for b in range(batch):
@@ -90,7 +90,7 @@ def check(problem: Problem, results: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_fixed_cases(case: tuple[int, ...], dtype: torch.dtype) -> None:
-    """Every head, forward and backward, and twice the same bits."""
+    """Every head, forward and backward; a second run gives the same bits."""
     batch, num_heads, seqlen, *rest = case
     problem = problem_on_gpu(
         batch, num_heads, seqlen, layout_on_gpu(batch, seqlen, *rest), dtype=dtype
@@ -112,8 +112,8 @@ def test_head_dims(head_dim: int) -> None:
 def test_close_to_the_host_model(
     head_dim: int, dtype: torch.dtype, record: Callable[[str, object], None]
 ) -> None:
-    """The same source on the same inputs: what is left are the order of a tensor core's sums and
-    the last bits of exp2, which may turn the rounding of a weight."""
+    """The same source on the same inputs. The order of a tensor core's sums and the last bits of
+    exp2 differ, which may change how a weight is rounded."""
     if extension.why_not_host_model() is not None:
         pytest.skip(str(extension.why_not_host_model()))
     layout = layout_on_gpu(2, 300, 48, 2, 40)
@@ -143,7 +143,7 @@ def test_close_to_the_host_model(
 
 
 def at_far_offsets(tensor: Tensor) -> Tensor:
-    """The same values, with the heads so far apart that offsets pass 2^31 elements."""
+    """The same values, with heads so far apart that offsets exceed 2^31 elements."""
     batch, num_heads, seqlen, head_dim = tensor.shape
     stride = 2**32 // num_heads // 64 * 64
     memory = tensor.new_empty(stride * (num_heads - 1) + batch * seqlen * head_dim)
@@ -163,7 +163,8 @@ def test_inputs_with_offsets_beyond_int32() -> None:
 
 
 def test_more_than_2_to_the_31_elements() -> None:
-    """Many samples, and every tensor with more elements than int32 counts; the ends are checked."""
+    """Many samples, so that each tensor has more elements than int32 counts. Checks samples at both
+    ends and in the middle."""
     batch, num_heads, seqlen, head_dim = 16400, 8, 256, 64
     problem = problem_on_gpu(
         batch, num_heads, seqlen, layout_on_gpu(batch, seqlen, 64, 2, 20), head_dim
@@ -184,7 +185,7 @@ def test_more_samples_than_a_grid_dimension() -> None:
 
 
 def test_generation() -> None:
-    """One token and a chunk at the end of a long cache."""
+    """One token, and chunks of tokens, at the end of a long cache."""
     for q_len in (1, 7, 200):
         base = problem_on_gpu(2, 8, 8192, layout_on_gpu(2, 8192, 128, 2, 512))
         problem = dataclasses.replace(

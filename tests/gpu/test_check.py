@@ -1,4 +1,4 @@
-"""check.py itself: what it makes of tests that pass, fail, skip, die and hang."""
+"""What check.py reports of tests that pass, fail, skip, die and hang."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from pathlib import Path
 import check
 import pytest
 import torch
+from test_sanitizer import runs_still
 
 SUITE = """
-import os, time
+import os, subprocess, sys, time
+from pathlib import Path
 import pytest
 
 def test_first(record_property):
@@ -28,6 +30,9 @@ def test_dies():
     os.abort()
 
 def test_hangs():
+    sleep = [sys.executable, "-c", "import time; time.sleep(60)"]
+    child = subprocess.Popen(sleep, preexec_fn=os.setpgrp)
+    Path(os.environ["OUT"], "child").write_text(str(child.pid))
     time.sleep(60)
 
 def test_last():
@@ -66,6 +71,7 @@ def test_outcomes(
     assert tests["test_skips"]["reason"] == "Skipped: for a reason"
     assert tests["test_dies"]["reason"] == "died with signal 6"
     assert tests["test_hangs"]["reason"] == "killed: no word for 20 s"
+    assert not runs_still(int((tmp_path / "out" / "child").read_text()))
     printed = capsys.readouterr().out.splitlines()
     rows = [" ".join(line.split()[:4]) for line in printed]
     assert {"all 2 3 1", "good 2 0 0", "none 0 0 1", "broken 0 0 0"} <= set(rows)

@@ -1,5 +1,5 @@
-"""The LayerNorm kernels at widths and numbers of rows that only a GPU reaches;
-tests/test_layer_norm_kernels.py holds the small ones, for the GPU too."""
+"""The LayerNorm kernels at widths and numbers of rows that only a GPU can run;
+tests/test_layer_norm_kernels.py has the small ones, on the GPU too."""
 
 from __future__ import annotations
 
@@ -47,10 +47,10 @@ def differentiate(function: Function, x: Tensor, *rest: Tensor) -> tuple[Tensor,
 def check(
     x: Tensor, weight: Tensor, bias: Tensor, dy: Tensor, relax: str | None, rows: int
 ) -> float:
-    """The kernels on all of ``x`` against float64 on ``rows`` at a time; the largest error in units
-    of what is allowed. ``y`` and ``dx``: twice the error of torch in the same dtype, and one
-    rounding. ``dweight`` and ``dbias``: one rounding, and 32 float32 steps of the largest term for
-    each step of a random walk over the rows."""
+    """Run the kernels on all of ``x``, float64 on ``rows`` at a time; return the largest error over
+    its bound. The bound of ``y`` and ``dx`` is twice the error of torch in the same dtype, and one
+    rounding. That of ``dweight`` and ``dbias`` is one rounding, and 32 float32 steps of the largest
+    term for each step of a random walk over the rows."""
 
     def own(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
         return ck.pb_relax_layer_norm(x, weight, bias, EPS, relax, "cuda")
@@ -127,7 +127,7 @@ def test_more_than_2_to_the_31_elements(record: Callable[[str, object], None]) -
 
 
 def test_rows_with_offsets_beyond_int32() -> None:
-    """Few rows, so far apart that offsets pass 2^31 elements."""
+    """Few rows, so far apart that offsets exceed 2^31 elements."""
     x, weight, bias = normal(9, 1000, dtype=torch.bfloat16), normal(1000), normal(1000)
     stride = 2**29
     far = x.new_empty(8 * stride + 1000).as_strided(x.shape, (stride, 1)).copy_(x)
@@ -189,7 +189,7 @@ def test_many_rows_of_the_sandwich(hidden: int, record: Callable[[str, object], 
 
 
 def test_sandwich_of_more_than_2_to_the_31_elements() -> None:
-    """Rows know nothing of each other: those at the ends have the bits of a call of their own."""
+    """Rows are independent: those at the ends have the same bits in a call of their own."""
     rows, hidden = 2**20, 2056
     if torch.cuda.get_device_properties(0).total_memory < 70 * 2**30:
         pytest.skip("needs 70 GiB")

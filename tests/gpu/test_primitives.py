@@ -1,8 +1,8 @@
-"""The primitives of csrc/primitives.cuh, one by one: their model on the CPU and the GPU's
-instructions give what the PTX manual says, and the same bits where it says which bits.
+"""The instructions of csrc/instructions, one by one, on a GPU and in the host model: both do what
+the PTX manual says, bit for bit where the manual defines the bits.
 
-What is expected is computed here with numpy from the manual's words and fragment tables, apart from
-the model. primitives.cu is compiled twice, as it is for each of the two.
+The expected results are computed here with numpy from the manual's text and fragment tables,
+independently of the model. primitives.cu is compiled unchanged for both.
 """
 
 from __future__ import annotations
@@ -40,24 +40,25 @@ def _module(path: Path) -> ModuleType:
 
 
 def compile_for_host(folder: Path) -> Path:
-    """As setup.py compiles the host model and what runs on it."""
+    """As setup.py compiles the host model and kernels for it."""
     compiler = shlex.split(os.environ.get("CXX") or "c++")
     if shutil.which(compiler[0]) is None:
         pytest.skip(f"no C++ compiler: {compiler[0]!r} is not on the PATH")
     setup = _module(ROOT / "setup.py")
     common = [*compiler, *setup.HOST_MODEL, f"-I{ROOT / 'csrc'}", f"-I{ROOT}", "-c"]
-    model = str(ROOT / "csrc" / "host_model" / "host_model.cpp")
+    objects = [f"{name}.o" for name in ("fibers", "memory", "counters", "instructions")]
+    sources = [str(ROOT / "csrc" / "host_model" / name.replace(".o", ".cpp")) for name in objects]
     for command in (
-        [*common, "-O1", model, "-o", "model.o"],
+        [*common, "-O1", *sources],
         [*common, *setup.HOST_MODEL_HOOKS, "-x", "c++", str(PRIMITIVES), "-o", "primitives.o"],
-        [*compiler, "-shared", "model.o", "primitives.o", "-lpthread", "-o", "host.so"],
+        [*compiler, "-shared", *objects, "primitives.o", "-lpthread", "-o", "host.so"],
     ):
         subprocess.run(command, cwd=folder, check=True)
     return folder / "host.so"
 
 
 def compile_for_device(folder: Path) -> Path:
-    """For the GPU that is here, else for Hopper."""
+    """For the GPU of this machine, else for Hopper."""
     nvcc = _module(ROOT / "build_backend.py").find_nvcc()[1]
     if nvcc is None:
         pytest.skip("no nvcc on the PATH or under CUDA_HOME")
@@ -95,7 +96,7 @@ class Primitives:
         b: np.ndarray = NO_ARRAY,
         c: np.ndarray = NO_ARRAY,
     ) -> np.ndarray:
-        """``out`` after the primitive, on ``num_blocks`` blocks."""
+        """``out`` as the primitive leaves it, on ``num_blocks`` blocks."""
         arrays = [aligned(array) for array in (a, b, c, out)]
         data = (ctypes.c_void_p * 4)(*(array.ctypes.data for array in arrays))
         sizes = (ctypes.c_int64 * 4)(*(array.nbytes for array in arrays))
@@ -177,7 +178,7 @@ def test_shared_v4(run: Primitives, rng: np.random.Generator) -> None:
 
 
 def test_red_global_max(run: Primitives, rng: np.random.Generator) -> None:
-    """Many threads of many blocks meet in few places; as unsigned numbers."""
+    """Many threads of many blocks write few numbers, which are unsigned."""
     value, place = words(rng, 64, 32), rng.integers(0, 40, (64, 32), dtype=np.int32)
     before = words(rng, 48) >> np.arange(48, dtype=np.uint32) % 16
     expected = before.copy()
@@ -196,7 +197,7 @@ def test_cp_async(run: Primitives, rng: np.random.Generator, num_bytes: int) -> 
 
 @pytest.mark.parametrize("num_bytes", [4, 16])
 def test_cp_async_reads_nothing_where_not_valid(run: Primitives, num_bytes: int) -> None:
-    """Far outside the source, where reading would fail."""
+    """The address lies far outside the source, where a read would fail."""
     row, valid = np.full((1, 32), 2**31 // num_bytes - 1, np.int32), np.zeros((1, 32), np.int32)
     out = np.full((1, 32, num_bytes // 4), 7, np.uint32)
     out = run(f"cp_async_{num_bytes}", 1, out, np.zeros(4, np.uint32), row, valid)
@@ -290,8 +291,8 @@ def test_mma_of_numbers(
     spread: float,
     record: Callable[[str, object], None],
 ) -> None:
-    """Products are exact. The manual leaves the order and the rounding of the sum open: of 17
-    terms, added in any order, aligned to the largest or not, each loses at most one float32 step
+    """Products are exact. The manual leaves the order and the rounding of the sum open. In any
+    order, aligned to the largest term or not, each of 17 terms loses at most one float32 step
     (2^-23) of the sum of all magnitudes, truncation included."""
 
     def draw(rng: np.random.Generator, shape: tuple[int, ...]) -> np.ndarray:
@@ -309,7 +310,7 @@ def test_mma_of_numbers(
 @pytest.mark.parametrize("dtype", TYPES)
 @pytest.mark.parametrize("what", ["a", "b", "c", "product"])
 def test_mma_of_denormals(run: Primitives, rng: np.random.Generator, dtype: str, what: str) -> None:
-    """Denormals in, and out, are numbers; exact, since all are few steps of one size."""
+    """Denormal inputs and results are numbers. Results are exact: all are few steps of one size."""
     a, b, c = mma_operands(rng, integers(3))
     exponent = {"float16": -24, "bfloat16": -133}[dtype]  # of the smallest number
     if what == "a":
@@ -328,7 +329,7 @@ def test_mma_of_denormals(run: Primitives, rng: np.random.Generator, dtype: str,
 
 @pytest.mark.parametrize("dtype", TYPES)
 def test_mma_of_infinities_and_nan(run: Primitives, rng: np.random.Generator, dtype: str) -> None:
-    """A few of them in each matrix: each result is NaN, an infinity or a number as in exact
+    """With a few of them in each matrix, each result is NaN, an infinity or a number as in exact
     arithmetic with infinities."""
     a, b, c = mma_operands(rng, integers(3), 1000)
     odd = torch.tensor([torch.inf, -torch.inf, torch.nan], dtype=torch.float64)
@@ -344,7 +345,7 @@ def test_mma_of_infinities_and_nan(run: Primitives, rng: np.random.Generator, dt
 
 
 def test_mma_beyond_float32(run: Primitives) -> None:
-    """bfloat16 products that float32 does not hold become infinite, with their sign."""
+    """bfloat16 products beyond float32 become infinite and keep their sign."""
     a, b, c = torch.zeros(1, 16, 16), torch.zeros(1, 16, 8), torch.ones(1, 16, 8)
     a[0, :, 3] = torch.tensor([1e30, -1e30]).repeat(8)
     b[0, 3] = 2e30
@@ -356,8 +357,8 @@ def test_mma_beyond_float32(run: Primitives) -> None:
 
 
 def rounding_cases(dtype: str, rng: np.random.Generator) -> torch.Tensor:
-    """Every number of the type, every tie between neighbours with one float32 step to each side of
-    it, what overflows, and random bits; a multiple of 32 of them."""
+    """Every number of the type, every tie between neighbours and the float32 numbers beside it,
+    numbers that overflow, and random bits; a multiple of 32 of them."""
     numbers = torch.arange(65536).to(torch.int16).view(TYPES[dtype]).float()
     finite = numbers[numbers.isfinite()].sort().values
     ties = (finite[1:].double() + finite[:-1].double()).div(2).float()
@@ -370,7 +371,7 @@ def rounding_cases(dtype: str, rng: np.random.Generator) -> torch.Tensor:
 
 
 def bits_of(values: torch.Tensor, dtype: str) -> np.ndarray:
-    """Rounded to nearest even by torch, as bits; a NaN is the one that cvt makes."""
+    """The bits of torch's rounding to nearest even; NaN becomes the one that cvt gives."""
     rounded = values.to(TYPES[dtype])
     bits = rounded.view(torch.int16).numpy().view(np.uint16).copy()
     bits[rounded.isnan().numpy()] = 0x7FFF
@@ -413,7 +414,7 @@ def test_float_as_uint(run: Primitives, rng: np.random.Generator) -> None:
 
 
 def test_ex2_approx(run: Primitives, record: Callable[[str, object], None]) -> None:
-    """Within 2 ulp of 2^x, 1 for 0; denormal results count as zero."""
+    """Within 2 ulp of 2^x, and 1 for 0; denormal results become zero."""
     x = np.concatenate([np.linspace(-160, 130, 100_000), np.linspace(-1, 1, 100_000)])
     special = [np.inf, -np.inf, np.nan, 0.0, -0.0, 2.0**-140, -(2.0**-140)]
     x = np.concatenate([x, np.arange(-160, 130), special]).astype(np.float32)
@@ -433,13 +434,13 @@ def test_ex2_approx(run: Primitives, record: Callable[[str, object], None]) -> N
     assert (y[x == 0] == 1).all()
 
 
-# The two against each other
+# Device against model
 
 
 def test_device_equals_model(
     tmp_path: Path, rng: np.random.Generator, record: Callable[[str, object], None]
 ) -> None:
-    """Where the manual leaves bits open, how far apart are they?"""
+    """How far device and model differ where the manual leaves bits open."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device can be used")
     model, device = (Primitives(build(tmp_path)) for build in COMPILE.values())

@@ -1,4 +1,4 @@
-"""What only a GPU's runtime can show: streams, graphs, compilation, synchronisation and memory."""
+"""What only a GPU's runtime can show: memory, streams, graphs, compilation and synchronisation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from cogview_kernels.norm import portable
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
-SLEEP_CYCLES = 400_000_000  # some tenths of a second
+SLEEP_CYCLES = 400_000_000  # a few tenths of a second
 
 Call = Callable[..., tuple[Tensor, ...]]
 
@@ -92,24 +92,129 @@ def equal(results: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
     return all(torch.equal(a, b) for a, b in zip(results, expected, strict=True))
 
 
+# Memory. These come first: graphs and compiled functions of other tests keep memory.
+
+
+def requested() -> int:
+    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
+
+
+def peak_of(call: Callable[[], object]) -> tuple[object, int]:
+    """The call's result, and the most bytes that it had allocated at a time."""
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = requested()
+    result = call()
+    return result, int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - before
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("batch, num_heads, seqlen", [(1, 2, 4096), (8, 32, 1024)])
+def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> None:
+    """As the docstring says: the results, two numbers for each query row, and the backward's
+    workspace."""
+    num_pivots, head_dim = 100, 64
+    pivots = ck.sample_pivots(torch.full((batch,), 9), seqlen, num_pivots).cuda()
+    text_len = torch.full((batch,), 9, dtype=torch.int32, device="cuda")
+    layout = ck.ThreeRegionLayout(text_len, pivots, 128, 2)
+    shape = batch, num_heads, seqlen, head_dim
+    leaves = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for _ in range(3)]
+    dout = torch.randn(shape, device="cuda", dtype=dtype)
+
+    def forward() -> Tensor:
+        own = dataclasses.replace(layout)  # which packs its keys again
+        return ck.three_region_attention(*leaves, own, backend="cuda")  # type: ignore[call-overload]
+
+    torch.autograd.grad(forward(), leaves, dout)  # allocates what is kept for all calls
+    elements, rows = batch * num_heads * seqlen * head_dim, batch * num_heads * seqlen
+    out, peak = peak_of(forward)
+    assert isinstance(out, Tensor)
+    assert peak == 2 * elements + 2 * 4 * rows + 4 * batch * (2 + num_pivots)
+    _, peak = peak_of(lambda: torch.autograd.grad(out, leaves, dout))
+    num_sms = extension.num_sms(out.device)
+    far_rows = extension.attention_split_rows(seqlen, num_pivots, out.device)
+    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, far_rows, 256, num_sms)
+    assert (splits > 1) == (batch == 1)
+    workspace = 4 * rows + (4 * batch * 3 * num_heads if dtype == torch.float16 else 0)
+    if splits > 1:
+        assert far_rows == -(-num_pivots // 64) * 64 + 256
+        workspace += 8 * splits * batch * num_heads * far_rows * head_dim
+    assert peak == 3 * 2 * elements + workspace
+
+
+@pytest.fixture
+def little_memory() -> Iterator[Callable[[], None]]:
+    """Allow 64 MiB more than is in use now."""
+
+    def limit() -> None:
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+        total = torch.cuda.get_device_properties(0).total_memory
+        allowed = torch.cuda.memory_reserved() + 2**26
+        torch.cuda.set_per_process_memory_fraction(allowed / total)
+
+    yield limit
+    torch.cuda.set_per_process_memory_fraction(1.0)
+
+
+def test_memory_of_the_sandwich() -> None:
+    """The forward keeps the results and sixteen bytes for each row and norm; the backward needs
+    partial sums."""
+    *tensors, dh, dz = sandwich_inputs(0)
+    leaves = [t.half().requires_grad_() for t in tensors]
+    rows, hidden = dh.shape
+
+    def forward() -> Any:
+        return ck.sandwich_residual(*leaves, backend="cuda")
+
+    upstream = dh.half(), dz.half()
+    torch.autograd.grad(forward(), leaves, upstream)  # allocates what is kept for all calls
+    results, peak = peak_of(forward)
+    assert peak == 2 * 2 * rows * hidden + 2 * 16 * rows
+    _, peak = peak_of(lambda: torch.autograd.grad(results, leaves, upstream))
+    partial = 4 * 4 * extension.num_sms(dh.device) * hidden
+    assert peak == 2 * 2 * rows * hidden + 4 * 2 * hidden + partial
+
+
+def test_out_of_memory(little_memory: Callable[[], None]) -> None:
+    """The usual error, forward and backward; later calls give the right results."""
+    shape = 8, 32, 4096, 64  # 128 MiB
+    q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
+    leaves = [t.requires_grad_() for t in (q, k, v)]
+    layout = ck.ThreeRegionLayout(9, None, 128, 2)
+
+    def forward() -> Tensor:
+        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
+
+    out = forward()
+    little_memory()
+    with pytest.raises(torch.OutOfMemoryError):
+        forward()
+    with pytest.raises(torch.OutOfMemoryError):
+        torch.autograd.grad(out, leaves, dout, retain_graph=True)
+    torch.cuda.set_per_process_memory_fraction(1.0)
+    assert torch.equal(forward(), out)
+    assert all(t.isfinite().all() for t in torch.autograd.grad(out, leaves, dout))
+
+
 # Streams
 
 
 @OPERATORS
 def test_side_stream(inputs: Inputs, call: Call) -> None:
-    """Work waits for what stands before it on its stream, and for nothing else."""
+    """Work waits for earlier work on its stream, and for nothing else."""
     old, new = inputs(0), inputs(1)
     before, expected = call(*old), call(*new)
     assert not equal(before, expected)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        call(*old)  # so that the stream has memory of its own
+        call(*old)  # so that the allocator has memory for this stream
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
         torch.cuda._sleep(SLEEP_CYCLES)
         for tensor, value in zip(old, new, strict=True):
-            tensor.copy_(value)  # seen only by work that comes behind the sleep
+            tensor.copy_(value)  # seen only by work behind the sleep
         results = call(*old)
         done = side.record_event()
     assert not done.query()  # queued, not waited for
@@ -138,7 +243,7 @@ def test_two_streams_at_once(inputs: Inputs, call: Call) -> None:
 
 @OPERATORS
 def test_device_guard(inputs: Inputs, call: Call) -> None:
-    """Tensors on another than the current device."""
+    """Tensors that are not on the current device."""
     if torch.cuda.device_count() < 2:
         pytest.skip("one GPU")
     expected = call(*inputs(0))
@@ -173,14 +278,14 @@ def test_dropout_waits_for_nothing() -> None:
 
 
 def test_dropout_on_a_side_stream() -> None:
-    """The same seed drops the same there, while the default stream is at other work."""
+    """The same seed drops the same elements there, while the default stream is busy."""
     task = sandwich_inputs(0)
     torch.manual_seed(1)
     expected = step(*task, dropout_p=0.1)
     side = torch.cuda.Stream()
     torch.cuda.synchronize()
     with torch.cuda.stream(side):
-        step(*task, dropout_p=0.1)  # so that the stream has memory of its own
+        step(*task, dropout_p=0.1)  # so that the allocator has memory for this stream
     torch.cuda.synchronize()
     torch.manual_seed(1)
     torch.cuda._sleep(SLEEP_CYCLES)
@@ -188,7 +293,7 @@ def test_dropout_on_a_side_stream() -> None:
     with torch.cuda.stream(side):
         results = step(*task, dropout_p=0.1)
     side.synchronize()
-    assert not busy.query()  # nothing of it was queued behind the sleep
+    assert not busy.query()  # no part of it was queued behind the sleep
     torch.cuda.synchronize()
     assert equal(results, expected)
 
@@ -198,7 +303,7 @@ def test_dropout_on_a_side_stream() -> None:
 
 @OPERATORS
 def test_graph(inputs: Inputs, call: Call) -> None:
-    """Captured once, forward and backward; replayed on other values, pivots and text lengths."""
+    """Forward and backward, captured once and replayed on other values, pivots and text lengths."""
     static = inputs(0)
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -220,8 +325,8 @@ def test_graph(inputs: Inputs, call: Call) -> None:
 
 @pytest.mark.parametrize("own_generator", [False, True])
 def test_replays_draw_new_masks(own_generator: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward and backward in one graph share a mask, and every replay has another: with torch's
-    generator, which graphs know of, and with one that the graph was told of."""
+    """Forward and backward in one graph share a mask, and every replay has a new one: with torch's
+    generator, which is registered with every graph, and with one that the test registers."""
     static = sandwich_inputs(0)
     generator = torch.Generator("cuda").manual_seed(5) if own_generator else None
     seeds: list[Tensor] = []
@@ -262,7 +367,7 @@ def test_replays_draw_new_masks(own_generator: bool, monkeypatch: pytest.MonkeyP
 @ONE_RESULT
 @pytest.mark.parametrize("mode", [None, "reduce-overhead"])
 def test_compile(inputs: Inputs, call: Call, mode: str | None) -> None:
-    """One graph, forward and backward, the same numbers; with CUDA graphs too."""
+    """One graph, forward and backward, with the same results; with CUDA graphs too."""
     torch._dynamo.reset()
 
     def forward(*tensors: Tensor) -> Tensor:
@@ -360,107 +465,3 @@ def test_checkpointing_drops_the_same_again(use_reentrant: bool) -> None:
     h, z = checkpoint(forward, *leaves, use_reentrant=use_reentrant)
     torch.autograd.backward((h, z), task[6:])
     assert equal((h.detach(), z.detach(), *(leaf.grad for leaf in leaves)), expected)  # type: ignore[arg-type]
-
-
-# Memory
-
-
-def requested() -> int:
-    return int(torch.cuda.memory_stats()["requested_bytes.all.current"])
-
-
-def peak_of(call: Callable[[], object]) -> tuple[object, int]:
-    """The call's result, and the most bytes that it asked for at a time."""
-    torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
-    before = requested()
-    result = call()
-    return result, int(torch.cuda.memory_stats()["requested_bytes.all.peak"]) - before
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("batch, num_heads, seqlen", [(1, 2, 4096), (8, 32, 1024)])
-def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> None:
-    """What the docstring says: the results, two numbers for each query row kept, and the backward's
-    workspace."""
-    num_pivots, head_dim = 100, 64
-    pivots = ck.sample_pivots(torch.full((batch,), 9), seqlen, num_pivots).cuda()
-    text_len = torch.full((batch,), 9, dtype=torch.int32, device="cuda")
-    layout = ck.ThreeRegionLayout(text_len, pivots, 128, 2)
-    shape = batch, num_heads, seqlen, head_dim
-    leaves = [torch.randn(shape, device="cuda", dtype=dtype).requires_grad_() for _ in range(3)]
-    dout = torch.randn(shape, device="cuda", dtype=dtype)
-
-    def forward() -> Tensor:
-        own = dataclasses.replace(layout)  # which packs its keys again
-        return ck.three_region_attention(*leaves, own, backend="cuda")  # type: ignore[call-overload]
-
-    torch.autograd.grad(forward(), leaves, dout)  # whatever is made once
-    elements, rows = batch * num_heads * seqlen * head_dim, batch * num_heads * seqlen
-    out, peak = peak_of(forward)
-    assert isinstance(out, Tensor)
-    assert peak == 2 * elements + 2 * 4 * rows + 4 * batch * (2 + num_pivots)
-    _, peak = peak_of(lambda: torch.autograd.grad(out, leaves, dout))
-    num_sms = extension.num_sms(out.device)
-    far_rows = extension.attention_split_rows(seqlen, num_pivots, out.device)
-    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, far_rows, 256, num_sms)
-    assert (splits > 1) == (batch == 1)
-    workspace = 4 * rows + (4 * batch * 3 * num_heads if dtype == torch.float16 else 0)
-    if splits > 1:
-        assert far_rows == -(-num_pivots // 64) * 64 + 256
-        workspace += 8 * splits * batch * num_heads * far_rows * head_dim
-    assert peak == 3 * 2 * elements + workspace
-
-
-@pytest.fixture
-def little_memory() -> Iterator[Callable[[], None]]:
-    """Allow 64 MiB more than what is in use now."""
-
-    def limit() -> None:
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        total = torch.cuda.get_device_properties(0).total_memory
-        allowed = torch.cuda.memory_reserved() + 2**26
-        torch.cuda.set_per_process_memory_fraction(allowed / total)
-
-    yield limit
-    torch.cuda.set_per_process_memory_fraction(1.0)
-
-
-def test_memory_of_the_sandwich() -> None:
-    """The results and sixteen bytes a row and norm are kept; the backward has partial sums."""
-    *tensors, dh, dz = sandwich_inputs(0)
-    leaves = [t.half().requires_grad_() for t in tensors]
-    rows, hidden = dh.shape
-
-    def forward() -> Any:
-        return ck.sandwich_residual(*leaves, backend="cuda")
-
-    upstream = dh.half(), dz.half()
-    torch.autograd.grad(forward(), leaves, upstream)  # whatever is made once
-    results, peak = peak_of(forward)
-    assert peak == 2 * 2 * rows * hidden + 2 * 16 * rows
-    _, peak = peak_of(lambda: torch.autograd.grad(results, leaves, upstream))
-    partial = 4 * 4 * extension.num_sms(dh.device) * hidden
-    assert peak == 2 * 2 * rows * hidden + 4 * 2 * hidden + partial
-
-
-def test_out_of_memory(little_memory: Callable[[], None]) -> None:
-    """The usual error, forward and backward, and nothing is broken afterwards."""
-    shape = 8, 32, 4096, 64  # 128 MiB
-    q, k, v, dout = (torch.randn(shape, device="cuda", dtype=torch.bfloat16) for _ in range(4))
-    leaves = [t.requires_grad_() for t in (q, k, v)]
-    layout = ck.ThreeRegionLayout(9, None, 128, 2)
-
-    def forward() -> Tensor:
-        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
-
-    out = forward()
-    little_memory()
-    with pytest.raises(torch.OutOfMemoryError):
-        forward()
-    with pytest.raises(torch.OutOfMemoryError):
-        torch.autograd.grad(out, leaves, dout, retain_graph=True)
-    torch.cuda.set_per_process_memory_fraction(1.0)
-    assert torch.equal(forward(), out)
-    assert all(t.isfinite().all() for t in torch.autograd.grad(out, leaves, dout))

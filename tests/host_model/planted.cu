@@ -1,7 +1,7 @@
-// Kernels for test_host_model.py: each of the first has one bug that the host model must find; the
-// others are right and show that instructions do what the PTX manual says.
+// Kernels for test_host_model.py. The first ones have one bug each, which the host model must find. The
+// others are right, and show that instructions do what the PTX manual says.
 //
-// `in` and `out` hold 64 floats where nothing else is said.
+// `in` and `out` hold 64 floats, unless a kernel says otherwise.
 
 #include <cstring>
 #include <map>
@@ -9,6 +9,18 @@
 
 #include "host_model/report.h"
 #include "instructions/sm80.cuh"
+
+namespace cogview::sm80 {
+namespace {
+
+// As kernels of a family are named.
+template <typename Params>
+__global__ void kernel_of_a_family(const Params p) {
+  p.out[64] = 1.f;
+}
+
+}  // namespace
+}  // namespace cogview::sm80
 
 namespace cogview {
 namespace {
@@ -30,7 +42,7 @@ KERNEL(race_read) {  // two warps, no barrier
   p.out[threadIdx.x] = s[threadIdx.x % 32];
 }
 
-KERNEL(race_write) {  // two warps write one place
+KERNEL(race_write) {  // two warps write the same number
   float* s = shared_array<float, 64>();
   s[threadIdx.x % 32] = 1.f;
   bar_sync();
@@ -61,7 +73,7 @@ KERNEL(race_write_after_reads_of_a_warp) {
   if (threadIdx.x == 62) s[1] = 2.f;
 }
 
-KERNEL(race_in_warp) {  // a shuffle orders no memory
+KERNEL(race_in_warp) {  // a shuffle does not order memory accesses
   float* s = shared_array<float, 64>();
   s[threadIdx.x] = 1.f;
   const float one = shfl_bfly(1.f, 1);
@@ -156,7 +168,7 @@ KERNEL(shared_straddled) {  // the last four bytes lie half inside
   reinterpret_cast<float*>(s)[threadIdx.x + 1] = 1.f;
 }
 
-// Values that are not there
+// Values that nobody wrote
 
 KERNEL(shared_never_written) {
   float* s = shared_array<float, 64>();
@@ -214,7 +226,7 @@ KERNEL(copy_of_another_thread) {  // each thread waits for its own copies only
   p.out[threadIdx.x] = s[threadIdx.x ^ 1] * one;
 }
 
-KERNEL(copy_without_barrier) {  // warp 0 has waited, but warp 1 cannot know
+KERNEL(copy_without_barrier) {  // warp 0 waits, and warp 1 does not wait for warp 0
   float* s = shared_array<float, 64>();
   if (threadIdx.x < 32) {
     cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
@@ -224,7 +236,7 @@ KERNEL(copy_without_barrier) {  // warp 0 has waited, but warp 1 cannot know
   p.out[threadIdx.x] = s[threadIdx.x % 32];
 }
 
-KERNEL(copy_over_a_read) {  // the next copy begins while another warp may still read
+KERNEL(copy_over_a_read) {  // a copy starts while another warp may still read
   float* s = shared_array<float, 64>();
   s[threadIdx.x] = 1.f;
   bar_sync();
@@ -273,7 +285,7 @@ KERNEL(misaligned_plain) {
   p.out[threadIdx.x] = *reinterpret_cast<const float*>(static_cast<const char*>(p.a) + 2);
 }
 
-// Bank conflicts: threads of one warp
+// Bank conflicts, of one warp
 
 template <int kStride>
 KERNEL(shared_stride) {
@@ -300,9 +312,9 @@ KERNEL(shared_rows) {
   p.out[threadIdx.x] = float(matrix[0]);
 }
 
-// Right kernels
+// Kernels without a bug
 
-KERNEL(barriers) {  // 64 threads; warp 0 waits for warp 1 and the other way round
+KERNEL(barriers) {  // 64 threads; warp 0 waits for warp 1, and warp 1 for warp 0
   float* s = shared_array<float, 64>();
   float value = float(threadIdx.x);
   for (int i = 0; i < 3; ++i) {
@@ -327,7 +339,7 @@ KERNEL(collectives) {
   p.out[threadIdx.x] = right ? 1.f : 0.f;
 }
 
-KERNEL(copies) {  // two groups; what is not valid becomes zero, and nothing is read
+KERNEL(copies) {  // two groups; the copy that is not valid writes zeros and reads nothing
   float* s = shared_array<float, 64>();
   float* t = shared_array<float, 65>();
   cp_async_4(s + threadIdx.x, p.in() + threadIdx.x, true);
@@ -344,8 +356,8 @@ KERNEL(atomic_max) {  // out: zeros before
   red_global_max(reinterpret_cast<uint32_t*>(p.out) + threadIdx.x, blockIdx.x * 10 + blockIdx.y);
 }
 
-// out (16 x 8) = 2 a (16 x 16) b, one warp. b lies as (k, n), or as (n, k) for kFromRows; without
-// ldmatrix fragments are put together after the manual's tables.
+// out (16 x 8) = 2 a (16 x 16) b, one warp. b is stored as (k, n), for kFromRows as (n, k). kByHand
+// puts the fragments together as in the manual's tables, without ldmatrix.
 enum class Load { kFromColumns, kFromRows, kByHand };
 template <typename T, Load kLoad>
 KERNEL(product) {
@@ -462,6 +474,7 @@ const std::map<std::string, Case> kCases = {
     {"product_bfloat16_columns", {run_kernel<product<BFloat16, Load::kFromColumns>, 1, 32>}},
     {"product_bfloat16_rows", {run_kernel<product<BFloat16, Load::kFromRows>, 1, 32>}},
     {"product_bfloat16_by_hand", {run_kernel<product<BFloat16, Load::kByHand>, 1, 32>}},
+    {"kernel_of_a_family", {run_kernel<sm80::kernel_of_a_family<Params>, 1, 32>}},
     {"too_much_shared", {run_kernel<barriers, 1, 64, 228 * 1024>}},
 };
 
@@ -472,7 +485,7 @@ const std::map<std::string, Case> kCases = {
 
 std::string last_error;
 
-// Run a kernel on arrays of the caller; the error's text, or nothing.
+// Runs a kernel on arrays of the caller. Returns the error's text, or nothing.
 EXPORT const char* run(const char* name, const void* a, int64_t a_bytes, const void* b,
                        int64_t b_bytes, float* out, int64_t out_bytes) {
   const cogview::Case& planted = cogview::kCases.at(name);
@@ -485,8 +498,8 @@ EXPORT const char* run(const char* name, const void* a, int64_t a_bytes, const v
   return last_error.c_str();
 }
 
-// Of the last launch: mma, barriers, shared accesses, bank conflicts, bytes of a loaded, of out
-// stored, unique bytes of a loaded, of out stored.
+// Counts of the last launch: mma, barriers, shared accesses, bank conflicts, bytes loaded of a and
+// stored to out, unique bytes loaded of a and stored to out.
 EXPORT void counts(int64_t (&numbers)[8]) {
   const host_model::LaunchReport report = host_model::take_report().back();
   const host_model::Traffic &a = report.buffers.front(), &out = report.buffers.back();

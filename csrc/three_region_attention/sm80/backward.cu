@@ -1,33 +1,45 @@
-// Three-region attention, backward: what comes before and after dq and dk, dv. The math stands in
-// backward.cuh.
+// Three-region attention, backward: the row pass before dk, dv and dq, and the sums of splits. The
+// math stands in backward.cuh.
 //
+// Phases           1. row kernel: delta and bounds of dout; float16: once more for bounds of v.
+//                  2. dk and dv (backward_dkdv.cu).
+//                  3. partial kernel, only with num_splits > 1.
+//                  4. dq (backward_dq.cu).
 // row kernel       delta = sum(dout * out) - dlse for each query; for float16 also the bounds on
-//                  |dout| and |delta| of each head, and, in a second launch, on |v| of each kv head.
-//                  kLanes lanes read a row in 16-byte vectors, each row once.
-// partial kernel   only with num_splits > 1: adds the splits' float32 sums of a key in their order
-//                  and rounds them to dk and dv; 8 elements to a thread.
-// Writers          each element by one thread. The bounds are maxima of bits of positive floats:
-//                  the order of the atomics does not change them. Deterministic.
+//                  |dout| and |delta| of each head, or on |v| of each kv head. kLanes lanes read a
+//                  row in 16-byte vectors, each row once.
+// partial kernel   adds the splits' float32 sums of a key in their order, and rounds them to dk and
+//                  dv; 8 elements to a thread.
+// Smem, barriers   none.
+// Writers          one thread writes each element. The bounds are maxima of bits of positive
+//                  floats: the order of the atomics does not change them. Deterministic.
 // Rounding         float32 throughout; dk and dv once.
-// Reference        gradient of cogview_kernels.reference.three_region_attention
+// Reference        gradient of cogview_kernels.attention.reference.three_region_attention
 
 #include "backward.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 namespace {
 
-constexpr int kThreads = 128;
+constexpr int kThreads = 128;  // nine blocks or more fit a multiprocessor: their loads overlap
 
 struct RowParams {
   ThreeRegionBackwardParams backward;
   bool of_v;  // rows of v, else of dout and out
 };
 
+// Lanes to a row in the row kernel: a power of two, for the sums; the first kChunks of them read.
+template <int kHeadDim>
+constexpr int kLanes = kHeadDim <= 32   ? 4
+                       : kHeadDim <= 64 ? 8
+                                        : 16;
+template <int kHeadDim>
+constexpr int kRows = kThreads / kLanes<kHeadDim>;
+
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     three_region_attention_backward_row_kernel(const __grid_constant__ RowParams params) {
-  constexpr int kLanes = kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : 16;  // of which kChunks read
-  constexpr int kRows = kThreads / kLanes;
+  constexpr int kLanes = sm80::kLanes<kHeadDim>, kRows = sm80::kRows<kHeadDim>;
   const ThreeRegionBackwardParams& backward = params.backward;
   const ThreeRegionProblem& problem = backward.problem;
   const int num_heads = params.of_v ? problem.num_kv_heads : problem.num_heads;
@@ -69,7 +81,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 
   if constexpr (kIsFloat16<T>) {
-    // Rows that are not finite do not count: nothing can be said of them, and others need not suffer.
+    // Rows that are not finite do not count: they have no bound, and must not spoil the others'.
     float norm = sqrtf(square), delta = reads ? fabsf(product) : 0.f;
     norm = norm <= kLargestFloat ? norm : 0.f;
     delta = delta <= kLargestFloat ? delta : 0.f;
@@ -143,7 +155,7 @@ __global__ void __launch_bounds__(kThreads) three_region_attention_backward_part
 
 template <typename T, int kHeadDim>
 cudaError_t launch_rows(const ThreeRegionBackwardParams& params, bool of_v, cudaStream_t stream) {
-  constexpr int kRows = kThreads / (kHeadDim <= 32 ? 4 : kHeadDim <= 64 ? 8 : 16);
+  constexpr int kRows = sm80::kRows<kHeadDim>;
   const ThreeRegionProblem& problem = params.problem;
   const int num_heads = of_v ? problem.num_kv_heads : problem.num_heads;
   const int num_rows = of_v ? problem.k_len : problem.q_len;
@@ -177,10 +189,6 @@ cudaError_t launch_backward(const ThreeRegionBackwardParams& params, cudaStream_
 
 }  // namespace
 
-int three_region_attention_split_rows(const ThreeRegionProblem& problem) {
-  return partial_rows(problem);
-}
-
 cudaError_t three_region_attention_backward(const ThreeRegionBackwardParams& params,
                                             cudaStream_t stream) {
   if (params.problem.batch == 0 || params.problem.q_len == 0) return cudaErrorInvalidValue;
@@ -188,4 +196,8 @@ cudaError_t three_region_attention_backward(const ThreeRegionBackwardParams& par
                                                  : launch_backward<BFloat16>(params, stream);
 }
 
-}  // namespace cogview
+}  // namespace cogview::sm80
+
+int cogview::three_region_attention_split_rows(const ThreeRegionProblem& problem) {
+  return sm80::partial_rows(problem);
+}

@@ -1,4 +1,4 @@
-// What the kernels of the backward share. Math, for a query row i and a key j that it sees:
+// Shared by the kernels of the backward. Math, for a query row i and a key j that it sees:
 //   p  = 2^(logit - row_max - row_log_sum)         the forward's weight, from the same numbers
 //   ds = p (dout v^T - delta),  delta = sum(dout * out) - dlse
 //   dq = softmax_scale ds k;  dk = softmax_scale ds^T q;  dv = p^T dout
@@ -6,17 +6,17 @@
 
 #include "exact.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 
-// Steps of three_region_attention_backward, after delta and the bounds.
+// The launches of three_region_attention_backward that follow delta and the bounds.
 cudaError_t three_region_attention_backward_dkdv(const ThreeRegionBackwardParams& params,
                                                  cudaStream_t stream);
 cudaError_t three_region_attention_backward_dq(const ThreeRegionBackwardParams& params,
                                                cudaStream_t stream);
 
 // PB-relax: ds is rounded to the element type before two products. For float16 it is multiplied by
-// 2^e before, taken back in float32 after: |ds| <= |dout_i| |v_j| + |delta_i| stays below 2^15, and
-// what is 2^-28 of that bound is still a normal number, whatever the scale of the loss.
+// 2^e first, and the products by 2^-e in float32. |ds| <= |dout_i| |v_j| + |delta_i| then stays
+// below 2^15, and numbers down to 2^-28 of that bound are normal, whatever the scale of the loss.
 template <typename T>
 __device__ __forceinline__ int ds_exponent(const ThreeRegionBackwardParams& params, int batch,
                                            int head) {
@@ -33,12 +33,12 @@ __device__ __forceinline__ int ds_exponent(const ThreeRegionBackwardParams& para
   return min(max(14 - ilogbf(bound), -100), 100);
 }
 
-// p is rounded to the element type before p^T dout. float16 has no exponents to spare for small
-// weights: they are multiplied by 2^kBackwardShift, taken back in float32.
+// p is rounded to the element type before p^T dout. float16 has few exponents for small weights: p
+// is multiplied by 2^kBackwardShift first, and the product by 2^-kBackwardShift in float32.
 template <typename T>
 constexpr int kBackwardShift = kIsFloat16<T> ? 15 : 0;
 
-// Rows of `partial`: the pivots, then the first keys, which may be text.
+// Rows of `partial`: the pivots, then the first keys. Text beyond those is not split.
 constexpr int kPartialKeys = 256;
 
 __host__ __device__ inline int partial_pivot_rows(const ThreeRegionProblem& problem) {
@@ -50,4 +50,4 @@ __host__ __device__ inline int partial_rows(const ThreeRegionProblem& problem) {
   return partial_pivot_rows(problem) + (keys < kPartialKeys ? keys : kPartialKeys);
 }
 
-}  // namespace cogview
+}  // namespace cogview::sm80

@@ -1,69 +1,94 @@
 // Three-region attention, backward: dk and dv. The math stands in backward.cuh.
 //
-// A far key (text or pivot) is seen by every later query, others by those of their window only:
-// key j is seen by queries i with j <= i < last(j), last(j) = k_len for far keys, else
+// Every later query sees a far key (text or pivot); only the queries of its window see another one.
+// Queries i with j <= i < last(j) see key j: last(j) is k_len for far keys, else
 // first_far_query(j). From first_far_query(j) on, the logit of a far key carries its bias.
 //
+// Phases     1. work_of: which tile of keys, which split of the queries, which head.
+//            2. Find the keys of the tile and who sees them; copy the k and v tiles.
+//            3. For each tile of queries that see them, head after head of the group: wait for q,
+//               dout and the statistics, start the copy of the next tile, then in steps of kStep
+//               queries: p, ds, dv += p^T dout, dk += ds^T q.
+//            4. Scale dk and dv; write them through the k and v tiles, or as float32 to `partial`.
+//            5. Compute keys again that have a NaN of a query that does not see them (exact.cuh).
 // Layout     as the forward; row_max, row_log_sum, delta (batch, num_heads, q_len).
-// Grid       one block per tile of kBlockN keys, split and (batch, kv head). First the tiles whose
-//            loops are long: the packed pivots, and the first kPartialKeys keys, which may be
-//            text; `num_splits` blocks share the queries of each. Then the other keys in order.
-// Warps      kWarps, each with 16 * kRowTiles keys, whose dk and dv stay in registers; the block
-//            walks the queries that see its keys, head after head of the group, kBlockM rows at a
-//            time, in steps of kStep. Scores are computed transposed (keys x queries), so that p^T
-//            and ds^T are A fragments of the next products where they stand.
-// Smem       k tile (later: dk) and v tile (dv)       4 kBlockN kHeadDim bytes
-//            two stages of a q and a dout tile        8 kBlockM kHeadDim bytes
-//            and of row_max, row_log_sum and delta    24 kBlockM bytes
-//            in all: 33.5, 65.5, 48.8, 64.8 KB at head dim 32, 64, 96, 128; static: KeyTile
-// Barriers   as the forward.
-// Writers    a key's dk and dv by the one block that owns it: a pivot by the block of the packed
-//            pivots, not by that of its neighbours. With several splits each writes float32 sums
-//            to `partial`, which a last kernel adds in order. No atomics: deterministic.
+// Grid       one block per tile of kBlockN keys, split and (batch, kv head). The tiles with long
+//            loops come first: the packed pivots, and the first kPartialKeys keys, which may be
+//            text; `num_splits` blocks share the queries of each. The other keys follow in order.
+// Warps      kWarps; each owns 16 * kRowTiles keys, whose dk and dv stay in registers. Scores are
+//            computed transposed (keys x queries), so that p^T and ds^T are A fragments of the next
+//            products without a shuffle.
+// Smem       head_dim                         32     64     96    128
+//            k                              8192  16384  12288  16384
+//            v                              8192  16384  12288  16384
+//            stages: 2 x (q, dout)         16384  32768  24576  32768
+//                    2 x statistics         1536   1536    768    768
+//            total, dynamic                34304  67072  49920  66304
+//            static: KeyTile
+// Barriers   bar_sync in find_keys           the keys of the tile; those that are no pivots; who
+//                                            sees them; the views; the range of queries
+//            bar_sync in QueryStages::wait   the tile has arrived for all threads, and all warps
+//                                            have left the stage that is filled next
+//            bar_sync before the epilogue    k and v have arrived, and all warps have left them
+// Writers    the block that owns a key writes its dk and dv: for a pivot the block of the packed
+//            pivots, not that of its neighbours. With several splits each writes float32 sums to
+//            `partial`, and the partial kernel adds them in order. No atomics: deterministic.
 // Rounding   float32 logits, p and sums; p and ds rounded to the element type (float16: scaled, see
 //            backward.cuh and kBackwardShift) before p^T dout and ds^T q; dk and dv once.
-// NaN        keys that end with a NaN of a query that does not see them are computed again (exact.cuh).
-// Reference  gradient of cogview_kernels.reference.three_region_attention
+// Reference  gradient of cogview_kernels.attention.reference.three_region_attention
 
 #include <climits>
 
 #include "backward.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 namespace {
+
+// A tile of queries in shared memory, with their gradients and their statistics.
+template <int kHeadDim, int kBlockM>
+struct QueryStage {
+  unsigned char q[kTileBytes<kHeadDim, kBlockM>];
+  unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
+  float statistics[3 * kBlockM];  // row_max, then row_log_sum, then delta
+};
 
 template <int kHeadDim_>
 struct DkdvShape {
   static constexpr int kHeadDim = kHeadDim_;
+  // Two row tiles halve a warp's reads of q and dout; beyond 64 they do not fit the registers.
   static constexpr int kRowTiles = kHeadDim <= 64 ? 2 : 1;
+  // One warp for each quarter of a multiprocessor.
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockN = 16 * kRowTiles * kWarps;
+  // Two stages of 64 queries beside k and v would not fit kMaxSharedBytes at 128.
   static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = 16;
-  static constexpr int kStageBytes = 2 * kTileBytes<kHeadDim, kBlockM> + 3 * 4 * kBlockM;
-  static constexpr int kMinBlocks =
-      kHeadDim == 32 ? 3 : 2;  // to a multiprocessor, as far as registers go
-  static constexpr int kSharedBytes = 2 * kTileBytes<kHeadDim, kBlockN> + 2 * kStageBytes;
-  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
+  static constexpr int kStep = 16;  // p and ds of more queries do not fit the registers
+  // Blocks on a multiprocessor: 255 registers a thread leave room for two, 168 for three.
+  static constexpr int kMinBlocks = kHeadDim == 32 ? 3 : 2;
+  struct SharedMemoryPlan {
+    unsigned char k[kTileBytes<kHeadDim, kBlockN>];  // later the rows of dk
+    unsigned char v[kTileBytes<kHeadDim, kBlockN>];  // later the rows of dv
+    QueryStage<kHeadDim, kBlockM> stages[2];
+  };
 };
 
-// Who sees sixteen keys: from where on some and all of them are seen, and until where; from where
-// on some and all carry a bias.
+// Who sees sixteen keys. Queries in [some_begin, some_end) may see some of them, those in
+// [all_begin, all_end) see all. From some_far on some, from all_far on all are seen as far keys.
 struct KeyView {
   int some_begin, all_begin;
   int all_end, some_end;
   int some_far, all_far;
 };
 
-// The keys of a block. Rows that hold no key of the block's own are never seen and never written.
+// The keys of a block. No query sees a row without a key, and nobody writes it.
 template <int kBlockN>
 struct KeyTile {
   int key[kBlockN];  // -1: none
   int end[kBlockN];  // behind the last query that sees the key
   int far[kBlockN];  // first query that sees it as a far key
   KeyView view[kBlockN / 16];
-  int first_query, last_query;  // of all of them, as positions [first, last)
-  int first_pivot;              // where they stand in `partial`: pivots from here on, or the key
+  int first_query, last_query;  // positions [first, last) that see any of them
+  int first_pivot;              // the first of the packed pivots; -1: the keys are neighbours
 
   __device__ __forceinline__ int num_query_tiles(int block_m) const {
     return (max(last_query - first_query, 0) + block_m - 1) / block_m;
@@ -73,20 +98,36 @@ struct KeyTile {
 template <typename T, typename Shape>
 struct DkdvWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
-  static constexpr int kStep = Shape::kStep;
+  static constexpr int kBlockM = Shape::kBlockM, kStep = Shape::kStep;
 
+  const KeyTile<Shape::kBlockN>& keys;
+  const unsigned char *sK, *sV;
+  int warp_row;    // the warp's first row in the tile of keys
+  float scale;     // from a product to a logit in bits
+  float ds_scale;  // of ds before it is rounded
   float dk[kRowTiles][kHeadDim / 8][4], dv[kRowTiles][kHeadDim / 8][4];
 
-  // Queries at positions [query, query + kStep), rows `row`.. of their tiles. kMasked: some key is
-  // not seen by some query, or biases differ.
-  template <bool kMasked, typename Tile>
-  __device__ __forceinline__ void step(const Tile& keys, int warp_row, const unsigned char* sK,
-                                       const unsigned char* sV, const unsigned char* sQ,
-                                       const unsigned char* sDout, const float* row_max,
-                                       const float* row_log_sum, const float* delta, int row,
-                                       int query, uint32_t live, float scale, float far_bias,
-                                       float ds_scale) {
+  __device__ __forceinline__ void initialize() {
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) dk[rt][n][c] = dv[rt][n][c] = 0.f;
+      }
+    }
+  }
+
+  // Takes up the queries at positions [query, query + kStep), rows `row`.. of the tile of queries.
+  // kMasked: some key is not seen by some query, or biases differ. live: groups of sixteen keys
+  // that some query sees. far_bias: of far keys; of all keys where not kMasked.
+  template <bool kMasked>
+  __device__ __forceinline__ void step(const QueryStage<kHeadDim, kBlockM>& queries, int row,
+                                       int query, uint32_t live, float far_bias) {
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    const float* row_max = queries.statistics;
+    const float* row_log_sum = row_max + kBlockM;
+    const float* delta = row_max + 2 * kBlockM;
 
     float p[kRowTiles][kStep / 8][4] = {}, ds[kRowTiles][kStep / 8][4] = {};
 #pragma unroll
@@ -94,8 +135,8 @@ struct DkdvWarp {
       uint32_t q[kStep / 16][4], dout[kStep / 16][4];
 #pragma unroll
       for (int n = 0; n < kStep / 16; ++n) {
-        load_b_transposed<kHeadDim>(q[n], sQ, row + 16 * n, d);
-        load_b_transposed<kHeadDim>(dout[n], sDout, row + 16 * n, d);
+        load_b_transposed<kHeadDim>(q[n], queries.q, row + 16 * n, d);
+        load_b_transposed<kHeadDim>(dout[n], queries.dout, row + 16 * n, d);
       }
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -153,8 +194,8 @@ struct DkdvWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t q[4], dout[4];
-        load_b<kHeadDim>(q, sQ, row + 16 * n, d);
-        load_b<kHeadDim>(dout, sDout, row + 16 * n, d);
+        load_b<kHeadDim>(q, queries.q, row + 16 * n, d);
+        load_b<kHeadDim>(dout, queries.dout, row + 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           if (kMasked && !(live >> rt & 1)) continue;
@@ -168,10 +209,20 @@ struct DkdvWarp {
   }
 };
 
+// What one block does: which tile of keys, and which share of the queries that see it.
+struct DkdvWork {
+  int pivot_tile;  // which kBlockN of the packed pivots; -1: the keys from first_key on
+  int first_key;
+  int split, num_splits;
+  int64_t head_idx;  // batch * num_kv_heads + kv_head
+  int batch, kv_head;
+};
+
 // Tiles of pivots, of the first keys and of the others.
 template <int kBlockN>
 struct DkdvGrid {
   int num_pivot_tiles, num_first_tiles, num_other_tiles, num_splits;
+  int num_kv_heads;
   int64_t num_heads;  // batch * num_kv_heads
 
   __host__ __device__ explicit DkdvGrid(const ThreeRegionBackwardParams& params) {
@@ -181,6 +232,7 @@ struct DkdvGrid {
     num_first_tiles = num_tiles < kPartialKeys / kBlockN ? num_tiles : kPartialKeys / kBlockN;
     num_other_tiles = num_tiles - num_first_tiles;
     num_splits = params.num_splits;
+    num_kv_heads = problem.num_kv_heads;
     num_heads = int64_t(problem.batch) * problem.num_kv_heads;
   }
   __host__ __device__ int num_long_items() const {
@@ -189,15 +241,41 @@ struct DkdvGrid {
   __host__ __device__ int64_t num_blocks() const {
     return num_heads * (int64_t(num_long_items()) + num_other_tiles);
   }
+
+  __device__ __forceinline__ DkdvWork work_of(int64_t block) const {
+    DkdvWork work = {};
+    work.pivot_tile = -1;
+    work.num_splits = 1;
+    const int64_t num_long_blocks = num_heads * num_long_items();
+    if (block < num_long_blocks) {
+      work.head_idx = block / num_long_items();
+      int item = int(block % num_long_items());
+      work.num_splits = num_splits;
+      work.split = item % num_splits;
+      item /= num_splits;
+      if (item < num_pivot_tiles) {
+        work.pivot_tile = item;
+      } else {
+        work.first_key = (item - num_pivot_tiles) * kBlockN;
+      }
+    } else {
+      block -= num_long_blocks;
+      work.head_idx = block / num_other_tiles;
+      work.first_key = (num_first_tiles + int(block % num_other_tiles)) * kBlockN;
+    }
+    work.batch = int(work.head_idx / num_kv_heads);
+    work.kv_head = int(work.head_idx % num_kv_heads);
+    return work;
+  }
 };
 
-// Fill the block's key tile. `pivot_tile`: which kBlockN of the packed pivots, or -1; else the
-// keys from first_key on.
+// Fills the block's key tile. `pivot_tile`: which kBlockN of the packed pivots; -1: the keys from
+// first_key on.
 template <int kBlockN>
 __device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeRegionProblem& problem,
                                           const FarKeys& far, int pivot_tile, int first_key) {
   const int row = threadIdx.x;
-  // Pivots among the keys from first_key on: they belong to the blocks of the packed pivots.
+  // The pivots among the keys from first_key on belong to the blocks of the packed pivots.
   const int first_pivot =
       pivot_tile >= 0 ? pivot_tile * kBlockN : count_below(far.pivots, far.num_pivots, first_key);
   if (row < kBlockN) {
@@ -250,9 +328,9 @@ __device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeReg
   bar_sync();
 }
 
-// dk and dv of the key in a row of the block's tile once more (exact.cuh), from the block's tiles of
-// queries [begin, end); to `partial_*` where the block is one of several. Left alone where a query
-// that sees the key has a NaN of its own.
+// Computes dk and dv of the key in a row of the block's tile again (exact.cuh), from the block's
+// tiles of queries [begin, end); writes to `partial_*` where the block is one of several. Leaves
+// them alone where a query that sees the key has a NaN of its own.
 template <typename T, typename Shape>
 __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
                                       const KeyTile<Shape::kBlockN>& keys, int row, int batch,
@@ -264,7 +342,7 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
   const int key = keys.key[row], num_query_tiles = keys.num_query_tiles(Shape::kBlockM);
   const T* k = row_of_head<T>(params.k, batch, kv_head, key);
   const T* v = row_of_head<T>(params.v, batch, kv_head, key);
-  // f(head, its first row in the statistics, begin, end) for the queries of a tile that see the key.
+  // f(head, where its statistics begin, begin, end) for the queries of a tile that see the key.
   const auto for_tile = [&](int tile, auto f) {
     const int group = problem.num_heads / problem.num_kv_heads;
     const int head = kv_head * group + tile / num_query_tiles;
@@ -321,74 +399,44 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
   }
 }
 
-template <typename T, typename Shape>
-__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
-    three_region_attention_backward_dkdv_kernel(
-        const __grid_constant__ ThreeRegionBackwardParams params) {
-  constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
-  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles, kStep = Shape::kStep;
-  constexpr int kTile = kTileBytes<kHeadDim, kBlockM>;
-  const ThreeRegionProblem& problem = params.problem;
-  unsigned char* sK = dynamic_shared();
-  unsigned char* sV = sK + kTileBytes<kHeadDim, kBlockN>;
-  unsigned char* stages = sV + kTileBytes<kHeadDim, kBlockN>;
+// The tiles of queries that see a block's keys, head after head of the group, in two stages.
+template <typename Shape>
+struct QueryStages {
+  static constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM;
+  static constexpr int kThreads = Shape::kThreads;
+  using Stage = QueryStage<kHeadDim, kBlockM>;
 
-  // Which keys, which split, which head.
-  const DkdvGrid<kBlockN> grid(params);
-  int64_t block = blockIdx.x;
-  const int64_t num_long_blocks = grid.num_heads * grid.num_long_items();
-  int pivot_tile = -1, first_key = 0, split = 0, num_splits = 1;
-  int64_t head_idx;
-  if (block < num_long_blocks) {
-    head_idx = block / grid.num_long_items();
-    int item = int(block % grid.num_long_items());
-    num_splits = grid.num_splits;
-    split = item % num_splits;
-    item /= num_splits;
-    if (item < grid.num_pivot_tiles) {
-      pivot_tile = item;
-    } else {
-      first_key = (item - grid.num_pivot_tiles) * kBlockN;
-    }
-  } else {
-    block -= num_long_blocks;
-    head_idx = block / grid.num_other_tiles;
-    first_key = (grid.num_first_tiles + int(block % grid.num_other_tiles)) * kBlockN;
-  }
-  const int batch = int(head_idx / problem.num_kv_heads);
-  const int kv_head = int(head_idx % problem.num_kv_heads);
-  const FarKeys far = far_keys_of(problem, batch);
-  if (pivot_tile >= 0 && pivot_tile * kBlockN >= far.num_pivots) return;  // the whole block
+  const KeyTile<Shape::kBlockN>& keys;
+  unsigned char* stages;
+  int batch, first_head, num_query_tiles;
+  int stage = 0;  // of the next tile
 
-  KeyTile<kBlockN>& keys = *shared_array<KeyTile<kBlockN>, 1>();
-  find_keys(keys, problem, far, pivot_tile, first_key);
-  const auto key_of = [&](int row) { return keys.key[row]; };
-  copy_rows<kHeadDim, kBlockN, kThreads>(sK, head_of(params.k, batch, kv_head), params.k.stride.row,
-                                         key_of);
-  copy_rows<kHeadDim, kBlockN, kThreads>(sV, head_of(params.v, batch, kv_head), params.v.stride.row,
-                                         key_of);
+  __device__ __forceinline__ QueryStages(const KeyTile<Shape::kBlockN>& key_tile,
+                                         Stage (&shared)[2], int batch_idx, int first_head_idx)
+      : keys(key_tile),
+        stages(shared[0].q),
+        batch(batch_idx),
+        first_head(first_head_idx),
+        num_query_tiles(key_tile.num_query_tiles(kBlockM)) {}
 
-  // Tiles of queries, head after head of the group; this block's are [begin, end).
-  const int group = problem.num_heads / problem.num_kv_heads;
-  const int first = problem.k_len - problem.q_len;
-  const int num_query_tiles = keys.num_query_tiles(kBlockM);
-  const int64_t num_tiles = int64_t(group) * num_query_tiles;
-  const int begin = int(num_tiles * split / num_splits);
-  const int end = int(num_tiles * (split + 1) / num_splits);
-
-  const auto query_of = [&](int tile) {
+  // Position of a tile's first query.
+  __device__ __forceinline__ int query_of(int tile) const {
     return keys.first_query + tile % num_query_tiles * kBlockM;
-  };
-  const auto copy_queries = [&](int tile, int stage) {
-    const int head = kv_head * group + tile / num_query_tiles;
-    const int query = query_of(tile);
-    unsigned char* sQ = stages + stage * Shape::kStageBytes;
+  }
+
+  __device__ __forceinline__ void copy(const ThreeRegionBackwardParams& params, int tile,
+                                       int to_stage) {
+    const ThreeRegionProblem& problem = params.problem;
+    const int head = first_head + tile / num_query_tiles;
+    const int query = query_of(tile), first = problem.k_len - problem.q_len;
+    unsigned char* sQ = stages + to_stage * int(sizeof(Stage));
+    Stage& to = *reinterpret_cast<Stage*>(sQ);
     const auto row_of = [&](int row) {
       return query + row < keys.last_query ? query + row - first : -1;
     };
-    copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, batch, head), params.q.stride.row,
-                                           row_of);
-    copy_rows<kHeadDim, kBlockM, kThreads>(sQ + kTile, head_of(params.dout, batch, head),
+    copy_rows<kHeadDim, kBlockM, kThreads>(to.q, head_of(params.q, batch, head),
+                                           params.q.stride.row, row_of);
+    copy_rows<kHeadDim, kBlockM, kThreads>(to.dout, head_of(params.dout, batch, head),
                                            params.dout.stride.row, row_of);
     const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len;
     for (int i = threadIdx.x; i < 3 * kBlockM; i += kThreads) {
@@ -396,82 +444,42 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       const float* from = i < kBlockM       ? params.row_max
                           : i < 2 * kBlockM ? params.row_log_sum
                                             : params.delta;
-      cp_async_4(sQ + 2 * kTile + 4 * i, from + at + max(row, 0), row >= 0);
+      cp_async_4(to.statistics + i, from + at + max(row, 0), row >= 0);
     }
     cp_async_commit_group();
-  };
-  if (begin < end) copy_queries(begin, 0);
-
-  const int lane = threadIdx.x % kWarpSize, warp = threadIdx.x / kWarpSize;
-  const int warp_row = warp * 16 * kRowTiles;
-  const float scale = problem.softmax_scale * kLog2e;
-  const float far_bias = (pivot_tile >= 0 ? problem.pivot_bias : problem.text_bias) * kLog2e;
-  int exponent = 0;  // one for all heads of the group: their sums meet in dk
-  for (int i = 0; i < group; ++i) {
-    const int of_head = ds_exponent<T>(params, batch, kv_head * group + i);
-    exponent = i == 0 ? of_head : min(exponent, of_head);
-  }
-  const float ds_scale = exp2f(float(exponent - kBackwardShift<T>));
-
-  DkdvWarp<T, Shape> state;
-#pragma unroll
-  for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-    for (int n = 0; n < kHeadDim / 8; ++n) {
-#pragma unroll
-      for (int c = 0; c < 4; ++c) state.dk[rt][n][c] = state.dv[rt][n][c] = 0.f;
-    }
   }
 
-  int stage = 0;
-  for (int tile = begin; tile < end; ++tile) {
+  // The next tile; `next` is copied meanwhile, where it is below `end`.
+  __device__ __forceinline__ const Stage& wait(const ThreeRegionBackwardParams& params, int next,
+                                               int end) {
     cp_async_wait_group<0>();
     bar_sync();
-    const unsigned char* sQ = stages + stage * Shape::kStageBytes;
-    const float* row_max = reinterpret_cast<const float*>(sQ + 2 * kTile);
+    const unsigned char* tile = stages + stage * int(sizeof(Stage));
     stage ^= 1;
-    if (tile + 1 < end) copy_queries(tile + 1, stage);
-#pragma unroll 1
-    for (int row = 0; row < kBlockM; row += kStep) {
-      const int query = query_of(tile) + row;
-      uint32_t live = 0;  // groups of sixteen keys that some query sees
-      bool plain = true;
-      float bias = 0.f;
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        const KeyView& view = keys.view[warp_row / 16 + rt];
-        if (query + kStep > view.some_begin && query < view.some_end) live |= 1u << rt;
-        plain = plain && query >= view.all_begin && query + kStep <= view.all_end;
-        const bool all_far = query >= view.all_far, none_far = query + kStep <= view.some_far;
-        if (far_bias != 0.f) {
-          plain = plain && (all_far || none_far) && (rt == 0 || bias == (all_far ? far_bias : 0.f));
-          bias = all_far ? far_bias : 0.f;
-        }
-      }
-      if (live == 0) continue;
-      if (plain) {
-        state.template step<false>(keys, warp_row, sK, sV, sQ, sQ + kTile, row_max,
-                                   row_max + kBlockM, row_max + 2 * kBlockM, row, query, live,
-                                   scale, bias, ds_scale);
-      } else {
-        state.template step<true>(keys, warp_row, sK, sV, sQ, sQ + kTile, row_max,
-                                  row_max + kBlockM, row_max + 2 * kBlockM, row, query, live, scale,
-                                  far_bias, ds_scale);
-      }
-    }
+    if (next < end) copy(params, next, stage);
+    return *reinterpret_cast<const Stage*>(tile);
   }
+};
 
-  // Where there was no query, k and v are still under way.
-  cp_async_commit_group();
-  cp_async_wait_group<0>();
-  bar_sync();
+// Stores the block's dk and dv, and computes keys with a NaN again. [begin, end): its query tiles.
+template <typename T, typename Shape>
+__device__ __forceinline__ void epilogue(const ThreeRegionBackwardParams& params,
+                                         DkdvWarp<T, Shape>& state, unsigned char* sK,
+                                         unsigned char* sV, const DkdvWork& work, int64_t num_heads,
+                                         int exponent, float far_bias, int begin, int end) {
+  constexpr int kHeadDim = Shape::kHeadDim, kRowTiles = Shape::kRowTiles;
+  const ThreeRegionProblem& problem = params.problem;
+  const auto& keys = state.keys;
+  const int batch = work.batch, kv_head = work.kv_head;
+  const int num_splits = work.num_splits, warp_row = state.warp_row;
+  const int lane = threadIdx.x % kWarpSize;
   const float dk_factor = problem.softmax_scale * exp2f(float(-exponent));
   const float dv_factor = exp2f(float(-kBackwardShift<T>));
   // (num_splits, 2, batch, num_kv_heads, rows, head_dim)
   const int64_t partial_stride = int64_t(partial_rows(problem)) * kHeadDim;
-  const int64_t partial_begin = (2 * split * grid.num_heads + head_idx) * partial_stride;
+  const int64_t partial_begin = (2 * work.split * num_heads + work.head_idx) * partial_stride;
   float* partial_dk = num_splits > 1 ? params.partial + partial_begin : nullptr;
-  float* partial_dv = num_splits > 1 ? partial_dk + grid.num_heads * partial_stride : nullptr;
+  float* partial_dv = num_splits > 1 ? partial_dk + num_heads * partial_stride : nullptr;
   const auto partial_row = [&](int row) {
     return keys.first_pivot >= 0 ? keys.first_pivot + row
                                  : partial_pivot_rows(problem) + keys.key[row];
@@ -502,6 +510,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       has_nan[rt][half] = keys.key[row] >= 0 && sum != 0.f;
     }
   }
+  const auto key_of = [&](int row) { return keys.key[row]; };
   uint16_t* gDk = head_of(params.dk, batch, kv_head);
   uint16_t* gDv = head_of(params.dv, batch, kv_head);
   if (num_splits == 1) {
@@ -518,12 +527,92 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   });
 }
 
+template <typename T, typename Shape>
+__global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
+    three_region_attention_backward_dkdv_kernel(
+        const __grid_constant__ ThreeRegionBackwardParams params) {
+  constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
+  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles, kStep = Shape::kStep;
+  const ThreeRegionProblem& problem = params.problem;
+  auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
+
+  const DkdvGrid<kBlockN> grid(params);
+  const DkdvWork work = grid.work_of(blockIdx.x);
+  const int batch = work.batch, kv_head = work.kv_head;
+  const FarKeys far = far_keys_of(problem, batch);
+  if (work.pivot_tile >= 0 && work.pivot_tile * kBlockN >= far.num_pivots) return;  // all threads
+
+  KeyTile<kBlockN>& keys = *shared_array<KeyTile<kBlockN>, 1>();
+  find_keys(keys, problem, far, work.pivot_tile, work.first_key);
+  const auto key_of = [&](int row) { return keys.key[row]; };
+  copy_rows<kHeadDim, kBlockN, kThreads>(shared.k, head_of(params.k, batch, kv_head),
+                                         params.k.stride.row, key_of);
+  copy_rows<kHeadDim, kBlockN, kThreads>(shared.v, head_of(params.v, batch, kv_head),
+                                         params.v.stride.row, key_of);
+
+  // This block's tiles of queries are [begin, end).
+  const int group = problem.num_heads / problem.num_kv_heads;
+  QueryStages<Shape> stages(keys, shared.stages, batch, kv_head * group);
+  const int64_t num_tiles = int64_t(group) * stages.num_query_tiles;
+  const int begin = int(num_tiles * work.split / work.num_splits);
+  const int end = int(num_tiles * (work.split + 1) / work.num_splits);
+  if (begin < end) stages.copy(params, begin, 0);
+
+  const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
+  const float scale = problem.softmax_scale * kLog2e;
+  const float far_bias = (work.pivot_tile >= 0 ? problem.pivot_bias : problem.text_bias) * kLog2e;
+  int exponent = 0;  // one for all heads of the group: their sums meet in dk
+  for (int i = 0; i < group; ++i) {
+    const int of_head = ds_exponent<T>(params, batch, kv_head * group + i);
+    exponent = i == 0 ? of_head : min(exponent, of_head);
+  }
+  const float ds_scale = exp2f(float(exponent - kBackwardShift<T>));
+
+  DkdvWarp<T, Shape> state{keys, shared.k, shared.v, warp_row, scale, ds_scale};
+  state.initialize();
+
+  for (int tile = begin; tile < end; ++tile) {
+    const auto& stage = stages.wait(params, tile + 1, end);
+#pragma unroll 1
+    for (int row = 0; row < kBlockM; row += kStep) {
+      const int query = stages.query_of(tile) + row;
+      uint32_t live = 0;  // groups of sixteen keys that some query sees
+      bool plain = true;
+      float bias = 0.f;
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+        const KeyView& view = keys.view[warp_row / 16 + rt];
+        if (query + kStep > view.some_begin && query < view.some_end) live |= 1u << rt;
+        plain = plain && query >= view.all_begin && query + kStep <= view.all_end;
+        const bool all_far = query >= view.all_far, none_far = query + kStep <= view.some_far;
+        if (far_bias != 0.f) {
+          plain = plain && (all_far || none_far) && (rt == 0 || bias == (all_far ? far_bias : 0.f));
+          bias = all_far ? far_bias : 0.f;
+        }
+      }
+      if (live == 0) continue;
+      if (plain) {
+        state.template step<false>(stage, row, query, live, bias);
+      } else {
+        state.template step<true>(stage, row, query, live, far_bias);
+      }
+    }
+  }
+
+  // Where there was no query, k and v are still under way.
+  cp_async_commit_group();
+  cp_async_wait_group<0>();
+  bar_sync();
+  epilogue(params, state, shared.k, shared.v, work, grid.num_heads, exponent, far_bias, begin, end);
+}
+
 template <typename T, int kHeadDim>
 cudaError_t launch_dkdv(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
   using Shape = DkdvShape<kHeadDim>;
   const DkdvGrid<Shape::kBlockN> grid(params);
   return launch<three_region_attention_backward_dkdv_kernel<T, Shape>>(
-      grid.num_blocks(), 1, Shape::kThreads, Shape::kSharedBytes, stream, params);
+      grid.num_blocks(), 1, Shape::kThreads, sizeof(typename Shape::SharedMemoryPlan), stream,
+      params);
 }
 
 template <typename T>
@@ -541,4 +630,4 @@ cudaError_t three_region_attention_backward_dkdv(const ThreeRegionBackwardParams
                                                  : launch_dkdv<BFloat16>(params, stream);
 }
 
-}  // namespace cogview
+}  // namespace cogview::sm80

@@ -1,40 +1,52 @@
 // Three-region attention, backward: dq. The math stands in backward.cuh.
 //
+// Phases     1. Copy the q and dout tiles; build the key list, and each warp's view of it.
+//            2. For each tile of the list, from its end: wait for k and v, start the copy of the
+//               next tile, then in steps of kStep entries: logits, p, ds, dq += ds k.
+//            3. Scale dq and write it through the q tile.
+//            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
-// Warps      kWarps, each with 16 * kRowTiles query rows, whose dq stays in registers. Tiles of
-//            kBlockN entries of the key list as in the forward, taken in steps of kStep entries.
-// Smem       q tile (later: the dq tile) and dout tile   4 kBlockM kHeadDim bytes
-//            two stages of a k and a v tile              8 kBlockN kHeadDim bytes
-//            in all: 32, 64, 48, 64 KB at head dim 32, 64, 96, 128; static as the forward
-// Barriers   as the forward.
-// Writers    each element of dq by one thread: deterministic.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers.
+// Smem       head_dim                         32     64     96    128
+//            q                              8192  16384  12288  16384
+//            dout                           8192  16384  12288  16384
+//            stages: 2 x (k, v)            16384  32768  24576  32768
+//            total, dynamic                32768  65536  49152  65536
+//            static: as the forward
+// Barriers   those of KeyStages, as the forward; bar_warp_sync: a warp's key list, its rows of dq
+// Writers    one thread writes each element of dq: deterministic.
 // Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
 //            before ds k; dq once.
-// NaN        rows that end with a NaN that is not their own are computed again (exact.cuh).
-// Reference  gradient of cogview_kernels.reference.three_region_attention
+// Reference  gradient of cogview_kernels.attention.reference.three_region_attention
 
 #include "backward.cuh"
 #include "query_tile.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 namespace {
 
 template <int kHeadDim_>
 struct DqShape {
   static constexpr int kHeadDim = kHeadDim_;
+  // Two row tiles halve a warp's reads of k and v; beyond 64 they do not fit the registers.
   static constexpr int kRowTiles = kHeadDim <= 64 ? 2 : 1;
+  // One warp for each quarter of a multiprocessor.
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
+  // Beyond 64, tiles of 32 keys let two blocks fit sm_86 at 96, and sm_80 at 128.
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = 32;
-  static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
-  static constexpr int kSharedBytes =
-      2 * kTileBytes<kHeadDim, kBlockM> + KeyStages<kHeadDim, kBlockN, kThreads>::kSharedBytes;
-  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
+  static constexpr int kStep = 32;  // logits and ds of more entries do not fit the registers
+  // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
+  static constexpr int kMinBlocks = 2;
+  struct SharedMemoryPlan {
+    unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of dq
+    unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
+    KeyStage<kHeadDim, kBlockN> stages[2];
+  };
 };
 
-// Row i once more (exact.cuh).
+// Computes the row at position i again (exact.cuh).
 template <typename T, int kHeadDim>
 __device__ __noinline__ void dq_row(const ThreeRegionBackwardParams& params, int batch, int head,
                                     int i) {
@@ -43,7 +55,7 @@ __device__ __noinline__ void dq_row(const ThreeRegionBackwardParams& params, int
   const int lane = threadIdx.x % kWarpSize, row = i - (problem.k_len - problem.q_len);
   const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
   const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len + row;
-  const KeyList list = key_list_of(problem, batch, i, i + 1);  // just what the row sees
+  const KeyList list = key_list_of(problem, batch, i, i + 1);  // exactly what the row sees
   const T* q = row_of_head<T>(params.q, batch, head, row);
   const T* dout = row_of_head<T>(params.dout, batch, head, row);
   float dq[kPerLane] = {};
@@ -70,17 +82,43 @@ struct DqWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
   static constexpr int kStep = Shape::kStep;
 
+  const KeyList& list;
+  const WarpView& view;
+  const unsigned char *sQ, *sDout;
+  int warp_row;    // the warp's first row in the tiles of queries
+  int position;    // of the lane's first row
+  float scale;     // from a product to a logit in bits
+  float ds_scale;  // of ds before it is rounded
   float row_max[kRowTiles][2], row_log_sum[kRowTiles][2], delta[kRowTiles][2];
   float dq[kRowTiles][kHeadDim / 8][4];
 
-  // Entries [entry, entry + kStep), rows `row`.. of the tile of keys. kMasked: some query does not
-  // see some entry, or biases differ.
+  __device__ __forceinline__ void initialize(const ThreeRegionBackwardParams& params,
+                                             const QueryTile<Shape::kBlockM>& tile) {
+    const ThreeRegionProblem& problem = params.problem;
+    const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = tile.row(warp_row + 16 * rt + 8 * half + lane / 4);
+        const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
+        row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
+        row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
+        delta[rt][half] = row < 0 ? 0.f : params.delta[at];
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          dq[rt][n][2 * half] = dq[rt][n][2 * half + 1] = 0.f;
+        }
+      }
+    }
+  }
+
+  // Takes up entries [entry, entry + kStep), which are rows `row`.. of the tile of keys. kMasked:
+  // some query does not see some entry, or biases differ.
   template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, const unsigned char* sQ,
-                                       const unsigned char* sDout, int warp_row,
-                                       const unsigned char* sK, const unsigned char* sV, int row,
-                                       const KeyList& list, const WarpView& view, int entry,
-                                       int position, float scale, float ds_scale) {
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
+                                       const KeyStage<kHeadDim, Shape::kBlockN>& keys, int row,
+                                       int entry) {
     const int lane = threadIdx.x % kWarpSize, t = lane % 4;
     uint32_t live = 0;  // groups of sixteen entries that some query sees
 #pragma unroll
@@ -101,8 +139,8 @@ struct DqWarp {
       for (int n = 0; n < kStep / 16; ++n) {
         if (kMasked && !(live >> n & 1)) continue;
         uint32_t k[4], v[4];
-        load_b_transposed<kHeadDim>(k, sK, row + 16 * n, d);
-        load_b_transposed<kHeadDim>(v, sV, row + 16 * n, d);
+        load_b_transposed<kHeadDim>(k, keys.k, row + 16 * n, d);
+        load_b_transposed<kHeadDim>(v, keys.v, row + 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(s[rt][2 * n], q[rt], k[0], k[1]);
@@ -152,7 +190,7 @@ struct DqWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t k[4];
-        load_b<kHeadDim>(k, sK, row + 16 * n, d);
+        load_b<kHeadDim>(k, keys.k, row + 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(dq[rt][2 * d], a[rt], k[0], k[1]);
@@ -170,17 +208,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   const ThreeRegionProblem& problem = params.problem;
-  unsigned char* sQ = dynamic_shared();
-  unsigned char* sDout = sQ + kTileBytes<kHeadDim, kBlockM>;
-  unsigned char* sKV = sDout + kTileBytes<kHeadDim, kBlockM>;
+  auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   const QueryTile<kBlockM> tile(problem);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
-  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
+  copy_rows<kHeadDim, kBlockM, kThreads>(shared.q, head_of(params.q, tile.batch, tile.head),
                                          params.q.stride.row, row_of);
-  copy_rows<kHeadDim, kBlockM, kThreads>(sDout, head_of(params.dout, tile.batch, tile.head),
+  copy_rows<kHeadDim, kBlockM, kThreads>(shared.dout, head_of(params.dout, tile.batch, tile.head),
                                          params.dout.stride.row, row_of);
   const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
-  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, sKV, params.k, params.v, tile.batch,
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.stages, params.k, params.v, tile.batch,
                                                 tile.kv_head);
   stages.start();
 
@@ -189,36 +225,21 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const float ds_scale = exp2f(float(exponent));
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  const int position = tile.origin + warp_row + lane / 4;  // of the lane's first row
-  DqWarp<T, Shape> state;
-#pragma unroll
-  for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
-      const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
-      state.row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
-      state.row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
-      state.delta[rt][half] = row < 0 ? 0.f : params.delta[at];
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        state.dq[rt][n][2 * half] = state.dq[rt][n][2 * half + 1] = 0.f;
-      }
-    }
-  }
+  DqWarp<T, Shape> state{list,        view,     shared.q,
+                         shared.dout, warp_row, tile.origin + warp_row + lane / 4,
+                         scale,       ds_scale};
+  state.initialize(params, tile);
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const unsigned char* sK = stages.wait(entry);
+    const auto& stage = stages.wait(entry);
 #pragma unroll 1
     for (int row = 0; row < kBlockN; row += Shape::kStep) {
       const int at = entry + row;
       if (!view.any(list, at, at + Shape::kStep)) continue;
       if (view.plain(list, at, at + Shape::kStep)) {
-        state.template step<false>(problem, sQ, sDout, warp_row, sK, sK + stages.kTile, row, list,
-                                   view, at, position, scale, ds_scale);
+        state.template step<false>(problem, stage, row, at);
       } else {
-        state.template step<true>(problem, sQ, sDout, warp_row, sK, sK + stages.kTile, row, list,
-                                  view, at, position, scale, ds_scale);
+        state.template step<true>(problem, stage, row, at);
       }
     }
   }
@@ -235,14 +256,14 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
         sum += 0.f * (state.dq[rt][n][2 * half] *= factor);
         sum += 0.f * (state.dq[rt][n][2 * half + 1] *= factor);
       }
-      // A row that sees a NaN has one in its statistics already.
+      // A row that sees a NaN has one in its own statistics.
       const float own =
           state.row_max[rt][half] + state.row_log_sum[rt][half] + state.delta[rt][half];
       has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 &&
                           fabsf(own) <= kLargestFloat && sum != 0.f;
     }
   }
-  store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.dq,
+  store_rows<T, kHeadDim, kRowTiles>(shared.q, warp_row, state.dq,
                                      head_of(params.dq, tile.batch, tile.head),
                                      params.dq.stride.row, row_of);
   bar_warp_sync();
@@ -256,7 +277,7 @@ cudaError_t launch_dq(const ThreeRegionBackwardParams& params, cudaStream_t stre
   using Shape = DqShape<kHeadDim>;
   return launch<three_region_attention_backward_dq_kernel<T, Shape>>(
       QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
-      Shape::kSharedBytes, stream, params);
+      sizeof(typename Shape::SharedMemoryPlan), stream, params);
 }
 
 template <typename T>
@@ -274,4 +295,4 @@ cudaError_t three_region_attention_backward_dq(const ThreeRegionBackwardParams& 
                                                  : launch_dq<BFloat16>(params, stream);
 }
 
-}  // namespace cogview
+}  // namespace cogview::sm80

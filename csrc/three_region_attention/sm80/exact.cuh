@@ -1,7 +1,9 @@
-// One row at a time, over what it sees and nothing else: for rows in which the tensor cores met a
-// NaN, or bfloat16 sums left float32. A hidden key or query has weight zero, but 0 * NaN and 0 * inf are NaN, and products beyond
-// float32 are infinite; here nothing hidden is touched, and logits of finite inputs stay finite.
-// Slow and seldom. Each function is called by a whole warp, which shares the columns of a row.
+// One row at a time, over exactly what it sees. Slow path; runs only for rows whose result on the
+// tensor cores is NaN, or infinite where bfloat16 sums left float32.
+//
+// A hidden key or query has weight zero, but 0 * NaN and 0 * inf are NaN, and products beyond
+// float32 are infinite. Here nothing hidden is read, and logits of finite inputs stay finite.
+// A whole warp calls each function; its lanes share the columns of a row.
 #pragma once
 
 #include <cmath>
@@ -9,7 +11,7 @@
 #include "../key_list.cuh"
 #include "tile.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 
 constexpr float kLargestFloat = 3.402823466e+38f;
 
@@ -30,8 +32,8 @@ __device__ __forceinline__ float exact_dot(const T* a, const T* b) {
   return sum;
 }
 
-// The logit in bits. Where it overflows though its factors are finite, the largest numbers stand
-// for it, and zero for inf - inf.
+// The logit in bits. Where it overflows though q and k are finite, it is the largest float of its
+// sign; where it is inf - inf, it is the bias.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ float exact_logit(const T* q, const T* k, float scale, float bias) {
   const float dot = exact_dot<T, kHeadDim>(q, k), logit = fmaf(dot, scale, bias);
@@ -46,15 +48,15 @@ __device__ __forceinline__ float exact_logit(const T* q, const T* k, float scale
   return logit != logit ? bias : fminf(fmaxf(logit, -kLargestFloat), kLargestFloat);
 }
 
-// Of the key at an entry, in bits.
+// The bias of the key at an entry, in bits.
 __device__ __forceinline__ float bias_of(const ThreeRegionProblem& problem, const KeyList& list,
                                          int entry) {
   if (entry >= list.num_far) return 0.f;
   return (entry < list.num_text ? problem.text_bias : problem.pivot_bias) * kLog2e;
 }
 
-// f(row), by the whole warp, for each of its 16 * kRowTiles rows that holds a NaN, where each lane
-// tells of the rows of its own fragments.
+// The whole warp calls f(row) for each of its 16 * kRowTiles rows that holds a NaN. has_nan: of the
+// rows of the lane's own fragments.
 template <int kRowTiles, typename Function>
 __device__ __forceinline__ void for_rows_with_nan(const bool (&has_nan)[kRowTiles][2], Function f) {
   uint32_t rows = 0;
@@ -72,4 +74,4 @@ __device__ __forceinline__ void for_rows_with_nan(const bool (&has_nan)[kRowTile
   for (; rows != 0; rows &= rows - 1) f(popc((rows & -rows) - 1));
 }
 
-}  // namespace cogview
+}  // namespace cogview::sm80

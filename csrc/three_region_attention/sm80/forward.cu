@@ -1,48 +1,59 @@
 // Three-region attention, forward.
 //
-// Math, for each query row, over the tiles of its virtual key list (key_list.cuh), in bits:
-//   s = softmax_scale log2(e) q k^T + bias log2(e)          -inf where the row may not look
-//   m' = max(m, max s);  p = 2^(s - m');  l = l 2^(m - m') + sum p;  o = o 2^(m - m') + p v
-//   out = o / l;  row_max = m;  row_log_sum = log2(l)
-//
-// Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len, head_dim);
-//            any strides, rows contiguous and aligned to 16 bytes.
-// Grid       one block per tile of kBlockM query positions (query_tile.cuh).
-// Warps      kWarps, each with 16 * kRowTiles query rows; the rows' q and o stay in registers.
-//            Tiles of kBlockN entries are taken from the end of the list: the first one meets the
-//            diagonal, the last one what is left over. A warp skips groups of sixteen entries that
-//            none of its rows sees, and masks elements only where some row does not see some entry
-//            or where two biases meet.
-// Smem       q tile (later: the out tile)          2 kBlockM kHeadDim bytes
-//            two stages of a k and a v tile        8 kBlockN kHeadDim bytes
-//            in all: 24, 48, 48, 48 KB at head dim 32, 64, 96, 128; static: key lists, keys of stages
-// Barriers   bar_sync after the wait for a stage: all threads' copies are there, and all warps are
-//            done with the stage that is filled next.
+// Math       For each query row, over the tiles of its key list (key_list.cuh), in bits:
+//              s = softmax_scale log2(e) q k^T + bias log2(e)     -inf where the row sees no key
+//              m' = max(m, max s);  p = 2^(s - m');  l = l 2^(m - m') + sum p
+//              o = o 2^(m - m') + p v
+//            At the end out = o / l;  row_max = m;  row_log_sum = log2(l).
+// Phases     1. Copy the q tile; build the key list, and each warp's view of it.
+//            2. For each tile of the list, from its end: wait for k and v, start the copy of the
+//               next tile, then per warp: logits, online softmax, o += p v.
+//            3. Divide by l; write the statistics, and out through the q tile.
+//            4. Compute rows with a NaN again, over visible keys only (exact.cuh).
+// Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len,
+//            head_dim); any strides, rows contiguous and aligned to 16 bytes.
+// Grid       one block per head and tile of kBlockM query positions (query_tile.cuh).
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers. A warp skips
+//            groups of sixteen entries that none of its rows sees. It masks elements only where
+//            some row does not see some entry, or where two biases meet.
+// Smem       head_dim                         32     64     96    128
+//            q                              8192  16384  24576  16384
+//            stages: 2 x (k, v)            16384  32768  24576  32768
+//            total, dynamic                24576  49152  49152  49152
+//            static: key lists and views of the warps, keys of the stages
+// Barriers   bar_sync in KeyStages::start    the keys of the first tile are looked up
+//            bar_sync in KeyStages::wait     the tile has arrived for all threads, and all warps
+//                                            have left the stage that is filled next
+//            bar_sync, negative scale only   the q tile has arrived, before its sign changes
+//            bar_warp_sync                   a warp's key list; its rows of the out tile
 // Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
-// NaN        rows that end with a NaN are computed again over visible keys only (exact.cuh).
-// Reference  cogview_kernels.reference.three_region_attention
+// Reference  cogview_kernels.attention.reference.three_region_attention
 
 #include "exact.cuh"
 #include "query_tile.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 namespace {
 
 template <int kHeadDim_>
 struct ForwardShape {
   static constexpr int kHeadDim = kHeadDim_;
-  // Two row tiles to a warp halve its shared memory reads; at 128 they do not fit the registers.
+  // Two row tiles halve a warp's reads of k and v; at 128 they do not fit the registers.
   static constexpr int kRowTiles = kHeadDim <= 96 ? 2 : 1;
+  // One warp for each quarter of a multiprocessor.
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
+  // Beyond 64, tiles of 32 keys let two blocks fit the 100 KB of sm_86 and sm_120.
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kMinBlocks = 2;  // to a multiprocessor, as far as registers go
-  static constexpr int kSharedBytes =
-      kTileBytes<kHeadDim, kBlockM> + KeyStages<kHeadDim, kBlockN, kThreads>::kSharedBytes;
-  static_assert(kSharedBytes + kStaticSharedBytes <= kMaxSharedBytes);
+  // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
+  static constexpr int kMinBlocks = 2;
+  struct SharedMemoryPlan {
+    unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of out
+    KeyStage<kHeadDim, kBlockN> stages[2];
+  };
 };
 
-// Row i once more (exact.cuh).
+// Computes the row at position i again (exact.cuh).
 template <typename T, int kHeadDim>
 __device__ __noinline__ void forward_row(const ThreeRegionForwardParams& params, int batch,
                                          int head, int i) {
@@ -50,7 +61,7 @@ __device__ __noinline__ void forward_row(const ThreeRegionForwardParams& params,
   const ThreeRegionProblem& problem = params.problem;
   const int lane = threadIdx.x % kWarpSize, row = i - (problem.k_len - problem.q_len);
   const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
-  const KeyList list = key_list_of(problem, batch, i, i + 1);  // just what the row sees
+  const KeyList list = key_list_of(problem, batch, i, i + 1);  // exactly what the row sees
   const T* q = row_of_head<T>(params.q, batch, head, row);
   float m = -INFINITY, l = 0.f, o[kPerLane] = {};
   for (int entry = 0; entry < list.size; ++entry) {
@@ -65,7 +76,7 @@ __device__ __noinline__ void forward_row(const ThreeRegionForwardParams& params,
     m = new_m;
     l = keep + p;
     if (l != l) break;
-    // o is the mean so far: no value can leave the range of v.
+    // o is the mean so far, so it stays within the range of v.
 #pragma unroll
     for (int d = 0; d < kPerLane; ++d) {
       o[d] = l == 0.f ? 0.f : o[d] * (keep / l) + to_float(v[lane + d * kWarpSize]) * (p / l);
@@ -87,15 +98,35 @@ struct ForwardWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
   static constexpr int kBlockN = Shape::kBlockN;
 
+  const KeyList& list;
+  const WarpView& view;
+  const unsigned char* sQ;
+  int warp_row;                            // the warp's first row in the tile of queries
+  int position;                            // of the lane's first row
+  float scale;                             // from a product to a logit in bits
   float m[kRowTiles][2], l[kRowTiles][2];  // l: of the lane's columns until the end
   float o[kRowTiles][kHeadDim / 8][4];
 
-  // kMasked: some row does not see some entry, or biases differ.
+  __device__ __forceinline__ void initialize() {
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        m[rt][half] = -INFINITY;
+        l[rt][half] = 0.f;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+          o[rt][n][2 * half] = o[rt][n][2 * half + 1] = 0.f;
+        }
+      }
+    }
+  }
+
+  // Takes up the tile of keys that begins at `entry`. kMasked: some row does not see some entry, or
+  // biases differ.
   template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, const unsigned char* sQ,
-                                       int warp_row, const unsigned char* sK, const KeyList& list,
-                                       const WarpView& view, int entry, int position, float scale) {
-    // position: of the lane's first row
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
+                                       const KeyStage<kHeadDim, kBlockN>& keys, int entry) {
     const int lane = threadIdx.x % kWarpSize, t = lane % 4;
     uint32_t live = 0;  // groups of sixteen entries that some row sees
 #pragma unroll
@@ -115,7 +146,7 @@ struct ForwardWarp {
       for (int n = 0; n < kBlockN / 16; ++n) {
         if (kMasked && !(live >> n & 1)) continue;
         uint32_t b[4];
-        load_b_transposed<kHeadDim>(b, sK, 16 * n, d);
+        load_b_transposed<kHeadDim>(b, keys.k, 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(s[rt][2 * n], a[rt], b[0], b[1]);
@@ -124,8 +155,8 @@ struct ForwardWarp {
       }
     }
 
-    // To logits in bits. Rounded here, so that the largest weight is exactly one however large the
-    // logits are, in every tile and in the backward.
+    // Logits in bits. They are rounded here, so that the largest weight is exactly one, however
+    // large the logits are, in every tile and in the backward.
     if constexpr (kMasked) {
       int start[kRowTiles][2];
 #pragma unroll
@@ -178,7 +209,7 @@ struct ForwardWarp {
           new_m = fmaxf(new_m, fmaxf(s[rt][n][2 * half], s[rt][n][2 * half + 1]));
         }
         new_m = quad_max(new_m);
-        // A row that has seen no key yet keeps weights of zero.
+        // Before its first key a row has weights of zero.
         const float shift = new_m == -INFINITY ? 0.f : new_m;
         const float keep = ex2_approx(m[rt][half] - shift);
         m[rt][half] = new_m;
@@ -212,7 +243,7 @@ struct ForwardWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t b[4];
-        load_b<kHeadDim>(b, sK + kTileBytes<kHeadDim, kBlockN>, 16 * n, d);
+        load_b<kHeadDim>(b, keys.v, 16 * n, d);
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(o[rt][2 * d], a[rt], b[0], b[1]);
@@ -229,20 +260,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
   constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles;
   const ThreeRegionProblem& problem = params.problem;
-  unsigned char* sQ = dynamic_shared();
-  unsigned char* sKV = sQ + kTileBytes<kHeadDim, kBlockM>;
+  auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
+  unsigned char* sQ = shared.q;
   const QueryTile<kBlockM> tile(problem);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
                                          params.q.stride.row, row_of);
   const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
-  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, sKV, params.k, params.v, tile.batch,
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.stages, params.k, params.v, tile.batch,
                                                 tile.kv_head);
   stages.start();
 
   const float scale = fabsf(problem.softmax_scale) * kLog2e;
   if (problem.softmax_scale < 0.f) {
-    // q takes the sign, so that the largest product is the largest logit.
+    // Move the sign to q, so that the largest product is the largest logit.
     cp_async_wait_group<0>();
     bar_sync();
     for (int i = threadIdx.x; i < kTileBytes<kHeadDim, kBlockM> / 4; i += kThreads) {
@@ -252,28 +283,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  const int position = tile.origin + warp_row + lane / 4;  // of the lane's first row
-  ForwardWarp<T, Shape> state;
-#pragma unroll
-  for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      state.m[rt][half] = -INFINITY;
-      state.l[rt][half] = 0.f;
-#pragma unroll
-      for (int n = 0; n < kHeadDim / 8; ++n) {
-        state.o[rt][n][2 * half] = state.o[rt][n][2 * half + 1] = 0.f;
-      }
-    }
-  }
+  ForwardWarp<T, Shape> state{list, view, sQ, warp_row, tile.origin + warp_row + lane / 4, scale};
+  state.initialize();
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const unsigned char* sK = stages.wait(entry);
+    const auto& stage = stages.wait(entry);
     if (!view.any(list, entry, entry + kBlockN)) continue;
     if (view.plain(list, entry, entry + kBlockN)) {
-      state.template step<false>(problem, sQ, warp_row, sK, list, view, entry, position, scale);
+      state.template step<false>(problem, stage, entry);
     } else {
-      state.template step<true>(problem, sQ, warp_row, sK, list, view, entry, position, scale);
+      state.template step<true>(problem, stage, entry);
     }
   }
 
@@ -293,8 +312,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
           float& o = state.o[rt][n][c];
           o *= factor;
           if constexpr (kIsFloat16<T>) {
-            // An infinite v makes it so. A finite one does not: p is rounded in o but not in l, so
-            // that the mean of the largest numbers may exceed them.
+            // Infinite only if v is. The mean of finite values may exceed float16, because p is
+            // rounded in o but not in l: clamp it.
             is_nan = is_nan || o != o;
             if (fabsf(o) <= kLargestFloat) o = fminf(fmaxf(o, -65504.f), 65504.f);
           } else {
@@ -324,7 +343,7 @@ cudaError_t launch_forward(const ThreeRegionForwardParams& params, cudaStream_t 
   using Shape = ForwardShape<kHeadDim>;
   return launch<three_region_attention_forward_kernel<T, Shape>>(
       QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
-      Shape::kSharedBytes, stream, params);
+      sizeof(typename Shape::SharedMemoryPlan), stream, params);
 }
 
 template <typename T>
@@ -343,4 +362,4 @@ cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& param
                                                  : launch_forward<BFloat16>(params, stream);
 }
 
-}  // namespace cogview
+}  // namespace cogview::sm80

@@ -1,14 +1,14 @@
-// What the kernels that own query rows share: the tile of queries of a block, and its keys.
+// Shared by the kernels that own query rows: the tile of queries of a block, and its keys.
 #pragma once
 
 #include "../key_list.cuh"
 #include "tile.cuh"
 
-namespace cogview {
+namespace cogview::sm80 {
 
 // The tile of queries of a block: positions [begin, end) of [origin, origin + kBlockM). Tiles begin
-// at multiples of kBlockM, so that they coincide with query blocks; heads are outermost, late tiles
-// (long lists) first.
+// at multiples of kBlockM, so that they coincide with query blocks. Blocks are ordered by head, and
+// within a head from the last tile, whose list is the longest.
 template <int kBlockM>
 struct QueryTile {
   int first;  // position of row 0
@@ -34,7 +34,7 @@ struct QueryTile {
     kv_head = head / (problem.num_heads / problem.num_kv_heads);
   }
 
-  // Row of q and out; negative where the tile's row is none.
+  // Row of q and out; -1 where the tile's row holds no query.
   __device__ __forceinline__ int row(int tile_row) const {
     const int position = origin + tile_row;
     return position >= begin && position < end ? position - first : -1;
@@ -56,33 +56,39 @@ __device__ __forceinline__ const WarpContext& warp_context(const ThreeRegionProb
   return context;
 }
 
-// Tiles of kBlockN entries of a key list, their keys and values, in two stages of shared memory:
-// for each stage a k tile and a v tile. Tiles are taken from the end of the list. While one is
-// used, the next is copied and the keys of the one after it are looked up.
+// A tile of keys and its values in shared memory.
+template <int kHeadDim, int kBlockN>
+struct KeyStage {
+  unsigned char k[kTileBytes<kHeadDim, kBlockN>];
+  unsigned char v[kTileBytes<kHeadDim, kBlockN>];
+};
+
+// Tiles of kBlockN entries of a key list, in two stages. Tiles are taken from the end of the list.
+// While one is used, the next is copied, and the keys of the one after it are looked up.
 template <int kHeadDim, int kBlockN, int kThreads>
 struct KeyStages {
-  static constexpr int kTile = kTileBytes<kHeadDim, kBlockN>;
-  static constexpr int kSharedBytes = 4 * kTile;
+  using Stage = KeyStage<kHeadDim, kBlockN>;
 
   const KeyList& list;
+  static constexpr int kTile = kTileBytes<kHeadDim, kBlockN>;
   unsigned char* stages;
   int* keys;  // of both stages
   const uint16_t *k, *v;
   int64_t k_stride, v_stride;
   int stage = 0;  // of the next tile
 
-  __device__ __forceinline__ KeyStages(const KeyList& key_list, unsigned char* shared,
+  __device__ __forceinline__ KeyStages(const KeyList& key_list, Stage (&shared)[2],
                                        const ConstHeads& gK, const ConstHeads& gV, int batch,
                                        int kv_head)
       : list(key_list),
-        stages(shared),
+        stages(shared[0].k),
         keys(shared_array<int, 2 * kBlockN>()),
         k(head_of(gK, batch, kv_head)),
         v(head_of(gV, batch, kv_head)),
         k_stride(gK.stride.row),
         v_stride(gV.stride.row) {}
 
-  // The keys of the tile that begins at `entry`.
+  // Look up the keys of the tile that begins at `entry`.
   __device__ __forceinline__ void find(int of_stage, int entry) {
     const int row = threadIdx.x;
     if (row < kBlockN) keys[of_stage * kBlockN + row] = list.key(entry + row);
@@ -103,8 +109,8 @@ struct KeyStages {
     find(1, list.size - 2 * kBlockN);
   }
 
-  // The k tile that begins at `entry`, its v tile kTile behind it.
-  __device__ __forceinline__ const unsigned char* wait(int entry) {
+  // The tile that begins at `entry`.
+  __device__ __forceinline__ const Stage& wait(int entry) {
     cp_async_wait_group<0>();
     bar_sync();
     const unsigned char* tile = stages + stage * 2 * kTile;
@@ -113,8 +119,8 @@ struct KeyStages {
       copy(stage);
       find(stage ^ 1, entry - 2 * kBlockN);
     }
-    return tile;
+    return *reinterpret_cast<const Stage*>(tile);
   }
 };
 
-}  // namespace cogview
+}  // namespace cogview::sm80

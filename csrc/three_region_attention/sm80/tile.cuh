@@ -1,16 +1,16 @@
 // Tiles of 16-bit elements in shared memory, and products of them on the tensor cores.
 //
 // A tile has rows of kHeadDim elements. Its 16-byte chunks are swizzled, so that the eight rows of
-// an 8 x 8 matrix lie in different banks: chunk c of row r stands at c ^ (r % 8) where a row is a
+// an 8 x 8 matrix lie in different banks: chunk c of row r lies at c ^ (r % 8) where a row is a
 // multiple of 128 bytes, else at c ^ (r / 2 % 4).
 #pragma once
 
 #include <type_traits>
 
 #include "../../instructions/sm80.cuh"
-#include "../three_region_attention.h"
+#include "family.h"
 
-namespace cogview {
+namespace cogview::sm80 {
 
 template <int kHeadDim>
 constexpr int kChunks = kHeadDim / 8;
@@ -18,9 +18,12 @@ constexpr int kChunks = kHeadDim / 8;
 template <int kHeadDim, int kRows>
 constexpr int kTileBytes = kHeadDim * kRows * 2;
 
-// What a block may have on every GPU since sm_80, and what the kernels' shared_array take of it.
-constexpr int kMaxSharedBytes = 99 * 1024;
-constexpr int kStaticSharedBytes = 2048;
+// The block's dynamic shared memory, laid out as a kernel's plan. A launch asks for sizeof(Plan).
+template <typename Plan>
+__device__ __forceinline__ Plan& shared_memory() {
+  static_assert(sizeof(Plan) + kMaxArrayBytes + kReservedSharedBytes <= kMaxSharedBytes);
+  return *reinterpret_cast<Plan*>(dynamic_shared());
+}
 
 template <int kHeadDim>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
@@ -28,7 +31,7 @@ __device__ __forceinline__ int tile_offset(int row, int chunk) {
   return row * (kHeadDim * 2) + (chunk ^ swizzle) * 16;
 }
 
-// Start copying rows of a head to a tile: row r of the tile is row row_of(r) of the head, zeros
+// Starts to copy rows of a head to a tile: row r of the tile is row row_of(r) of the head, zeros
 // where that is negative.
 template <int kHeadDim, int kRows, int kThreads, typename RowOf>
 __device__ __forceinline__ void copy_rows(unsigned char* tile, const uint16_t* head,
@@ -101,7 +104,7 @@ __device__ __forceinline__ float quad_max(float value) {
 
 // A warp writes its 16 * kRowTiles rows of an accumulator, from row `row` of the tile on; then its
 // rows of the tile go to global memory in 16-byte stores. row_of: the global row of a tile row,
-// negative where nothing is to be stored. Nobody else may use these rows of the tile.
+// negative where there is none to store. No other warp may use these rows of the tile meanwhile.
 template <typename T, int kHeadDim, int kRowTiles, typename RowOf>
 __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
                                            const float (&c)[kRowTiles][kHeadDim / 8][4],
@@ -135,20 +138,4 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
 template <typename T>
 constexpr bool kIsFloat16 = std::is_same_v<T, Half>;
 
-// f(std::integral_constant<int, head_dim>()), if there are kernels for it.
-template <typename Function>
-cudaError_t with_head_dim(int head_dim, Function f) {
-  switch (head_dim) {
-    case 32:
-      return f(std::integral_constant<int, 32>());
-    case 64:
-      return f(std::integral_constant<int, 64>());
-    case 96:
-      return f(std::integral_constant<int, 96>());
-    case 128:
-      return f(std::integral_constant<int, 128>());
-  }
-  return cudaErrorInvalidValue;
-}
-
-}  // namespace cogview
+}  // namespace cogview::sm80

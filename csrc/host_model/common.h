@@ -1,28 +1,28 @@
-// The primitives of primitives.cuh on the CPU, and the few words of CUDA C++ around them.
+// The instructions of instructions/common.cuh on the CPU, and the few names of CUDA C++ that kernels
+// use.
 //
-// Threads of a block are fibers. Instructions of a whole warp, and barriers, wait until all of its
-// threads have arrived at the same place in the source. What a kernel does in plain C++ is seen
-// through the hooks that -fsanitize=thread compiles in (host_model.cpp).
+// Threads of a block are fibers. An instruction of a whole warp, or a barrier, waits until all of its
+// threads have reached the same place in the source. The hooks that -fsanitize=thread compiles in
+// report what a kernel does in plain C++ (memory.cpp).
 //
-// Modelled exactly: fragments, rounding of conversions, what each instruction reads and writes and
-// when it becomes visible. Not modelled: the order and width in which a tensor core adds (here
-// float32, one k after the other, 16-bit products exact), the last bits of ex2.approx, time.
+// Modelled exactly: fragments, rounding of conversions, what each instruction reads and writes, and
+// when others see it. Not modelled: the order and width in which a tensor core adds (here float32,
+// one k after the other, 16-bit products exact), the last bits of ex2.approx, and time.
 //
-// Two limits of the checks. Where tensors share memory (q, k and v of one packed projection), an
-// address belongs to the first that spans it: an access meant for another is not told apart.
-// Dynamic shared memory is one region: an index that leaves one of its arrays for the next is seen
-// only as a race, or as a read of what nobody wrote.
+// The checks have two limits. Where tensors share memory (q, k and v of one packed projection), an
+// address counts as the first tensor's that spans it: an access meant for another tensor is not told
+// apart. Dynamic shared memory is one region: an index that leaves one of its arrays for the next is
+// found only as a race, or as a read of memory that nobody wrote.
 #pragma once
 
 #include <algorithm>
 #include <bit>
 #include <cmath>
 #include <cstring>
-#include <source_location>
-#include <string_view>
 
 #include "runtime.h"
 
+// Included behind all standard headers, which use some of these words.
 #define __host__
 #define __device__
 #define __global__
@@ -33,17 +33,6 @@
 #define __align__(bytes) alignas(bytes)
 
 namespace host_model {
-
-using Where = std::source_location;
-
-// Fragments travel by value, so that the kernels' own stay in registers as they do on a GPU.
-struct Float4 {
-  float value[4];
-};
-struct Registers4 {
-  uint32_t value[4];
-};
-enum class Element { kHalf, kBFloat16 };
 
 __attribute__((const)) unsigned thread_idx();
 __attribute__((const)) unsigned block_idx_x();
@@ -63,18 +52,6 @@ void st_shared_v4(void* address, uint4 value, Where where);
 uint4 ld_global_v4(const void* address, Where where);
 void st_global_v4(void* address, uint4 value, Where where);
 void red_global_max(uint32_t* address, uint32_t value, Where where);
-void cp_async(void* shared, const void* global, int bytes, bool valid, Where where);
-void cp_async_commit_group();
-void cp_async_wait_group(int pending);
-Registers4 ldmatrix(const void* row, bool transposed, Where where);
-Float4 mma(Element element, Float4 c, Registers4 a, uint64_t b, Where where);
-
-int max_shared_bytes();
-
-// Runs kernel(params) for every thread. `name` is what the compiler calls the kernel.
-cudaError_t launch(std::string_view name, void (*kernel)(const void*), const void* params,
-                   size_t params_bytes, int64_t grid_x, int grid_y, int num_threads,
-                   int shared_bytes);
 
 // A component of threadIdx and its like.
 template <unsigned (*kRead)()>
@@ -105,8 +82,8 @@ inline constexpr struct {
   host_model::Index<host_model::grid_dim_y> y;
 } gridDim;
 
-// All of this is inlined: of a struct that a call returns straight to memory the compiler's hooks
-// would not see the store.
+// Everything below is inlined: where a call returns a struct straight to memory, the compiler puts no
+// hook before the store.
 
 struct Half {
   uint16_t bits;
@@ -125,7 +102,6 @@ __forceinline__ uint32_t shfl_bfly(uint32_t value, int lane_mask, Where where = 
 __forceinline__ int shfl_idx(int value, int source_lane, Where where = Where::current()) {
   return int(host_model::shfl("shfl_idx", uint32_t(value), source_lane, where));
 }
-__forceinline__ int popc(uint32_t bits) { return std::popcount(bits); }
 __forceinline__ uint32_t vote_ballot(bool predicate, Where where = Where::current()) {
   return host_model::vote_ballot(predicate, where);
 }
@@ -162,47 +138,14 @@ __forceinline__ void red_global_max(uint32_t* address, uint32_t value,
   host_model::red_global_max(address, value, where);
 }
 
-__forceinline__ void cp_async_16(void* shared, const void* global, bool valid,
-                                 Where where = Where::current()) {
-  host_model::cp_async(shared, global, 16, valid, where);
-}
-__forceinline__ void cp_async_4(void* shared, const void* global, bool valid,
-                                Where where = Where::current()) {
-  host_model::cp_async(shared, global, 4, valid, where);
-}
-__forceinline__ void cp_async_commit_group() { host_model::cp_async_commit_group(); }
-template <int kPending>
-__forceinline__ void cp_async_wait_group() {
-  host_model::cp_async_wait_group(kPending);
-}
-
-__forceinline__ void ldmatrix_x4(uint32_t (&out)[4], const void* row,
-                                 Where where = Where::current()) {
-  const host_model::Registers4 loaded = host_model::ldmatrix(row, false, where);
-  for (int i = 0; i < 4; ++i) out[i] = loaded.value[i];
-}
-__forceinline__ void ldmatrix_x4_trans(uint32_t (&out)[4], const void* row,
-                                       Where where = Where::current()) {
-  const host_model::Registers4 loaded = host_model::ldmatrix(row, true, where);
-  for (int i = 0; i < 4; ++i) out[i] = loaded.value[i];
-}
-
-template <typename T>
-__forceinline__ void mma_m16n8k16(float (&c)[4], const uint32_t (&a)[4], uint32_t b0, uint32_t b1,
-                                  Where where = Where::current()) {
-  constexpr auto kElement =
-      std::is_same_v<T, Half> ? host_model::Element::kHalf : host_model::Element::kBFloat16;
-  const host_model::Float4 sums = host_model::mma(
-      kElement, {c[0], c[1], c[2], c[3]}, {a[0], a[1], a[2], a[3]}, uint64_t(b1) << 32 | b0, where);
-  for (int i = 0; i < 4; ++i) c[i] = sums.value[i];
-}
-
 __forceinline__ float ex2_approx(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.f : y;
 }
 
 __forceinline__ uint32_t float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+
+__forceinline__ int popc(uint32_t bits) { return std::popcount(bits); }
 
 __forceinline__ float to_float(float value) { return value; }
 __forceinline__ float to_float(BFloat16 value) {
@@ -243,20 +186,6 @@ __forceinline__ T from_float(float value) {
 template <typename T>
 __forceinline__ uint32_t cvt_rn_x2(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
-}
-
-inline cudaError_t max_shared_bytes(int* bytes) {
-  *bytes = host_model::max_shared_bytes();
-  return cudaSuccess;
-}
-
-template <auto kKernel, typename Params>
-cudaError_t launch(int64_t num_blocks, int grid_y, int num_threads, int shared_bytes, cudaStream_t,
-                   const Params& params) {
-  return host_model::launch(
-      __PRETTY_FUNCTION__,
-      [](const void* untyped) { kKernel(*static_cast<const Params*>(untyped)); }, &params,
-      sizeof(Params), num_blocks, grid_y, num_threads, shared_bytes);
 }
 
 }  // namespace cogview

@@ -1,0 +1,99 @@
+"""When the compiled kernels are taken for unusable, shown with a stand-in for the module."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cogview_kernels import backends, extension
+
+GPU = torch.device("cuda", 0)
+
+
+@pytest.fixture
+def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNamespace]]:
+    """A machine with one GPU, whose kernels were built with CUDA 13.0 for 8.0 and 9.0's PTX."""
+
+    def make(
+        problem: str = "", capability: tuple[int, int] = (8, 6), driver: int = 13000
+    ) -> SimpleNamespace:
+        module = SimpleNamespace(questions=0)
+
+        def cuda_problem() -> str:
+            module.questions += 1
+            return problem
+
+        module.cuda_architectures, module.cuda_compiler = "8.0,9.0+PTX", 13000
+        module.cuda_driver, module.cuda_problem = lambda: driver, cuda_problem
+        monkeypatch.setattr(extension, "_C", module)
+        monkeypatch.setattr(torch.backends.cuda, "is_built", lambda: True)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+        extension._why_not_on_gpu.cache_clear()
+        return module
+
+    monkeypatch.setattr(backends, "_warned", set())
+    yield make
+    extension._why_not_on_gpu.cache_clear()
+
+
+def test_old_driver(machine: Callable[..., SimpleNamespace]) -> None:
+    """``auto`` falls back with one warning, ``cuda`` is an error; the driver is asked once."""
+    module = machine("the driver supports CUDA up to 12.4")
+    with pytest.warns(UserWarning, match="f: using backend='portable': .*up to 12.4"):
+        assert not backends.kernels_usable("f", "auto", GPU, None)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not backends.kernels_usable("f", "auto", GPU, None)
+    with pytest.raises(backends.KernelUnavailable, match="^backend='cuda': .*up to 12.4"):
+        backends.kernels_usable("f", "cuda", GPU, None)
+    assert module.questions == 1
+
+
+def test_driver_that_fits(machine: Callable[..., SimpleNamespace]) -> None:
+    """Machine code runs with an older driver of the same major version."""
+    for driver in (13000, 13010):
+        machine(driver=driver).cuda_compiler = 13010
+        assert extension.why_not_on(GPU) is None
+        assert backends.kernels_usable("f", "cuda", GPU, None)
+
+
+@pytest.mark.parametrize(
+    "capability, driver, reason",
+    [
+        ((9, 0), 12080, None),  # machine code
+        ((10, 0), 13000, None),
+        ((10, 0), 13010, None),
+        ((10, 0), 12080, "compiles PTX up to CUDA 12.8, but the kernels were built with CUDA 13.0"),
+        ((7, 5), 13000, "has compute capability 7.5, and kernels were built for 8.0, 9.0\\+PTX"),
+    ],
+)
+def test_what_a_gpu_runs(
+    machine: Callable[..., SimpleNamespace],
+    capability: tuple[int, int],
+    driver: int,
+    reason: str | None,
+) -> None:
+    machine(capability=capability, driver=driver)
+    if reason is None:
+        assert extension.why_not_on(GPU) is None
+    else:
+        with pytest.raises(backends.KernelUnavailable, match=reason):
+            backends.kernels_usable("f", "cuda", GPU, None)
+
+
+def test_each_gpu_is_asked_for_itself(
+    machine: Callable[..., SimpleNamespace], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    machine()
+    old = torch.device("cuda", 1)
+    capabilities = {GPU: (8, 0), old: (7, 5)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", capabilities.__getitem__)
+    assert extension.why_not_on(GPU) is None
+    assert "7.5" in str(extension.why_not_on(old))
+    assert extension.why_not_on(GPU) is None
