@@ -14,6 +14,7 @@ without csrc/hooks.cpp for `_host_model`.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -190,6 +191,16 @@ def kernel_sources(csrc: Path) -> list[Path]:
     return sorted(csrc.rglob("*.cu"), key=lambda path: (-path.stat().st_size, path))
 
 
+def kernel_digest(csrc: Path) -> str:
+    """A digest of what determines the kernels' results: their sources and headers. The record of a
+    GPU check names it, and vouches for every build of the same sources."""
+    digest = hashlib.sha256()
+    for path in sorted(csrc.rglob("*")):
+        if path.suffix in (".cu", ".cuh", ".h") and path.parent.name != "host_model":
+            digest.update(f"{path.relative_to(csrc).as_posix()}\n".encode() + path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
 def cpp_sources(csrc: Path, *, without: str) -> list[Path]:
     """All but those in the file or folder ``without``."""
     return [path for path in sorted(csrc.rglob("*.cpp")) if not path.is_relative_to(csrc / without)]
@@ -226,8 +237,11 @@ class NinjaBuild(build_ext):
         resources = kernel_resources(logs)
         check_resources(logs, resources)
         table = f'R"json({json.dumps(resources)})json"'
-        text = f"extern const char* const kKernelResources = {table};\n"
-        _write_if_changed(build / "kernel_resources.cpp", text)
+        facts = {"kKernelResources": table, "kKernelSources": f'"{kernel_digest(CSRC)}"'}
+        text = "".join(
+            f"extern const char* const {name} = {fact};\n" for name, fact in facts.items()
+        )
+        _write_if_changed(build / "kernel_facts.cpp", text)
         self._run_ninja(build, [str(target)])
         if cuda is None:
             print("cogview_kernels: built without CUDA kernels (no nvcc, or not wanted)")
@@ -283,9 +297,9 @@ class NinjaBuild(build_ext):
             lines.append(f"build {_object(source)}: nvcc {_escape(source)}")
             lines.append(f"  gencode = {_command(gencode(architectures))}")
         lines += [f"build {_object(source)}: cxx {_escape(source)}" for source in others]
-        lines.append("build kernel_resources.o: cxx kernel_resources.cpp")
+        lines.append("build kernel_facts.o: cxx kernel_facts.cpp")
         objects = [[_object(source) for source in sources] for sources in (kernels, others)]
-        every = " ".join([*objects[0], *objects[1], "kernel_resources.o"])
+        every = " ".join([*objects[0], *objects[1], "kernel_facts.o"])
         lines.append(f"build {_escape(target)}: link {every}")
         _write_if_changed(build / "build.ninja", "\n".join(lines) + "\n")
         return objects[0], objects[1]

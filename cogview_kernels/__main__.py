@@ -1,13 +1,17 @@
-"""``python -m cogview_kernels``: what was built, and what can be used here."""
+"""``python -m cogview_kernels``: what was built, and what can be used here.
+
+``python -m cogview_kernels verify``: are the kernels right on this device (verify.py).
+"""
 
 from __future__ import annotations
 
 import platform
+import sys
 
 import torch
 
 import cogview_kernels
-from cogview_kernels import extension
+from cogview_kernels import extension, verify
 
 
 def main() -> None:
@@ -45,4 +49,6 @@ def main() -> None:
 
 
 if __name__ == "__main__":
+    if sys.argv[1:2] == ["verify"]:
+        sys.exit(verify.main(sys.argv[2:]))
     main()

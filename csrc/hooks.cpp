@@ -10,6 +10,8 @@
 
 // A JSON list, one entry per kernel and architecture, which the build writes.
 extern const char* const kKernelResources;
+// A digest of the sources that the kernels were compiled from.
+extern const char* const kKernelSources;
 
 PYBIND11_MODULE(_C, m) {
 #ifdef COGVIEW_KERNELS_CUDA
@@ -24,5 +26,6 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_architectures") = "";
 #endif
   m.attr("kernel_resources") = kKernelResources;
+  m.attr("kernel_sources") = kKernelSources;
   m.attr("torch_built_with") = COGVIEW_KERNELS_TORCH;
 }
