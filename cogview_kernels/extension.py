@@ -159,12 +159,6 @@ def _kernels_of(device: torch.device) -> Any:
     return _C if device.type == "cuda" else importlib.import_module("cogview_kernels._host_model")
 
 
-def why_no_attention_kernel(
-    dtype: torch.dtype, head_dim: int, device: torch.device, backend: str
-) -> str | None:
-    return None if head_dim in (32, 64, 96, 128) else "TEMPORARY"
-
-
 def kernel_sources() -> str | None:
     """A digest of the sources that the kernels were compiled from."""
     return _C.kernel_sources if architectures() else None
