@@ -34,7 +34,6 @@ from torch.nn.attention.flex_attention import (
 
 import cogview_kernels as ck
 from cogview_kernels import extension
-from cogview_kernels.attention.function import HEAD_DIMS
 from cogview_kernels.attention.layout import window_start
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, Sq, D), 2x (B, G, Sk, D)
@@ -108,10 +107,9 @@ def _why_no_kernel(case: AttentionCase, device: torch.device) -> str | None:
     """On a CPU the portable path has this row."""
     if device.type != "cuda":
         return None
-    reason = _only_halves(case, device)
-    if reason is None and case.head_dim not in HEAD_DIMS:
-        reason = f"the kernels take head dimensions of {HEAD_DIMS}, not {case.head_dim}"
-    return reason or extension.why_not_on(device)
+    return _only_halves(case, device) or extension.why_no_attention_kernel(
+        case.torch_dtype, case.head_dim, device, "cuda"
+    )
 
 
 def _why_not_portable(case: AttentionCase, device: torch.device) -> str | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import host_time
 import measure
 import pytest
 import suite
@@ -41,6 +42,10 @@ def pytest_benchmark_update_json(
         row["params"] = None  # an Entry, which JSON does not know; its name says the same
     output_json["ceilings"] = measure.ceilings(_device())
     output_json["not_measured"] = _not_measured
+    if host_time.why_not(_device()) is None:
+        times = host_time.host_times(_device())
+        output_json["host_time"] = [row._asdict() for row in times]
+        print(f"\n{host_time.table(times)}")
     if len(benchmarks) + len(_not_measured) == len(suite.entries(_device().type)):
         machine, commit = output_json["machine_info"], output_json["commit_info"]
         name = measure.record_name("suite", machine, commit, output_json["datetime"])

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 import cogview.model
 import cogview_kernels as ck
 from cogview.config import ModelConfig
-from cogview_kernels.attention.function import HEAD_DIMS
+from cogview_kernels import extension
 
 # What is computed, and the settings of the model that say so.
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -201,9 +201,9 @@ def no_kernels(case: StepCase, device: torch.device) -> str | None:
     head_dim = case.hidden_size // case.num_heads
     if device.type == "cuda" and case.dtype == "float32":
         return "the attention's kernels take float16 and bfloat16"
-    if device.type == "cuda" and head_dim not in HEAD_DIMS:
-        return f"the attention's kernels take head dimensions of {HEAD_DIMS}, not {head_dim}"
-    return norm_methods.no_kernel(case, device)
+    if device.type != "cuda":
+        return None
+    return extension.why_no_attention_kernel(DTYPES[case.dtype], head_dim, device, "cuda")
 
 
 def no_compiled_kernels(case: StepCase, device: torch.device) -> str | None:

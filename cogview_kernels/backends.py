@@ -1,4 +1,4 @@
-"""Names of the backends, and what is said when one cannot run."""
+"""The names of the backends, and the error or warning when one cannot run."""
 
 from __future__ import annotations
 
@@ -7,13 +7,11 @@ import warnings
 
 import torch
 
-from cogview_kernels import extension
-
 BACKENDS = ("auto", "cuda", "portable", "reference", "host_model")
 
 
 class KernelUnavailable(RuntimeError):
-    """The asked-for backend cannot run here; the message says why and what can."""
+    """The requested backend cannot run here; the message says why, and what can."""
 
 
 _warned: set[str] = set()
@@ -29,7 +27,7 @@ def warn_once(message: str) -> None:
 
 def _stacklevel_of_the_caller() -> int:
     """For a warning of the calling function: the first line outside this package and torch, whose
-    modules may stand between."""
+    frames may lie between."""
     inside = ("cogview_kernels", "torch")
     level, frame = 1, sys._getframe(1)
     while frame.f_back and frame.f_globals["__name__"].partition(".")[0] in inside:
@@ -42,17 +40,16 @@ def kernels_wanted(backend: str, device: torch.device) -> bool:
     return backend in ("cuda", "host_model") or (backend == "auto" and device.type == "cuda")
 
 
-def kernels_usable(
-    function: str, backend: str, device: torch.device, unsupported: str | None
-) -> bool:
-    """Whether the kernels that were wanted can run; ``unsupported``: why they do not take these
-    inputs. Where they cannot, ``auto`` warns and a backend asked for by name is an error."""
-    reason = unsupported or extension.why_no_kernel_on(device, backend)
-    if reason is None:
+def kernels_usable(function: str, backend: str, unsupported: str | None) -> bool:
+    """Whether the kernels that were wanted can run; ``unsupported``: why they cannot.
+
+    Where they cannot, ``auto`` warns, and a backend that was asked for by name is an error.
+    """
+    if unsupported is None:
         return True
     if backend != "auto":
         raise KernelUnavailable(
-            f"backend={backend!r}: {reason}; backend='portable' computes the same function"
+            f"backend={backend!r}: {unsupported}; backend='portable' computes the same function"
         )
-    warn_once(f"{function}: using backend='portable': {reason}")
+    warn_once(f"{function}: using backend='portable': {unsupported}")
     return False

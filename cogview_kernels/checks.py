@@ -1,11 +1,17 @@
-"""Checks of arguments, and the words of their errors."""
+"""Checks of arguments, with errors that name the argument, what was expected and what came."""
 
 from __future__ import annotations
 
+import weakref
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch.nn import Parameter
+
+_FLOATS = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+_LARGEST_FLOAT32 = torch.finfo(torch.float32).max
 
 
 def describe(value: Any) -> str:
@@ -26,7 +32,7 @@ def check_int(name: str, value: Any, minimum: int) -> None:
 def check_float(name: str, value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a float, got {describe(value)}")
-    if not abs(value) <= torch.finfo(torch.float32).max:
+    if not abs(value) <= _LARGEST_FLOAT32:
         raise ValueError(f"{name}: expected a number that is finite in float32, got {value}")
     return float(value)
 
@@ -34,7 +40,7 @@ def check_float(name: str, value: Any) -> float:
 def check_tensor(name: str, value: Any) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor, got {describe(value)}")
-    if value.dtype not in (torch.float64, torch.float32, torch.bfloat16, torch.float16):
+    if value.dtype not in _FLOATS:
         raise TypeError(
             f"{name}: expected float64, float32, bfloat16 or float16, got {describe(value)}"
         )
@@ -59,18 +65,21 @@ def check_last_dim_contiguous(name: str, value: Tensor) -> None:
         )
 
 
-def check_no_tangent(name: str, value: Tensor | None) -> None:
+def check_no_tangent(**tensors: Tensor | None) -> None:
     """An operator without a forward-mode derivative would pass for a constant, unnoticed."""
-    if value is None:
+    if not torch.compiler.is_compiling() and torch.autograd.forward_ad._current_level < 0:
         return
-    if not torch.compiler.is_compiling():
-        while torch._C._functorch.is_batchedtensor(value):  # cannot be unpacked itself
-            value = torch._C._functorch.get_unwrapped(value)
-    if torch.autograd.forward_ad.unpack_dual(value).tangent is not None:
-        raise NotImplementedError(
-            f"{name}: expected no tangent, as forward-mode differentiation is not implemented "
-            "here; backend='reference' has it"
-        )
+    for name, tensor in tensors.items():
+        if tensor is None:
+            continue
+        if not torch.compiler.is_compiling():
+            while torch._C._functorch.is_batchedtensor(tensor):  # cannot be unpacked itself
+                tensor = torch._C._functorch.get_unwrapped(tensor)
+        if torch.autograd.forward_ad.unpack_dual(tensor).tangent is not None:
+            raise NotImplementedError(
+                f"{name}: expected no tangent, as forward-mode differentiation is not implemented "
+                "here; backend='reference' has it"
+            )
 
 
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
@@ -83,6 +92,26 @@ def values_readable(value: Any) -> bool:
     (not traced, fake or batched) tensor on the CPU."""
     if not isinstance(value, Tensor):
         return True
-    if torch.compiler.is_compiling() or type(value) not in (Tensor, torch.nn.Parameter):
+    if torch.compiler.is_compiling() or not value.is_cpu:
         return False
-    return value.device.type == "cpu" and not torch._C._functorch.is_functorch_wrapped_tensor(value)
+    kind = type(value)
+    return (kind is Tensor or kind is Parameter) and not is_functorch_wrapped_tensor(value)
+
+
+def has_nan(tensor: Tensor) -> bool:
+    """Whether a tensor on the CPU holds a NaN. Read again only after torch has counted a change, as
+    reading takes longer than launching a norm."""
+    if tensor.is_inference():  # counts no changes
+        return bool(tensor.isnan().any())
+    key, state = id(tensor), (tensor._version, tensor.data_ptr())
+    known = _without_nan.get(key)
+    if known is not None and known[0] == state and known[1]() is tensor:
+        return False
+    if bool(tensor.isnan().any()):
+        return True
+    _without_nan[key] = state, weakref.ref(tensor, lambda _: _without_nan.pop(key, None))
+    return False
+
+
+# By id: the state of a tensor in which it had no NaN, and the tensor.
+_without_nan: dict[int, tuple[tuple[int, int], weakref.ref[Tensor]]] = {}

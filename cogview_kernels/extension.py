@@ -1,8 +1,8 @@
 """The compiled modules: whether they are there, what is in them, and why they cannot be used here.
 
 ``_C`` holds the CUDA kernels, ``_host_model`` the same kernels run on the CPU. Both implement the
-operators that other modules declare in ``LIBRARY``: ``_C`` for CUDA tensors, ``_host_model`` for
-CPU tensors.
+operators that other modules define with ``define_out_operator``: ``_C`` for CUDA tensors,
+``_host_model`` for CPU tensors.
 """
 
 from __future__ import annotations
@@ -23,13 +23,11 @@ except ImportError as error:
 else:
     _IMPORT_ERROR = None
 
+_CPU = torch.device("cpu")
 HOW_TO_BUILD = (
     "install a CUDA toolkit with nvcc (12.4 or later), then, in a clone of the repository, "
     "`COGVIEW_KERNELS_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps .`"
 )
-
-
-LIBRARY = torch.library.Library("cogview_kernels", "FRAGMENT")
 
 # The multiprocessors that the host model pretends to have when work is dealt out.
 host_model_num_sms = 1
@@ -128,17 +126,37 @@ def why_not_host_model() -> str | None:
 @torch.compiler.assume_constant_result
 def why_no_kernel_on(device: torch.device, backend: str) -> str | None:
     """Why ``backend`` has no kernels for tensors of ``device``; ``None`` if it has them."""
-    if backend != "host_model":
-        return why_not_on(device)
-    if device.type != "cpu":
-        return f"the host model takes tensors on the CPU, got {device}"
-    return why_not_host_model()
+    if backend == "host_model":
+        if device != _CPU:
+            return f"the host model takes tensors on the CPU, got {device}"
+        return why_not_host_model()
+    return why_not_on(device)
 
 
+@torch.compiler.assume_constant_result
 def why_no_attention_kernel(
     dtype: torch.dtype, head_dim: int, device: torch.device, backend: str
 ) -> str | None:
-    return None if head_dim in (32, 64, 96, 128) else "TEMPORARY"
+    """Why ``backend`` has no attention kernels for these tensors; ``None`` if it has them."""
+    return why_no_kernel_on(device, backend) or _why_no_attention_family(dtype, head_dim, device)
+
+
+@functools.cache
+def _why_no_attention_family(dtype: torch.dtype, head_dim: int, device: torch.device) -> str | None:
+    capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (8, 0)
+    name = str(dtype).removeprefix("torch.")
+    return _kernels_of(device).three_region_attention_unsupported(name, head_dim, *capability)
+
+
+@functools.lru_cache(maxsize=256)
+def attention_split_rows(k_len: int, num_pivots: int, device: torch.device) -> int:
+    """Keys that many queries see, as the backward's workspace counts them."""
+    return _kernels_of(device).three_region_attention_split_rows(k_len, num_pivots)
+
+
+def _kernels_of(device: torch.device) -> Any:
+    """The module with the kernels for tensors of ``device``."""
+    return _C if device.type == "cuda" else importlib.import_module("cogview_kernels._host_model")
 
 
 def kernel_sources() -> str | None:
@@ -148,8 +166,13 @@ def kernel_sources() -> str | None:
 
 def num_sms(device: torch.device) -> int:
     """Multiprocessors that kernels on tensors of ``device`` are spread over."""
-    if device.type == "cpu":
+    if device == _CPU:
         return host_model_num_sms
+    return _cuda_num_sms(device)
+
+
+@functools.cache
+def _cuda_num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
 
 

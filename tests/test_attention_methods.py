@@ -511,11 +511,13 @@ def test_the_portable_path_is_never_timed_as_the_kernels() -> None:
     reason = ours.why_not(SMALL, CUDA)
     assert reason is not None and "float32" in reason
     half = dataclasses.replace(SMALL, dtype="bfloat16", head_dim=64)
-    with mock.patch.object(attention_methods.extension, "why_not_on", lambda device: None):
+    extension = attention_methods.extension
+    with mock.patch.object(extension, "why_no_attention_kernel", lambda *args: None):
         assert ours.why_not(half, CUDA) is None
-        reason = ours.why_not(dataclasses.replace(half, head_dim=16), CUDA)
-        assert reason is not None and "head dimensions" in reason
-    with mock.patch.object(attention_methods.extension, "why_not_on", lambda device: "no kernels"):
+    with mock.patch.object(extension, "why_no_attention_kernel", lambda *args: f"no: {args}"):
+        head_dim_16 = ours.why_not(dataclasses.replace(half, head_dim=16), CUDA)
+        assert head_dim_16 == f"no: {(torch.bfloat16, 16, CUDA, 'cuda')}"
+    with mock.patch.object(extension, "why_not_on", lambda device: "no kernels"):
         assert ours.why_not(half, CUDA) == "no kernels"
     q, k = torch.zeros(2, 4, 200, 64).bfloat16(), torch.zeros(2, 2, 200, 64).bfloat16()
     attention = ours.prepare(half, half.layout(CPU), CUDA)

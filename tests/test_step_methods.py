@@ -11,6 +11,7 @@ import torch
 
 import cogview.model
 import cogview_kernels as ck
+from cogview_kernels import extension
 
 sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
 import norm_methods  # noqa: E402
@@ -177,13 +178,17 @@ def test_plain_steps_do_not_call_this_package(monkeypatch: pytest.MonkeyPatch) -
     [
         ({}, None),
         ({"dtype": "float32"}, "float16 and bfloat16"),
-        ({"hidden_size": 80}, r"head dimensions of (32, 64, 96, 128), not 40"),
+        ({"hidden_size": 80}, "no kernel for 40"),
     ],
 )
 def test_a_method_that_cannot_run_gives_a_reason(
     monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], expected: str | None
 ) -> None:
-    monkeypatch.setattr(norm_methods, "no_kernel", lambda case, device: None)
+    monkeypatch.setattr(
+        extension,
+        "why_no_attention_kernel",
+        lambda dtype, head_dim, device, backend: "no kernel for 40" if head_dim == 40 else None,
+    )
     monkeypatch.setattr(norm_methods, "no_compiler", lambda case, device: None)
     case = StepCase(**{**vars(HALF), "hidden_size": 64, **changes})
     for method in STEP_METHODS[:2]:

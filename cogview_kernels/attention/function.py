@@ -1,4 +1,4 @@
-"""``three_region_attention``: the public function, its checks and its operators."""
+"""``three_region_attention``: the public function and its checks."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from typing import Any, Literal, overload
 import torch
 from torch import Tensor
 
-from cogview_kernels.attention import operators, reference  # noqa: F401
+from cogview_kernels import extension
+from cogview_kernels.attention import operators, reference
 from cogview_kernels.attention.layout import ThreeRegionLayout
 from cogview_kernels.backends import BACKENDS, kernels_usable, kernels_wanted
 from cogview_kernels.checks import (
@@ -19,10 +20,7 @@ from cogview_kernels.checks import (
     check_no_tangent,
     check_tensor,
     describe,
-    values_readable,
 )
-
-HEAD_DIMS = (32, 64, 96, 128)  # of the kernels
 
 
 @overload
@@ -111,17 +109,19 @@ def three_region_attention(
     Source: CogView, arXiv 2105.13290.
     """
     check_choice("backend", backend, BACKENDS)
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_tensor(name, tensor)
-    q, k, v = (_autocast(tensor) for tensor in (q, k, v))
+    check_tensor("q", q)
+    check_tensor("k", k)
+    check_tensor("v", v)
+    autocast_dtype = _autocast_dtype(q)
+    if autocast_dtype is not None:
+        q, k, v = (_cast(tensor, autocast_dtype) for tensor in (q, k, v))
     softmax_scale = _check_inputs(q, k, v, layout, softmax_scale)
+    regions = layout.of_call(q.shape[0], k.shape[2], q.device)
 
     if backend == "reference":
         out, lse = reference.three_region_attention(q, k, v, layout, softmax_scale)
         return (out, lse) if return_lse else out
-    for name, tensor in (("q", q), ("k", k), ("v", v)):
-        check_no_tangent(name, tensor)
-    text_len, pivot_idx = layout.tensors(q.shape[0], q.device)
+    check_no_tangent(q=q, k=k, v=v)
     window_and_scale = (
         layout.query_window,
         layout.key_window_times,
@@ -129,49 +129,45 @@ def three_region_attention(
         layout.pivot_bias,
         softmax_scale,
     )
-    ops = torch.ops.cogview_kernels
     if kernels_wanted(backend, q.device) and kernels_usable(
-        "three_region_attention", backend, q.device, _unsupported(q, k)
+        "three_region_attention", backend, _unsupported(q, k, backend)
     ):
-        if backend == "host_model":
-            pack, attend = (
-                ops.three_region_attention_host_model_far_keys,
-                ops.three_region_attention_host_model,
-            )
-        else:
-            pack, attend = ops.three_region_attention_far_keys, ops.three_region_attention
-        far_keys = pack(text_len, pivot_idx, k.shape[2])
-        out, row_max, row_log_sum = attend(q, k, v, far_keys, *window_and_scale)
+        kernels = operators.HOST_MODEL if backend == "host_model" else operators.CUDA
+        far_keys = regions.far_keys(kernels.far_keys)
+        out, row_max, row_log_sum = kernels.forward(q, k, v, far_keys, *window_and_scale)
         return (out, (row_max + row_log_sum) * math.log(2)) if return_lse else out
-    out, lse = ops.three_region_attention_portable(q, k, v, text_len, pivot_idx, *window_and_scale)
+    tensors = regions.text_len, regions.pivot_idx
+    out, lse = operators.PORTABLE(q, k, v, *tensors, *window_and_scale)
     return (out, lse) if return_lse else out
 
 
-def _unsupported(q: Tensor, k: Tensor) -> str | None:
-    """Why the kernels do not take these inputs, wherever they lie; ``None`` if they do."""
+def _unsupported(q: Tensor, k: Tensor, backend: str) -> str | None:
+    """Why the kernels of ``backend`` do not take these inputs; ``None`` if they do."""
     if q.dtype not in (torch.float16, torch.bfloat16):
         cast = "; torch.autocast casts to them" if q.dtype == torch.float32 else ""
         return f"the kernels take float16 and bfloat16, got {q.dtype}{cast}"
-    if q.shape[3] not in HEAD_DIMS:
-        return f"the kernels take head dimensions of {HEAD_DIMS}, got {q.shape[3]}"
     if k.shape[2] > 2**30:
         return f"the kernels take up to 2^30 keys, got {k.shape[2]}"
-    return None
+    return extension.why_no_attention_kernel(q.dtype, int(q.shape[3]), q.device, backend)
 
 
-def _autocast(tensor: Tensor) -> Tensor:
-    """The tensor in the dtype of an enabled autocast, which leaves float64 alone."""
+def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:
+    """What an enabled autocast casts to; ``None`` without one."""
     device = tensor.device.type
-    enabled = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
-    if not enabled or tensor.dtype == torch.float64:
-        return tensor
-    return tensor.to(torch.get_autocast_dtype(device))
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return None
+    return torch.get_autocast_dtype(device)
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """As autocast does, which leaves float64 alone."""
+    return tensor if tensor.dtype == torch.float64 else tensor.to(dtype)
 
 
 def _check_inputs(
     q: Tensor, k: Tensor, v: Tensor, layout: Any, softmax_scale: float | None
 ) -> float:
-    """Check everything before any work; the softmax scale to use."""
+    """Check everything but the layout before any work; the softmax scale to use."""
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         if tensor.ndim != 4:
             shape = "(B, H, Sq, D)" if name == "q" else "(B, G, Sk, D)"
@@ -179,10 +175,10 @@ def _check_inputs(
     if not isinstance(layout, ThreeRegionLayout):
         raise TypeError(f"layout: expected a ThreeRegionLayout, got {describe(layout)}")
     batch, num_heads, q_len, head_dim = q.shape
-    num_kv_heads, k_len = k.shape[1:3]
+    kv_batch, num_kv_heads, k_len, kv_head_dim = k.shape
     if head_dim == 0 or num_heads == 0:
         raise ValueError(f"q: expected heads and a head dimension, got {tuple(q.shape)}")
-    if k.shape[0] != batch or k.shape[3] != head_dim:
+    if kv_batch != batch or kv_head_dim != head_dim:
         raise ValueError(
             f"k: expected ({batch}, G, Sk, {head_dim}) to match q, got {tuple(k.shape)}"
         )
@@ -197,11 +193,8 @@ def _check_inputs(
             f"q: expected at most as many queries as the {k_len} keys (they are the last "
             f"positions), got {q_len}"
         )
-    for name, tensor in (("k", k), ("v", v)):
-        check_like(name, tensor, "q", q)
+    check_like("k", k, "q", q)
+    check_like("v", v, "q", q)
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         check_last_dim_contiguous(name, tensor)
-    text_len, pivot_idx = layout.tensors(batch, q.device)
-    if values_readable(text_len) and values_readable(pivot_idx):
-        layout.validate(k_len)
     return head_dim**-0.5 if softmax_scale is None else check_float("softmax_scale", softmax_scale)

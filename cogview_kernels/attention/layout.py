@@ -4,11 +4,37 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
 
 from cogview_kernels.checks import check_float, check_int, describe, values_readable
+from cogview_kernels.operators import in_plain_eager_mode, is_plain
+
+
+class LayoutOfCall:
+    """A layout as the operators of one call take it, or of several calls that share it.
+
+    ``text_len (B,)`` and ``pivot_idx (B, P)`` are int32 on the device of the queries.
+    """
+
+    def __init__(self, text_len: Tensor, pivot_idx: Tensor, k_len: int, key: Any) -> None:
+        self.text_len = text_len
+        self.pivot_idx = pivot_idx
+        self.k_len = k_len
+        self.key = key  # what it holds for; None: for this call alone
+        self._far_keys: Tensor | None = None
+
+    def far_keys(self, pack: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+        """What the kernels read; packed once."""
+        if self._far_keys is not None:
+            return self._far_keys
+        far_keys = pack(self.text_len, self.pivot_idx, self.k_len)
+        if self.key is not None:
+            self._far_keys = far_keys
+        return far_keys
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -34,6 +60,14 @@ class ThreeRegionLayout:
         text_bias: added to the logit of every text key, in nats.
         pivot_bias: added to the logit of every pivot key, in nats.
 
+    In eager mode a layout keeps what its last call made from it (checked values, packed keys), so
+    that calls with the same layout and key length share the work: all layers of a step, or a
+    forward and its recomputation. The tensors may be changed in place between calls, as torch
+    counts such changes (``Tensor._version``). Where it does not count them (``.data``, NumPy, a
+    collective, a Triton kernel, the replay of a CUDA graph), make another layout
+    (``dataclasses.replace(layout)``). Nothing is kept for inference tensors, nor while a CUDA graph
+    is captured: its replay packs the keys again. A copy or a pickle of a layout starts without.
+
     Raises:
         TypeError, ValueError: an argument of the wrong type, dtype, shape or device. Values of
             tensors (negative lengths, unsorted or repeated pivots) are read and checked when the
@@ -51,6 +85,15 @@ class ThreeRegionLayout:
     key_window_times: int = 2
     text_bias: float = 0.0
     pivot_bias: float = 0.0
+
+    # No fields: of no interest to comparison, replace and pickle. Each is swapped as a whole, so
+    # that threads may share a layout.
+    _last_call: ClassVar[LayoutOfCall | None] = None
+    # The versions of the tensors at which they were found right for every key length.
+    _valid_at: ClassVar[tuple[int | None, ...] | None] = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
 
     def __post_init__(self) -> None:
         check_int("query_window", self.query_window, minimum=1)
@@ -80,7 +123,8 @@ class ThreeRegionLayout:
                         f"text_len: expected ({self.pivot_idx.shape[0]},) to match the batch of "
                         f"pivot_idx, got {tuple(self.text_len.shape)}"
                     )
-        self._check_values_if_readable(k_len=None)
+        if values_readable(self.text_len) and values_readable(self.pivot_idx):
+            self._check_values(k_len=None)
 
     @classmethod
     def from_cogview(
@@ -122,7 +166,8 @@ class ThreeRegionLayout:
         bias = math.log(seqlen // num_pivots)
         ordered = pivot_idx.clamp(-1, seqlen).sort(dim=1).values.to(torch.int32)
         layout = cls(text_len, ordered, query_window, key_window_times, bias, bias)
-        layout._check_values_if_readable(k_len=seqlen)
+        if values_readable(text_len) and values_readable(ordered):
+            layout.validate(seqlen)
         return layout
 
     @property
@@ -131,34 +176,65 @@ class ThreeRegionLayout:
         sizes = [t.shape[0] for t in (self.text_len, self.pivot_idx) if isinstance(t, Tensor)]
         return next((size for size in sizes if size != 1), None)
 
+    def of_call(self, batch: int, k_len: int, device: torch.device) -> LayoutOfCall:
+        """The layout for a call, its values checked where that costs no synchronisation.
+
+        Raises:
+            ValueError: the layout describes another batch size or lies on another device, or
+                pivots are not as :meth:`validate` wants them.
+        """
+        versions = self._versions()
+        key = None
+        if versions is not None and (stream := _stream_of(device)) is not None:
+            # Memory made on a stream is in order there alone; inference tensors cannot be saved
+            # for a backward.
+            inference = torch.is_inference_mode_enabled()
+            key = versions, batch, k_len, device, stream, inference
+            last = self._last_call
+            if last is not None and last.key == key:
+                return last
+        text_len, pivot_idx = self.tensors(batch, device)
+        if versions is None or versions != self._valid_at:
+            if values_readable(self.text_len) and values_readable(self.pivot_idx):
+                self.validate(k_len)
+        call = LayoutOfCall(text_len, pivot_idx, k_len, key)
+        if key is not None:
+            object.__setattr__(self, "_last_call", call)
+        return call
+
+    def _versions(self) -> tuple[int | None, ...] | None:
+        """What tells whether the tensors were changed; ``None`` where nothing does, or where
+        nothing may be kept."""
+        if not in_plain_eager_mode():
+            return None
+        versions: list[int | None] = []
+        for tensor in (self.text_len, self.pivot_idx):
+            if not isinstance(tensor, Tensor):
+                versions.append(None)
+            elif not is_plain(tensor) or tensor.is_inference():
+                return None
+            else:
+                versions.append(tensor._version)
+        return tuple(versions)
+
     def tensors(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """``text_len (batch,)`` and ``pivot_idx (batch, P)``, both int32 on ``device``.
 
         Raises:
             ValueError: the layout describes another batch size or lies on another device.
         """
-        for name, tensor in (("text_len", self.text_len), ("pivot_idx", self.pivot_idx)):
-            if not isinstance(tensor, Tensor):
-                continue
-            if tensor.shape[0] not in (1, batch):
-                expected = (batch, *tensor.shape[1:])
-                raise ValueError(
-                    f"layout.{name}: expected {expected} to match the batch, "
-                    f"got {tuple(tensor.shape)}"
-                )
-            if tensor.device != device:
-                raise ValueError(
-                    f"layout.{name}: expected device {device} as the queries, got {tensor.device}"
-                )
-        if isinstance(self.text_len, Tensor):
-            text_len = self.text_len.expand(batch)
+        text_len, pivot_idx = self.text_len, self.pivot_idx
+        if isinstance(text_len, Tensor):
+            _check_batch_and_device("text_len", text_len, batch, device)
+            text_len = text_len.expand(batch)
         else:
             text_len = torch.full(
-                (batch,), min(self.text_len, 2**31 - 1), dtype=torch.int32, device=device
+                (batch,), min(text_len, 2**31 - 1), dtype=torch.int32, device=device
             )
-        if self.pivot_idx is None:
+        if pivot_idx is None:
             return text_len, torch.empty(batch, 0, dtype=torch.int32, device=device)
-        return text_len, self.pivot_idx.expand(batch, -1)
+        _check_batch_and_device("pivot_idx", pivot_idx, batch, device)
+        return text_len, pivot_idx.expand(batch, -1)
 
     def validate(self, k_len: int) -> None:
         """Read the tensors' values and check them for keys of length ``k_len``.
@@ -168,10 +244,6 @@ class ThreeRegionLayout:
         """
         check_int("k_len", k_len, minimum=0)
         self._check_values(k_len)
-
-    def _check_values_if_readable(self, k_len: int | None) -> None:
-        if values_readable(self.text_len) and values_readable(self.pivot_idx):
-            self._check_values(k_len)
 
     def _check_values(self, k_len: int | None) -> None:
         text_len = self.text_len
@@ -184,7 +256,8 @@ class ThreeRegionLayout:
                     f"got {int(text_len[sample])} in sample {sample}"
                 )
             text_len = text_len.unsqueeze(1)
-        if self.pivot_idx is None or self.pivot_idx.numel() == 0:
+        if self.pivot_idx is None or not _any_out_of_order(self.pivot_idx):
+            object.__setattr__(self, "_valid_at", self._versions())
             return
         # Every counted entry must lie above the largest counted entry before it. With k_len
         # unknown the largest entry of a row may be padding (k_len itself), so it may repeat.
@@ -239,6 +312,33 @@ class ThreeRegionLayout:
         """
         window, text, pivot = self.regions(batch, q_len, k_len)
         return window | text | pivot
+
+
+def _check_batch_and_device(name: str, tensor: Tensor, batch: int, device: torch.device) -> None:
+    if tensor.shape[0] not in (1, batch):
+        raise ValueError(
+            f"layout.{name}: expected {(batch, *tensor.shape[1:])} to match the batch, "
+            f"got {tuple(tensor.shape)}"
+        )
+    if tensor.device != device:
+        raise ValueError(
+            f"layout.{name}: expected device {device} as the queries, got {tensor.device}"
+        )
+
+
+def _any_out_of_order(pivot_idx: Tensor) -> bool:
+    """Whether some entry, padding included, is not above the one before it."""
+    return not bool((pivot_idx[:, 1:] > pivot_idx[:, :-1]).all())
+
+
+def _stream_of(device: torch.device) -> int | None:
+    """What orders work on ``device``; ``None`` where nothing may be kept from one call to the next:
+    while a CUDA graph is captured, and on devices whose streams are not known here."""
+    if device.type == "cpu":
+        return 0
+    if device.type != "cuda" or torch.cuda.is_current_stream_capturing():
+        return None
+    return torch._C._cuda_getCurrentRawStream(device.index)
 
 
 def window_start(position: Tensor, query_window: int, key_window_times: int) -> Tensor:

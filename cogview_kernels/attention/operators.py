@@ -1,36 +1,41 @@
-"""The operators behind ``three_region_attention``: schemas, allocation, gradients."""
+"""The operators behind ``three_region_attention``: schemas, allocation, launches, gradients.
+
+Portable takes the layout's tensors. The kernels take ``far_keys``, packed from them, and exchange
+lse as two numbers: the row's largest logit in bits, and log2 of the sum relative to it. One rounded
+lse would not do: with logits of 1e6 the backward's weights would not sum to one.
+
+Outputs and workspaces are allocated in Python, so that running out of memory stays
+torch.OutOfMemoryError, and by shapes alone, so that a call can be captured in a CUDA graph.
+"""
 
 from __future__ import annotations
 
+import functools
 import math
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from cogview_kernels import extension
 from cogview_kernels.attention import portable
-
-# Operators. Portable takes the layout's tensors; the kernels take far_keys, packed from them, and
-# exchange lse as two numbers: the row's largest logit in bits, and log2 of the sum relative to it.
-# One rounded lse would not do: with logits of 1e6 the backward's weights would not sum to one.
-# Outputs and workspaces are allocated in Python, so that running out of memory stays
-# torch.OutOfMemoryError, and by shapes alone, so that a call can be captured in a CUDA graph.
+from cogview_kernels.operators import Backward, Operator, define_operator, define_out_operator
 
 _WINDOW_AND_SCALE = (
     "int query_window, int key_window_times, float text_bias, float pivot_bias, float softmax_scale"
 )
 _LAYOUT_AND_SCALE = f"Tensor text_len, Tensor pivot_idx, {_WINDOW_AND_SCALE}"
 
-extension.LIBRARY.define(
+_far_keys_out = define_out_operator(
     "three_region_attention_far_keys_out(Tensor text_len, Tensor pivot_idx, int k_len, "
     "Tensor(a!) far_keys) -> ()"
 )
-extension.LIBRARY.define(
+_forward_out = define_out_operator(
     "three_region_attention_forward_out(Tensor q, Tensor k, Tensor v, Tensor far_keys, "
     f"{_WINDOW_AND_SCALE}, Tensor(a!) out, Tensor(b!) row_max, Tensor(c!) row_log_sum) -> ()"
 )
-extension.LIBRARY.define(
+_backward_out = define_out_operator(
     "three_region_attention_backward_out(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
     "Tensor out, Tensor row_max, Tensor row_log_sum, Tensor far_keys, "
     f"{_WINDOW_AND_SCALE}, Tensor(a!) dq, Tensor(b!) dk, Tensor(c!) dv, Tensor(d!) delta, "
@@ -38,39 +43,40 @@ extension.LIBRARY.define(
 )
 
 
-def _far_keys_fake(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
-    return pivot_idx.new_empty(pivot_idx.shape[0], 2 + pivot_idx.shape[1])
+def _allocate_far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
+    return pivot_idx.new_empty((pivot_idx.shape[0], 2 + pivot_idx.shape[1]))
 
 
-def _forward_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _allocate_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
     row_max = q.new_empty(q.shape[:3], dtype=torch.float32)
     return portable.empty_heads(q), row_max, torch.empty_like(row_max)
 
 
-def _backward_fake(
-    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *rest: Any
+def _allocate_portable_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
+    return portable.empty_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
+
+
+def _allocate_backward(
+    dout: Tensor, dlse: Tensor | None, q: Tensor, k: Tensor, v: Tensor, *_: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     return portable.empty_heads(q), portable.empty_heads(k), portable.empty_heads(v)
 
 
-def _far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
-    far_keys = _far_keys_fake(text_len, pivot_idx, k_len)
+def _pack_far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
+    far_keys = _allocate_far_keys(text_len, pivot_idx, k_len)
     if far_keys.numel() > 0:
-        torch.ops.cogview_kernels.three_region_attention_far_keys_out(
-            text_len, pivot_idx, k_len, far_keys
-        )
+        _far_keys_out(text_len, pivot_idx, k_len, far_keys)
     return far_keys
 
 
 def _forward(
     q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *window_and_scale: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
-    outputs = _forward_fake(q)
+    outputs = _allocate_forward(q)
     if q.numel() > 0:
         inputs = _aligned(q), _aligned(k), _aligned(v), far_keys.contiguous()
-        torch.ops.cogview_kernels.three_region_attention_forward_out(
-            *inputs, *window_and_scale, *outputs
-        )
+        _forward_out(*inputs, *window_and_scale, *outputs)
     return outputs
 
 
@@ -90,18 +96,18 @@ def _backward(
     pivot_bias: float,
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dq, dk, dv = _backward_fake(dout, dlse, q, k, v)
+    dq, dk, dv = _allocate_backward(dout, dlse, q, k, v)
     if q.numel() == 0:
         return dq, dk.zero_(), dv.zero_()
-    batch, num_heads = q.shape[:2]
-    num_kv_heads, k_len, head_dim = k.shape[1:]
-    num_pivots = far_keys.shape[1] - 2
+    batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, k_len = k.shape[1:3]
+    split_rows = extension.attention_split_rows(k_len, far_keys.shape[1] - 2, q.device)
     num_splits = _num_splits(
         batch * num_kv_heads,
         num_heads // num_kv_heads,
-        q.shape[2],
+        q_len,
         k_len,
-        num_pivots,
+        split_rows,
         min(query_window * key_window_times, k_len),
         extension.num_sms(q.device),
     )
@@ -109,10 +115,9 @@ def _backward(
     if q.dtype == torch.float16:
         bounds = q.new_zeros(batch * (2 * num_heads + num_kv_heads), dtype=torch.int32)
     if num_splits > 1:
-        rows = _split_rows(num_pivots, k_len)
-        shape = num_splits, 2, batch, num_kv_heads, rows, head_dim
+        shape = num_splits, 2, batch, num_kv_heads, split_rows, head_dim
         partial = q.new_empty(shape, dtype=torch.float32)
-    torch.ops.cogview_kernels.three_region_attention_backward_out(
+    _backward_out(
         _aligned(dout),
         None if dlse is None else dlse.contiguous(),
         _aligned(q),
@@ -139,25 +144,25 @@ def _backward(
 
 
 def _aligned(tensor: Tensor) -> Tensor:
-    """``(B, H, S, D)`` with rows at multiples of 16 bytes: a copy where they are not."""
-    strides = [s for size, s in zip(tensor.shape[:3], tensor.stride(), strict=False) if size > 1]
-    offsets = [tensor.data_ptr(), *(stride * tensor.element_size() for stride in strides)]
-    if tensor.stride(3) == 1 and all(offset % 16 == 0 for offset in offsets):
-        return tensor
+    """``(B, H, S, D)`` of a 16-bit dtype with rows at multiples of 16 bytes: a copy where they are
+    not."""
+    by_batch, by_head, by_row, by_column = tensor.stride()
+    if by_column == 1 and tensor.data_ptr() % 16 == 0:
+        if not (by_batch | by_head | by_row) % 8:
+            return tensor
+        strides = zip(tensor.shape, (by_batch, by_head, by_row), strict=False)
+        if all(stride % 8 == 0 for size, stride in strides if size > 1):
+            return tensor
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-def _split_rows(num_pivots: int, k_len: int) -> int:
-    """Keys that many queries see: the pivots and the first of the text."""
-    return _ceil_div(num_pivots, 64) * 64 + min(256, _ceil_div(k_len, 64) * 64)
-
-
+@functools.lru_cache(maxsize=256)
 def _num_splits(
     num_samples: int,
     group_size: int,
     q_len: int,
     k_len: int,
-    num_pivots: int,
+    split_rows: int,
     window: int,
     num_sms: int,
 ) -> int:
@@ -165,12 +170,12 @@ def _num_splits(
 
     Counted in products of 64 queries with 64 keys, for ``num_samples`` key/value heads of all
     samples: the longest tile should not take longer than all the work spread over two blocks for
-    each multiprocessor. ``window``: keys in a local window.
+    each multiprocessor. ``split_rows``: keys that many queries see; ``window``: keys in a local
+    window.
     """
     long = group_size * _ceil_div(q_len, 64)
     short = min(long, group_size * (_ceil_div(window, 64) + 1))
-    num_long, num_short = _split_rows(num_pivots, k_len) // 64, _ceil_div(k_len, 64)
-    work = num_samples * (num_long * long + num_short * short)
+    work = num_samples * (split_rows // 64 * long + _ceil_div(k_len, 64) * short)
     return min(max(_ceil_div(long * 2 * num_sms, max(work, 2 * num_sms)), 1), 16)
 
 
@@ -178,9 +183,87 @@ def _ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
-def _without_autocast(function: Any) -> Any:
-    """An operator's kernel computes in the dtypes it states, whatever the caller's autocast."""
+class _Saved(NamedTuple):
+    """What the forward keeps for the backward."""
 
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    row_max: Tensor
+    row_log_sum: Tensor
+    far_keys: Tensor
+
+
+def _save(
+    ctx: Any,
+    outputs: tuple[Tensor, Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_keys: Tensor,
+    *window_and_scale: Any,
+) -> None:
+    ctx.window_and_scale = window_and_scale
+    out, row_max, row_log_sum = outputs
+    ctx.save_for_backward(*_Saved(q, k, v, out, row_max, row_log_sum, far_keys))
+    # A shift, chosen freely: lse = (row_max + row_log_sum) ln 2 moves through row_log_sum.
+    ctx.mark_non_differentiable(row_max)
+    ctx.set_materialize_grads(False)
+
+
+def _gradients(backward: Operator) -> Callable[..., dict[str, Tensor | None]]:
+    def gradients(
+        ctx: Any,
+        wanted: frozenset[str],
+        dout: Tensor | None,
+        drow_max: None,
+        drow_log_sum: Tensor | None,
+    ) -> dict[str, Tensor | None]:
+        saved = _Saved(*ctx.saved_tensors)
+        dout = torch.zeros_like(saved.out) if dout is None else dout
+        dlse = None if drow_log_sum is None else drow_log_sum / math.log(2)
+        dq, dk, dv = backward(dout, dlse, *saved, *ctx.window_and_scale)
+        return {"q": dq, "k": dk, "v": dv}
+
+    return gradients
+
+
+class _PortableSaved(NamedTuple):
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    text_len: Tensor
+    pivot_idx: Tensor
+
+
+def _save_portable(
+    ctx: Any,
+    outputs: tuple[Tensor, Tensor],
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_len: Tensor,
+    pivot_idx: Tensor,
+    *window_and_scale: Any,
+) -> None:
+    ctx.window_and_scale = window_and_scale
+    ctx.save_for_backward(*_PortableSaved(q, k, v, outputs[0], text_len, pivot_idx))
+
+
+def _portable_gradients(
+    ctx: Any, wanted: frozenset[str], dout: Tensor, dlse: Tensor
+) -> dict[str, Tensor | None]:
+    saved = _PortableSaved(*ctx.saved_tensors)
+    dq, dk, dv = _PORTABLE_BACKWARD(dout, dlse, *saved, *ctx.window_and_scale)
+    return {"q": dq, "k": dk, "v": dv}
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """An operator computes in the dtypes it states, whatever the caller's autocast."""
+
+    @functools.wraps(function)
     def kernel(*args: Any) -> Any:
         with torch.autocast(args[0].device.type, enabled=False):
             return function(*args)
@@ -212,105 +295,65 @@ def _folded_into_batch(operator: Any) -> Any:
     return rule
 
 
-def _define_kernel_operators(name: str, device: str) -> tuple[Any, Any, Any]:
-    """The functional operators that call the kernels on tensors of ``device``."""
-    far_keys = torch.library.custom_op(
+class _Kernels(NamedTuple):
+    """The operators that call the kernels."""
+
+    far_keys: Operator
+    forward: Operator
+
+
+def _define_kernels(name: str, device: str, on_the_cpu: bool) -> _Kernels:
+    """``on_the_cpu``: portable computes the same on the CPU, where exported programs may run."""
+    far_keys = define_operator(
         f"{name}_far_keys",
-        _far_keys,
-        mutates_args=(),
-        device_types=device,
-        schema="(Tensor text_len, Tensor pivot_idx, SymInt k_len) -> Tensor far_keys",
+        "(Tensor text_len, Tensor pivot_idx, SymInt k_len) -> Tensor far_keys",
+        _allocate_far_keys,
+        _pack_far_keys,
+        vmap=_folded_into_batch,
+        device=device,
+        cpu_kernel=portable.pack_far_keys if on_the_cpu else None,
     )
-    forward = torch.library.custom_op(
-        name,
-        _forward,
-        mutates_args=(),
-        device_types=device,
-        schema=f"(Tensor q, Tensor k, Tensor v, Tensor far_keys, {_WINDOW_AND_SCALE})"
-        " -> (Tensor out, Tensor row_max, Tensor row_log_sum)",
-    )
-    backward = torch.library.custom_op(
+    backward = define_operator(
         f"{name}_backward",
-        _backward,
-        mutates_args=(),
-        device_types=device,
-        schema="(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-        f"Tensor row_max, Tensor row_log_sum, Tensor far_keys, {_WINDOW_AND_SCALE})"
+        "(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor out, Tensor row_max, "
+        f"Tensor row_log_sum, Tensor far_keys, {_WINDOW_AND_SCALE})"
         " -> (Tensor dq, Tensor dk, Tensor dv)",
+        _allocate_backward,
+        _backward,
+        vmap=_folded_into_batch,
+        device=device,
+        cpu_kernel=_without_autocast(portable.attention_backward_packed) if on_the_cpu else None,
     )
-
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        q, k, v, far_keys, *ctx.window_and_scale = inputs
-        _, row_max, _ = output
-        ctx.save_for_backward(q, k, v, *output, far_keys)
-        # A shift, chosen freely: lse = (row_max + row_log_sum) ln 2 moves through row_log_sum.
-        ctx.mark_non_differentiable(row_max)
-        ctx.set_materialize_grads(False)
-
-    def gradients(
-        ctx: Any, dout: Tensor | None, drow_max: None, drow_log_sum: Tensor | None
-    ) -> tuple[Tensor | None, ...]:
-        dout = torch.zeros_like(ctx.saved_tensors[3]) if dout is None else dout
-        dlse = None if drow_log_sum is None else drow_log_sum / math.log(2)
-        results = backward(dout, dlse, *ctx.saved_tensors, *ctx.window_and_scale)
-        return (*results, *[None] * 6)
-
-    for operator, fake in (
-        (far_keys, _far_keys_fake),
-        (forward, _forward_fake),
-        (backward, _backward_fake),
-    ):
-        operator.register_fake(fake)
-        operator.register_vmap(_folded_into_batch(operator))
-    forward.register_autograd(gradients, setup_context=setup_context)
-    return far_keys, forward, backward
+    forward = define_operator(
+        name,
+        f"(Tensor q, Tensor k, Tensor v, Tensor far_keys, {_WINDOW_AND_SCALE})"
+        " -> (Tensor out, Tensor row_max, Tensor row_log_sum)",
+        _allocate_forward,
+        _forward,
+        vmap=_folded_into_batch,
+        backward=Backward(3, _save, _gradients(backward)),
+        device=device,
+        cpu_kernel=_without_autocast(portable.attention_forward_packed) if on_the_cpu else None,
+    )
+    return _Kernels(far_keys, forward)
 
 
-_define_kernel_operators("cogview_kernels::three_region_attention_host_model", "cpu")
-for _operator, _cpu_kernel in zip(
-    _define_kernel_operators("cogview_kernels::three_region_attention", "cuda"),
-    (
-        portable.pack_far_keys,
-        _without_autocast(portable.attention_forward_packed),
-        _without_autocast(portable.attention_backward_packed),
-    ),
-    strict=True,
-):
-    _operator.register_kernel("cpu")(_cpu_kernel)
+CUDA = _define_kernels("three_region_attention", "cuda", on_the_cpu=True)
+HOST_MODEL = _define_kernels("three_region_attention_host_model", "cpu", on_the_cpu=False)
 
-
-_portable = torch.library.custom_op(
-    "cogview_kernels::three_region_attention_portable",
-    _without_autocast(portable.attention_forward),
-    mutates_args=(),
-    schema=f"(Tensor q, Tensor k, Tensor v, {_LAYOUT_AND_SCALE}) -> (Tensor out, Tensor lse)",
-)
-_portable_backward = torch.library.custom_op(
-    "cogview_kernels::three_region_attention_portable_backward",
-    _without_autocast(portable.attention_backward),
-    mutates_args=(),
-    schema="(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
+_PORTABLE_BACKWARD = define_operator(
+    "three_region_attention_portable_backward",
+    "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
     f"{_LAYOUT_AND_SCALE}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    _allocate_backward,
+    _without_autocast(portable.attention_backward),
+    vmap=_folded_into_batch,
 )
-
-
-@_portable.register_fake
-def _portable_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
-    lse_dtype = torch.float64 if q.dtype == torch.float64 else torch.float32
-    return portable.empty_heads(q), q.new_empty(q.shape[:3], dtype=lse_dtype)
-
-
-def _portable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, text_len, pivot_idx, *ctx.window_and_scale = inputs
-    ctx.save_for_backward(q, k, v, output[0], text_len, pivot_idx)
-
-
-def _portable_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _portable_backward(dout, dlse, *ctx.saved_tensors, *ctx.window_and_scale)
-    return (*gradients, *[None] * 7)
-
-
-_portable.register_autograd(_portable_gradients, setup_context=_portable_setup)
-_portable_backward.register_fake(_backward_fake)
-for _operator in (_portable, _portable_backward):
-    _operator.register_vmap(_folded_into_batch(_operator))
+PORTABLE = define_operator(
+    "three_region_attention_portable",
+    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT_AND_SCALE}) -> (Tensor out, Tensor lse)",
+    _allocate_portable_forward,
+    _without_autocast(portable.attention_forward),
+    vmap=_folded_into_batch,
+    backward=Backward(2, _save_portable, _portable_gradients),
+)

@@ -1,13 +1,13 @@
-"""``pb_relax_layer_norm`` and ``sandwich_residual``: the public functions, their module, and the
-operators that reach the CUDA kernels."""
+"""``pb_relax_layer_norm`` and ``sandwich_residual``, the module, and ``patch`` for models."""
 
 from __future__ import annotations
 
-from typing import Any, Literal, overload
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
 
+from cogview_kernels import extension
 from cogview_kernels.backends import BACKENDS, kernels_usable, kernels_wanted
 from cogview_kernels.checks import (
     check_choice,
@@ -17,11 +17,11 @@ from cogview_kernels.checks import (
     check_no_tangent,
     check_tensor,
     describe,
+    has_nan,
     values_readable,
 )
-from cogview_kernels.norm import operators, portable, reference  # noqa: F401
-
-RELAX = operators.RELAX
+from cogview_kernels.norm import operators, portable, reference
+from cogview_kernels.norm.operators import RELAX
 
 
 def pb_relax_layer_norm(
@@ -63,14 +63,14 @@ def pb_relax_layer_norm(
     check_choice("relax", relax, RELAX)
     eps = _check_eps(eps)
     _check_input("x", x)
-    _check_parameters("x", x, weight=weight, bias=bias)
+    _check_affine("x", x, "", weight, bias)
     if backend == "reference":
         return reference.pb_relax_layer_norm(x, weight, bias, eps, relax)
-    norm = _operator("pb_relax_layer_norm", backend, {"x": x, "weight": weight, "bias": bias})
-    if norm is None:
+    kernels = _kernels("pb_relax_layer_norm", backend, x)
+    if kernels is None:
         return portable.layer_norm(x, weight, bias, eps, relax)
-    y, _ = norm(_as_rows(x), weight, bias, eps, RELAX.index(relax))
-    return y.view(x.shape)
+    check_no_tangent(x=x, weight=weight, bias=bias)
+    return kernels.pb_relax_layer_norm(x, weight, bias, eps, RELAX.index(relax))
 
 
 @overload
@@ -158,42 +158,41 @@ def sandwich_residual(
     _check_input("residual", residual)
     if residual.shape != f.shape:
         raise ValueError(f"residual: expected {tuple(f.shape)} as f, got {tuple(residual.shape)}")
-    _check_parameters("f", f, post_weight=post_weight, post_bias=post_bias)
+    _check_affine("f", f, "post_", post_weight, post_bias)
     if residual.dtype not in (f.dtype, torch.float32):
         raise TypeError(f"residual: expected dtype {f.dtype} or float32, got {residual.dtype}")
     if residual.device != f.device:
         raise ValueError(f"residual: expected device {f.device} as f, got {residual.device}")
-    for name, parameter in (("pre_weight", pre_weight), ("pre_bias", pre_bias)):
-        if parameter is not None and not final_norm:
-            raise ValueError(f"{name}: expected None without final_norm, got {describe(parameter)}")
-    _check_parameters("residual", residual, pre_weight=pre_weight, pre_bias=pre_bias)
+    if not final_norm:
+        for name, parameter in (("pre_weight", pre_weight), ("pre_bias", pre_bias)):
+            if parameter is not None:
+                raise ValueError(
+                    f"{name}: expected None without final_norm, got {describe(parameter)}"
+                )
+    _check_affine("residual", residual, "pre_", pre_weight, pre_bias)
     _check_generator(generator, f)
 
-    parameters = {
-        "post_weight": post_weight,
-        "post_bias": post_bias,
-        "pre_weight": pre_weight,
-        "pre_bias": pre_bias,
-    }
-    sandwich = _operator("sandwich_residual", backend, {"f": f, "residual": residual, **parameters})
+    parameters = post_weight, post_bias, pre_weight, pre_bias
+    kernels = _kernels("sandwich_residual", backend, f)
     seed = None if dropout == 0 else _draw_seed(f.device, generator)
-    if sandwich is None:
+    if kernels is None:
         dropped = None if seed is None else portable.dropout_mask(seed, dropout, f.shape)
         module = reference if backend == "reference" else portable
         return module.sandwich_residual(
-            f, residual, *parameters.values(), dropped, dropout / 65536, eps, relax, final_norm
+            f, residual, *parameters, dropped, dropout / 65536, eps, relax, final_norm
         )
-    h, z, _, _ = sandwich(
-        _as_rows(f),
-        _as_rows(residual),
-        final_norm,
-        *parameters.values(),
-        seed,
-        dropout,
-        eps,
-        RELAX.index(relax),
+    check_no_tangent(
+        f=f,
+        residual=residual,
+        post_weight=post_weight,
+        post_bias=post_bias,
+        pre_weight=pre_weight,
+        pre_bias=pre_bias,
     )
-    return h.view(f.shape), z.view(f.shape) if final_norm else None
+    h, z = kernels.sandwich_residual(
+        f, residual, final_norm, *parameters, seed, dropout, eps, RELAX.index(relax)
+    )
+    return h, z if final_norm else None
 
 
 def patch(model: torch.nn.Module, relax: str | None = None) -> torch.nn.Module:
@@ -213,9 +212,12 @@ def patch(model: torch.nn.Module, relax: str | None = None) -> torch.nn.Module:
         ``model``.
 
     Raises:
+        TypeError: ``model`` is no module.
         ValueError: a norm with an eps that :func:`pb_relax_layer_norm` refuses, by its name; then
             nothing was changed.
     """
+    if not isinstance(model, torch.nn.Module):
+        raise TypeError(f"model: expected a torch.nn.Module, got {describe(model)}")
     check_choice("relax", relax, RELAX)
     norms = {
         name: module
@@ -269,34 +271,25 @@ class PBRelaxLayerNorm(torch.nn.LayerNorm):
         return f"{super().extra_repr()}, relax={self.relax!r}"
 
 
-def _operator(function: str, backend: str, tensors: dict[str, Tensor | None]) -> Any:
-    """The operator that runs the kernels on ``tensors``, or ``None`` where ``portable`` is to
-    compute. The first of them decides."""
-    x = next(iter(tensors.values()))
-    assert x is not None
+def _kernels(function: str, backend: str, x: Tensor) -> operators.Kernels | None:
+    """The operators that run the kernels on tensors like ``x``; ``None`` where ``portable`` is to
+    compute."""
     if not kernels_wanted(backend, x.device) or not kernels_usable(
-        function, backend, x.device, _unsupported(x)
+        function, backend, _unsupported(x, backend)
     ):
         return None
-    for name, tensor in tensors.items():
-        check_no_tangent(name, tensor)
-    name = f"{function}_host_model" if backend == "host_model" else function
-    return getattr(torch.ops.cogview_kernels, name)
+    return operators.HOST_MODEL if backend == "host_model" else operators.CUDA
 
 
 def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tensor:
     return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
 
 
-def _as_rows(tensor: Tensor) -> Tensor:
-    return tensor.reshape(-1, tensor.shape[-1])
-
-
-def _unsupported(x: Tensor) -> str | None:
-    """Why the kernels do not take this input, wherever it lies; ``None`` if they do."""
+def _unsupported(x: Tensor, backend: str) -> str | None:
+    """Why the kernels of ``backend`` do not take this input; ``None`` if they do."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, got {x.dtype}"
-    return None
+    return extension.why_no_kernel_on(x.device, backend)
 
 
 def _check_eps(eps: float, name: str = "eps") -> float:
@@ -330,31 +323,33 @@ def _check_input(name: str, tensor: Tensor) -> None:
     check_last_dim_contiguous(name, tensor)
 
 
-def _check_parameters(x_name: str, x: Tensor, **parameters: Tensor | None) -> None:
-    """A norm's weight and bias, under the names that the user knows them by."""
-    for name, parameter in parameters.items():
-        _check_parameter(name, parameter, x_name, x)
-    (weight_name, weight), (bias_name, bias) = parameters.items()
+def _check_affine(
+    x_name: str, x: Tensor, prefix: str, weight: Tensor | None, bias: Tensor | None
+) -> None:
+    """The weight and bias of the norm of ``x``; the user knows them with ``prefix``."""
+    if weight is None and bias is None:
+        return
+    dtype, device, hidden = x.dtype, x.device, x.shape[-1:]
+    for last, parameter in (("weight", weight), ("bias", bias)):
+        if parameter is None:
+            continue
+        if not isinstance(parameter, Tensor) or parameter.dtype not in (dtype, torch.float32):
+            raise TypeError(
+                f"{prefix}{last}: expected a tensor of dtype {dtype} as {x_name}, or float32, "
+                f"got {describe(parameter)}"
+            )
+        if parameter.shape != hidden:
+            raise ValueError(
+                f"{prefix}{last}: expected {tuple(hidden)} as the last dimension of {x_name}, "
+                f"got {tuple(parameter.shape)}"
+            )
+        if parameter.device != device:
+            raise ValueError(
+                f"{prefix}{last}: expected device {device} as {x_name}, got {parameter.device}"
+            )
+        if values_readable(parameter) and has_nan(parameter):
+            raise ValueError(f"{prefix}{last}: expected numbers, got NaN")
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(
-            f"{bias_name}: expected dtype {weight.dtype} as {weight_name}, got {bias.dtype}"
+            f"{prefix}bias: expected dtype {weight.dtype} as {prefix}weight, got {bias.dtype}"
         )
-
-
-def _check_parameter(name: str, parameter: Tensor | None, x_name: str, x: Tensor) -> None:
-    if parameter is None:
-        return
-    if not isinstance(parameter, Tensor) or parameter.dtype not in (x.dtype, torch.float32):
-        raise TypeError(
-            f"{name}: expected a tensor of dtype {x.dtype} as {x_name}, or float32, "
-            f"got {describe(parameter)}"
-        )
-    if parameter.shape != x.shape[-1:]:
-        raise ValueError(
-            f"{name}: expected {tuple(x.shape[-1:])} as the last dimension of {x_name}, "
-            f"got {tuple(parameter.shape)}"
-        )
-    if parameter.device != x.device:
-        raise ValueError(f"{name}: expected device {x.device} as {x_name}, got {parameter.device}")
-    if values_readable(parameter) and bool(parameter.isnan().any()):
-        raise ValueError(f"{name}: expected numbers, got NaN")

@@ -160,15 +160,21 @@ class Call {
   // All tensors must lie on the device of `like`.
   Call(const char* name, const Tensor& like) : name_(name), device_(like) {}
 
-  // A tensor of this shape. The data.
-  void* tensor(const char* name, const Tensor& tensor, Access access, const Shape& shape) {
+  // A tensor of any shape. The data.
+  void* tensor(const char* name, const Tensor& tensor, Access access) {
     STD_TORCH_CHECK(device_.has(tensor), name, ": expected a tensor on ", kDevice);
+    device_.register_tensor(name, tensor, access);
+    return tensor.data_ptr();
+  }
+
+  // The same, of this shape.
+  void* tensor(const char* name, const Tensor& tensor, Access access, const Shape& shape) {
+    void* data = this->tensor(name, tensor, access);
     const IntHeaderOnlyArrayRef sizes = tensor.sizes();
     STD_TORCH_CHECK(
         sizes.size() == shape.size() && std::equal(shape.begin(), shape.end(), sizes.begin()), name,
         ": expected shape ", shape_text(shape), ", got ", shape_text(sizes));
-    device_.register_tensor(name, tensor, access);
-    return tensor.data_ptr();
+    return data;
   }
 
   // The same, contiguous.

@@ -11,24 +11,24 @@ class NormCall : public Call {
  public:
   NormCall(const char* name, const char* x_name, const Tensor& x) : Call(name, x) {
     const IntHeaderOnlyArrayRef sizes = x.sizes();
-    STD_TORCH_CHECK(sizes.size() == 2 && sizes[0] > 0 && sizes[1] > 0, x_name,
-                    ": expected shape (rows, hidden) with elements");
-    STD_TORCH_CHECK(sizes[1] <= std::numeric_limits<int32_t>::max(), x_name,
+    STD_TORCH_CHECK(sizes.size() >= 2 && x.numel() > 0, x_name,
+                    ": expected shape (..., hidden) with rows and elements");
+    hidden_ = sizes.back();
+    STD_TORCH_CHECK(hidden_ <= std::numeric_limits<int32_t>::max(), x_name,
                     ": hidden is too large");
-    rows_ = sizes[0];
-    hidden_ = sizes[1];
+    rows_ = x.numel() / hidden_;
   }
 
   int64_t rows() const { return rows_; }
   int64_t hidden() const { return hidden_; }
 
-  // A matrix of contiguous rows.
+  // A matrix of contiguous rows, or a contiguous tensor of more dimensions.
   ConstRows read_rows(const char* name, Argument argument, ScalarType dtype) {
     if (!argument) return {};
     return rows(name, *argument, Access::kRead, dtype);
   }
 
-  // A contiguous matrix.
+  // The same, contiguous.
   void* write_rows(const char* name, Argument argument, ScalarType dtype) {
     if (!argument) return nullptr;
     rows(name, *argument, Access::kWriteAll, dtype);
@@ -86,6 +86,14 @@ class NormCall : public Call {
 
  private:
   ConstRows rows(const char* name, const Tensor& tensor, Access access, ScalarType dtype) {
+    if (tensor.dim() > 2) {
+      const void* data = this->tensor(name, tensor, access);
+      STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, ": unexpected dtype");
+      STD_TORCH_CHECK(tensor.sizes().back() == hidden_ && tensor.numel() == rows_ * hidden_ &&
+                          tensor.is_contiguous(),
+                      name, ": expected a contiguous tensor with ", rows_, " rows of ", hidden_);
+      return {data, hidden_};
+    }
     const void* data = this->tensor(name, tensor, access, {rows_, hidden_});
     const IntHeaderOnlyArrayRef strides = tensor.strides();
     STD_TORCH_CHECK(hidden_ <= 1 || strides[1] == 1, name, ": expected contiguous rows");

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -121,7 +122,8 @@ def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> 
     dout = torch.randn(shape, device="cuda", dtype=dtype)
 
     def forward() -> Tensor:
-        return ck.three_region_attention(*leaves, layout, backend="cuda")  # type: ignore[call-overload]
+        own = dataclasses.replace(layout)  # which packs its keys again
+        return ck.three_region_attention(*leaves, own, backend="cuda")  # type: ignore[call-overload]
 
     torch.autograd.grad(forward(), leaves, dout)  # allocates what is kept for all calls
     elements, rows = batch * num_heads * seqlen * head_dim, batch * num_heads * seqlen
@@ -130,11 +132,12 @@ def test_memory(batch: int, num_heads: int, seqlen: int, dtype: torch.dtype) -> 
     assert peak == 2 * elements + 2 * 4 * rows + 4 * batch * (2 + num_pivots)
     _, peak = peak_of(lambda: torch.autograd.grad(out, leaves, dout))
     num_sms = extension.num_sms(out.device)
-    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, num_pivots, 256, num_sms)
+    far_rows = extension.attention_split_rows(seqlen, num_pivots, out.device)
+    splits = attention._num_splits(batch * num_heads, 1, seqlen, seqlen, far_rows, 256, num_sms)
     assert (splits > 1) == (batch == 1)
     workspace = 4 * rows + (4 * batch * 3 * num_heads if dtype == torch.float16 else 0)
     if splits > 1:
-        far_rows = -(-num_pivots // 64) * 64 + 256
+        assert far_rows == -(-num_pivots // 64) * 64 + 256
         workspace += 8 * splits * batch * num_heads * far_rows * head_dim
     assert peak == 3 * 2 * elements + workspace
 
