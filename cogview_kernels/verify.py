@@ -260,20 +260,24 @@ _checked: dict[tuple[Kind, torch.device], str | None] = {}
 _lock = threading.Lock()
 
 
-def why_not_trusted(kind: Kind, device: torch.device) -> str | None:
-    """Why the CUDA kernels of ``kind`` must not be used on ``device``; ``None`` if they may.
+@torch.compiler.assume_constant_result  # torch.compile calls it while tracing
+def why_not_trusted(
+    function: str, dtype: torch.dtype, variant: int | torch.dtype, device: torch.device
+) -> str | None:
+    """Why the CUDA kernels for a :class:`Kind` of call must not be used on ``device``; ``None`` if
+    they may.
 
-    Checks a kind that nobody vouches for once in this process. While the current stream captures a
+    Checks a kind that nobody vouches for, once in this process. While the current stream captures a
     CUDA graph nothing can be checked: the kernels are used, and a later call checks them.
     """
-    key = kind, device
+    key = Kind(function, dtype, variant), device
     if key in _checked:
         return _checked[key]
     if os.environ.get("COGVIEW_KERNELS_VERIFY") == "0" or torch.cuda.is_current_stream_capturing():
         return None
     with _lock:
         if key not in _checked:
-            _checked[key] = _reason(kind, device)
+            _checked[key] = _reason(*key)
     return _checked[key]
 
 

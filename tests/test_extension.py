@@ -42,16 +42,20 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., SimpleNam
     extension._why_not_on_gpu.cache_clear()
 
 
+def usable(backend: str) -> bool:
+    return backends.kernels_usable("f", backend, extension.why_no_kernel_on(GPU, backend))
+
+
 def test_old_driver(machine: Callable[..., SimpleNamespace]) -> None:
     """``auto`` falls back with one warning, ``cuda`` is an error; the driver is asked once."""
     module = machine("the driver supports CUDA up to 12.4")
     with pytest.warns(UserWarning, match="f: using backend='portable': .*up to 12.4"):
-        assert not backends.kernels_usable("f", "auto", GPU, None)
+        assert not usable("auto")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert not backends.kernels_usable("f", "auto", GPU, None)
+        assert not usable("auto")
     with pytest.raises(backends.KernelUnavailable, match="^backend='cuda': .*up to 12.4"):
-        backends.kernels_usable("f", "cuda", GPU, None)
+        usable("cuda")
     assert module.questions == 1
 
 
@@ -60,7 +64,7 @@ def test_driver_that_fits(machine: Callable[..., SimpleNamespace]) -> None:
     for driver in (13000, 13010):
         machine(driver=driver).cuda_compiler = 13010
         assert extension.why_not_on(GPU) is None
-        assert backends.kernels_usable("f", "cuda", GPU, None)
+        assert usable("cuda")
 
 
 @pytest.mark.parametrize(
@@ -84,7 +88,7 @@ def test_what_a_gpu_runs(
         assert extension.why_not_on(GPU) is None
     else:
         with pytest.raises(backends.KernelUnavailable, match=reason):
-            backends.kernels_usable("f", "cuda", GPU, None)
+            usable("cuda")
 
 
 def test_each_gpu_is_asked_for_itself(

@@ -6,6 +6,7 @@ import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +15,9 @@ from test_attention_kernels import backend_or_skip
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from cogview_kernels import extension, verify
+from cogview_kernels import backends, extension, verify
+from cogview_kernels.attention import function as attention_function
+from cogview_kernels.norm import function as norm_function
 from cogview_kernels.verify import Kind, Outcome
 
 needs_host_model = pytest.mark.skipif(
@@ -138,7 +141,7 @@ GPU = torch.device("cuda", 0)
 def test_a_kind_is_checked_once_for_each_device(checks: list[Kind]) -> None:
     for device in (GPU, GPU, torch.device("cuda", 1)):
         for kind in (NORM, SANDWICH, NORM):
-            assert verify.why_not_trusted(kind, device) is None
+            assert verify.why_not_trusted(*kind, device) is None
     assert checks == [NORM, SANDWICH, NORM, SANDWICH]
 
 
@@ -146,41 +149,62 @@ def test_a_failed_check_names_kind_and_device(monkeypatch: pytest.MonkeyPatch) -
     failed = Outcome(7.0, "hidden 512: error 7 times what is allowed")
     monkeypatch.setattr(verify, "check", lambda *_: failed)
     for _ in range(2):
-        reason = verify.why_not_trusted(NORM, GPU)
+        reason = verify.why_not_trusted(*NORM, GPU)
         assert reason is not None
         assert "pb_relax_layer_norm float16" in reason and "a GPU" in reason
         assert "error 7 times what is allowed" in reason
 
 
+def test_auto_falls_back_with_one_warning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """``backend="cuda"`` takes the kernels all the same: somebody has to look at what they do."""
+    monkeypatch.setattr(verify, "check", lambda *_: Outcome(7.0, "wrong"))
+    monkeypatch.setattr(extension, "why_no_kernel_on", lambda device, backend: None)
+    monkeypatch.setattr(extension, "_why_no_attention_family", lambda *_: None)
+    monkeypatch.setattr(backends, "_warned", set())
+    x = SimpleNamespace(dtype=torch.float16, device=GPU, shape=(1, 2, 8, 64))
+
+    def kernels(backend: str) -> list[bool]:
+        attention = backends.kernels_usable(
+            "three_region_attention", backend, attention_function._unsupported(x, x, backend)
+        )
+        norm = norm_function._kernels("pb_relax_layer_norm", backend, x, x.dtype)
+        return [attention, norm is not None]
+
+    with pytest.warns(UserWarning, match="self-check of the kernels for .* failed") as warned:
+        assert kernels("auto") == kernels("auto") == [False, False]
+    assert len(warned) == 2  # one for each function
+    assert kernels("cuda") == [True, True]
+
+
 def test_no_check_while_capturing(checks: list[Kind], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    assert verify.why_not_trusted(NORM, GPU) is None and checks == []
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == []
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    assert verify.why_not_trusted(NORM, GPU) is None and checks == [NORM]
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == [NORM]
 
 
 def test_the_check_can_be_switched_off(checks: list[Kind], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COGVIEW_KERNELS_VERIFY", "0")
-    assert verify.why_not_trusted(NORM, GPU) is None and checks == []
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == []
 
 
 def test_outcomes_on_record_spare_the_check(checks: list[Kind]) -> None:
     path = verify.keep({str(NORM): Outcome(0.1, None), str(SANDWICH): Outcome(3.0, "wrong")}, FACTS)
-    assert verify.why_not_trusted(NORM, GPU) is None and checks == []
-    assert "wrong" in str(verify.why_not_trusted(SANDWICH, GPU)) and checks == []
-    assert verify.why_not_trusted(ATTENTION, GPU) is None and checks == [ATTENTION]
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == []
+    assert "wrong" in str(verify.why_not_trusted(*SANDWICH, GPU)) and checks == []
+    assert verify.why_not_trusted(*ATTENTION, GPU) is None and checks == [ATTENTION]
     assert [entry.name for entry in path.parent.iterdir()] == [path.name]  # no temporary file
 
 
 @pytest.mark.parametrize("changed", ["device", "driver", "build"])
 def test_outcomes_of_another_machine_vouch_for_nothing(checks: list[Kind], changed: str) -> None:
     verify.keep({str(NORM): Outcome(0.1, None)}, {**FACTS, changed: "another"})
-    assert verify.why_not_trusted(NORM, GPU) is None and checks == [NORM]
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == [NORM]
 
 
 def test_an_unreadable_outcome_vouches_for_nothing(checks: list[Kind]) -> None:
     verify.keep({}, FACTS).write_text('{"outcomes": ')
-    assert verify.why_not_trusted(NORM, GPU) is None and checks == [NORM]
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == [NORM]
 
 
 @pytest.mark.parametrize(
@@ -194,7 +218,7 @@ def test_a_gpu_record_of_these_sources_vouches(
         record[changed] = "another"
     record["outcomes"] = {str(NORM): Outcome(0.1, None)}
     verify.GPU_RECORDS.write_text(json.dumps([record]))
-    assert verify.why_not_trusted(NORM, GPU) is None
+    assert verify.why_not_trusted(*NORM, GPU) is None
     assert checks == ([] if vouches else [NORM])
 
 
@@ -208,7 +232,7 @@ def test_the_check_knows_nothing_of_the_caller(monkeypatch: pytest.MonkeyPatch) 
 
     def first_call(x: Tensor) -> Tensor:
         verify._checked.clear()
-        assert verify.why_not_trusted(NORM, GPU) is None
+        assert verify.why_not_trusted(*NORM, GPU) is None
         return x
 
     with FakeTensorMode(), torch.inference_mode():

@@ -21,6 +21,7 @@ from cogview_kernels.checks import (
     check_tensor,
     describe,
 )
+from cogview_kernels.verify import why_not_trusted
 
 
 @overload
@@ -148,7 +149,11 @@ def _unsupported(q: Tensor, k: Tensor, backend: str) -> str | None:
         return f"the kernels take float16 and bfloat16, got {q.dtype}{cast}"
     if k.shape[2] > 2**30:
         return f"the kernels take up to 2^30 keys, got {k.shape[2]}"
-    return extension.why_no_attention_kernel(q.dtype, int(q.shape[3]), q.device, backend)
+    head_dim = int(q.shape[3])
+    reason = extension.why_no_attention_kernel(q.dtype, head_dim, q.device, backend)
+    if reason is None and backend == "auto":
+        reason = why_not_trusted("three_region_attention", q.dtype, head_dim, q.device)
+    return reason
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -22,6 +22,7 @@ from cogview_kernels.checks import (
 )
 from cogview_kernels.norm import operators, portable, reference
 from cogview_kernels.norm.operators import RELAX
+from cogview_kernels.verify import why_not_trusted
 
 
 def pb_relax_layer_norm(
@@ -66,7 +67,7 @@ def pb_relax_layer_norm(
     _check_affine("x", x, "", weight, bias)
     if backend == "reference":
         return reference.pb_relax_layer_norm(x, weight, bias, eps, relax)
-    kernels = _kernels("pb_relax_layer_norm", backend, x)
+    kernels = _kernels("pb_relax_layer_norm", backend, x, x.dtype)
     if kernels is None:
         return portable.layer_norm(x, weight, bias, eps, relax)
     check_no_tangent(x=x, weight=weight, bias=bias)
@@ -173,7 +174,7 @@ def sandwich_residual(
     _check_generator(generator, f)
 
     parameters = post_weight, post_bias, pre_weight, pre_bias
-    kernels = _kernels("sandwich_residual", backend, f)
+    kernels = _kernels("sandwich_residual", backend, f, residual.dtype)
     seed = None if dropout == 0 else _draw_seed(f.device, generator)
     if kernels is None:
         dropped = None if seed is None else portable.dropout_mask(seed, dropout, f.shape)
@@ -271,11 +272,13 @@ class PBRelaxLayerNorm(torch.nn.LayerNorm):
         return f"{super().extra_repr()}, relax={self.relax!r}"
 
 
-def _kernels(function: str, backend: str, x: Tensor) -> operators.Kernels | None:
+def _kernels(
+    function: str, backend: str, x: Tensor, result_dtype: torch.dtype
+) -> operators.Kernels | None:
     """The operators that run the kernels on tensors like ``x``; ``None`` where ``portable`` is to
     compute."""
     if not kernels_wanted(backend, x.device) or not kernels_usable(
-        function, backend, _unsupported(x, backend)
+        function, backend, _unsupported(function, backend, x, result_dtype)
     ):
         return None
     return operators.HOST_MODEL if backend == "host_model" else operators.CUDA
@@ -285,11 +288,14 @@ def _draw_seed(device: torch.device, generator: torch.Generator | None) -> Tenso
     return torch.randint(2**63 - 1, (1,), generator=generator, device=device)
 
 
-def _unsupported(x: Tensor, backend: str) -> str | None:
+def _unsupported(function: str, backend: str, x: Tensor, result_dtype: torch.dtype) -> str | None:
     """Why the kernels of ``backend`` do not take this input; ``None`` if they do."""
     if x.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels take float32, float16 and bfloat16, got {x.dtype}"
-    return extension.why_no_kernel_on(x.device, backend)
+    reason = extension.why_no_kernel_on(x.device, backend)
+    if reason is None and backend == "auto":
+        reason = why_not_trusted(function, x.dtype, result_dtype, x.device)
+    return reason
 
 
 def _check_eps(eps: float, name: str = "eps") -> float:
