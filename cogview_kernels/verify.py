@@ -36,7 +36,8 @@ from torch import Tensor
 from cogview_kernels import extension
 
 TIME_LIMIT_S = 300
-# Outcomes of `make gpu-check` that travel with the package: a list of `describe()`, one per device.
+# Outcomes that travel with the package, one entry per compute capability; `make gpu-check` writes it
+# after all its tests have passed.
 GPU_RECORDS = Path(__file__).with_name("gpu_records.json")
 
 
@@ -228,14 +229,43 @@ def _cache_file(facts: dict[str, Any]) -> Path:
 
 
 def keep(outcomes: dict[str, Outcome], facts: dict[str, Any]) -> Path:
-    """Write the outcomes of a device to the user's cache folder."""
+    """Add the outcomes on a device to those in the user's cache folder."""
     path = _cache_file(facts)
     path.parent.mkdir(parents=True, exist_ok=True)
-    date = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
-        json.dump({**facts, "date": date, "outcomes": outcomes}, file, indent=1)
-    os.replace(file.name, path)
+    _write(path, {**facts, "date": _date(), "outcomes": _kept(facts) | outcomes})
     return path
+
+
+def record(outcomes: dict[str, Outcome], facts: dict[str, Any]) -> None:
+    """Put the outcomes on a device beside this file: they vouch for every build of the sources."""
+    entries = [entry for entry in _gpu_records() if not _same_kernels(entry, facts)]
+    _write(GPU_RECORDS, [*entries, {**facts, "date": _date(), "outcomes": outcomes}])
+
+
+def _write(path: Path, content: Any) -> None:
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
+        json.dump(content, file, indent=1)
+    os.replace(file.name, path)
+
+
+def _date() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def _kept(facts: dict[str, Any]) -> dict[str, Outcome]:
+    try:
+        outcomes = json.loads(_cache_file(facts).read_text())["outcomes"]
+        return {name: Outcome(*outcome) for name, outcome in outcomes.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}  # no outcome, or a file that cannot be read: nobody vouches
+
+
+def _gpu_records() -> list[dict[str, Any]]:
+    return json.loads(GPU_RECORDS.read_text()) if GPU_RECORDS.is_file() else []
+
+
+def _same_kernels(entry: dict[str, Any], facts: dict[str, Any]) -> bool:
+    return all(entry[name] == facts[name] for name in ("compute_capability", "sources"))
 
 
 @functools.cache
@@ -243,17 +273,10 @@ def _known(device: torch.device) -> dict[str, Outcome]:
     """The outcomes on record for this device, driver and build."""
     facts = describe(device)
     known: dict[str, Outcome] = {}
-    if GPU_RECORDS.is_file():
-        for record in json.loads(GPU_RECORDS.read_text()):
-            same = ("compute_capability", "sources")
-            if all(record[name] == facts[name] for name in same):
-                known |= {name: Outcome(*outcome) for name, outcome in record["outcomes"].items()}
-    try:
-        kept = json.loads(_cache_file(facts).read_text())["outcomes"]
-        known |= {name: Outcome(*outcome) for name, outcome in kept.items()}
-    except (OSError, ValueError, KeyError, TypeError):
-        pass  # no outcome, or one that cannot be read: nobody vouches
-    return known
+    for entry in _gpu_records():
+        if _same_kernels(entry, facts):
+            known |= {name: Outcome(*outcome) for name, outcome in entry["outcomes"].items()}
+    return known | _kept(facts)
 
 
 _checked: dict[tuple[Kind, torch.device], str | None] = {}
@@ -317,6 +340,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument(
         "--only", default="", metavar="TEXT", help="kinds of call that contain TEXT"
     )
+    parser.add_argument("--record", action="store_true", help=f"also write {GPU_RECORDS.name}")
     parser.add_argument("--worker", nargs="*", help=argparse.SUPPRESS)  # these, in this process
     options = parser.parse_args(arguments)
     if options.worker is not None:
@@ -337,9 +361,14 @@ def main(arguments: list[str]) -> int:
     print(f"{'kind of call':<45} {'error':>6}  of what is allowed", flush=True)
     worker = [sys.executable, "-m", "cogview_kernels", "verify", "--backend", options.backend]
     outcomes = _supervise(names, [*worker, "--worker"], options.time_limit)
-    if options.backend == "cuda":
-        print(f"kept in {keep(outcomes, describe(device))}")
     wrong = [name for name, outcome in outcomes.items() if outcome.reason is not None]
+    if options.backend == "cuda":
+        try:
+            print(f"kept in {keep(outcomes, describe(device))}")
+        except OSError as problem:
+            print(f"not kept: {problem}")
+        if options.record and not wrong:
+            record(outcomes, describe(device))
     print(f"{len(outcomes) - len(wrong)} of {len(outcomes)} right")
     return 1 if wrong else 0
 

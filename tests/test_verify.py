@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -189,7 +188,8 @@ def test_the_check_can_be_switched_off(checks: list[Kind], monkeypatch: pytest.M
 
 
 def test_outcomes_on_record_spare_the_check(checks: list[Kind]) -> None:
-    path = verify.keep({str(NORM): Outcome(0.1, None), str(SANDWICH): Outcome(3.0, "wrong")}, FACTS)
+    verify.keep({str(NORM): Outcome(0.1, None)}, FACTS)
+    path = verify.keep({str(SANDWICH): Outcome(3.0, "wrong")}, FACTS)
     assert verify.why_not_trusted(*NORM, GPU) is None and checks == []
     assert "wrong" in str(verify.why_not_trusted(*SANDWICH, GPU)) and checks == []
     assert verify.why_not_trusted(*ATTENTION, GPU) is None and checks == [ATTENTION]
@@ -213,11 +213,11 @@ def test_an_unreadable_outcome_vouches_for_nothing(checks: list[Kind]) -> None:
 def test_a_gpu_record_of_these_sources_vouches(
     checks: list[Kind], changed: str | None, vouches: bool
 ) -> None:
-    record: dict[str, Any] = {**FACTS, "driver": 1, "build": "of another machine"}
+    facts: dict[str, Any] = {**FACTS, "driver": 1, "build": "of another machine"}
     if changed:
-        record[changed] = "another"
-    record["outcomes"] = {str(NORM): Outcome(0.1, None)}
-    verify.GPU_RECORDS.write_text(json.dumps([record]))
+        facts[changed] = "another"
+    verify.record({str(NORM): Outcome(7.0, "an older outcome")}, facts)
+    verify.record({str(NORM): Outcome(0.1, None)}, facts)
     assert verify.why_not_trusted(*NORM, GPU) is None
     assert checks == ([] if vouches else [NORM])
 
