@@ -36,8 +36,8 @@ from torch import Tensor
 from cogview_kernels import extension
 
 TIME_LIMIT_S = 300
-# Outcomes that travel with the package, one entry per compute capability; `make gpu-check` writes it
-# after all its tests have passed.
+# Outcomes that travel with the package, one entry per compute capability. `make gpu-check` writes
+# them after all its tests have passed.
 GPU_RECORDS = Path(__file__).with_name("gpu_records.json")
 
 
