@@ -30,25 +30,92 @@ from cogview_kernels.attention.reference import visible_matmul
 _TILE_ROWS = 64  # rows per tile where query_window is smaller
 _MAX_TILE_ROWS = 256  # and where it is larger
 
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+# Torch's flash kernels for the CPU lose NaN in places and overflow where logits do. With entries up
+# to this size, whatever is multiplied with whatever stays in float32's range.
+_MAX_FLASH_ENTRY = 2.0**24
+# Their backward takes p = exp(s - lse) with a rounded lse: a row sums to 1 within 2^-24 |lse|.
+_MAX_FLASH_LSE = 16.0
+
 
 class _FarKeys(NamedTuple):
     """The text prefix and the pivots of each sample, ascending, packed to the left."""
 
     position: Tensor  # (B, L) int64, padded with k_len, which no window starts behind
     bias: Tensor  # (B, L)
-    num_visible: list[int]  # per tile: how many columns may be visible to one of its rows
+    num_visible: list[int]  # per tile: columns that its last row sees, the most of any sample
+    num_settled: list[int]  # per tile: columns that its first row sees, the fewest of any sample
+
+
+class _Plan(NamedTuple):
+    """The tiles of a call. Their key lists fill one buffer: ``max_window`` columns for the window,
+    aligned to the right, then the far keys."""
+
+    edges: list[tuple[int, int]]  # query positions [begin, end) of each tile
+    far: _FarKeys
+    max_window: int
+    query_window: int
+    key_window_times: int
 
 
 class _Tile(NamedTuple):
     """Some query rows of one call and the keys that they may attend to."""
 
     rows: slice  # of q
-    window: slice  # of k: the window's keys
-    num_far: int  # the first columns are far keys, the others the window
-    queries: Tensor  # (B, G, R * rows, D), the R heads of a group below each other, scaled
-    keys: Tensor  # (B, G, columns, D)
-    values: Tensor  # (B, G, columns, D)
-    bias: Tensor  # (B, 1, rows, columns), -inf where not visible
+    window: slice  # of k
+    num_far: int
+    bias: Tensor  # (B, 1, rows, window ++ far keys), -inf where not visible; valid until the next
+
+
+def _far_rows(tensor: Tensor, position: Tensor) -> Tensor:
+    """Rows ``position (B, L)`` of ``tensor (B, G, Sk, D)``, the same for all heads; padding reads
+    the last row."""
+    sample = torch.arange(tensor.shape[0], device=tensor.device).unsqueeze(1)
+    return tensor.transpose(1, 2)[sample, position.clamp_max(tensor.shape[2] - 1)].transpose(1, 2)
+
+
+class _KeyLists:
+    """The lists of keys, or of values, of one tile after the other, for each query head."""
+
+    def __init__(self, source: Tensor, plan: _Plan, num_heads: int, dtype: torch.dtype) -> None:
+        batch, num_kv_heads, _, head_dim = source.shape
+        position, self.max_window = plan.far.position, plan.max_window
+        columns = self.max_window + position.shape[1]
+        self.source = source
+        self.buffer = source.new_empty(batch, num_heads, columns, head_dim, dtype=dtype)
+        self.by_group = self.buffer.view(batch, num_kv_heads, -1, columns, head_dim)
+        self.by_group[:, :, :, self.max_window :] = _far_rows(source, position).unsqueeze(2)
+
+    def of(self, tile: _Tile) -> Tensor:
+        """``(B, H, window ++ far keys, D)``, valid until the next call."""
+        begin = self.max_window - (tile.window.stop - tile.window.start)
+        window = self.source[:, :, tile.window].unsqueeze(2)
+        self.by_group[:, :, :, begin : self.max_window] = window
+        return self.buffer[:, :, begin : self.max_window + tile.num_far]
+
+
+class _KeyGradients:
+    """The sum of the gradients of one tile after the other."""
+
+    def __init__(self, like: Tensor, plan: _Plan, dtype: torch.dtype) -> None:
+        batch, num_kv_heads, k_len, head_dim = like.shape
+        self.sum = empty_heads(like, dtype).zero_()
+        position = plan.far.position
+        self.far = self.sum.new_zeros(batch, num_kv_heads, position.shape[1], head_dim)
+        self.far_index = position.clamp_max(k_len - 1)[:, None, :, None].expand_as(self.far)
+
+    def add(self, tile: _Tile, gradient: Tensor) -> None:
+        """``gradient (B, H, window ++ far keys, D)`` of the tile's list."""
+        if gradient.shape[1] != self.sum.shape[1]:
+            gradient = gradient.unflatten(1, (self.sum.shape[1], -1)).sum(2)
+        width = tile.window.stop - tile.window.start
+        self.sum[:, :, tile.window] += gradient[:, :, :width]
+        self.far[:, :, : tile.num_far] += gradient[:, :, width:]
+
+    def total(self) -> Tensor:
+        # Positions are unique in each row; padding has zeros for whichever key it is added to.
+        return self.sum.scatter_add_(2, self.far_index, self.far)
 
 
 def empty_heads(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -68,18 +135,41 @@ def _first_key(position: int, query_window: int, key_window_times: int) -> int:
     return max(0, (position // query_window - key_window_times + 1) * query_window)
 
 
+def _plan(
+    q_len: int,
+    k_len: int,
+    text_len: Tensor,
+    pivot_idx: Tensor,
+    query_window: int,
+    key_window_times: int,
+    text_bias: float,
+    pivot_bias: float,
+    dtype: torch.dtype,
+) -> _Plan:
+    edges = _tile_edges(q_len, k_len, query_window)
+    first, last = (
+        [_first_key(position, query_window, key_window_times) for position in positions]
+        for positions in ([begin for begin, _ in edges], [end - 1 for _, end in edges])
+    )
+    far = _far_keys(k_len, text_len, pivot_idx, first, last, text_bias, pivot_bias, dtype)
+    max_window = max(end - start for (_, end), start in zip(edges, first, strict=True))
+    return _Plan(edges, far, max_window, query_window, key_window_times)
+
+
 def _far_keys(
     k_len: int,
     text_len: Tensor,
     pivot_idx: Tensor,
-    starts: list[int],
+    first_starts: list[int],
+    last_starts: list[int],
     text_bias: float,
     pivot_bias: float,
     dtype: torch.dtype,
 ) -> _FarKeys:
-    """``starts``: for each tile, ascending, where the window of its last row begins."""
+    """``first_starts``, ``last_starts``: for each tile, ascending, where the windows of its first
+    and its last row begin."""
     # Text first, then pivots; whatever no row can see becomes padding and sorts to the right.
-    device, last = text_len.device, starts[-1]
+    device, last = text_len.device, last_starts[-1]
     prefix = text_len.long().clamp(0, last).unsqueeze(1)
     text = torch.arange(int(prefix.max()), device=device)
     text = torch.where(text < prefix, text, k_len)
@@ -87,12 +177,14 @@ def _far_keys(
     counts = (pivots >= text_len.clamp_min(0).unsqueeze(1)) & (pivots < last)
     pivots = torch.where(counts, pivots, k_len)
     position = torch.cat([text, pivots], dim=1).sort(dim=1).values
-    bound = torch.tensor(starts, device=device).expand(position.shape[0], -1).contiguous()
-    num_visible = torch.searchsorted(position, bound).amax(dim=0).tolist()
+    starts = torch.tensor([first_starts, last_starts], device=device).view(1, -1)
+    visible = torch.searchsorted(position, starts.expand(position.shape[0], -1).contiguous())
+    visible_first, visible_last = visible.chunk(2, dim=1)
+    num_visible = visible_last.amax(dim=0).tolist()
     position = position[:, : max(num_visible)]
     bias = torch.full(position.shape, pivot_bias, dtype=dtype, device=device)
     bias.masked_fill_(position < prefix, text_bias)
-    return _FarKeys(position, bias, num_visible)
+    return _FarKeys(position, bias, num_visible, visible_first.amin(dim=0).tolist())
 
 
 def _tile_edges(q_len: int, k_len: int, query_window: int) -> list[tuple[int, int]]:
@@ -106,82 +198,82 @@ def _tile_edges(q_len: int, k_len: int, query_window: int) -> list[tuple[int, in
     return list(itertools.pairwise(edges))
 
 
-def _gather(tensor: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
-    """Rows ``position (B, L)`` of ``tensor (B, G, Sk, D)``, the same for all heads; padding reads
-    the last row."""
-    index = position.clamp_max(tensor.shape[2] - 1)[:, None, :, None]
-    index = index.expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return tensor.gather(2, index).to(dtype)
-
-
-def _tile_bias(
-    begin: int, end: int, window: slice, far: _FarKeys, tile: int, w: int, n: int
-) -> Tensor:
-    """What is added to the logits of a tile."""
+def _tiles(plan: _Plan) -> Iterator[_Tile]:
+    """The biases stand in one buffer, of which each tile writes what differs from the last one."""
+    edges, far, max_window, w, n = plan
     device, hidden = far.position.device, float("-inf")
-    i = torch.arange(begin, end, device=device).unsqueeze(1)
-    start = window_start(i, w, n)
-    j = torch.arange(window.start, window.stop, device=device)
-    local = torch.zeros(end - begin, len(j), dtype=far.bias.dtype, device=device)
-    local = local.masked_fill((j < start) | (j > i), hidden)
-    position, bias = (t[:, None, : far.num_visible[tile]] for t in (far.position, far.bias))
-    distant = bias.expand(-1, end - begin, -1).masked_fill(position >= start, hidden)
-    return torch.cat([distant, local.expand(distant.shape[0], -1, -1)], dim=2).unsqueeze(1)
-
-
-def _tiles(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    far: _FarKeys,
-    edges: list[tuple[int, int]],
-    query_window: int,
-    key_window_times: int,
-    softmax_scale: float,
-) -> Iterator[_Tile]:
-    dtype = far.bias.dtype
-    far_k, far_v = (_gather(t, far.position, dtype) for t in (k, v))
-    first_row = k.shape[2] - q.shape[2]
+    max_rows = max(end - begin for begin, end in edges)
+    shape = far.position.shape[0], 1, max_rows, max_window + far.position.shape[1]
+    buffer = far.bias.new_full(shape, hidden)
+    window_bias, far_bias = buffer.split([max_window, far.position.shape[1]], dim=3)
+    far_position, far_value = (t[:, None, None] for t in (far.position, far.bias))
+    written, settled = None, 0
     for tile, (begin, end) in enumerate(edges):
-        rows = slice(begin - first_row, end - first_row)
-        window = slice(_first_key(begin, query_window, key_window_times), end)
+        rows, window = end - begin, slice(_first_key(begin, w, n), end)
+        width = end - window.start
+        i = torch.arange(begin, begin + max_rows, device=device).unsqueeze(1)
+        if written != (rows, width, begin % w):
+            written = rows, width, begin % w
+            j = torch.arange(window.start, end, device=device)
+            visible = (j >= window_start(i, w, n)) & (j <= i)
+            local = torch.where(visible[:rows], 0.0, hidden).to(buffer.dtype)
+            window_bias[:, :, :rows, max_window - width :] = local
         num_far = far.num_visible[tile]
-        yield _Tile(
-            rows,
-            window,
-            num_far,
-            _by_group(q, rows, k.shape[1], dtype) * softmax_scale,
-            torch.cat([far_k[:, :, :num_far], k[:, :, window].to(dtype)], dim=2),
-            torch.cat([far_v[:, :, :num_far], v[:, :, window].to(dtype)], dim=2),
-            _tile_bias(begin, end, window, far, tile, query_window, key_window_times),
-        )
+        if settled < num_far:
+            # All rows of the buffer, for columns before these are not written again.
+            columns = (..., slice(settled, num_far))
+            ahead = far_position[columns] >= window_start(i, w, n)
+            far_bias[columns] = torch.where(ahead, hidden, far_value[columns])
+            settled = far.num_settled[tile]
+        bias = buffer[:, :, :rows, max_window - width : max_window + num_far]
+        yield _Tile(slice(begin - edges[0][0], end - edges[0][0]), window, num_far, bias)
 
 
-def _by_group(tensor: Tensor, rows: slice, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
-    """Rows of ``(B, H, Sq, D)``, or of ``(B, H, Sq)`` as one column: ``(B, G, R * rows, D)``."""
-    last = tensor.shape[3] if tensor.ndim == 4 else 1
-    return tensor[:, :, rows].to(dtype).reshape(tensor.shape[0], num_kv_heads, -1, last)
+def _rows_of(tensor: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Rows of ``(B, H, Sq, D)`` as a matrix product takes them: rows do not overlap."""
+    part = tensor[:, :, rows].to(dtype)
+    return part if part.stride(2) >= part.shape[3] else part.contiguous()
 
 
-def _tile_logits(q: Tensor, keys: Tensor, bias: Tensor, exact: bool) -> Tensor:
-    """Logits ``(B, G, R * rows, keys)`` of scaled queries; ``exact``: finite inputs cannot make an
-    infinite logit, and a NaN behind the mask stays there."""
-    logits = q @ keys.mT
-    rows, columns = bias.shape[-2:]
-    by_row = logits.view(*logits.shape[:2], -1, rows, columns)
-    if exact:
-        limit = torch.finfo(logits.dtype).max / 4
-        finite = q.isfinite().all(-1, keepdim=True) & keys.isfinite().all(-1).unsqueeze(-2)
-        logits.copy_(torch.where(finite, logits.nan_to_num(0.0).clamp(-limit, limit), logits))
-        by_row.masked_fill_(bias.unsqueeze(2).isneginf(), 0.0)
-    by_row.add_(bias.unsqueeze(2))
-    return logits
+def _flash_takes(q: Tensor, plan: _Plan, softmax_scale: float) -> bool:
+    return (
+        q.device.type == "cpu"
+        and abs(softmax_scale) <= _MAX_FLASH_ENTRY
+        and _all_small(plan.far.bias)
+        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
+    )
 
 
-def _visible(tile: _Tile) -> Tensor:
-    """Which logits of the tile are visible, ``(B, 1, R * rows, columns)``."""
-    heads_per_group = tile.queries.shape[2] // tile.bias.shape[2]
-    return (tile.bias > float("-inf")).repeat(1, 1, heads_per_group, 1)
+def _all_small(*tensors: Tensor) -> bool:
+    return all(t.numel() == 0 or bool(t.abs().amax() <= _MAX_FLASH_ENTRY) for t in tensors)
+
+
+def _large_rows(tensor: Tensor) -> Tensor:
+    """Rows with an entry that the flash kernels do not take, NaN among them: ``(B, H, S, 1)``."""
+    return ~(tensor.abs().amax(-1, keepdim=True) <= _MAX_FLASH_ENTRY)
+
+
+def _without_large_rows(*tensors: Tensor) -> list[Tensor]:
+    return [tensor.masked_fill(_large_rows(tensor), 0.0) for tensor in tensors]
+
+
+def _rows_with_large_entries(
+    plan: _Plan, k: Tensor, v: Tensor, *query_rows: Tensor
+) -> Tensor | None:
+    """Queries ``(B, H, Sq, 1)`` that see an entry which the flash kernels do not take, in k, in v
+    or in their own rows; ``None`` where there are none. It does not depend on hidden keys."""
+    first = plan.edges[0][0]
+    used = [t[:, :, _first_key(first, plan.query_window, plan.key_window_times) :] for t in (k, v)]
+    far = [_far_rows(t, plan.far.position) for t in (k, v)] if first > 0 else []
+    if _all_small(*query_rows, *used, *far):
+        return None
+    rows = torch.stack([_large_rows(t) for t in query_rows]).any(0)
+    large_keys = (_large_rows(k) | _large_rows(v)).to(plan.far.bias.dtype)
+    lists = _KeyLists(large_keys, plan, rows.shape[1], plan.far.bias.dtype)
+    for tile in _tiles(plan):
+        visible = (tile.bias > float("-inf")).to(plan.far.bias.dtype)
+        rows[:, :, tile.rows] |= visible @ lists.of(tile) > 0
+    return rows
 
 
 def attention_forward(
@@ -202,25 +294,21 @@ def attention_forward(
     lse = q.new_empty(q.shape[:3], dtype=dtype)
     if out.numel() == 0:
         return out, lse
-    edges = _tile_edges(q.shape[2], k.shape[2], query_window)
-    starts = [_first_key(end - 1, query_window, key_window_times) for _, end in edges]
-    far = _far_keys(k.shape[2], text_len, pivot_idx, starts, text_bias, pivot_bias, dtype)
-    window = (query_window, key_window_times)
-    for exact in (False, True):
-        for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
-            logits = _tile_logits(tile.queries, tile.keys, tile.bias, exact)
-            p, peak = logits.softmax(-1), logits.amax(-1)
-            # The largest weight is exp(peak - lse): two passes, where logsumexp takes five.
-            tile_lse = torch.where(peak.isinf(), peak, peak - p.amax(-1).log())
-            if exact:
-                visible = _visible(tile)
-                tile_out = visible_matmul(p.masked_fill_(~visible, 0.0), visible, tile.values)
-            else:
-                tile_out = p @ tile.values
-            out[:, :, tile.rows] = tile_out.view(*q.shape[:2], -1, q.shape[3])
-            lse[:, :, tile.rows] = tile_lse.view(*q.shape[:2], -1)
-        if not out.isnan().any():
-            break
+    layout = text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
+    plan = _plan(q.shape[2], k.shape[2], *layout, dtype)
+    if not _flash_takes(q, plan, softmax_scale):
+        _blocked_forward(q, k, v, plan, softmax_scale, _all_rows(q), out, lse)
+        return out, lse
+    left = _rows_with_large_entries(plan, k, v, q)
+    inputs = [q, k, v] if left is None else _without_large_rows(q, k, v)
+    keys, values = (_KeyLists(t, plan, q.shape[1], dtype) for t in inputs[1:])
+    for tile in _tiles(plan):
+        queries = _rows_of(inputs[0], tile.rows, dtype)
+        out[:, :, tile.rows], lse[:, :, tile.rows] = _flash_forward(
+            queries, keys.of(tile), values.of(tile), attn_mask=tile.bias, scale=softmax_scale
+        )
+    if left is not None:
+        _blocked_forward(q, k, v, plan, softmax_scale, left, out, lse)
     return out, lse
 
 
@@ -242,45 +330,159 @@ def attention_backward(
     """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic."""
     dtype = _accumulate_dtype(q.dtype)
     dq = empty_heads(q)
-    dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
     if out.numel() == 0:
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
-    edges = _tile_edges(q.shape[2], k.shape[2], query_window)
-    starts = [_first_key(end - 1, query_window, key_window_times) for _, end in edges]
-    far = _far_keys(k.shape[2], text_len, pivot_idx, starts, text_bias, pivot_bias, dtype)
-    window = (query_window, key_window_times)
-    # Positions are unique in each row; padding has zeros for whichever key it is added to.
-    far_index = far.position.clamp_max(k.shape[2] - 1)[:, None, :, None]
-    far_index = far_index.expand(-1, k.shape[1], -1, k.shape[3])
+        return dq, torch.zeros_like(k), torch.zeros_like(v)
+    layout = text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
+    plan = _plan(q.shape[2], k.shape[2], *layout, dtype)
+    inputs = dout, dlse, q, k, v, out
+    if not _flash_takes(q, plan, softmax_scale):
+        dk, dv = _blocked_backward(*inputs, plan, softmax_scale, _all_rows(q), dq)
+    else:
+        dk, dv, left = _flash_backward(*inputs, plan, softmax_scale, dq)
+        if left is not None:
+            left_dk, left_dv = _blocked_backward(*inputs, plan, softmax_scale, left, dq)
+            dk, dv = dk + left_dk, dv + left_dv
+    return dq, dk.to(k.dtype), dv.to(v.dtype)
+
+
+def _flash_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    plan: _Plan,
+    softmax_scale: float,
+    dq: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Writes dq, returns dk, dv, and the rows ``(B, H, Sq, 1)`` that are left out of all three."""
+    dtype = plan.far.bias.dtype
+    large = _rows_with_large_entries(plan, k, v, q, dout, out)
+    if large is not None:
+        dout, q, k, v, out = _without_large_rows(dout, q, k, v, out)
+    left = torch.zeros_like(_all_rows(q)) if large is None else large
+    keys, values = (_KeyLists(t, plan, q.shape[1], dtype) for t in (k, v))
+    dk, dv = (_KeyGradients(t, plan, dtype) for t in (k, v))
+    for tile in _tiles(plan):
+        lists = keys.of(tile), values.of(tile)
+        tile_q, tile_out, tile_dout = (_rows_of(t, tile.rows, dtype) for t in (q, out, dout))
+        bias_and_scale = {"attn_mask": tile.bias, "scale": softmax_scale}
+        _, lse = _flash_forward(tile_q, *lists, **bias_and_scale)
+        left[:, :, tile.rows] |= (
+            (lse.abs() > _MAX_FLASH_LSE) | (dlse[:, :, tile.rows] != 0)
+        ).unsqueeze(3)
+        tile_left = left[:, :, tile.rows]
+        if tile_left.any():
+            tile_dout, tile_out = (t.masked_fill(tile_left, 0.0) for t in (tile_dout, tile_out))
+            lse = lse.masked_fill(tile_left.squeeze(3), float("inf"))  # p = 0
+        dq[:, :, tile.rows], tile_dk, tile_dv = _flash_backward_kernel(
+            tile_dout, tile_q, *lists, tile_out, lse, 0.0, False, **bias_and_scale
+        )
+        dk.add(tile, tile_dk)
+        dv.add(tile, tile_dv)
+    return dk.total(), dv.total(), left if left.any() else None
+
+
+def _all_rows(q: Tensor) -> Tensor:
+    return torch.ones(*q.shape[:3], 1, dtype=torch.bool, device=q.device)
+
+
+# The exact path: any device, any logits, NaN and infinity.
+
+
+def _tile_logits(q: Tensor, keys: Tensor, bias: Tensor, exact: bool) -> Tensor:
+    """Logits ``(B, H, rows, keys)`` of scaled queries; ``exact``: finite inputs cannot make an
+    infinite logit, and a NaN behind the mask stays there."""
+    logits = q @ keys.mT
+    if exact:
+        limit = torch.finfo(logits.dtype).max / 4
+        finite = q.isfinite().all(-1, keepdim=True) & keys.isfinite().all(-1).unsqueeze(-2)
+        logits = torch.where(finite, logits.nan_to_num(0.0).clamp(-limit, limit), logits)
+        logits.masked_fill_(bias.isneginf(), 0.0)
+    return logits.add_(bias)
+
+
+def _blocked_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    plan: _Plan,
+    softmax_scale: float,
+    rows: Tensor,
+    out: Tensor,
+    lse: Tensor,
+) -> None:
+    """Writes ``rows (B, H, Sq, 1)`` of out and lse."""
+    dtype = plan.far.bias.dtype
+    keys, values = (_KeyLists(t, plan, q.shape[1], dtype) for t in (k, v))
     for exact in (False, True):
-        far_dk, far_dv = (dk.new_zeros(far_index.shape) for _ in range(2))
-        for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
-            tile_dout, tile_out, tile_dlse = (
-                _by_group(tensor, tile.rows, k.shape[1], dtype) for tensor in (dout, out, dlse)
-            )
-            delta = (tile_dout * tile_out).sum(-1, keepdim=True) - tile_dlse
-            p = _tile_logits(tile.queries, tile.keys, tile.bias, exact).softmax(-1)
-            ds = (tile_dout @ tile.values.mT).sub_(delta).mul_(p)
+        for tile in _tiles(plan):
+            tile_rows = rows[:, :, tile.rows]
+            if not tile_rows.any():
+                continue
+            queries = q[:, :, tile.rows].to(dtype) * softmax_scale
+            logits = _tile_logits(queries, keys.of(tile), tile.bias, exact)
+            p, peak = logits.softmax(-1), logits.amax(-1)
+            # The largest weight is exp(peak - lse): two passes, where logsumexp takes five.
+            tile_lse = torch.where(peak.isinf(), peak, peak - p.amax(-1).log())
             if exact:
-                visible = _visible(tile)
+                visible = (tile.bias > float("-inf")).expand_as(p)
+                tile_out = visible_matmul(p.masked_fill_(~visible, 0.0), visible, values.of(tile))
+            else:
+                tile_out = p @ values.of(tile)
+            old_out, old_lse = out[:, :, tile.rows], lse[:, :, tile.rows]
+            old_out.copy_(torch.where(tile_rows, tile_out.to(out.dtype), old_out))
+            old_lse.copy_(torch.where(tile_rows.squeeze(3), tile_lse, old_lse))
+        if not (out.isnan() & rows).any():
+            break
+
+
+def _blocked_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    plan: _Plan,
+    softmax_scale: float,
+    rows: Tensor,
+    dq: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Writes ``rows (B, H, Sq, 1)`` of dq; their part of dk and dv."""
+    dtype = plan.far.bias.dtype
+    keys, values = (_KeyLists(t, plan, q.shape[1], dtype) for t in (k, v))
+    for exact in (False, True):
+        sums = [_KeyGradients(t, plan, dtype) for t in (k, v)]
+        for tile in _tiles(plan):
+            tile_rows = rows[:, :, tile.rows]
+            if not tile_rows.any():
+                continue
+            tile_dout, tile_out = (t[:, :, tile.rows].to(dtype) for t in (dout, out))
+            tile_dlse = dlse[:, :, tile.rows].to(dtype).unsqueeze(3)
+            queries = q[:, :, tile.rows].to(dtype) * softmax_scale
+            list_k, list_v = keys.of(tile), values.of(tile)
+            delta = (tile_dout * tile_out).sum(-1, keepdim=True) - tile_dlse
+            p = _tile_logits(queries, list_k, tile.bias, exact).softmax(-1)
+            ds = (tile_dout @ list_v.mT).sub_(delta).mul_(p)
+            if exact:
+                visible = (tile.bias > float("-inf")) & tile_rows
                 p, ds = p.masked_fill_(~visible, 0.0), ds.masked_fill_(~visible, 0.0)
-                tile_dq = visible_matmul(ds, visible, tile.keys)
-                tile_dk = visible_matmul(ds.mT, visible.mT, tile.queries)
+                tile_dq = visible_matmul(ds, visible, list_k)
+                tile_dk = visible_matmul(ds.mT, visible.mT, queries)
                 tile_dv = visible_matmul(p.mT, visible.mT, tile_dout)
             else:
-                tile_dq, tile_dk, tile_dv = ds @ tile.keys, ds.mT @ tile.queries, p.mT @ tile_dout
-            dq[:, :, tile.rows] = (tile_dq * softmax_scale).view(*q.shape[:2], -1, q.shape[3])
-            far_dk[:, :, : tile.num_far] += tile_dk[:, :, : tile.num_far]
-            far_dv[:, :, : tile.num_far] += tile_dv[:, :, : tile.num_far]
-            dk[:, :, tile.window] += tile_dk[:, :, tile.num_far :]
-            dv[:, :, tile.window] += tile_dv[:, :, tile.num_far :]
-        dk.scatter_add_(2, far_index, far_dk)
-        dv.scatter_add_(2, far_index, far_dv)
-        if exact or not (dq.isnan().any() | dk.isnan().any() | dv.isnan().any()):
+                p, ds = p.masked_fill_(~tile_rows, 0.0), ds.masked_fill_(~tile_rows, 0.0)
+                tile_dq, tile_dk, tile_dv = ds @ list_k, ds.mT @ queries, p.mT @ tile_dout
+            old_dq = dq[:, :, tile.rows]
+            old_dq.copy_(torch.where(tile_rows, (tile_dq * softmax_scale).to(dq.dtype), old_dq))
+            for total, gradient in zip(sums, (tile_dk, tile_dv), strict=True):
+                total.add(tile, gradient)
+        dk, dv = (total.total() for total in sums)
+        if not ((dq.isnan() & rows).any() | dk.isnan().any() | dv.isnan().any()):
             break
-        dk.zero_()
-        dv.zero_()
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    return dk, dv
 
 
 # The kernels' operators on the CPU, where programs exported from a GPU may run. What they exchange
