@@ -16,6 +16,7 @@ the rounded lse: where logits are large, such rows would not sum to one.
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterator
@@ -29,93 +30,6 @@ from cogview_kernels.attention.reference import visible_matmul
 
 _TILE_ROWS = 64  # rows per tile where query_window is smaller
 _MAX_TILE_ROWS = 256  # and where it is larger
-
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward_kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
-# Torch's flash kernels for the CPU lose NaN in places and overflow where logits do. With entries up
-# to this size, whatever is multiplied with whatever stays in float32's range.
-_MAX_FLASH_ENTRY = 2.0**24
-# Their backward takes p = exp(s - lse) with a rounded lse: a row sums to 1 within 2^-24 |lse|.
-_MAX_FLASH_LSE = 16.0
-
-
-class _FarKeys(NamedTuple):
-    """The text prefix and the pivots of each sample, ascending, packed to the left."""
-
-    position: Tensor  # (B, L) int64, padded with k_len, which no window starts behind
-    bias: Tensor  # (B, L)
-    num_visible: list[int]  # per tile: columns that its last row sees, the most of any sample
-    num_settled: list[int]  # per tile: columns that its first row sees, the fewest of any sample
-
-
-class _Plan(NamedTuple):
-    """The tiles of a call. Their key lists fill one buffer: ``max_window`` columns for the window,
-    aligned to the right, then the far keys."""
-
-    edges: list[tuple[int, int]]  # query positions [begin, end) of each tile
-    far: _FarKeys
-    max_window: int
-    query_window: int
-    key_window_times: int
-
-
-class _Tile(NamedTuple):
-    """Some query rows of one call and the keys that they may attend to."""
-
-    rows: slice  # of q
-    window: slice  # of k
-    num_far: int
-    bias: Tensor  # (B, 1, rows, window ++ far keys), -inf where not visible; valid until the next
-
-
-def _far_rows(tensor: Tensor, position: Tensor) -> Tensor:
-    """Rows ``position (B, L)`` of ``tensor (B, G, Sk, D)``, the same for all heads; padding reads
-    the last row."""
-    sample = torch.arange(tensor.shape[0], device=tensor.device).unsqueeze(1)
-    return tensor.transpose(1, 2)[sample, position.clamp_max(tensor.shape[2] - 1)].transpose(1, 2)
-
-
-class _KeyLists:
-    """The lists of keys, or of values, of one tile after the other, for each query head."""
-
-    def __init__(self, source: Tensor, plan: _Plan, num_heads: int, dtype: torch.dtype) -> None:
-        batch, num_kv_heads, _, head_dim = source.shape
-        position, self.max_window = plan.far.position, plan.max_window
-        columns = self.max_window + position.shape[1]
-        self.source = source
-        self.buffer = source.new_empty(batch, num_heads, columns, head_dim, dtype=dtype)
-        self.by_group = self.buffer.view(batch, num_kv_heads, -1, columns, head_dim)
-        self.by_group[:, :, :, self.max_window :] = _far_rows(source, position).unsqueeze(2)
-
-    def of(self, tile: _Tile) -> Tensor:
-        """``(B, H, window ++ far keys, D)``, valid until the next call."""
-        begin = self.max_window - (tile.window.stop - tile.window.start)
-        window = self.source[:, :, tile.window].unsqueeze(2)
-        self.by_group[:, :, :, begin : self.max_window] = window
-        return self.buffer[:, :, begin : self.max_window + tile.num_far]
-
-
-class _KeyGradients:
-    """The sum of the gradients of one tile after the other."""
-
-    def __init__(self, like: Tensor, plan: _Plan, dtype: torch.dtype) -> None:
-        batch, num_kv_heads, k_len, head_dim = like.shape
-        self.sum = empty_heads(like, dtype).zero_()
-        position = plan.far.position
-        self.far = self.sum.new_zeros(batch, num_kv_heads, position.shape[1], head_dim)
-        self.far_index = position.clamp_max(k_len - 1)[:, None, :, None].expand_as(self.far)
-
-    def add(self, tile: _Tile, gradient: Tensor) -> None:
-        """``gradient (B, H, window ++ far keys, D)`` of the tile's list."""
-        if gradient.shape[1] != self.sum.shape[1]:
-            gradient = gradient.unflatten(1, (self.sum.shape[1], -1)).sum(2)
-        width = tile.window.stop - tile.window.start
-        self.sum[:, :, tile.window] += gradient[:, :, :width]
-        self.far[:, :, : tile.num_far] += gradient[:, :, width:]
-
-    def total(self) -> Tensor:
-        # Positions are unique in each row; padding has zeros for whichever key it is added to.
-        return self.sum.scatter_add_(2, self.far_index, self.far)
 
 
 def empty_heads(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
@@ -135,145 +49,13 @@ def _first_key(position: int, query_window: int, key_window_times: int) -> int:
     return max(0, (position // query_window - key_window_times + 1) * query_window)
 
 
-def _plan(
-    q_len: int,
-    k_len: int,
-    text_len: Tensor,
-    pivot_idx: Tensor,
-    query_window: int,
-    key_window_times: int,
-    text_bias: float,
-    pivot_bias: float,
-    dtype: torch.dtype,
-) -> _Plan:
-    edges = _tile_edges(q_len, k_len, query_window)
-    first, last = (
-        [_first_key(position, query_window, key_window_times) for position in positions]
-        for positions in ([begin for begin, _ in edges], [end - 1 for _, end in edges])
-    )
-    far = _far_keys(k_len, text_len, pivot_idx, first, last, text_bias, pivot_bias, dtype)
-    max_window = max(end - start for (_, end), start in zip(edges, first, strict=True))
-    return _Plan(edges, far, max_window, query_window, key_window_times)
-
-
-def _far_keys(
-    k_len: int,
-    text_len: Tensor,
-    pivot_idx: Tensor,
-    first_starts: list[int],
-    last_starts: list[int],
-    text_bias: float,
-    pivot_bias: float,
-    dtype: torch.dtype,
-) -> _FarKeys:
-    """``first_starts``, ``last_starts``: for each tile, ascending, where the windows of its first
-    and its last row begin."""
-    # Text first, then pivots; whatever no row can see becomes padding and sorts to the right.
-    device, last = text_len.device, last_starts[-1]
-    prefix = text_len.long().clamp(0, last).unsqueeze(1)
-    text = torch.arange(int(prefix.max()), device=device)
-    text = torch.where(text < prefix, text, k_len)
-    pivots = pivot_idx.long()
-    counts = (pivots >= text_len.clamp_min(0).unsqueeze(1)) & (pivots < last)
-    pivots = torch.where(counts, pivots, k_len)
-    position = torch.cat([text, pivots], dim=1).sort(dim=1).values
-    starts = torch.tensor([first_starts, last_starts], device=device).view(1, -1)
-    visible = torch.searchsorted(position, starts.expand(position.shape[0], -1).contiguous())
-    visible_first, visible_last = visible.chunk(2, dim=1)
-    num_visible = visible_last.amax(dim=0).tolist()
-    position = position[:, : max(num_visible)]
-    bias = torch.full(position.shape, pivot_bias, dtype=dtype, device=device)
-    bias.masked_fill_(position < prefix, text_bias)
-    return _FarKeys(position, bias, num_visible, visible_first.amin(dim=0).tolist())
-
-
-def _tile_edges(q_len: int, k_len: int, query_window: int) -> list[tuple[int, int]]:
-    """Query positions [begin, end) of each tile: whole blocks where they are small."""
-    if query_window < _TILE_ROWS:
-        rows = query_window * (_TILE_ROWS // query_window)
-    else:
-        rows = min(query_window, _MAX_TILE_ROWS)
-    first = k_len - q_len
-    edges = [first, *range((first // rows + 1) * rows, k_len, rows), k_len]
-    return list(itertools.pairwise(edges))
-
-
-def _tiles(plan: _Plan) -> Iterator[_Tile]:
-    """The biases stand in one buffer, of which each tile writes what differs from the last one."""
-    edges, far, max_window, w, n = plan
-    device, hidden = far.position.device, float("-inf")
-    max_rows = max(end - begin for begin, end in edges)
-    shape = far.position.shape[0], 1, max_rows, max_window + far.position.shape[1]
-    buffer = far.bias.new_full(shape, hidden)
-    window_bias, far_bias = buffer.split([max_window, far.position.shape[1]], dim=3)
-    far_position, far_value = (t[:, None, None] for t in (far.position, far.bias))
-    written, settled = None, 0
-    for tile, (begin, end) in enumerate(edges):
-        rows, window = end - begin, slice(_first_key(begin, w, n), end)
-        width = end - window.start
-        i = torch.arange(begin, begin + max_rows, device=device).unsqueeze(1)
-        if written != (rows, width, begin % w):
-            written = rows, width, begin % w
-            j = torch.arange(window.start, end, device=device)
-            visible = (j >= window_start(i, w, n)) & (j <= i)
-            local = torch.where(visible[:rows], 0.0, hidden).to(buffer.dtype)
-            window_bias[:, :, :rows, max_window - width :] = local
-        num_far = far.num_visible[tile]
-        if settled < num_far:
-            # All rows of the buffer, for columns before these are not written again.
-            columns = (..., slice(settled, num_far))
-            ahead = far_position[columns] >= window_start(i, w, n)
-            far_bias[columns] = torch.where(ahead, hidden, far_value[columns])
-            settled = far.num_settled[tile]
-        bias = buffer[:, :, :rows, max_window - width : max_window + num_far]
-        yield _Tile(slice(begin - edges[0][0], end - edges[0][0]), window, num_far, bias)
-
-
-def _rows_of(tensor: Tensor, rows: slice, dtype: torch.dtype) -> Tensor:
-    """Rows of ``(B, H, Sq, D)`` as a matrix product takes them: rows do not overlap."""
-    part = tensor[:, :, rows].to(dtype)
-    return part if part.stride(2) >= part.shape[3] else part.contiguous()
-
-
-def _flash_takes(q: Tensor, plan: _Plan, softmax_scale: float) -> bool:
-    return (
-        q.device.type == "cpu"
-        and abs(softmax_scale) <= _MAX_FLASH_ENTRY
-        and _all_small(plan.far.bias)
-        and hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu")
-    )
-
-
-def _all_small(*tensors: Tensor) -> bool:
-    return all(t.numel() == 0 or bool(t.abs().amax() <= _MAX_FLASH_ENTRY) for t in tensors)
-
-
-def _large_rows(tensor: Tensor) -> Tensor:
-    """Rows with an entry that the flash kernels do not take, NaN among them: ``(B, H, S, 1)``."""
-    return ~(tensor.abs().amax(-1, keepdim=True) <= _MAX_FLASH_ENTRY)
-
-
-def _without_large_rows(*tensors: Tensor) -> list[Tensor]:
-    return [tensor.masked_fill(_large_rows(tensor), 0.0) for tensor in tensors]
-
-
-def _rows_with_large_entries(
-    plan: _Plan, k: Tensor, v: Tensor, *query_rows: Tensor
-) -> Tensor | None:
-    """Queries ``(B, H, Sq, 1)`` that see an entry which the flash kernels do not take, in k, in v
-    or in their own rows; ``None`` where there are none. It does not depend on hidden keys."""
-    first = plan.edges[0][0]
-    used = [t[:, :, _first_key(first, plan.query_window, plan.key_window_times) :] for t in (k, v)]
-    far = [_far_rows(t, plan.far.position) for t in (k, v)] if first > 0 else []
-    if _all_small(*query_rows, *used, *far):
-        return None
-    rows = torch.stack([_large_rows(t) for t in query_rows]).any(0)
-    large_keys = (_large_rows(k) | _large_rows(v)).to(plan.far.bias.dtype)
-    lists = _KeyLists(large_keys, plan, rows.shape[1], plan.far.bias.dtype)
-    for tile in _tiles(plan):
-        visible = (tile.bias > float("-inf")).to(plan.far.bias.dtype)
-        rows[:, :, tile.rows] |= visible @ lists.of(tile) > 0
-    return rows
+class _Layout(NamedTuple):
+    text_len: Tensor  # (B,)
+    pivot_idx: Tensor  # (B, P)
+    query_window: int
+    key_window_times: int
+    text_bias: float
+    pivot_bias: float
 
 
 def attention_forward(
@@ -290,26 +72,21 @@ def attention_forward(
 ) -> tuple[Tensor, Tensor]:
     """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
     dtype = _accumulate_dtype(q.dtype)
-    out = empty_heads(q)
+    out = empty_heads(q, dtype)
     lse = q.new_empty(q.shape[:3], dtype=dtype)
     if out.numel() == 0:
-        return out, lse
-    layout = text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
-    plan = _plan(q.shape[2], k.shape[2], *layout, dtype)
-    if not _flash_takes(q, plan, softmax_scale):
-        _blocked_forward(q, k, v, plan, softmax_scale, _all_rows(q), out, lse)
-        return out, lse
-    left = _rows_with_large_entries(plan, k, v, q)
-    inputs = [q, k, v] if left is None else _without_large_rows(q, k, v)
-    keys, values = (_KeyLists(t, plan, q.shape[1], dtype) for t in inputs[1:])
-    for tile in _tiles(plan):
-        queries = _rows_of(inputs[0], tile.rows, dtype)
-        out[:, :, tile.rows], lse[:, :, tile.rows] = _flash_forward(
-            queries, keys.of(tile), values.of(tile), attn_mask=tile.bias, scale=softmax_scale
-        )
+        return out.to(q.dtype), lse
+    layout = _Layout(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
+    left = _rows_without_flash(layout, softmax_scale, k, v, q)
+    if left is None or not left.all():
+        _flash_forward_into(out, lse, q, k, v, layout, softmax_scale, left)
+        large_lse = _large_lse(lse)
+        # The first blocks see no far keys: nothing of them was merged.
+        large_lse[:, :, : max(0, query_window * key_window_times - k.shape[2] + q.shape[2])] = False
+        left = _either(left, large_lse)
     if left is not None:
-        _blocked_forward(q, k, v, plan, softmax_scale, left, out, lse)
-    return out, lse
+        _blocked_forward_into(out, lse, q, k, v, layout, softmax_scale, left)
+    return out.to(q.dtype), lse
 
 
 def attention_backward(
@@ -329,160 +106,601 @@ def attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic."""
     dtype = _accumulate_dtype(q.dtype)
-    dq = empty_heads(q)
-    if out.numel() == 0:
-        return dq, torch.zeros_like(k), torch.zeros_like(v)
-    layout = text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
-    plan = _plan(q.shape[2], k.shape[2], *layout, dtype)
-    inputs = dout, dlse, q, k, v, out
-    if not _flash_takes(q, plan, softmax_scale):
-        dk, dv = _blocked_backward(*inputs, plan, softmax_scale, _all_rows(q), dq)
-    else:
-        dk, dv, left = _flash_backward(*inputs, plan, softmax_scale, dq)
+    dq = empty_heads(q, dtype)
+    dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
+    if out.numel() > 0:
+        layout = _Layout(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
+        left = _rows_without_flash(layout, softmax_scale, k, v, q, dout, out)
+        if left is None or not left.all():
+            inputs = dout, dlse, q, k, v, out
+            left = _flash_backward_into(dq, dk, dv, *inputs, layout, softmax_scale, left)
         if left is not None:
-            left_dk, left_dv = _blocked_backward(*inputs, plan, softmax_scale, left, dq)
-            dk, dv = dk + left_dk, dv + left_dv
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+            _blocked_backward_into(
+                dq, dk, dv, dout, dlse, q, k, v, out, layout, softmax_scale, left
+            )
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-def _flash_backward(
+def _either(left: Tensor | None, right: Tensor) -> Tensor | None:
+    """Rows of one or the other; ``None`` stands for none."""
+    if not right.any():
+        return left
+    return right if left is None else left | right
+
+
+# Flash: torch's kernels for the CPU, which attend to lists of keys without a copy of them.
+
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLASH_FAR_ROWS = 256  # that share a call for their far keys: the kernels' gain ends here
+_FLASH_KEY_ROWS = 4096  # of gradients that one call of the backward returns for each head
+# With entries and scale up to this size no product or sum of the kernels leaves float32's range.
+# They may lose a NaN, so none is given to them.
+_FLASH_LARGEST = 2.0**24
+# Parts of a row are merged, and p is recomputed, by a rounded lse: then p sums to 1 within
+# |lse| eps / 2. Rows where that is more than this are left to the blocked path.
+_FLASH_SUM_ERROR = 2.0**-19
+
+
+def _rows_without_flash(
+    layout: _Layout, softmax_scale: float, k: Tensor, v: Tensor, *query_rows: Tensor
+) -> Tensor | None:
+    """Queries ``(B, H, Sq)`` that the flash kernels cannot compute; ``None``: they compute all.
+
+    All, on another device. Otherwise those that see a large entry in k or v, or have one in their
+    own rows: whatever stands in keys that a query does not see, it is computed in the same way.
+    """
+    q = query_rows[0]
+    biases = abs(layout.text_bias), abs(layout.pivot_bias)
+    scales = 0 < softmax_scale <= _FLASH_LARGEST  # the kernels hide keys before they scale
+    if q.device.type != "cpu" or max(biases) > _FLASH_LARGEST or not scales:
+        return q.new_ones(q.shape[:3], dtype=torch.bool)
+    first = _first_key(k.shape[2] - q.shape[2], *layout[2:4])
+    far = layout.pivot_idx.clamp(0, k.shape[2] - 1).long()[:, None, :, None] if first > 0 else None
+    used = [t[:, :, first:] for t in (k, v)]
+    if far is not None:
+        prefix = min(int(layout.text_len.max()), first)
+        index = far.expand(-1, k.shape[1], -1, k.shape[3])
+        used += [part for t in (k, v) for part in (t[:, :, :prefix], t.gather(2, index))]
+    if all(map(_is_small, (*query_rows, *used))):
+        return None
+    rows = torch.stack([_large_rows(t) for t in query_rows]).any(0)
+    large = (_large_rows(k) | _large_rows(v)).unsqueeze(3)
+    for tile in _tiles(q, large, large, layout, 1.0):
+        seen = (tile.bias > float("-inf")) & tile.keys.mT.bool()  # (B, G, rows, columns)
+        heads_per_group = q.shape[1] // k.shape[1]
+        rows[:, :, tile.rows] |= seen.any(-1).repeat_interleave(heads_per_group, 1)
+    return rows
+
+
+def _is_small(tensor: Tensor) -> bool:
+    if tensor.numel() == 0:
+        return True
+    low, high = tensor.aminmax()  # NaN if there is one
+    return bool(low >= -_FLASH_LARGEST) and bool(high <= _FLASH_LARGEST)
+
+
+def _large_rows(tensor: Tensor) -> Tensor:
+    """``(B, H, S)``: rows of ``(B, H, S, D)`` with an entry that is not small."""
+    return ~(tensor.abs().amax(-1) <= _FLASH_LARGEST)
+
+
+def _without_large_rows(tensor: Tensor) -> Tensor:
+    return tensor.masked_fill(_large_rows(tensor).unsqueeze(3), 0.0)
+
+
+def _large_lse(lse: Tensor) -> Tensor:
+    return lse.abs() * (torch.finfo(lse.dtype).eps / 2) > _FLASH_SUM_ERROR
+
+
+def _flash_forward_into(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: _Layout,
+    softmax_scale: float,
+    left: Tensor | None,
+) -> None:
+    """Writes all rows of ``out`` and ``lse``; those ``left`` are to be computed again."""
+    if left is not None:
+        q, k, v = (_without_large_rows(t) for t in (q, k, v))
+    for b, sample in enumerate(_samples(q, k, v, layout)):
+        queries = _all_heads(q[b], q.shape[1], out.dtype)
+        _sample_forward(queries, sample, softmax_scale, out[b], lse[b].unsqueeze(2))
+
+
+def _flash_backward_into(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    plan: _Plan,
+    layout: _Layout,
     softmax_scale: float,
-    dq: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """Writes dq, returns dk, dv, and the rows ``(B, H, Sq, 1)`` that are left out of all three."""
-    dtype = plan.far.bias.dtype
-    large = _rows_with_large_entries(plan, k, v, q, dout, out)
-    if large is not None:
-        dout, q, k, v, out = _without_large_rows(dout, q, k, v, out)
-    left = torch.zeros_like(_all_rows(q)) if large is None else large
-    keys, values = (_KeyLists(t, plan, q.shape[1], dtype) for t in (k, v))
-    dk, dv = (_KeyGradients(t, plan, dtype) for t in (k, v))
-    for tile in _tiles(plan):
-        lists = keys.of(tile), values.of(tile)
-        tile_q, tile_out, tile_dout = (_rows_of(t, tile.rows, dtype) for t in (q, out, dout))
-        bias_and_scale = {"attn_mask": tile.bias, "scale": softmax_scale}
-        _, lse = _flash_forward(tile_q, *lists, **bias_and_scale)
-        left[:, :, tile.rows] |= (
-            (lse.abs() > _MAX_FLASH_LSE) | (dlse[:, :, tile.rows] != 0)
-        ).unsqueeze(3)
-        tile_left = left[:, :, tile.rows]
-        if tile_left.any():
-            tile_dout, tile_out = (t.masked_fill(tile_left, 0.0) for t in (tile_dout, tile_out))
-            lse = lse.masked_fill(tile_left.squeeze(3), float("inf"))  # p = 0
-        dq[:, :, tile.rows], tile_dk, tile_dv = _flash_backward_kernel(
-            tile_dout, tile_q, *lists, tile_out, lse, 0.0, False, **bias_and_scale
+    left: Tensor | None,
+) -> Tensor | None:
+    """Writes all rows of dq and adds to dk and dv, but for the rows that it returns: those ``left``
+    and more, whose part is zero or to be computed again."""
+    if left is not None:
+        dout, q, k, v, out = (_without_large_rows(t) for t in (dout, q, k, v, out))
+    leave = (dlse != 0) if left is None else left | (dlse != 0)
+    for b, sample in enumerate(_samples(q, k, v, layout)):
+        queries, douts, outs = (_all_heads(t[b], q.shape[1], dq.dtype) for t in (q, dout, out))
+        lse = dq.new_empty(*queries.shape[:2], 1)
+        _sample_forward(queries, sample, softmax_scale, torch.empty_like(queries), lse)
+        leave[b] |= _large_lse(lse.squeeze(2))
+        if leave[b].any():
+            rows = leave[b].unsqueeze(2)
+            douts, outs = (t.masked_fill(rows, 0.0) for t in (douts, outs))
+            lse.masked_fill_(rows, float("inf"))  # p = 0
+        _sample_backward(douts, queries, sample, outs, lse, softmax_scale, dq[b], dk[b], dv[b])
+    return leave if leave.any() else None
+
+
+class _Call(NamedTuple):
+    """One call of a flash kernel: ``num`` blocks of rows, ``step`` apart, each with its keys."""
+
+    num: int
+    step: int
+    row: int  # the first block's first row of q
+    rows: int
+    key: int  # and its first key, of the window or of the far keys
+    keys: int
+    bias: Tensor | None  # broadcasts to (1, 1, rows, keys)
+    causal: bool = False
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """Rows of ``(H, Sq, D)``: ``(num, H, rows, D)``, a view."""
+        return self._blocks(tensor, self.row, self.rows)
+
+    def list(self, tensor: Tensor) -> Tensor:
+        """Keys of ``(H, Sk, D)``: ``(num, H, keys, D)``, a view whose blocks may overlap."""
+        return self._blocks(tensor, self.key, self.keys)
+
+    def add_to_keys(self, total: Tensor, gradient: Tensor) -> None:
+        """Add ``(num, H, keys, D)`` to ``(H, Sk, D)``; pieces of ``step`` keys do not overlap."""
+        for begin in range(0, self.keys, self.step):
+            size = min(self.step, self.keys - begin)
+            piece = gradient[:, :, begin : begin + size]
+            self._blocks(total, self.key + begin, size).add_(piece)
+
+    def split(self, max_keys: int) -> Iterator[_Call]:
+        num = max(1, max_keys // self.keys)
+        for block in range(0, self.num, num):
+            yield self._replace(
+                num=min(num, self.num - block),
+                row=self.row + block * self.step,
+                key=self.key + block * self.step,
+            )
+
+    def _blocks(self, tensor: Tensor, begin: int, size: int) -> Tensor:
+        end = begin + (self.num - 1) * self.step + size
+        return tensor[:, begin:end].unfold(1, size, self.step).permute(1, 0, 3, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return _flash_forward(
+            self.queries(q),
+            self.list(k),
+            self.list(v),
+            is_causal=self.causal,
+            attn_mask=self.bias,
+            scale=scale,
         )
-        dk.add(tile, tile_dk)
-        dv.add(tile, tile_dv)
-    return dk.total(), dv.total(), left if left.any() else None
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """lse: ``(H, Sq, 1)``, of all keys of a row, as out."""
+        return _flash_backward(
+            self.queries(dout),
+            self.queries(q),
+            self.list(k),
+            self.list(v),
+            self.queries(out),
+            self.queries(lse).squeeze(3),
+            0.0,
+            self.causal,
+            attn_mask=self.bias,
+            scale=scale,
+        )
 
 
-def _all_rows(q: Tensor) -> Tensor:
-    return torch.ones(*q.shape[:3], 1, dtype=torch.bool, device=q.device)
+class _Sample(NamedTuple):
+    """What the kernels read of one sample, and their calls."""
+
+    k: Tensor  # (H, Sk - first key of any window, D), as v
+    v: Tensor
+    far_position: Tensor  # (L,) of the keys that some row sees in front of its window
+    far_k: Tensor  # (H, L, D)
+    far_v: Tensor
+    near: list[_Call]  # the windows: each row once
+    far: list[_Call]
 
 
-# The exact path: any device, any logits, NaN and infinity.
+def _edges(begin: int, end: int, block: int, max_rows: int) -> list[tuple[int, int]]:
+    """``[begin, end)`` cut at multiples of ``block``, and each block into pieces of ``max_rows``."""
+    pieces = []
+    while begin < end:
+        start = begin // block * block
+        stop = start + ((begin - start) // max_rows + 1) * max_rows
+        pieces.append((begin, min(stop, start + block, end)))
+        begin = pieces[-1][1]
+    return pieces
 
 
-def _tile_logits(q: Tensor, keys: Tensor, bias: Tensor, exact: bool) -> Tensor:
-    """Logits ``(B, H, rows, keys)`` of scaled queries; ``exact``: finite inputs cannot make an
-    infinite logit, and a NaN behind the mask stays there."""
-    logits = q @ keys.mT
-    if exact:
-        limit = torch.finfo(logits.dtype).max / 4
-        finite = q.isfinite().all(-1, keepdim=True) & keys.isfinite().all(-1).unsqueeze(-2)
-        logits = torch.where(finite, logits.nan_to_num(0.0).clamp(-limit, limit), logits)
-        logits.masked_fill_(bias.isneginf(), 0.0)
-    return logits.add_(bias)
+def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> list[_Call]:
+    first = k_len - q_len
+    origin = _first_key(first, w, n)
+    calls, begin = [], first
+    if first == 0:  # the first n blocks see everything
+        begin = min(n * w, k_len)
+        calls.append(_Call(1, begin, 0, begin, 0, begin, None, causal=True))
+    block = w * max(1, _TILE_ROWS // w)
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for start, stop in _edges(begin, k_len, block, _MAX_TILE_ROWS):
+        alike = start % block, stop - start, max(0, (n - 1) * w - start)
+        groups.setdefault(alike, []).append(start)
+    for (_, rows, _), starts in groups.items():
+        start = starts[0]
+        key = _first_key(start, w, n)
+        i = torch.arange(start, start + rows, device=like.device).unsqueeze(1)
+        j = torch.arange(key, start + rows, device=like.device)
+        hidden = (j < window_start(i, w, n)) | (j > i)
+        bias = like.new_zeros(1, 1, *hidden.shape).masked_fill_(hidden, float("-inf"))
+        calls.append(_Call(len(starts), block, start - first, rows, key - origin, len(j), bias))
+    return calls
 
 
-def _blocked_forward(
+def _far_calls(
+    q_len: int, k_len: int, w: int, n: int, position: Tensor, bias: Tensor
+) -> list[_Call]:
+    first = k_len - q_len
+    positions: list[int] = position.tolist()
+    calls: list[_Call] = []
+    if not positions:
+        return calls
+    begin = max(first, (positions[0] // w + n) * w)  # earlier rows see no far key
+    for start, stop in _edges(begin, k_len, w * max(1, _FLASH_FAR_ROWS // w), _FLASH_FAR_ROWS):
+        rows = stop - start
+        by_all, by_some = (
+            bisect.bisect_left(positions, _first_key(i, w, n)) for i in (start, stop - 1)
+        )
+        call_bias = bias[:by_some].expand(1, 1, rows, -1) if bias.any() else None
+        if by_all < by_some:
+            i = torch.arange(start, stop, device=bias.device).unsqueeze(1)
+            hidden = position[:by_some] >= window_start(i, w, n)
+            call_bias = bias[:by_some].masked_fill(hidden, float("-inf")).expand(1, 1, -1, -1)
+        calls.append(_Call(1, rows, start - first, rows, 0, by_some, call_bias))
+    return calls
+
+
+def _samples(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    plan: _Plan,
-    softmax_scale: float,
-    rows: Tensor,
+    layout: _Layout,
+) -> Iterator[_Sample]:
+    text_len, pivot_idx, w, n, text_bias, pivot_bias = layout
+    dtype = _accumulate_dtype(q.dtype)
+    (_, num_heads, q_len, _), k_len = q.shape, k.shape[2]
+    last = _first_key(k_len - 1, w, n)
+    origin = _first_key(k_len - q_len, w, n)
+    near = _near_calls(q_len, k_len, w, n, q.new_empty(0, dtype=dtype))
+    for b in range(q.shape[0]):
+        prefix = max(int(text_len[b]), 0)
+        pivots = pivot_idx[b].long()
+        pivots = pivots[(pivots >= prefix) & (pivots < last)].sort().values
+        prefix = min(prefix, last)
+        position = torch.cat([torch.arange(prefix, device=pivots.device), pivots])
+        bias = torch.full(position.shape, pivot_bias, dtype=dtype, device=pivots.device)
+        bias[:prefix] = text_bias
+        window_k, window_v, far_k, far_v = (
+            _all_heads(t, num_heads, dtype)
+            for t in (
+                k[b, :, origin:],
+                v[b, :, origin:],
+                k[b].index_select(1, position),
+                v[b].index_select(1, position),
+            )
+        )
+        far = _far_calls(q_len, k_len, w, n, position, bias)
+        yield _Sample(window_k, window_v, position, far_k, far_v, near, far)
+
+
+def _all_heads(tensor: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """``(G, S, D)`` for each query head, and with rows that do not overlap, as products need it."""
+    tensor = tensor.to(dtype)
+    if tensor.shape[0] != num_heads:
+        return tensor.repeat_interleave(num_heads // tensor.shape[0], 0)
+    return tensor if tensor.stride(1) >= tensor.shape[2] else tensor.contiguous()
+
+
+def _sample_forward(
+    q: Tensor, sample: _Sample, softmax_scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Of ``q (H, Sq, D)``; writes ``out (H, Sq, D)`` and ``lse (H, Sq, 1)``."""
+    for call in sample.near:
+        call_out, call_lse = call.forward(q, sample.k, sample.v, softmax_scale)
+        call.queries(out).copy_(call_out)
+        call.queries(lse).copy_(call_lse.unsqueeze(3))
+    for call in sample.far:
+        far_out, far_lse = call.forward(q, sample.far_k, sample.far_v, softmax_scale)
+        near_out, near_lse, far_lse = call.queries(out), call.queries(lse), far_lse.unsqueeze(3)
+        near_out.lerp_(far_out, (far_lse - near_lse).sigmoid())
+        near_lse.copy_(torch.logaddexp(near_lse, far_lse))
+
+
+def _sample_backward(
+    dout: Tensor,
+    q: Tensor,
+    sample: _Sample,
     out: Tensor,
     lse: Tensor,
+    softmax_scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
 ) -> None:
-    """Writes ``rows (B, H, Sq, 1)`` of out and lse."""
-    dtype = plan.far.bias.dtype
-    keys, values = (_KeyLists(t, plan, q.shape[1], dtype) for t in (k, v))
+    """Of ``q (H, Sq, D)``; writes dq, and adds to ``dk, dv (G, Sk, D)``."""
+    num_heads, num_kv_heads = q.shape[0], dk.shape[0]
+    near = [
+        torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (sample.k, sample.v)
+    ]
+    far = [torch.zeros_like(t) for t in (sample.far_k, sample.far_v)]
+    for call in (part for whole in sample.near for part in whole.split(_FLASH_KEY_ROWS)):
+        inputs = dout, q, sample.k, sample.v, out, lse, softmax_scale
+        call_dq, *call_dkv = call.backward(*inputs)
+        call.queries(dq).copy_(call_dq)
+        for total, gradient in zip(near, call_dkv, strict=True):
+            call.add_to_keys(total, gradient)
+    for call in sample.far:
+        inputs = dout, q, sample.far_k, sample.far_v, out, lse, softmax_scale
+        call_dq, *call_dkv = call.backward(*inputs)
+        call.queries(dq).add_(call_dq)
+        for total, gradient in zip(far, call_dkv, strict=True):
+            call.add_to_keys(total, gradient)
+    for total, of_window, of_far in zip((dk, dv), near, far, strict=True):
+        if num_heads != num_kv_heads:
+            of_window, of_far = (
+                t.unflatten(0, (num_kv_heads, -1)).sum(1) for t in (of_window, of_far)
+            )
+        total[:, total.shape[1] - of_window.shape[1] :] += of_window
+        total.index_add_(1, sample.far_position, of_far)
+
+
+# Blocked: any device, any logits, NaN and infinity.
+
+
+class _FarKeys(NamedTuple):
+    """The text prefix and the pivots of each sample, ascending, packed to the left."""
+
+    position: Tensor  # (B, L) int64, padded with k_len, which no window starts behind
+    bias: Tensor  # (B, L)
+    num_visible: list[int]  # per tile: how many columns may be visible to one of its rows
+
+
+class _Tile(NamedTuple):
+    """Some query rows of one call and the keys that they may attend to."""
+
+    rows: slice  # of q
+    window: slice  # of k: the window's keys
+    num_far: int  # the first columns are far keys, the others the window
+    queries: Tensor  # (B, G, R * rows, D), the R heads of a group below each other, scaled
+    keys: Tensor  # (B, G, columns, D)
+    values: Tensor  # (B, G, columns, D)
+    bias: Tensor  # (B, 1, rows, columns), -inf where not visible
+
+
+def _far_keys(q_len: int, k_len: int, layout: _Layout, dtype: torch.dtype) -> _FarKeys:
+    text_len, pivot_idx, w, n, text_bias, pivot_bias = layout
+    starts = [_first_key(end - 1, w, n) for _, end in _tile_edges(q_len, k_len, w)]
+    # Text first, then pivots; whatever no row can see becomes padding and sorts to the right.
+    device, last = text_len.device, starts[-1]
+    prefix = text_len.long().clamp(0, last).unsqueeze(1)
+    text = torch.arange(int(prefix.max()), device=device)
+    text = torch.where(text < prefix, text, k_len)
+    pivots = pivot_idx.long()
+    counts = (pivots >= text_len.clamp_min(0).unsqueeze(1)) & (pivots < last)
+    pivots = torch.where(counts, pivots, k_len)
+    position = torch.cat([text, pivots], dim=1).sort(dim=1).values
+    bound = torch.tensor(starts, device=device).expand(position.shape[0], -1).contiguous()
+    num_visible = torch.searchsorted(position, bound).amax(dim=0).tolist()
+    position = position[:, : max(num_visible)]
+    bias = torch.full(position.shape, pivot_bias, dtype=dtype, device=device)
+    bias.masked_fill_(position < prefix, text_bias)
+    return _FarKeys(position, bias, num_visible)
+
+
+def _tile_edges(q_len: int, k_len: int, query_window: int) -> list[tuple[int, int]]:
+    """Query positions [begin, end) of each tile: whole blocks where they are small."""
+    if query_window < _TILE_ROWS:
+        rows = query_window * (_TILE_ROWS // query_window)
+    else:
+        rows = min(query_window, _MAX_TILE_ROWS)
+    first = k_len - q_len
+    edges = [first, *range((first // rows + 1) * rows, k_len, rows), k_len]
+    return list(itertools.pairwise(edges))
+
+
+def _gather(tensor: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
+    """Rows ``position (B, L)`` of ``tensor (B, G, Sk, D)``, the same for all heads; padding reads
+    the last row."""
+    index = position.clamp_max(tensor.shape[2] - 1)[:, None, :, None]
+    index = index.expand(-1, tensor.shape[1], -1, tensor.shape[3])
+    return tensor.gather(2, index).to(dtype)
+
+
+def _tile_bias(
+    begin: int, end: int, window: slice, far: _FarKeys, tile: int, w: int, n: int
+) -> Tensor:
+    """What is added to the logits of a tile."""
+    device, hidden = far.position.device, float("-inf")
+    i = torch.arange(begin, end, device=device).unsqueeze(1)
+    start = window_start(i, w, n)
+    j = torch.arange(window.start, window.stop, device=device)
+    local = torch.zeros(end - begin, len(j), dtype=far.bias.dtype, device=device)
+    local = local.masked_fill((j < start) | (j > i), hidden)
+    position, bias = (t[:, None, : far.num_visible[tile]] for t in (far.position, far.bias))
+    distant = bias.expand(-1, end - begin, -1).masked_fill(position >= start, hidden)
+    return torch.cat([distant, local.expand(distant.shape[0], -1, -1)], dim=2).unsqueeze(1)
+
+
+def _tiles(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: _Layout,
+    softmax_scale: float,
+) -> Iterator[_Tile]:
+    dtype, (w, n) = _accumulate_dtype(q.dtype), layout[2:4]
+    far = _far_keys(q.shape[2], k.shape[2], layout, dtype)
+    edges = _tile_edges(q.shape[2], k.shape[2], w)
+    far_k, far_v = (_gather(t, far.position, dtype) for t in (k, v))
+    first_row = k.shape[2] - q.shape[2]
+    for tile, (begin, end) in enumerate(edges):
+        rows = slice(begin - first_row, end - first_row)
+        window = slice(_first_key(begin, w, n), end)
+        num_far = far.num_visible[tile]
+        yield _Tile(
+            rows,
+            window,
+            num_far,
+            _by_group(q, rows, k.shape[1], dtype) * softmax_scale,
+            torch.cat([far_k[:, :, :num_far], k[:, :, window].to(dtype)], dim=2),
+            torch.cat([far_v[:, :, :num_far], v[:, :, window].to(dtype)], dim=2),
+            _tile_bias(begin, end, window, far, tile, w, n),
+        )
+
+
+def _by_group(tensor: Tensor, rows: slice, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+    """Rows of ``(B, H, Sq, D)``, or of ``(B, H, Sq)`` as one column: ``(B, G, R * rows, D)``."""
+    last = tensor.shape[3] if tensor.ndim == 4 else 1
+    return tensor[:, :, rows].to(dtype).reshape(tensor.shape[0], num_kv_heads, -1, last)
+
+
+def _tile_logits(q: Tensor, keys: Tensor, bias: Tensor, exact: bool) -> Tensor:
+    """Logits ``(B, G, R * rows, keys)`` of scaled queries; ``exact``: finite inputs cannot make an
+    infinite logit, and a NaN behind the mask stays there."""
+    logits = q @ keys.mT
+    rows, columns = bias.shape[-2:]
+    by_row = logits.view(*logits.shape[:2], -1, rows, columns)
+    if exact:
+        limit = torch.finfo(logits.dtype).max / 4
+        finite = q.isfinite().all(-1, keepdim=True) & keys.isfinite().all(-1).unsqueeze(-2)
+        logits.copy_(torch.where(finite, logits.nan_to_num(0.0).clamp(-limit, limit), logits))
+        by_row.masked_fill_(bias.unsqueeze(2).isneginf(), 0.0)
+    by_row.add_(bias.unsqueeze(2))
+    return logits
+
+
+def _visible(tile: _Tile) -> Tensor:
+    """Which logits of the tile are visible, ``(B, 1, R * rows, columns)``."""
+    heads_per_group = tile.queries.shape[2] // tile.bias.shape[2]
+    return (tile.bias > float("-inf")).repeat(1, 1, heads_per_group, 1)
+
+
+def _blocked_forward_into(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: _Layout,
+    softmax_scale: float,
+    wanted: Tensor,
+) -> None:
+    """Writes the rows ``wanted (B, H, Sq)`` of ``out`` and ``lse``."""
     for exact in (False, True):
-        for tile in _tiles(plan):
-            tile_rows = rows[:, :, tile.rows]
-            if not tile_rows.any():
+        for tile in _tiles(q, k, v, layout, softmax_scale):
+            rows = wanted[:, :, tile.rows]
+            if not rows.any():
                 continue
-            queries = q[:, :, tile.rows].to(dtype) * softmax_scale
-            logits = _tile_logits(queries, keys.of(tile), tile.bias, exact)
+            logits = _tile_logits(tile.queries, tile.keys, tile.bias, exact)
             p, peak = logits.softmax(-1), logits.amax(-1)
             # The largest weight is exp(peak - lse): two passes, where logsumexp takes five.
             tile_lse = torch.where(peak.isinf(), peak, peak - p.amax(-1).log())
             if exact:
-                visible = (tile.bias > float("-inf")).expand_as(p)
-                tile_out = visible_matmul(p.masked_fill_(~visible, 0.0), visible, values.of(tile))
+                visible = _visible(tile)
+                tile_out = visible_matmul(p.masked_fill_(~visible, 0.0), visible, tile.values)
             else:
-                tile_out = p @ values.of(tile)
-            old_out, old_lse = out[:, :, tile.rows], lse[:, :, tile.rows]
-            old_out.copy_(torch.where(tile_rows, tile_out.to(out.dtype), old_out))
-            old_lse.copy_(torch.where(tile_rows.squeeze(3), tile_lse, old_lse))
-        if not (out.isnan() & rows).any():
+                tile_out = p @ tile.values
+            out[:, :, tile.rows][rows] = tile_out.view(*rows.shape, -1)[rows]
+            lse[:, :, tile.rows][rows] = tile_lse.view(rows.shape)[rows]
+        if not (out.isnan().any(-1) & wanted).any():
             break
 
 
-def _blocked_backward(
+def _blocked_backward_into(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    plan: _Plan,
+    layout: _Layout,
     softmax_scale: float,
-    rows: Tensor,
-    dq: Tensor,
-) -> tuple[Tensor, Tensor]:
-    """Writes ``rows (B, H, Sq, 1)`` of dq; their part of dk and dv."""
-    dtype = plan.far.bias.dtype
-    keys, values = (_KeyLists(t, plan, q.shape[1], dtype) for t in (k, v))
+    wanted: Tensor,
+) -> None:
+    """Writes the rows ``wanted (B, H, Sq)`` of dq, and adds their part to dk and dv."""
+    dtype = dq.dtype
+    position = _far_keys(q.shape[2], k.shape[2], layout, dtype).position
+    # Positions are unique in each row; padding has zeros for whichever key it is added to.
+    far_index = position.clamp_max(k.shape[2] - 1)[:, None, :, None]
+    far_index = far_index.expand(-1, k.shape[1], -1, k.shape[3])
     for exact in (False, True):
-        sums = [_KeyGradients(t, plan, dtype) for t in (k, v)]
-        for tile in _tiles(plan):
-            tile_rows = rows[:, :, tile.rows]
-            if not tile_rows.any():
+        part_dk, part_dv = (torch.zeros_like(t) for t in (dk, dv))
+        far_dk, far_dv = (dk.new_zeros(far_index.shape) for _ in range(2))
+        for tile in _tiles(q, k, v, layout, softmax_scale):
+            rows = wanted[:, :, tile.rows]
+            if not rows.any():
                 continue
-            tile_dout, tile_out = (t[:, :, tile.rows].to(dtype) for t in (dout, out))
-            tile_dlse = dlse[:, :, tile.rows].to(dtype).unsqueeze(3)
-            queries = q[:, :, tile.rows].to(dtype) * softmax_scale
-            list_k, list_v = keys.of(tile), values.of(tile)
+            tile_dout, tile_out, tile_dlse, of_rows = (
+                _by_group(tensor, tile.rows, k.shape[1], dtype)
+                for tensor in (dout, out, dlse, wanted)
+            )
             delta = (tile_dout * tile_out).sum(-1, keepdim=True) - tile_dlse
-            p = _tile_logits(queries, list_k, tile.bias, exact).softmax(-1)
-            ds = (tile_dout @ list_v.mT).sub_(delta).mul_(p)
+            p = _tile_logits(tile.queries, tile.keys, tile.bias, exact).softmax(-1)
+            ds = (tile_dout @ tile.values.mT).sub_(delta).mul_(p)
             if exact:
-                visible = (tile.bias > float("-inf")) & tile_rows
+                visible = _visible(tile) & of_rows.bool()
                 p, ds = p.masked_fill_(~visible, 0.0), ds.masked_fill_(~visible, 0.0)
-                tile_dq = visible_matmul(ds, visible, list_k)
-                tile_dk = visible_matmul(ds.mT, visible.mT, queries)
+                tile_dq = visible_matmul(ds, visible, tile.keys)
+                tile_dk = visible_matmul(ds.mT, visible.mT, tile.queries)
                 tile_dv = visible_matmul(p.mT, visible.mT, tile_dout)
             else:
-                p, ds = p.masked_fill_(~tile_rows, 0.0), ds.masked_fill_(~tile_rows, 0.0)
-                tile_dq, tile_dk, tile_dv = ds @ list_k, ds.mT @ queries, p.mT @ tile_dout
-            old_dq = dq[:, :, tile.rows]
-            old_dq.copy_(torch.where(tile_rows, (tile_dq * softmax_scale).to(dq.dtype), old_dq))
-            for total, gradient in zip(sums, (tile_dk, tile_dv), strict=True):
-                total.add(tile, gradient)
-        dk, dv = (total.total() for total in sums)
-        if not ((dq.isnan() & rows).any() | dk.isnan().any() | dv.isnan().any()):
+                if not rows.all():
+                    others = ~of_rows.bool()
+                    p, ds = p.masked_fill_(others, 0.0), ds.masked_fill_(others, 0.0)
+                tile_dq, tile_dk, tile_dv = ds @ tile.keys, ds.mT @ tile.queries, p.mT @ tile_dout
+            dq[:, :, tile.rows][rows] = (tile_dq * softmax_scale).view(*rows.shape, -1)[rows]
+            far_dk[:, :, : tile.num_far] += tile_dk[:, :, : tile.num_far]
+            far_dv[:, :, : tile.num_far] += tile_dv[:, :, : tile.num_far]
+            part_dk[:, :, tile.window] += tile_dk[:, :, tile.num_far :]
+            part_dv[:, :, tile.window] += tile_dv[:, :, tile.num_far :]
+        part_dk.scatter_add_(2, far_index, far_dk)
+        part_dv.scatter_add_(2, far_index, far_dv)
+        if not (
+            (dq.isnan().any(-1) & wanted).any() | part_dk.isnan().any() | part_dv.isnan().any()
+        ):
             break
-    return dk, dv
+    dk += part_dk
+    dv += part_dv
 
 
 # The kernels' operators on the CPU, where programs exported from a GPU may run. What they exchange
