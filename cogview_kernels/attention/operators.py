@@ -290,7 +290,7 @@ _portable_backward = torch.library.custom_op(
     _without_autocast(portable.attention_backward),
     mutates_args=(),
     schema="(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"{_LAYOUT_AND_SCALE}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{_LAYOUT_AND_SCALE}, Tensor? lse=None) -> (Tensor dq, Tensor dk, Tensor dv)",
 )
 
 
@@ -302,11 +302,13 @@ def _portable_fake(q: Tensor, *rest: Any) -> tuple[Tensor, Tensor]:
 
 def _portable_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     q, k, v, text_len, pivot_idx, *ctx.window_and_scale = inputs
-    ctx.save_for_backward(q, k, v, output[0], text_len, pivot_idx)
+    out, lse = output
+    ctx.save_for_backward(q, k, v, out, text_len, pivot_idx, lse)
 
 
 def _portable_gradients(ctx: Any, dout: Tensor, dlse: Tensor) -> tuple[Tensor | None, ...]:
-    gradients = _portable_backward(dout, dlse, *ctx.saved_tensors, *ctx.window_and_scale)
+    *saved, lse = ctx.saved_tensors
+    gradients = _portable_backward(dout, dlse, *saved, *ctx.window_and_scale, lse)
     return (*gradients, *[None] * 7)
 
 

@@ -103,8 +103,12 @@ def attention_backward(
     text_bias: float,
     pivot_bias: float,
     softmax_scale: float,
+    lse: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic."""
+    """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic.
+
+    ``lse`` of the forward saves two of seven products; without it they are computed again.
+    """
     dtype = _accumulate_dtype(q.dtype)
     dq = empty_heads(q, dtype)
     dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
@@ -112,7 +116,7 @@ def attention_backward(
         layout = _Layout(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
         left = _rows_without_flash(layout, softmax_scale, k, v, q, dout, out)
         if left is None or not left.all():
-            inputs = dout, dlse, q, k, v, out
+            inputs = dout, dlse, q, k, v, out, lse
             left = _flash_backward_into(dq, dk, dv, *inputs, layout, softmax_scale, left)
         if left is not None:
             _blocked_backward_into(
@@ -133,7 +137,7 @@ def _either(left: Tensor | None, right: Tensor) -> Tensor | None:
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 _FLASH_FAR_ROWS = 256  # that share a call for their far keys: the kernels' gain ends here
-_FLASH_KEY_ROWS = 4096  # of gradients that one call of the backward returns for each head
+_FLASH_KEY_ROWS = 1024  # of gradients that one call of the backward returns for each head
 # With entries and scale up to this size no product or sum of the kernels leaves float32's range.
 # They may lose a NaN, so none is given to them.
 _FLASH_LARGEST = 2.0**24
@@ -170,14 +174,13 @@ def _rows_without_flash(
         seen = (tile.bias > float("-inf")) & tile.keys.mT.bool()  # (B, G, rows, columns)
         heads_per_group = q.shape[1] // k.shape[1]
         rows[:, :, tile.rows] |= seen.any(-1).repeat_interleave(heads_per_group, 1)
-    return rows
+    return rows if rows.any() else None
 
 
 def _is_small(tensor: Tensor) -> bool:
-    if tensor.numel() == 0:
-        return True
-    low, high = tensor.aminmax()  # NaN if there is one
-    return bool(low >= -_FLASH_LARGEST) and bool(high <= _FLASH_LARGEST)
+    """Whether the root of the sum of squares, and so each entry, is small; one pass."""
+    norm = torch.linalg.vector_norm(tensor, dtype=_accumulate_dtype(tensor.dtype))
+    return bool(norm <= _FLASH_LARGEST)
 
 
 def _large_rows(tensor: Tensor) -> Tensor:
@@ -190,7 +193,7 @@ def _without_large_rows(tensor: Tensor) -> Tensor:
 
 
 def _large_lse(lse: Tensor) -> Tensor:
-    return lse.abs() * (torch.finfo(lse.dtype).eps / 2) > _FLASH_SUM_ERROR
+    return ~(lse.abs() * (torch.finfo(lse.dtype).eps / 2) <= _FLASH_SUM_ERROR)
 
 
 def _flash_forward_into(
@@ -221,6 +224,7 @@ def _flash_backward_into(
     k: Tensor,
     v: Tensor,
     out: Tensor,
+    lse: Tensor | None,
     layout: _Layout,
     softmax_scale: float,
     left: Tensor | None,
@@ -232,14 +236,19 @@ def _flash_backward_into(
     leave = (dlse != 0) if left is None else left | (dlse != 0)
     for b, sample in enumerate(_samples(q, k, v, layout)):
         queries, douts, outs = (_all_heads(t[b], q.shape[1], dq.dtype) for t in (q, dout, out))
-        lse = dq.new_empty(*queries.shape[:2], 1)
-        _sample_forward(queries, sample, softmax_scale, torch.empty_like(queries), lse)
-        leave[b] |= _large_lse(lse.squeeze(2))
+        if lse is None:
+            lse_column = dq.new_empty(*queries.shape[:2], 1)
+            _sample_forward(queries, sample, softmax_scale, torch.empty_like(queries), lse_column)
+        else:
+            lse_column = lse[b].unsqueeze(2)
+        leave[b] |= _large_lse(lse_column.squeeze(2))
         if leave[b].any():
             rows = leave[b].unsqueeze(2)
             douts, outs = (t.masked_fill(rows, 0.0) for t in (douts, outs))
-            lse.masked_fill_(rows, float("inf"))  # p = 0
-        _sample_backward(douts, queries, sample, outs, lse, softmax_scale, dq[b], dk[b], dv[b])
+            lse_column = lse_column.masked_fill(rows, float("inf"))  # p = 0
+        _sample_backward(
+            douts, queries, sample, outs, lse_column, softmax_scale, dq[b], dk[b], dv[b]
+        )
     return leave if leave.any() else None
 
 
@@ -331,7 +340,7 @@ class _Sample(NamedTuple):
 
 
 def _edges(begin: int, end: int, block: int, max_rows: int) -> list[tuple[int, int]]:
-    """``[begin, end)`` cut at multiples of ``block``, and each block into pieces of ``max_rows``."""
+    """``[begin, end)`` cut at multiples of ``block``, each block cut into ``max_rows``."""
     pieces = []
     while begin < end:
         start = begin // block * block
