@@ -547,8 +547,25 @@ def operator_arguments(
     return (problem.q, problem.k, problem.v), (text_len, pivot_idx, *settings, 0.3)
 
 
+def flash_flops(num_products: int, q_index: int) -> Callable[..., int]:
+    """Of torch's flash kernels for the CPU, masked pairs included."""
+
+    def flops(*shapes: Any, out_val: Any = None, **settings: Any) -> int:
+        batch, num_heads, q_len, head_dim = shapes[q_index]
+        return num_products * 2 * batch * num_heads * q_len * shapes[q_index + 1][2] * head_dim
+
+    return flops
+
+
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+FLASH_FLOPS = {
+    getattr(torch.ops.aten, FLASH): flash_flops(2, 0),
+    getattr(torch.ops.aten, f"{FLASH}_backward"): flash_flops(5, 1),
+}
+
+
 def count_flops(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLASH_FLOPS) as counter:
         result = function(*args)
     return counter.get_total_flops(), result
 
@@ -565,10 +582,9 @@ def test_work_follows_the_keys_attended() -> None:
     assert pairs < seqlen * seqlen / 10
     flops, (out, lse) = count_flops(portable.attention_forward, *qkv, *rest)
     assert 1 <= flops / (pairs * 8 * 2 * 2) < 1.6, "q k and p v"
-    flops, _ = count_flops(
-        portable.attention_backward, out, torch.zeros_like(lse), *qkv, out, *rest
-    )
-    assert 1 <= flops / (pairs * 8 * 2 * 5) < 1.6, "q k, dout v, ds k, ds q and p dout"
+    for dlse in (torch.zeros_like(lse), torch.ones_like(lse)):  # flash, blocked
+        flops, _ = count_flops(portable.attention_backward, out, dlse, *qkv, out, *rest, lse)
+        assert 1 <= flops / (pairs * 8 * 2 * 5) < 1.6, "q k, dout v, ds k, ds q and p dout"
 
 
 def test_a_token_costs_the_same_however_long_the_cache() -> None:

@@ -77,14 +77,11 @@ def attention_forward(
     if out.numel() == 0:
         return out.to(q.dtype), lse
     layout = _Layout(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
-    left = _rows_without_flash(layout, softmax_scale, k, v, q)
-    if left is None or not left.all():
-        _flash_forward_into(out, lse, q, k, v, layout, softmax_scale, left)
-        large_lse = _large_lse(lse)
-        # The first blocks see no far keys: nothing of them was merged.
-        large_lse[:, :, : max(0, query_window * key_window_times - k.shape[2] + q.shape[2])] = False
-        left = _either(left, large_lse)
-    if left is not None:
+    if _flash_takes(q, layout, softmax_scale):
+        left = _flash_forward_into(out, lse, q, k, v, layout, softmax_scale)
+    else:
+        left = torch.ones_like(lse, dtype=torch.bool)
+    if left.any():
         _blocked_forward_into(out, lse, q, k, v, layout, softmax_scale, left)
     return out.to(q.dtype), lse
 
@@ -114,22 +111,15 @@ def attention_backward(
     dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
     if out.numel() > 0:
         layout = _Layout(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
-        left = _rows_without_flash(layout, softmax_scale, k, v, q, dout, out)
-        if left is None or not left.all():
-            inputs = dout, dlse, q, k, v, out, lse
-            left = _flash_backward_into(dq, dk, dv, *inputs, layout, softmax_scale, left)
-        if left is not None:
-            _blocked_backward_into(
-                dq, dk, dv, dout, dlse, q, k, v, out, layout, softmax_scale, left
-            )
+        inputs = dout, dlse, q, k, v, out
+        left = dlse != 0
+        if not _flash_takes(q, layout, softmax_scale):
+            left.fill_(True)
+        if not left.all():
+            left |= _flash_backward_into(dq, dk, dv, *inputs, lse, layout, softmax_scale)
+        if left.any():
+            _blocked_backward_into(dq, dk, dv, *inputs, layout, softmax_scale, left)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
-
-
-def _either(left: Tensor | None, right: Tensor) -> Tensor | None:
-    """Rows of one or the other; ``None`` stands for none."""
-    if not right.any():
-        return left
-    return right if left is None else left | right
 
 
 # Flash: torch's kernels for the CPU, which attend to lists of keys without a copy of them.
@@ -146,35 +136,33 @@ _FLASH_LARGEST = 2.0**24
 _FLASH_SUM_ERROR = 2.0**-19
 
 
-def _rows_without_flash(
-    layout: _Layout, softmax_scale: float, k: Tensor, v: Tensor, *query_rows: Tensor
-) -> Tensor | None:
-    """Queries ``(B, H, Sq)`` that the flash kernels cannot compute; ``None``: they compute all.
+def _flash_takes(q: Tensor, layout: _Layout, softmax_scale: float) -> bool:
+    largest = max(abs(layout.text_bias), abs(layout.pivot_bias), softmax_scale)
+    # The kernels hide keys before they scale.
+    return q.device.type == "cpu" and softmax_scale > 0 and largest <= _FLASH_LARGEST
 
-    All, on another device. Otherwise those that see a large entry in k or v, or have one in their
-    own rows: whatever stands in keys that a query does not see, it is computed in the same way.
+
+def _flash_inputs(
+    layout: _Layout, k: Tensor, v: Tensor, *of_queries: Tensor
+) -> tuple[list[_Sample], list[Tensor], Tensor]:
+    """The samples and ``of_queries`` (q first), zeros in place of rows with large entries; and the
+    queries ``(B, H, Sq)`` that see one, in k, in v or in their own rows.
+
+    Whatever stands in keys that a query does not see, it is computed in the same way.
     """
-    q = query_rows[0]
-    biases = abs(layout.text_bias), abs(layout.pivot_bias)
-    scales = 0 < softmax_scale <= _FLASH_LARGEST  # the kernels hide keys before they scale
-    if q.device.type != "cpu" or max(biases) > _FLASH_LARGEST or not scales:
-        return q.new_ones(q.shape[:3], dtype=torch.bool)
-    first = _first_key(k.shape[2] - q.shape[2], *layout[2:4])
-    far = layout.pivot_idx.clamp(0, k.shape[2] - 1).long()[:, None, :, None] if first > 0 else None
-    used = [t[:, :, first:] for t in (k, v)]
-    if far is not None:
-        prefix = min(int(layout.text_len.max()), first)
-        index = far.expand(-1, k.shape[1], -1, k.shape[3])
-        used += [part for t in (k, v) for part in (t[:, :, :prefix], t.gather(2, index))]
-    if all(map(_is_small, (*query_rows, *used))):
-        return None
-    rows = torch.stack([_large_rows(t) for t in query_rows]).any(0)
+    samples = list(_samples(of_queries[0], k, v, layout))
+    read = [t for sample in samples for t in (sample.k, sample.v, sample.far_k, sample.far_v)]
+    rows = torch.zeros(of_queries[0].shape[:3], dtype=torch.bool)
+    if all(map(_is_small, (*of_queries, *read))):
+        return samples, list(of_queries), rows
+    for tensor in of_queries:
+        rows |= _large_rows(tensor)
     large = (_large_rows(k) | _large_rows(v)).unsqueeze(3)
-    for tile in _tiles(q, large, large, layout, 1.0):
+    for tile in _tiles(of_queries[0], large, large, layout, 1.0):
         seen = (tile.bias > float("-inf")) & tile.keys.mT.bool()  # (B, G, rows, columns)
-        heads_per_group = q.shape[1] // k.shape[1]
-        rows[:, :, tile.rows] |= seen.any(-1).repeat_interleave(heads_per_group, 1)
-    return rows if rows.any() else None
+        rows[:, :, tile.rows] |= seen.any(-1).repeat_interleave(rows.shape[1] // k.shape[1], 1)
+    k, v, *small = (t.masked_fill(_large_rows(t).unsqueeze(3), 0.0) for t in (k, v, *of_queries))
+    return list(_samples(small[0], k, v, layout)), small, rows
 
 
 def _is_small(tensor: Tensor) -> bool:
@@ -186,10 +174,6 @@ def _is_small(tensor: Tensor) -> bool:
 def _large_rows(tensor: Tensor) -> Tensor:
     """``(B, H, S)``: rows of ``(B, H, S, D)`` with an entry that is not small."""
     return ~(tensor.abs().amax(-1) <= _FLASH_LARGEST)
-
-
-def _without_large_rows(tensor: Tensor) -> Tensor:
-    return tensor.masked_fill(_large_rows(tensor).unsqueeze(3), 0.0)
 
 
 def _large_lse(lse: Tensor) -> Tensor:
@@ -204,14 +188,16 @@ def _flash_forward_into(
     v: Tensor,
     layout: _Layout,
     softmax_scale: float,
-    left: Tensor | None,
-) -> None:
-    """Writes all rows of ``out`` and ``lse``; those ``left`` are to be computed again."""
-    if left is not None:
-        q, k, v = (_without_large_rows(t) for t in (q, k, v))
-    for b, sample in enumerate(_samples(q, k, v, layout)):
+) -> Tensor:
+    """Writes ``out`` and ``lse``; the rows that are left to the blocked path."""
+    samples, (q,), left = _flash_inputs(layout, k, v, q)
+    for b, sample in enumerate(samples):
         queries = _all_heads(q[b], q.shape[1], out.dtype)
         _sample_forward(queries, sample, softmax_scale, out[b], lse[b].unsqueeze(2))
+    # The first blocks see no far keys: nothing of them was merged.
+    merged = max(0, layout.query_window * layout.key_window_times - k.shape[2] + q.shape[2])
+    left[:, :, merged:] |= _large_lse(lse[:, :, merged:])
+    return left
 
 
 def _flash_backward_into(
@@ -227,29 +213,27 @@ def _flash_backward_into(
     lse: Tensor | None,
     layout: _Layout,
     softmax_scale: float,
-    left: Tensor | None,
-) -> Tensor | None:
-    """Writes all rows of dq and adds to dk and dv, but for the rows that it returns: those ``left``
-    and more, whose part is zero or to be computed again."""
-    if left is not None:
-        dout, q, k, v, out = (_without_large_rows(t) for t in (dout, q, k, v, out))
-    leave = (dlse != 0) if left is None else left | (dlse != 0)
-    for b, sample in enumerate(_samples(q, k, v, layout)):
+) -> Tensor:
+    """Writes dq and adds to dk and dv; the rows that are left to the blocked path."""
+    samples, (q, dout, out), left = _flash_inputs(layout, k, v, q, dout, out)
+    left |= dlse != 0
+    for b, sample in enumerate(samples):
         queries, douts, outs = (_all_heads(t[b], q.shape[1], dq.dtype) for t in (q, dout, out))
         if lse is None:
-            lse_column = dq.new_empty(*queries.shape[:2], 1)
-            _sample_forward(queries, sample, softmax_scale, torch.empty_like(queries), lse_column)
+            column = dq.new_empty(*queries.shape[:2], 1)
+            _sample_forward(queries, sample, softmax_scale, torch.empty_like(queries), column)
         else:
-            lse_column = lse[b].unsqueeze(2)
-        leave[b] |= _large_lse(lse_column.squeeze(2))
-        if leave[b].any():
-            rows = leave[b].unsqueeze(2)
+            column = lse[b].unsqueeze(2)
+        left[b] |= _large_lse(column.squeeze(2))
+        if left[b].all():
+            continue
+        if left[b].any():
+            rows = left[b].unsqueeze(2)
             douts, outs = (t.masked_fill(rows, 0.0) for t in (douts, outs))
-            lse_column = lse_column.masked_fill(rows, float("inf"))  # p = 0
-        _sample_backward(
-            douts, queries, sample, outs, lse_column, softmax_scale, dq[b], dk[b], dv[b]
-        )
-    return leave if leave.any() else None
+            column = column.masked_fill(rows, float("inf"))  # p = 0
+        grads = dq[b], dk[b], dv[b]
+        _sample_backward(douts, queries, sample, outs, column, softmax_scale, *grads)
+    return left
 
 
 class _Call(NamedTuple):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: str | None
 ) -> Tensor:
     """PB-relax LayerNorm; see the public function. Ordinary differentiable PyTorch."""
-    return _wide_layer_norm(x, weight, bias, eps, relax).to(x.dtype)
+    return _layer_norm(x, weight, bias, eps, relax).y.to(x.dtype)
 
 
 def sandwich_residual(
@@ -37,53 +38,59 @@ def sandwich_residual(
 
     ``h`` is rounded once: the norm of ``f`` is added to ``residual`` before it is.
     """
-    f, unit = _drop(f, dropped, dropout_p)
-    h = residual + _wide_layer_norm(f, post_weight, post_bias, eps, relax, unit)
-    h = h.to(residual.dtype)
+    f, kept_scale = zero_dropped(f, dropped, dropout_p)
+    post = _layer_norm(f, post_weight, post_bias, eps, relax, kept_scale)
+    h = (residual + post.y).to(residual.dtype)
     return h, layer_norm(h, pre_weight, pre_bias, eps, relax) if final_norm else None
 
 
-def _wide_layer_norm(
+class _Norm(NamedTuple):
+    y: Tensor  # before it is rounded
+    mean: Tensor  # (..., 1), of x / peak
+    rstd: Tensor
+    peak: Tensor | None  # of each row or of all; None: not relaxed
+
+
+def _layer_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
     relax: str | None,
-    unit: float = 1.0,
-) -> Tensor:
-    """The norm of ``x / unit`` before it is rounded.
+    kept_scale: float = 1.0,
+) -> _Norm:
+    """The norm of ``x / kept_scale``.
 
     With ``u = x / max|x|`` the norm is ``LN(8 u)``, and ``var(8 u) + eps = 64 (var(u) + eps/64)``:
     one division keeps everything in range, denormal rows included.
     """
     u = x.to(_accumulate_dtype(x.dtype))
     weight, bias = (None if t is None else t.to(u.dtype) for t in (weight, bias))
-    peak = _peak(u, relax, unit)
+    peak = _peak(u, relax, kept_scale)
     if peak is None:
-        eps *= unit**2
+        eps *= kept_scale**2
     else:
         u, eps = u / peak, eps / 64
-    return torch.nn.functional.layer_norm(u, u.shape[-1:], weight, bias, eps)
+    return _Norm(*torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps), peak)
 
 
-def _peak(x: Tensor, relax: str | None, unit: float) -> Tensor | None:
-    """``max|x|``, or 8 units where all is zero; ``None`` for plain LayerNorm."""
+def _peak(x: Tensor, relax: str | None, kept_scale: float) -> Tensor | None:
+    """``max|x|``, or ``8 kept_scale`` where all is zero; ``None`` for plain LayerNorm."""
     if relax is None or x.numel() == 0:
         return None
-    magnitude = x.detach().abs()
-    peak = magnitude.amax(-1, keepdim=True) if relax == "row" else magnitude.amax()
-    return peak.masked_fill(peak == 0, 8.0 * unit)
+    x, dim = x.detach(), -1 if relax == "row" else tuple(range(x.ndim))
+    low, high = (extreme(x, dim, keepdim=relax == "row") for extreme in (torch.amin, torch.amax))
+    peak = torch.maximum(high, -low)
+    return peak.masked_fill(peak == 0, 8.0 * kept_scale)
 
 
-def _drop(f: Tensor, dropped: Tensor | None, dropout_p: float) -> tuple[Tensor, float]:
-    """``f`` with its dropped elements zero, and the unit that the others are measured in.
-
-    They would be divided by ``1 - dropout_p``. But a norm sees the scale of its input in eps alone,
-    and relaxation scales that along: nothing is divided, so nothing overflows.
-    """
+def zero_dropped(f: Tensor, dropped: Tensor | None, dropout_p: float) -> tuple[Tensor, float]:
+    """``f`` with its dropped elements zero, and ``1 - dropout_p``, which the others are not divided
+    by: a norm sees the scale of its input in eps alone, and relaxation scales that along. So
+    nothing overflows."""
     if dropped is None:
         return f, 1.0
-    return f.masked_fill(dropped, 0.0), 1 - dropout_p or 1.0  # nothing is left that has a unit
+    return f.masked_fill(dropped, 0.0), 1 - dropout_p or 1.0  # all is dropped: any scale will do
 
 
 def dropout_mask(seed: Tensor, dropout: int, shape: torch.Size) -> Tensor:
@@ -171,8 +178,8 @@ def sandwich_residual_rows(
     """``h``, ``z`` and the statistics of both norms' inputs; without the final norm, the rows of
     its results have no elements."""
     dropped = None if seed is None else dropout_mask(seed, dropout, f.shape)
-    f, unit = _drop(f, dropped, dropout / 65536)
-    post, f_statistics = _rows_forward(f, post_weight, post_bias, eps, _RELAX[relax], unit)
+    f, kept_scale = zero_dropped(f, dropped, dropout / 65536)
+    post, f_statistics = _rows_forward(f, post_weight, post_bias, eps, _RELAX[relax], kept_scale)
     h = (residual + post).to(residual.dtype)
     if not final_norm:
         return h, h.new_empty(h.shape[0], 0), f_statistics, f_statistics.new_empty(h.shape[0], 0)
@@ -220,21 +227,15 @@ def _rows_forward(
     bias: Tensor | None,
     eps: float,
     relax: str | None,
-    unit: float = 1.0,
+    kept_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    wide = x.to(_accumulate_dtype(x.dtype))
-    peak = _peak(wide, relax, unit)
-    scale, c = wide.new_ones(()), wide.new_full((), unit)
+    """y before it is rounded, and ``statistics``."""
+    y, mean, rstd, peak = _layer_norm(x, weight, bias, eps, relax, kept_scale)
+    scale, shrunk = torch.ones_like(mean), torch.ones_like(mean)
     if peak is not None:
-        scale = (1 / peak).clamp_max(2.0**126)  # in range for the smallest denormal number
-        c = (peak * scale).nan_to_num(1.0) / 8  # an infinite peak leaves zeros
-    u = wide * scale
-    var, mean = torch.var_mean(u, dim=-1, correction=0, keepdim=True)
-    rstd = (var + eps * c.square()).rsqrt()
-    y = (u - mean) * rstd
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-    statistics = [mean, torch.zeros_like(mean), rstd, scale.expand_as(mean)]
+        scale = (scale / peak).clamp_max(2.0**126)  # in range for the smallest denormal number
+        shrunk = (peak * scale).nan_to_num(1.0)  # an infinite peak has scale 0
+    statistics = [mean * shrunk, torch.zeros_like(mean), rstd / shrunk, scale]
     return y, torch.cat(statistics, dim=-1).float()
 
 
