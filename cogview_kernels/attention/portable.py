@@ -1,7 +1,6 @@
-"""Blocked PyTorch formulations: any device, any floating dtype, never ``Sq x Sk``.
+"""PyTorch formulations of the attention: any device, any floating dtype, never ``Sq x Sk``.
 
-Attention, for each tile of query rows: the keys it may attend to are listed (text and pivots
-gathered once per call, the window a slice), so that work and memory follow the keys attended:
+Each query has a list of keys, so that work and memory follow the keys attended:
 
     list   = text prefix ++ pivots before the window ++ window          the virtual key list
     s      = softmax_scale * q list^T + bias, -inf where the row may not look
@@ -9,9 +8,15 @@ gathered once per call, the window a slice), so that work and memory follow the 
     ds     = p * (dout v^T - (delta - dlse)),  delta = sum(dout * out)   backward, s recomputed
     dq     = softmax_scale * ds k;  dk = softmax_scale * ds^T q;  dv = p^T dout
 
-Backward keeps nothing but q, k, v and out between the passes. Rounding points: products and sums
-are float32 (float64 for float64 inputs); out, dq, dk and dv are rounded once. p is never taken from
-the rounded lse: where logits are large, such rows would not sum to one.
+On the CPU torch's flash kernels compute the window of all blocks in one call and the far keys (text
+and pivots, gathered once) in one call for every 256 queries; lse merges the parts. The blocked path
+lists the keys of a tile of queries and takes one softmax. It computes what those kernels cannot:
+other devices, and rows with entries or an lse that are too large, or with a gradient of lse. Which
+path computes a row depends on nothing that the row does not see.
+
+Backward keeps q, k, v, out and lse between the passes. Rounding points: products and sums are
+float32 (float64 for float64 inputs); out, dq, dk and dv are rounded once. Merging, and p taken from
+lse, add ``|lse|`` roundings of p, which is bounded (``_FLASH_SUM_ERROR``).
 """
 
 from __future__ import annotations
@@ -122,7 +127,7 @@ def attention_backward(
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
 
-# Flash: torch's kernels for the CPU, which attend to lists of keys without a copy of them.
+# Flash: torch's kernels for the CPU. They read the windows in place.
 
 _flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward

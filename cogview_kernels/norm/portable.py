@@ -24,6 +24,7 @@ def layer_norm(
     of_all = _peak(x, relax) if relax == "tensor" else None
 
     def norm(x: Tensor) -> Tensor:
+        x = x.to(_accumulate_dtype(x.dtype))
         peak = _peak(x, relax) if of_all is None else of_all
         return _layer_norm(x, weight, bias, eps, peak).y
 
@@ -51,7 +52,7 @@ def sandwich_residual(
     of_all = _peak(zero_dropped(f, dropped), relax, kept_scale) if relax == "tensor" else None
 
     def add(f: Tensor, residual: Tensor, dropped: Tensor | None) -> Tensor:
-        f = zero_dropped(f, dropped)
+        f = zero_dropped(f, dropped).to(_accumulate_dtype(f.dtype))
         peak = _peak(f, relax, kept_scale) if of_all is None else of_all
         return residual + _layer_norm(f, post_weight, post_bias, eps, peak, kept_scale).y
 
@@ -280,6 +281,7 @@ def _rows_forward(
     kept_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
     """y before it is rounded, and ``statistics``."""
+    x = x.to(_accumulate_dtype(x.dtype))
     peak = _peak(x, relax, kept_scale)
     y, mean, rstd = _layer_norm(x, weight, bias, eps, peak, kept_scale)
     scale, shrunk = torch.ones_like(mean), torch.ones_like(mean)
