@@ -116,13 +116,14 @@ def attention_backward(
     dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
     if out.numel() > 0:
         layout = _Layout(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
-        inputs = dout, dlse, q, k, v, out
         left = dlse != 0
         if not _flash_takes(q, layout, softmax_scale):
             left.fill_(True)
         if not left.all():
-            left |= _flash_backward_into(dq, dk, dv, *inputs, lse, layout, softmax_scale)
+            read = dout, q, k, v, out, lse
+            left |= _flash_backward_into(dq, dk, dv, *read, layout, softmax_scale, left)
         if left.any():
+            inputs = dout, dlse, q, k, v, out
             _blocked_backward_into(dq, dk, dv, *inputs, layout, softmax_scale, left)
     return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
 
@@ -210,7 +211,6 @@ def _flash_backward_into(
     dk: Tensor,
     dv: Tensor,
     dout: Tensor,
-    dlse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -218,10 +218,11 @@ def _flash_backward_into(
     lse: Tensor | None,
     layout: _Layout,
     softmax_scale: float,
+    left_before: Tensor,
 ) -> Tensor:
     """Writes dq and adds to dk and dv; the rows that are left to the blocked path."""
     samples, (q, dout, out), left = _flash_inputs(layout, k, v, q, dout, out)
-    left |= dlse != 0
+    left |= left_before
     for b, sample in enumerate(samples):
         queries, douts, outs = (_all_heads(t[b], q.shape[1], dq.dtype) for t in (q, dout, out))
         if lse is None:
@@ -454,9 +455,10 @@ def _sample_backward(
 ) -> None:
     """Of ``q (H, Sq, D)``; writes dq, and adds to ``dk, dv (G, Sk, D)``."""
     num_heads, num_kv_heads = q.shape[0], dk.shape[0]
-    near = [
-        torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (sample.k, sample.v)
-    ]
+    near = [total[:, total.shape[1] - sample.k.shape[1] :] for total in (dk, dv)]
+    grouped = num_heads != num_kv_heads
+    if grouped:
+        near = [torch.zeros_like(t) for t in (sample.k, sample.v)]
     far = [torch.zeros_like(t) for t in (sample.far_k, sample.far_v)]
     for call in (part for whole in sample.near for part in whole.split(_FLASH_KEY_ROWS)):
         inputs = dout, q, sample.k, sample.v, out, lse, softmax_scale
@@ -471,11 +473,11 @@ def _sample_backward(
         for total, gradient in zip(far, call_dkv, strict=True):
             call.add_to_keys(total, gradient)
     for total, of_window, of_far in zip((dk, dv), near, far, strict=True):
-        if num_heads != num_kv_heads:
+        if grouped:
             of_window, of_far = (
-                t.unflatten(0, (num_kv_heads, -1)).sum(1) for t in (of_window, of_far)
+                part.unflatten(0, (num_kv_heads, -1)).sum(1) for part in (of_window, of_far)
             )
-        total[:, total.shape[1] - of_window.shape[1] :] += of_window
+            total[:, total.shape[1] - of_window.shape[1] :] += of_window
         total.index_add_(1, sample.far_position, of_far)
 
 
