@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 import cogview_kernels as ck
 from cogview_kernels import extension
+from cogview_kernels.norm import portable
 
 RELAX = (None, "row", "tensor")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -438,6 +440,40 @@ def test_operator_without_weight_or_bias(
 
 
 # Module and patch
+
+
+@pytest.mark.parametrize("relax", RELAX)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_pieces_of_rows_make_the_same_result(relax: str | None, dtype: torch.dtype) -> None:
+    """Without gradients large inputs are computed a few rows at a time; never under vmap, with a
+    tangent or while gradients are recorded."""
+    x = torch.randn(5, 23, 64).to(dtype)
+    weight, bias = torch.randn(64).to(dtype), torch.randn(64).to(dtype)
+    dropped = torch.rand(x.shape) < 0.3
+    whole = ck.pb_relax_layer_norm(x, weight, bias, relax=relax)
+    settings = 0.3, 1e-5, relax, True
+    sandwich = x, x, weight, bias, weight, bias, dropped, *settings
+    whole_sandwich = portable.sandwich_residual(*sandwich)
+    num_rows = []
+    layer_norm = portable._layer_norm
+
+    def counted(x: Tensor, *rest: Any) -> Any:
+        num_rows.append(math.prod(x.shape[:-1]))
+        return layer_norm(x, *rest)
+
+    with (
+        mock.patch.object(portable, "_PIECE", 7 * 64),
+        mock.patch.object(portable, "_layer_norm", counted),
+    ):
+        assert torch.equal(ck.pb_relax_layer_norm(x, weight, bias, relax=relax), whole)
+        assert sorted(num_rows) == [115 % 7, *[7] * (115 // 7)]
+        assert all(map(torch.equal, portable.sandwich_residual(*sandwich), whole_sandwich))
+        assert max(num_rows) == 7
+        leaf = x.clone().requires_grad_()
+        ck.pb_relax_layer_norm(leaf, weight, bias, relax=relax).sum().backward()
+        torch.func.vmap(lambda x: ck.pb_relax_layer_norm(x, weight, bias, relax=relax))(x)
+        torch.func.jvp(lambda x: ck.pb_relax_layer_norm(x, weight, bias, relax=relax), (x,), (x,))
+        assert num_rows.count(7) == 3 * (115 // 7) and num_rows[-1] == 115
 
 
 def test_module_shares_its_state_with_nn_layer_norm() -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -33,6 +34,8 @@ from cogview_kernels.attention import portable
 
 BACKENDS = ("reference", "portable")
 HALVES = (torch.bfloat16, torch.float16)
+# Rows without a gradient of lse take torch's flash kernels backward on the CPU, others do not.
+both_backwards = pytest.mark.parametrize("with_dlse", [False, True], ids=["flash", "blocked"])
 
 
 def int32(values: Any) -> Tensor:
@@ -159,17 +162,24 @@ def test_gradients_are_those_of_the_values(backend: str, q_len: int) -> None:
 # Portable against the definition
 
 
-@given(problems(max_len=150))
+@both_backwards
+@given(data=st.data())
 @settings(max_examples=80)
-def test_portable_equals_reference(problem: Problem) -> None:
+def test_portable_equals_reference(with_dlse: bool, data: st.DataObject) -> None:
+    problem = data.draw(problems(max_len=150))
+    problem.dlse *= with_dlse
     close(problem.run("portable"), problem.run("reference"), 1e-11)
 
 
+@both_backwards
 @pytest.mark.parametrize("dtype", [torch.float32, *HALVES])
 @given(data=st.data())
 @settings(max_examples=25)
-def test_portable_is_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObject) -> None:
+def test_portable_is_as_accurate_as_torch(
+    dtype: torch.dtype, with_dlse: bool, data: st.DataObject
+) -> None:
     problem = data.draw(problems(max_len=100, dtype=dtype))
+    problem.dlse *= with_dlse
     results = problem.run("portable")
     expected_dtypes = [dtype, torch.float32, dtype, dtype, dtype]
     assert [results[name].dtype for name in RESULTS] == expected_dtypes
@@ -177,9 +187,12 @@ def test_portable_is_as_accurate_as_torch(dtype: torch.dtype, data: st.DataObjec
 
 
 @pytest.mark.slow
-@given(problems(max_len=700))
-@settings(max_examples=10 * settings().max_examples)
-def test_portable_equals_reference_sweep(problem: Problem) -> None:
+@both_backwards
+@given(data=st.data())
+@settings(max_examples=5 * settings().max_examples)
+def test_portable_equals_reference_sweep(with_dlse: bool, data: st.DataObject) -> None:
+    problem = data.draw(problems(max_len=700))
+    problem.dlse *= with_dlse
     close(problem.run("portable"), problem.run("reference"), 1e-11)
 
 
@@ -189,6 +202,7 @@ def test_portable_equals_reference_sweep(problem: Problem) -> None:
 @settings(max_examples=5 * settings().max_examples)
 def test_portable_is_as_accurate_as_torch_sweep(dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(max_len=500, dtype=dtype))
+    problem.dlse *= data.draw(st.booleans())
     assert_as_accurate_as_torch(problem, problem.run("portable"))
 
 
@@ -342,10 +356,12 @@ def test_values_of_one_give_one(dtype: torch.dtype) -> None:
     )
 
 
-@pytest.mark.parametrize("later", [math.nan, math.inf, 1e30])
+@both_backwards
+@pytest.mark.parametrize("later", [math.nan, math.inf, 1e30, 1e3])
 @pytest.mark.parametrize("position", [1, 37, 70, 129, 149])
-def test_later_tokens_change_nothing(position: int, later: float) -> None:
+def test_later_tokens_change_nothing(position: int, later: float, with_dlse: bool) -> None:
     problem = make_problem(2, 4, 2, k_len=150, dtype=torch.float32)
+    problem.dlse *= with_dlse
     problem.dout[:, :, position:] = 0
     problem.dlse[:, :, position:] = 0
     before = problem.run("portable")
@@ -356,16 +372,18 @@ def test_later_tokens_change_nothing(position: int, later: float) -> None:
         assert torch.equal(before[name][:, :, :position], after[name][:, :, :position]), name
 
 
+@both_backwards
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("what", ["k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("position", [2, 14, 20, 65, 99])
 def test_poison_reaches_those_who_look_and_no_one_else(
-    backend: str, what: str, value: float, position: int
+    backend: str, what: str, value: float, position: int, with_dlse: bool
 ) -> None:
     pivots = int32([[8, 14, 33, 65, 100], [20, 21, 99, 100, 100]])
     layout = ck.ThreeRegionLayout(5, pivots, 4, 2, 0.4, -0.7)
     problem = make_problem(2, 4, 2, k_len=100, layout=layout)
+    problem.dlse *= with_dlse
     clean = problem.run(backend)
     getattr(problem, what)[:, 1, position, 3] = value  # key head 1: query heads 2 and 3
     poisoned = problem.run(backend)
@@ -399,8 +417,10 @@ def test_poison_reaches_those_who_look_and_no_one_else(
 
 @pytest.mark.parametrize("value", [math.nan, math.inf])
 @pytest.mark.parametrize("what", ["q", "dout"])
-def test_a_bad_row_spoils_its_own_results_alone(what: str, value: float) -> None:
+@both_backwards
+def test_a_bad_row_spoils_its_own_results_alone(what: str, value: float, with_dlse: bool) -> None:
     problem = make_problem(2, 4, 2, k_len=100)
+    problem.dlse *= with_dlse
     clean = problem.run("portable")
     getattr(problem, what)[1, 2, 50, 3] = value
     spoiled = problem.run("portable")
@@ -463,6 +483,37 @@ def test_weights_of_large_logits_sum_to_one(backend: str, size: float) -> None:
     torch.testing.assert_close(results["out"].flatten(), mean)
     dv = (problem.dout.flatten() / count).flip(0).cumsum(0).flip(0)
     torch.testing.assert_close(results["dv"].flatten(), dv)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e6])
+def test_weights_of_large_logits_sum_to_one_across_regions(size: float) -> None:
+    """As above, where text, pivots and window share a row. Every other query is small: its row
+    stays with the flash kernels."""
+    layout = ck.ThreeRegionLayout(3, int32([[4, 9, 20]]), 4, 1)
+    problem = make_problem(1, 1, k_len=50, head_dim=1, dtype=torch.float32, layout=layout)
+    problem.q.fill_(1.0)
+    problem.q[:, :, ::2] = 1e-6
+    problem.k.fill_(size)
+    problem.dlse.zero_()
+    results = problem.run("portable")
+    visible = layout.dense_mask(1, 50, 50)[0].float()
+    p = visible / visible.sum(1, keepdim=True)
+    tolerance = {"rtol": 2e-6, "atol": 2e-6}
+    torch.testing.assert_close(results["out"][0, 0], p @ problem.v[0, 0], **tolerance)
+    torch.testing.assert_close(results["dv"][0, 0], p.T @ problem.dout[0, 0], **tolerance)
+
+
+@pytest.mark.parametrize("q_len", [300, 299, 40, 1])
+@pytest.mark.parametrize("w, n", [(5, 1), (64, 2), (100, 1), (280, 1)])
+def test_the_flash_kernels_compute_ordinary_rows(w: int, n: int, q_len: int) -> None:
+    """All of them, forward and backward, and as the blocked path does."""
+    layout = ck.ThreeRegionLayout(int32([6, 0]), int32([[7, 90, 300], [3, 33, 50]]), w, n, 0.4)
+    problem = make_problem(2, 4, 2, q_len, 300, dtype=torch.float32, layout=layout)
+    problem.dlse.zero_()
+    with mock.patch.object(portable, "_tiles", side_effect=AssertionError("blocked path")):
+        results = problem.run("portable")
+    with mock.patch.object(portable, "_flash_takes", return_value=False):
+        close(problem.run("portable"), results, 2e-5)
 
 
 def test_gradients_that_float16_can_hold_come_out() -> None:
@@ -547,8 +598,25 @@ def operator_arguments(
     return (problem.q, problem.k, problem.v), (text_len, pivot_idx, *settings, 0.3)
 
 
+def flash_flops(num_products: int, q_index: int) -> Callable[..., int]:
+    """Of torch's flash kernels for the CPU, masked pairs included."""
+
+    def flops(*shapes: Any, out_val: Any = None, **settings: Any) -> int:
+        batch, num_heads, q_len, head_dim = shapes[q_index]
+        return num_products * 2 * batch * num_heads * q_len * shapes[q_index + 1][2] * head_dim
+
+    return flops
+
+
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
+FLASH_FLOPS = {
+    getattr(torch.ops.aten, FLASH): flash_flops(2, 0),
+    getattr(torch.ops.aten, f"{FLASH}_backward"): flash_flops(5, 1),
+}
+
+
 def count_flops(function: Callable[..., Any], *args: Any) -> tuple[int, Any]:
-    with FlopCounterMode(display=False) as counter:
+    with FlopCounterMode(display=False, custom_mapping=FLASH_FLOPS) as counter:
         result = function(*args)
     return counter.get_total_flops(), result
 
@@ -565,10 +633,9 @@ def test_work_follows_the_keys_attended() -> None:
     assert pairs < seqlen * seqlen / 10
     flops, (out, lse) = count_flops(portable.attention_forward, *qkv, *rest)
     assert 1 <= flops / (pairs * 8 * 2 * 2) < 1.6, "q k and p v"
-    flops, _ = count_flops(
-        portable.attention_backward, out, torch.zeros_like(lse), *qkv, out, *rest
-    )
-    assert 1 <= flops / (pairs * 8 * 2 * 5) < 1.6, "q k, dout v, ds k, ds q and p dout"
+    for dlse in (torch.zeros_like(lse), torch.ones_like(lse)):  # flash, blocked
+        flops, _ = count_flops(portable.attention_backward, out, dlse, *qkv, out, *rest, lse)
+        assert 1 <= flops / (pairs * 8 * 2 * 5) < 1.6, "q k, dout v, ds k, ds q and p dout"
 
 
 def test_a_token_costs_the_same_however_long_the_cache() -> None:

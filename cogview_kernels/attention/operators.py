@@ -236,6 +236,7 @@ class _PortableSaved(NamedTuple):
     out: Tensor
     text_len: Tensor
     pivot_idx: Tensor
+    lse: Tensor
 
 
 def _save_portable(
@@ -249,14 +250,15 @@ def _save_portable(
     *window_and_scale: Any,
 ) -> None:
     ctx.window_and_scale = window_and_scale
-    ctx.save_for_backward(*_PortableSaved(q, k, v, outputs[0], text_len, pivot_idx))
+    out, lse = outputs
+    ctx.save_for_backward(*_PortableSaved(q, k, v, out, text_len, pivot_idx, lse))
 
 
 def _portable_gradients(
     ctx: Any, wanted: frozenset[str], dout: Tensor, dlse: Tensor
 ) -> dict[str, Tensor | None]:
-    saved = _PortableSaved(*ctx.saved_tensors)
-    dq, dk, dv = _PORTABLE_BACKWARD(dout, dlse, *saved, *ctx.window_and_scale)
+    *tensors, lse = _PortableSaved(*ctx.saved_tensors)
+    dq, dk, dv = _PORTABLE_BACKWARD(dout, dlse, *tensors, *ctx.window_and_scale, lse)
     return {"q": dq, "k": dk, "v": dv}
 
 
@@ -344,7 +346,7 @@ HOST_MODEL = _define_kernels("three_region_attention_host_model", "cpu", on_the_
 _PORTABLE_BACKWARD = define_operator(
     "three_region_attention_portable_backward",
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"{_LAYOUT_AND_SCALE}) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{_LAYOUT_AND_SCALE}, Tensor? lse=None) -> (Tensor dq, Tensor dk, Tensor dv)",
     _allocate_backward,
     _without_autocast(portable.attention_backward),
     vmap=_folded_into_batch,

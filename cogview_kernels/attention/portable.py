@@ -1,7 +1,6 @@
-"""Blocked PyTorch formulations: any device, any floating dtype, never ``Sq x Sk``.
+"""PyTorch formulations of the attention: any device, any floating dtype, never ``Sq x Sk``.
 
-Attention, for each tile of query rows: the keys it may attend to are listed (text and pivots
-gathered once per call, the window a slice), so that work and memory follow the keys attended:
+Each query has a list of keys, so that work and memory follow the keys attended:
 
     list   = text prefix ++ pivots before the window ++ window          the virtual key list
     s      = softmax_scale * q list^T + bias, -inf where the row may not look
@@ -9,13 +8,20 @@ gathered once per call, the window a slice), so that work and memory follow the 
     ds     = p * (dout v^T - (delta - dlse)),  delta = sum(dout * out)   backward, s recomputed
     dq     = softmax_scale * ds k;  dk = softmax_scale * ds^T q;  dv = p^T dout
 
-Backward keeps nothing but q, k, v and out between the passes. Rounding points: products and sums
-are float32 (float64 for float64 inputs); out, dq, dk and dv are rounded once. p is never taken from
-the rounded lse: where logits are large, such rows would not sum to one.
+On the CPU torch's flash kernels compute the window of all blocks in one call and the far keys (text
+and pivots, gathered once) in one call for every 256 queries; lse merges the parts. The blocked path
+lists the keys of a tile of queries and takes one softmax. It computes what those kernels cannot:
+other devices, and rows with entries or an lse that are too large, or with a gradient of lse. Which
+path computes a row depends on nothing that the row does not see.
+
+Backward keeps q, k, v, out and lse between the passes. Rounding points: products and sums are
+float32 (float64 for float64 inputs); out, dq, dk and dv are rounded once. Merging, and p taken from
+lse, add ``|lse|`` roundings of p, which is bounded (``_FLASH_SUM_ERROR``).
 """
 
 from __future__ import annotations
 
+import bisect
 import itertools
 import math
 from collections.abc import Iterator
@@ -29,6 +35,453 @@ from cogview_kernels.attention.reference import visible_matmul
 
 _TILE_ROWS = 64  # rows per tile where query_window is smaller
 _MAX_TILE_ROWS = 256  # and where it is larger
+
+
+def empty_heads(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """An empty tensor ``(B, H, S, D)``, in memory ``(B, S, H, D)`` where ``like`` has its tokens
+    outside its heads, so that the projection before or behind it needs no copy."""
+    batch, num_heads, seqlen, head_dim = like.shape
+    if like.stride(2) > like.stride(1):
+        return like.new_empty(batch, seqlen, num_heads, head_dim, dtype=dtype).transpose(1, 2)
+    return like.new_empty(like.shape, dtype=dtype)
+
+
+def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _first_key(position: int, query_window: int, key_window_times: int) -> int:
+    return max(0, (position // query_window - key_window_times + 1) * query_window)
+
+
+class _Layout(NamedTuple):
+    text_len: Tensor  # (B,)
+    pivot_idx: Tensor  # (B, P)
+    query_window: int
+    key_window_times: int
+    text_bias: float
+    pivot_bias: float
+
+
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    text_len: Tensor,
+    pivot_idx: Tensor,
+    query_window: int,
+    key_window_times: int,
+    text_bias: float,
+    pivot_bias: float,
+    softmax_scale: float,
+) -> tuple[Tensor, Tensor]:
+    """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
+    dtype = _accumulate_dtype(q.dtype)
+    out = empty_heads(q, dtype)
+    lse = q.new_empty(q.shape[:3], dtype=dtype)
+    if out.numel() == 0:
+        return out.to(q.dtype), lse
+    layout = _Layout(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
+    if _flash_takes(q, layout, softmax_scale):
+        left = _flash_forward_into(out, lse, q, k, v, layout, softmax_scale)
+    else:
+        left = torch.ones_like(lse, dtype=torch.bool)
+    if left.any():
+        _blocked_forward_into(out, lse, q, k, v, layout, softmax_scale, left)
+    return out.to(q.dtype), lse
+
+
+def attention_backward(
+    dout: Tensor,
+    dlse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    text_len: Tensor,
+    pivot_idx: Tensor,
+    query_window: int,
+    key_window_times: int,
+    text_bias: float,
+    pivot_bias: float,
+    softmax_scale: float,
+    lse: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic.
+
+    ``lse`` of the forward saves two of seven products; without it they are computed again.
+    """
+    dtype = _accumulate_dtype(q.dtype)
+    dq = empty_heads(q, dtype)
+    dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
+    if out.numel() > 0:
+        layout = _Layout(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
+        left = dlse != 0
+        if not _flash_takes(q, layout, softmax_scale):
+            left.fill_(True)
+        if not left.all():
+            read = dout, q, k, v, out, lse
+            left |= _flash_backward_into(dq, dk, dv, *read, layout, softmax_scale, left)
+        if left.any():
+            inputs = dout, dlse, q, k, v, out
+            _blocked_backward_into(dq, dk, dv, *inputs, layout, softmax_scale, left)
+    return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
+
+
+# Flash: torch's kernels for the CPU. They read the windows in place.
+
+_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+_FLASH_FAR_ROWS = 256  # that share a call for their far keys: the kernels' gain ends here
+_FLASH_KEY_ROWS = 1024  # of gradients that one call of the backward returns for each head
+# With entries and scale up to this size no product or sum of the kernels leaves float32's range.
+# They may lose a NaN, so none is given to them.
+_FLASH_LARGEST = 2.0**24
+# Parts of a row are merged, and p is recomputed, by a rounded lse: then p sums to 1 within
+# |lse| eps / 2. Rows where that is more than this are left to the blocked path.
+_FLASH_SUM_ERROR = 2.0**-19
+
+
+def _flash_takes(q: Tensor, layout: _Layout, softmax_scale: float) -> bool:
+    largest = max(abs(layout.text_bias), abs(layout.pivot_bias), softmax_scale)
+    # The kernels hide keys before they scale.
+    return q.device.type == "cpu" and softmax_scale > 0 and largest <= _FLASH_LARGEST
+
+
+def _flash_inputs(
+    layout: _Layout, k: Tensor, v: Tensor, *of_queries: Tensor
+) -> tuple[list[_Sample], list[Tensor], Tensor]:
+    """The samples and ``of_queries`` (q first), zeros in place of rows with large entries; and the
+    queries ``(B, H, Sq)`` that see one, in k, in v or in their own rows.
+
+    Whatever stands in keys that a query does not see, it is computed in the same way.
+    """
+    samples = list(_samples(of_queries[0], k, v, layout))
+    read = [t for sample in samples for t in (sample.k, sample.v, sample.far_k, sample.far_v)]
+    rows = torch.zeros(of_queries[0].shape[:3], dtype=torch.bool)
+    if all(map(_is_small, (*of_queries, *read))):
+        return samples, list(of_queries), rows
+    for tensor in of_queries:
+        rows |= _large_rows(tensor)
+    large = (_large_rows(k) | _large_rows(v)).unsqueeze(3)
+    for tile in _tiles(of_queries[0], large, large, layout, 1.0):
+        seen = (tile.bias > float("-inf")) & tile.keys.mT.bool()  # (B, G, rows, columns)
+        rows[:, :, tile.rows] |= seen.any(-1).repeat_interleave(rows.shape[1] // k.shape[1], 1)
+    k, v, *small = (t.masked_fill(_large_rows(t).unsqueeze(3), 0.0) for t in (k, v, *of_queries))
+    return list(_samples(small[0], k, v, layout)), small, rows
+
+
+def _is_small(tensor: Tensor) -> bool:
+    """Whether the root of the sum of squares, and so each entry, is small; one pass."""
+    norm = torch.linalg.vector_norm(tensor, dtype=_accumulate_dtype(tensor.dtype))
+    return bool(norm <= _FLASH_LARGEST)
+
+
+def _large_rows(tensor: Tensor) -> Tensor:
+    """``(B, H, S)``: rows of ``(B, H, S, D)`` with an entry that is not small."""
+    return ~(tensor.abs().amax(-1) <= _FLASH_LARGEST)
+
+
+def _large_lse(lse: Tensor) -> Tensor:
+    return ~(lse.abs() * (torch.finfo(lse.dtype).eps / 2) <= _FLASH_SUM_ERROR)
+
+
+def _flash_forward_into(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: _Layout,
+    softmax_scale: float,
+) -> Tensor:
+    """Writes ``out`` and ``lse``; the rows that are left to the blocked path."""
+    samples, (q,), left = _flash_inputs(layout, k, v, q)
+    for b, sample in enumerate(samples):
+        queries = _all_heads(q[b], q.shape[1], out.dtype)
+        _sample_forward(queries, sample, softmax_scale, out[b], lse[b].unsqueeze(2))
+    # The first blocks see no far keys: nothing of them was merged.
+    merged = max(0, layout.query_window * layout.key_window_times - k.shape[2] + q.shape[2])
+    left[:, :, merged:] |= _large_lse(lse[:, :, merged:])
+    return left
+
+
+def _flash_backward_into(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor | None,
+    layout: _Layout,
+    softmax_scale: float,
+    left_before: Tensor,
+) -> Tensor:
+    """Writes dq and adds to dk and dv; the rows that are left to the blocked path."""
+    samples, (q, dout, out), left = _flash_inputs(layout, k, v, q, dout, out)
+    left |= left_before
+    for b, sample in enumerate(samples):
+        queries, douts, outs = (_all_heads(t[b], q.shape[1], dq.dtype) for t in (q, dout, out))
+        if lse is None:
+            column = dq.new_empty(*queries.shape[:2], 1)
+            _sample_forward(queries, sample, softmax_scale, torch.empty_like(queries), column)
+        else:
+            column = lse[b].unsqueeze(2)
+        left[b] |= _large_lse(column.squeeze(2))
+        if left[b].all():
+            continue
+        if left[b].any():
+            rows = left[b].unsqueeze(2)
+            douts, outs = (t.masked_fill(rows, 0.0) for t in (douts, outs))
+            column = column.masked_fill(rows, float("inf"))  # p = 0
+        grads = dq[b], dk[b], dv[b]
+        _sample_backward(douts, queries, sample, outs, column, softmax_scale, *grads)
+    return left
+
+
+class _Call(NamedTuple):
+    """One call of a flash kernel: ``num`` blocks of rows, ``step`` apart, each with its keys."""
+
+    num: int
+    step: int
+    row: int  # the first block's first row of q
+    rows: int
+    key: int  # and its first key, of the window or of the far keys
+    keys: int
+    bias: Tensor | None  # broadcasts to (1, 1, rows, keys)
+    causal: bool = False
+
+    def queries(self, tensor: Tensor) -> Tensor:
+        """Rows of ``(H, Sq, D)``: ``(num, H, rows, D)``, a view."""
+        return self._blocks(tensor, self.row, self.rows)
+
+    def list(self, tensor: Tensor) -> Tensor:
+        """Keys of ``(H, Sk, D)``: ``(num, H, keys, D)``, a view whose blocks may overlap."""
+        return self._blocks(tensor, self.key, self.keys)
+
+    def add_to_keys(self, total: Tensor, gradient: Tensor) -> None:
+        """Add ``(num, H, keys, D)`` to ``(H, Sk, D)``; pieces of ``step`` keys do not overlap."""
+        for begin in range(0, self.keys, self.step):
+            size = min(self.step, self.keys - begin)
+            piece = gradient[:, :, begin : begin + size]
+            self._blocks(total, self.key + begin, size).add_(piece)
+
+    def split(self, max_keys: int) -> Iterator[_Call]:
+        num = max(1, max_keys // self.keys)
+        for block in range(0, self.num, num):
+            yield self._replace(
+                num=min(num, self.num - block),
+                row=self.row + block * self.step,
+                key=self.key + block * self.step,
+            )
+
+    def _blocks(self, tensor: Tensor, begin: int, size: int) -> Tensor:
+        end = begin + (self.num - 1) * self.step + size
+        return tensor[:, begin:end].unfold(1, size, self.step).permute(1, 0, 3, 2)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return _flash_forward(
+            self.queries(q),
+            self.list(k),
+            self.list(v),
+            is_causal=self.causal,
+            attn_mask=self.bias,
+            scale=scale,
+        )
+
+    def backward(
+        self,
+        dout: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        scale: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """lse: ``(H, Sq, 1)``, of all keys of a row, as out."""
+        return _flash_backward(
+            self.queries(dout),
+            self.queries(q),
+            self.list(k),
+            self.list(v),
+            self.queries(out),
+            self.queries(lse).squeeze(3),
+            0.0,
+            self.causal,
+            attn_mask=self.bias,
+            scale=scale,
+        )
+
+
+class _Sample(NamedTuple):
+    """What the kernels read of one sample, and their calls."""
+
+    k: Tensor  # (H, Sk - first key of any window, D), as v
+    v: Tensor
+    far_position: Tensor  # (L,) of the keys that some row sees in front of its window
+    far_k: Tensor  # (H, L, D)
+    far_v: Tensor
+    near: list[_Call]  # the windows: each row once
+    far: list[_Call]
+
+
+def _edges(begin: int, end: int, block: int, max_rows: int) -> list[tuple[int, int]]:
+    """``[begin, end)`` cut at multiples of ``block``, each block cut into ``max_rows``."""
+    pieces = []
+    while begin < end:
+        start = begin // block * block
+        stop = start + ((begin - start) // max_rows + 1) * max_rows
+        pieces.append((begin, min(stop, start + block, end)))
+        begin = pieces[-1][1]
+    return pieces
+
+
+def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> list[_Call]:
+    first = k_len - q_len
+    origin = _first_key(first, w, n)
+    calls, begin = [], first
+    if first == 0:  # the first n blocks see everything
+        begin = min(n * w, k_len)
+        calls.append(_Call(1, begin, 0, begin, 0, begin, None, causal=True))
+    block = w * max(1, _TILE_ROWS // w)
+    groups: dict[tuple[int, int, int], list[int]] = {}
+    for start, stop in _edges(begin, k_len, block, _MAX_TILE_ROWS):
+        alike = start % block, stop - start, max(0, (n - 1) * w - start)
+        groups.setdefault(alike, []).append(start)
+    for (_, rows, _), starts in groups.items():
+        start = starts[0]
+        key = _first_key(start, w, n)
+        i = torch.arange(start, start + rows, device=like.device).unsqueeze(1)
+        j = torch.arange(key, start + rows, device=like.device)
+        hidden = (j < window_start(i, w, n)) | (j > i)
+        bias = like.new_zeros(1, 1, *hidden.shape).masked_fill_(hidden, float("-inf"))
+        calls.append(_Call(len(starts), block, start - first, rows, key - origin, len(j), bias))
+    return calls
+
+
+def _far_calls(
+    q_len: int, k_len: int, w: int, n: int, position: Tensor, bias: Tensor
+) -> list[_Call]:
+    first = k_len - q_len
+    positions: list[int] = position.tolist()
+    calls: list[_Call] = []
+    if not positions:
+        return calls
+    begin = max(first, (positions[0] // w + n) * w)  # earlier rows see no far key
+    for start, stop in _edges(begin, k_len, w * max(1, _FLASH_FAR_ROWS // w), _FLASH_FAR_ROWS):
+        rows = stop - start
+        by_all, by_some = (
+            bisect.bisect_left(positions, _first_key(i, w, n)) for i in (start, stop - 1)
+        )
+        call_bias = bias[:by_some].expand(1, 1, rows, -1) if bias.any() else None
+        if by_all < by_some:
+            i = torch.arange(start, stop, device=bias.device).unsqueeze(1)
+            hidden = position[:by_some] >= window_start(i, w, n)
+            call_bias = bias[:by_some].masked_fill(hidden, float("-inf")).expand(1, 1, -1, -1)
+        calls.append(_Call(1, rows, start - first, rows, 0, by_some, call_bias))
+    return calls
+
+
+def _samples(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: _Layout,
+) -> Iterator[_Sample]:
+    text_len, pivot_idx, w, n, text_bias, pivot_bias = layout
+    dtype = _accumulate_dtype(q.dtype)
+    (_, num_heads, q_len, _), k_len = q.shape, k.shape[2]
+    last = _first_key(k_len - 1, w, n)
+    origin = _first_key(k_len - q_len, w, n)
+    near = _near_calls(q_len, k_len, w, n, q.new_empty(0, dtype=dtype))
+    for b in range(q.shape[0]):
+        prefix = max(int(text_len[b]), 0)
+        pivots = pivot_idx[b].long()
+        pivots = pivots[(pivots >= prefix) & (pivots < last)].sort().values
+        prefix = min(prefix, last)
+        position = torch.cat([torch.arange(prefix, device=pivots.device), pivots])
+        bias = torch.full(position.shape, pivot_bias, dtype=dtype, device=pivots.device)
+        bias[:prefix] = text_bias
+        window_k, window_v, far_k, far_v = (
+            _all_heads(t, num_heads, dtype)
+            for t in (
+                k[b, :, origin:],
+                v[b, :, origin:],
+                k[b].index_select(1, position),
+                v[b].index_select(1, position),
+            )
+        )
+        far = _far_calls(q_len, k_len, w, n, position, bias)
+        yield _Sample(window_k, window_v, position, far_k, far_v, near, far)
+
+
+def _all_heads(tensor: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
+    """``(G, S, D)`` for each query head, and with rows that do not overlap, as products need it."""
+    tensor = tensor.to(dtype)
+    if tensor.shape[0] != num_heads:
+        return tensor.repeat_interleave(num_heads // tensor.shape[0], 0)
+    return tensor if tensor.stride(1) >= tensor.shape[2] else tensor.contiguous()
+
+
+def _sample_forward(
+    q: Tensor, sample: _Sample, softmax_scale: float, out: Tensor, lse: Tensor
+) -> None:
+    """Of ``q (H, Sq, D)``; writes ``out (H, Sq, D)`` and ``lse (H, Sq, 1)``."""
+    for call in sample.near:
+        call_out, call_lse = call.forward(q, sample.k, sample.v, softmax_scale)
+        call.queries(out).copy_(call_out)
+        call.queries(lse).copy_(call_lse.unsqueeze(3))
+    for call in sample.far:
+        far_out, far_lse = call.forward(q, sample.far_k, sample.far_v, softmax_scale)
+        near_out, near_lse, far_lse = call.queries(out), call.queries(lse), far_lse.unsqueeze(3)
+        near_out.lerp_(far_out, (far_lse - near_lse).sigmoid())
+        near_lse.copy_(torch.logaddexp(near_lse, far_lse))
+
+
+def _sample_backward(
+    dout: Tensor,
+    q: Tensor,
+    sample: _Sample,
+    out: Tensor,
+    lse: Tensor,
+    softmax_scale: float,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+) -> None:
+    """Of ``q (H, Sq, D)``; writes dq, and adds to ``dk, dv (G, Sk, D)``."""
+    num_heads, num_kv_heads = q.shape[0], dk.shape[0]
+    near = [total[:, total.shape[1] - sample.k.shape[1] :] for total in (dk, dv)]
+    grouped = num_heads != num_kv_heads
+    if grouped:
+        near = [torch.zeros_like(t) for t in (sample.k, sample.v)]
+    far = [torch.zeros_like(t) for t in (sample.far_k, sample.far_v)]
+    for call in (part for whole in sample.near for part in whole.split(_FLASH_KEY_ROWS)):
+        inputs = dout, q, sample.k, sample.v, out, lse, softmax_scale
+        call_dq, *call_dkv = call.backward(*inputs)
+        call.queries(dq).copy_(call_dq)
+        for total, gradient in zip(near, call_dkv, strict=True):
+            call.add_to_keys(total, gradient)
+    for call in sample.far:
+        inputs = dout, q, sample.far_k, sample.far_v, out, lse, softmax_scale
+        call_dq, *call_dkv = call.backward(*inputs)
+        call.queries(dq).add_(call_dq)
+        for total, gradient in zip(far, call_dkv, strict=True):
+            call.add_to_keys(total, gradient)
+    for total, of_window, of_far in zip((dk, dv), near, far, strict=True):
+        if grouped:
+            of_window, of_far = (
+                part.unflatten(0, (num_kv_heads, -1)).sum(1) for part in (of_window, of_far)
+            )
+            total[:, total.shape[1] - of_window.shape[1] :] += of_window
+        total.index_add_(1, sample.far_position, of_far)
+
+
+# Blocked: any device, any logits, NaN and infinity.
 
 
 class _FarKeys(NamedTuple):
@@ -51,33 +504,9 @@ class _Tile(NamedTuple):
     bias: Tensor  # (B, 1, rows, columns), -inf where not visible
 
 
-def empty_heads(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """An empty tensor ``(B, H, S, D)``, in memory ``(B, S, H, D)`` where ``like`` has its tokens
-    outside its heads, so that the projection before or behind it needs no copy."""
-    batch, num_heads, seqlen, head_dim = like.shape
-    if like.stride(2) > like.stride(1):
-        return like.new_empty(batch, seqlen, num_heads, head_dim, dtype=dtype).transpose(1, 2)
-    return like.new_empty(like.shape, dtype=dtype)
-
-
-def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _first_key(position: int, query_window: int, key_window_times: int) -> int:
-    return max(0, (position // query_window - key_window_times + 1) * query_window)
-
-
-def _far_keys(
-    k_len: int,
-    text_len: Tensor,
-    pivot_idx: Tensor,
-    starts: list[int],
-    text_bias: float,
-    pivot_bias: float,
-    dtype: torch.dtype,
-) -> _FarKeys:
-    """``starts``: for each tile, ascending, where the window of its last row begins."""
+def _far_keys(q_len: int, k_len: int, layout: _Layout, dtype: torch.dtype) -> _FarKeys:
+    text_len, pivot_idx, w, n, text_bias, pivot_bias = layout
+    starts = [_first_key(end - 1, w, n) for _, end in _tile_edges(q_len, k_len, w)]
     # Text first, then pivots; whatever no row can see becomes padding and sorts to the right.
     device, last = text_len.device, starts[-1]
     prefix = text_len.long().clamp(0, last).unsqueeze(1)
@@ -133,18 +562,17 @@ def _tiles(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    far: _FarKeys,
-    edges: list[tuple[int, int]],
-    query_window: int,
-    key_window_times: int,
+    layout: _Layout,
     softmax_scale: float,
 ) -> Iterator[_Tile]:
-    dtype = far.bias.dtype
+    dtype, (w, n) = _accumulate_dtype(q.dtype), layout[2:4]
+    far = _far_keys(q.shape[2], k.shape[2], layout, dtype)
+    edges = _tile_edges(q.shape[2], k.shape[2], w)
     far_k, far_v = (_gather(t, far.position, dtype) for t in (k, v))
     first_row = k.shape[2] - q.shape[2]
     for tile, (begin, end) in enumerate(edges):
         rows = slice(begin - first_row, end - first_row)
-        window = slice(_first_key(begin, query_window, key_window_times), end)
+        window = slice(_first_key(begin, w, n), end)
         num_far = far.num_visible[tile]
         yield _Tile(
             rows,
@@ -153,7 +581,7 @@ def _tiles(
             _by_group(q, rows, k.shape[1], dtype) * softmax_scale,
             torch.cat([far_k[:, :, :num_far], k[:, :, window].to(dtype)], dim=2),
             torch.cat([far_v[:, :, :num_far], v[:, :, window].to(dtype)], dim=2),
-            _tile_bias(begin, end, window, far, tile, query_window, key_window_times),
+            _tile_bias(begin, end, window, far, tile, w, n),
         )
 
 
@@ -184,30 +612,22 @@ def _visible(tile: _Tile) -> Tensor:
     return (tile.bias > float("-inf")).repeat(1, 1, heads_per_group, 1)
 
 
-def attention_forward(
+def _blocked_forward_into(
+    out: Tensor,
+    lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    text_len: Tensor,
-    pivot_idx: Tensor,
-    query_window: int,
-    key_window_times: int,
-    text_bias: float,
-    pivot_bias: float,
+    layout: _Layout,
     softmax_scale: float,
-) -> tuple[Tensor, Tensor]:
-    """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
-    dtype = _accumulate_dtype(q.dtype)
-    out = empty_heads(q)
-    lse = q.new_empty(q.shape[:3], dtype=dtype)
-    if out.numel() == 0:
-        return out, lse
-    edges = _tile_edges(q.shape[2], k.shape[2], query_window)
-    starts = [_first_key(end - 1, query_window, key_window_times) for _, end in edges]
-    far = _far_keys(k.shape[2], text_len, pivot_idx, starts, text_bias, pivot_bias, dtype)
-    window = (query_window, key_window_times)
+    wanted: Tensor,
+) -> None:
+    """Writes the rows ``wanted (B, H, Sq)`` of ``out`` and ``lse``."""
     for exact in (False, True):
-        for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
+        for tile in _tiles(q, k, v, layout, softmax_scale):
+            rows = wanted[:, :, tile.rows]
+            if not rows.any():
+                continue
             logits = _tile_logits(tile.queries, tile.keys, tile.bias, exact)
             p, peak = logits.softmax(-1), logits.amax(-1)
             # The largest weight is exp(peak - lse): two passes, where logsumexp takes five.
@@ -217,70 +637,70 @@ def attention_forward(
                 tile_out = visible_matmul(p.masked_fill_(~visible, 0.0), visible, tile.values)
             else:
                 tile_out = p @ tile.values
-            out[:, :, tile.rows] = tile_out.view(*q.shape[:2], -1, q.shape[3])
-            lse[:, :, tile.rows] = tile_lse.view(*q.shape[:2], -1)
-        if not out.isnan().any():
+            out[:, :, tile.rows][rows] = tile_out.view(*rows.shape, -1)[rows]
+            lse[:, :, tile.rows][rows] = tile_lse.view(rows.shape)[rows]
+        if not (out.isnan().any(-1) & wanted).any():
             break
-    return out, lse
 
 
-def attention_backward(
+def _blocked_backward_into(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
     dout: Tensor,
     dlse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
     out: Tensor,
-    text_len: Tensor,
-    pivot_idx: Tensor,
-    query_window: int,
-    key_window_times: int,
-    text_bias: float,
-    pivot_bias: float,
+    layout: _Layout,
     softmax_scale: float,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic."""
-    dtype = _accumulate_dtype(q.dtype)
-    dq = empty_heads(q)
-    dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
-    if out.numel() == 0:
-        return dq, dk.to(k.dtype), dv.to(v.dtype)
-    edges = _tile_edges(q.shape[2], k.shape[2], query_window)
-    starts = [_first_key(end - 1, query_window, key_window_times) for _, end in edges]
-    far = _far_keys(k.shape[2], text_len, pivot_idx, starts, text_bias, pivot_bias, dtype)
-    window = (query_window, key_window_times)
+    wanted: Tensor,
+) -> None:
+    """Writes the rows ``wanted (B, H, Sq)`` of dq, and adds their part to dk and dv."""
+    dtype = dq.dtype
+    position = _far_keys(q.shape[2], k.shape[2], layout, dtype).position
     # Positions are unique in each row; padding has zeros for whichever key it is added to.
-    far_index = far.position.clamp_max(k.shape[2] - 1)[:, None, :, None]
+    far_index = position.clamp_max(k.shape[2] - 1)[:, None, :, None]
     far_index = far_index.expand(-1, k.shape[1], -1, k.shape[3])
     for exact in (False, True):
+        part_dk, part_dv = (torch.zeros_like(t) for t in (dk, dv))
         far_dk, far_dv = (dk.new_zeros(far_index.shape) for _ in range(2))
-        for tile in _tiles(q, k, v, far, edges, *window, softmax_scale):
-            tile_dout, tile_out, tile_dlse = (
-                _by_group(tensor, tile.rows, k.shape[1], dtype) for tensor in (dout, out, dlse)
+        for tile in _tiles(q, k, v, layout, softmax_scale):
+            rows = wanted[:, :, tile.rows]
+            if not rows.any():
+                continue
+            tile_dout, tile_out, tile_dlse, of_rows = (
+                _by_group(tensor, tile.rows, k.shape[1], dtype)
+                for tensor in (dout, out, dlse, wanted)
             )
             delta = (tile_dout * tile_out).sum(-1, keepdim=True) - tile_dlse
             p = _tile_logits(tile.queries, tile.keys, tile.bias, exact).softmax(-1)
             ds = (tile_dout @ tile.values.mT).sub_(delta).mul_(p)
             if exact:
-                visible = _visible(tile)
+                visible = _visible(tile) & of_rows.bool()
                 p, ds = p.masked_fill_(~visible, 0.0), ds.masked_fill_(~visible, 0.0)
                 tile_dq = visible_matmul(ds, visible, tile.keys)
                 tile_dk = visible_matmul(ds.mT, visible.mT, tile.queries)
                 tile_dv = visible_matmul(p.mT, visible.mT, tile_dout)
             else:
+                if not rows.all():
+                    others = ~of_rows.bool()
+                    p, ds = p.masked_fill_(others, 0.0), ds.masked_fill_(others, 0.0)
                 tile_dq, tile_dk, tile_dv = ds @ tile.keys, ds.mT @ tile.queries, p.mT @ tile_dout
-            dq[:, :, tile.rows] = (tile_dq * softmax_scale).view(*q.shape[:2], -1, q.shape[3])
+            dq[:, :, tile.rows][rows] = (tile_dq * softmax_scale).view(*rows.shape, -1)[rows]
             far_dk[:, :, : tile.num_far] += tile_dk[:, :, : tile.num_far]
             far_dv[:, :, : tile.num_far] += tile_dv[:, :, : tile.num_far]
-            dk[:, :, tile.window] += tile_dk[:, :, tile.num_far :]
-            dv[:, :, tile.window] += tile_dv[:, :, tile.num_far :]
-        dk.scatter_add_(2, far_index, far_dk)
-        dv.scatter_add_(2, far_index, far_dv)
-        if exact or not (dq.isnan().any() | dk.isnan().any() | dv.isnan().any()):
+            part_dk[:, :, tile.window] += tile_dk[:, :, tile.num_far :]
+            part_dv[:, :, tile.window] += tile_dv[:, :, tile.num_far :]
+        part_dk.scatter_add_(2, far_index, far_dk)
+        part_dv.scatter_add_(2, far_index, far_dv)
+        if not (
+            (dq.isnan().any(-1) & wanted).any() | part_dk.isnan().any() | part_dv.isnan().any()
+        ):
             break
-        dk.zero_()
-        dv.zero_()
-    return dq, dk.to(k.dtype), dv.to(v.dtype)
+    dk += part_dk
+    dv += part_dv
 
 
 # The kernels' operators on the CPU, where programs exported from a GPU may run. What they exchange

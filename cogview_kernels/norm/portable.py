@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from cogview_kernels.checks import values_readable
 
 
 def _accumulate_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -17,7 +21,14 @@ def layer_norm(
     x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, relax: str | None
 ) -> Tensor:
     """PB-relax LayerNorm; see the public function. Ordinary differentiable PyTorch."""
-    return _wide_layer_norm(x, weight, bias, eps, relax).to(x.dtype)
+    of_all = _peak(x, relax) if relax == "tensor" else None
+
+    def norm(x: Tensor) -> Tensor:
+        x = x.to(_accumulate_dtype(x.dtype))
+        peak = _peak(x, relax) if of_all is None else of_all
+        return _layer_norm(x, weight, bias, eps, peak).y
+
+    return _in_pieces(norm, x, (x,), (weight, bias))
 
 
 def sandwich_residual(
@@ -37,53 +48,100 @@ def sandwich_residual(
 
     ``h`` is rounded once: the norm of ``f`` is added to ``residual`` before it is.
     """
-    f, unit = _drop(f, dropped, dropout_p)
-    h = residual + _wide_layer_norm(f, post_weight, post_bias, eps, relax, unit)
-    h = h.to(residual.dtype)
+    kept_scale = kept_scale_of(dropped, dropout_p)
+    of_all = _peak(zero_dropped(f, dropped), relax, kept_scale) if relax == "tensor" else None
+
+    def add(f: Tensor, residual: Tensor, dropped: Tensor | None) -> Tensor:
+        f = zero_dropped(f, dropped).to(_accumulate_dtype(f.dtype))
+        peak = _peak(f, relax, kept_scale) if of_all is None else of_all
+        return residual + _layer_norm(f, post_weight, post_bias, eps, peak, kept_scale).y
+
+    h = _in_pieces(add, residual, (f, residual, dropped), (post_weight, post_bias))
     return h, layer_norm(h, pre_weight, pre_bias, eps, relax) if final_norm else None
 
 
-def _wide_layer_norm(
+_PIECE = 2**18  # elements
+
+
+def _in_pieces(
+    function: Callable[..., Tensor],
+    like: Tensor,
+    inputs: tuple[Tensor | None, ...],
+    parameters: tuple[Tensor | None, ...],
+) -> Tensor:
+    """``function(*inputs)``, which treats rows alike, rounded to the dtype of ``like``.
+
+    Where nothing records or traces the operations, pieces of rows: what lies between the steps then
+    stays in the cache, and in pages that the process has already.
+    """
+    tensors = [t for t in (*inputs, *parameters) if t is not None]
+    recorded = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    if (
+        like.numel() <= 8 * _PIECE
+        or recorded
+        or torch.jit.is_tracing()
+        or not all(values_readable(t) for t in tensors)
+        or not all(t.is_contiguous() for t in inputs if t is not None)
+        or any(torch.autograd.forward_ad.unpack_dual(t).tangent is not None for t in tensors)
+    ):
+        return function(*inputs).to(like.dtype)
+    result = torch.empty_like(like)
+    rows = max(1, _PIECE // like.shape[-1])
+    flat = [t if t is None else t.flatten(0, -2) for t in inputs]
+    for begin in range(0, like.numel() // like.shape[-1], rows):
+        piece = slice(begin, begin + rows)
+        result.flatten(0, -2)[piece] = function(*(t if t is None else t[piece] for t in flat))
+    return result
+
+
+class _Norm(NamedTuple):
+    y: Tensor  # before it is rounded
+    mean: Tensor  # (..., 1), of x / peak
+    rstd: Tensor
+
+
+def _layer_norm(
     x: Tensor,
     weight: Tensor | None,
     bias: Tensor | None,
     eps: float,
-    relax: str | None,
-    unit: float = 1.0,
-) -> Tensor:
-    """The norm of ``x / unit`` before it is rounded.
+    peak: Tensor | None,
+    kept_scale: float = 1.0,
+) -> _Norm:
+    """The norm of ``x / kept_scale``, relaxed where there is a ``peak``.
 
     With ``u = x / max|x|`` the norm is ``LN(8 u)``, and ``var(8 u) + eps = 64 (var(u) + eps/64)``:
     one division keeps everything in range, denormal rows included.
     """
     u = x.to(_accumulate_dtype(x.dtype))
     weight, bias = (None if t is None else t.to(u.dtype) for t in (weight, bias))
-    peak = _peak(u, relax, unit)
     if peak is None:
-        eps *= unit**2
+        eps *= kept_scale**2
     else:
         u, eps = u / peak, eps / 64
-    return torch.nn.functional.layer_norm(u, u.shape[-1:], weight, bias, eps)
+    return _Norm(*torch.native_layer_norm(u, u.shape[-1:], weight, bias, eps))
 
 
-def _peak(x: Tensor, relax: str | None, unit: float) -> Tensor | None:
-    """``max|x|``, or 8 units where all is zero; ``None`` for plain LayerNorm."""
+def _peak(x: Tensor, relax: str | None, kept_scale: float = 1.0) -> Tensor | None:
+    """``max|x|``, or ``8 kept_scale`` where all is zero; ``None`` for plain LayerNorm."""
     if relax is None or x.numel() == 0:
         return None
-    magnitude = x.detach().abs()
-    peak = magnitude.amax(-1, keepdim=True) if relax == "row" else magnitude.amax()
-    return peak.masked_fill(peak == 0, 8.0 * unit)
+    x, dim = x.detach(), -1 if relax == "row" else tuple(range(x.ndim))
+    low, high = (extreme(x, dim, keepdim=relax == "row") for extreme in (torch.amin, torch.amax))
+    peak = torch.maximum(high, -low).to(_accumulate_dtype(x.dtype))
+    return peak.masked_fill(peak == 0, 8.0 * kept_scale)
 
 
-def _drop(f: Tensor, dropped: Tensor | None, dropout_p: float) -> tuple[Tensor, float]:
-    """``f`` with its dropped elements zero, and the unit that the others are measured in.
+def zero_dropped(f: Tensor, dropped: Tensor | None) -> Tensor:
+    return f if dropped is None else f.masked_fill(dropped, 0.0)
 
-    They would be divided by ``1 - dropout_p``. But a norm sees the scale of its input in eps alone,
-    and relaxation scales that along: nothing is divided, so nothing overflows.
-    """
-    if dropped is None:
-        return f, 1.0
-    return f.masked_fill(dropped, 0.0), 1 - dropout_p or 1.0  # nothing is left that has a unit
+
+def kept_scale_of(dropped: Tensor | None, dropout_p: float) -> float:
+    """``1 - dropout_p``. The elements that stay are not divided by it: a norm sees the scale of its
+    input in eps alone, and relaxation scales that along. So nothing overflows."""
+    if dropped is None or dropout_p == 1:  # where all is dropped any scale will do
+        return 1.0
+    return 1 - dropout_p
 
 
 def dropout_mask(seed: Tensor, dropout: int, shape: torch.Size) -> Tensor:
@@ -171,8 +229,8 @@ def sandwich_residual_rows(
     """``h``, ``z`` and the statistics of both norms' inputs; without the final norm, the rows of
     its results have no elements."""
     dropped = None if seed is None else dropout_mask(seed, dropout, f.shape)
-    f, unit = _drop(f, dropped, dropout / 65536)
-    post, f_statistics = _rows_forward(f, post_weight, post_bias, eps, _RELAX[relax], unit)
+    f, kept_scale = zero_dropped(f, dropped), kept_scale_of(dropped, dropout / 65536)
+    post, f_statistics = _rows_forward(f, post_weight, post_bias, eps, _RELAX[relax], kept_scale)
     h = (residual + post).to(residual.dtype)
     if not final_norm:
         return h, h.new_empty(h.shape[0], 0), f_statistics, f_statistics.new_empty(h.shape[0], 0)
@@ -206,11 +264,11 @@ def sandwich_residual_rows_backward(
         wide = wide + of_h
         dresidual = wide.to(dh.dtype)
     dropped = None if seed is None else dropout_mask(seed, dropout, f.shape)
-    kept = f if dropped is None else f.masked_fill(dropped, 0.0)
+    kept = zero_dropped(f, dropped)
     df, dpost_weight, dpost_bias = _rows_backward(
         wide, kept, post_weight, f_statistics, post_parameters
     )
-    df = df if dropped is None else df.masked_fill(dropped, 0.0)
+    df = zero_dropped(df, dropped)
     return df.to(f.dtype), dresidual, dpost_weight, dpost_bias, dpre_weight, dpre_bias
 
 
@@ -220,21 +278,17 @@ def _rows_forward(
     bias: Tensor | None,
     eps: float,
     relax: str | None,
-    unit: float = 1.0,
+    kept_scale: float = 1.0,
 ) -> tuple[Tensor, Tensor]:
-    wide = x.to(_accumulate_dtype(x.dtype))
-    peak = _peak(wide, relax, unit)
-    scale, c = wide.new_ones(()), wide.new_full((), unit)
+    """y before it is rounded, and ``statistics``."""
+    x = x.to(_accumulate_dtype(x.dtype))
+    peak = _peak(x, relax, kept_scale)
+    y, mean, rstd = _layer_norm(x, weight, bias, eps, peak, kept_scale)
+    scale, shrunk = torch.ones_like(mean), torch.ones_like(mean)
     if peak is not None:
-        scale = (1 / peak).clamp_max(2.0**126)  # in range for the smallest denormal number
-        c = (peak * scale).nan_to_num(1.0) / 8  # an infinite peak leaves zeros
-    u = wide * scale
-    var, mean = torch.var_mean(u, dim=-1, correction=0, keepdim=True)
-    rstd = (var + eps * c.square()).rsqrt()
-    y = (u - mean) * rstd
-    y = y if weight is None else y * weight
-    y = y if bias is None else y + bias
-    statistics = [mean, torch.zeros_like(mean), rstd, scale.expand_as(mean)]
+        scale = (scale / peak).clamp_max(2.0**126)  # in range for the smallest denormal number
+        shrunk = (peak * scale).nan_to_num(1.0)  # an infinite peak has scale 0
+    statistics = [mean * shrunk, torch.zeros_like(mean), rstd / shrunk, scale]
     return y, torch.cat(statistics, dim=-1).float()
 
 
