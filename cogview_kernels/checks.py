@@ -98,20 +98,25 @@ def values_readable(value: Any) -> bool:
     return (kind is Tensor or kind is Parameter) and not is_functorch_wrapped_tensor(value)
 
 
-def has_nan(tensor: Tensor) -> bool:
-    """Whether a tensor on the CPU holds a NaN. Read again only after torch has counted a change, as
+def check_no_nan(name: str, tensor: Tensor) -> None:
+    """Where values are readable. They are read again only after torch has counted a change, as
     reading takes longer than launching a norm."""
-    if tensor.is_inference():  # counts no changes
-        return bool(tensor.isnan().any())
-    key, state = id(tensor), (tensor._version, tensor.data_ptr())
+    if not tensor.is_cpu or torch.compiler.is_compiling():
+        return
+    key = id(tensor)
     known = _without_nan.get(key)
-    if known is not None and known[0] == state and known[1]() is tensor:
-        return False
+    if known is not None:
+        version, data_ptr, reference = known
+        if reference() is tensor and tensor._version == version and tensor.data_ptr() == data_ptr:
+            return
+    if not values_readable(tensor):
+        return
     if bool(tensor.isnan().any()):
-        return True
-    _without_nan[key] = state, weakref.ref(tensor, lambda _: _without_nan.pop(key, None))
-    return False
+        raise ValueError(f"{name}: expected numbers, got NaN")
+    if not tensor.is_inference():  # which counts no changes
+        reference = weakref.ref(tensor, lambda _: _without_nan.pop(key, None))
+        _without_nan[key] = tensor._version, tensor.data_ptr(), reference
 
 
-# By id: the state of a tensor in which it had no NaN, and the tensor.
-_without_nan: dict[int, tuple[tuple[int, int], weakref.ref[Tensor]]] = {}
+# By id: the version and address at which a tensor had no NaN, and the tensor.
+_without_nan: dict[int, tuple[int, int, weakref.ref[Tensor]]] = {}

@@ -14,11 +14,10 @@ from cogview_kernels.checks import (
     check_float,
     check_int,
     check_last_dim_contiguous,
+    check_no_nan,
     check_no_tangent,
     check_tensor,
     describe,
-    has_nan,
-    values_readable,
 )
 from cogview_kernels.norm import operators, portable, reference
 from cogview_kernels.norm.operators import RELAX
@@ -353,8 +352,7 @@ def _check_affine(
             raise ValueError(
                 f"{prefix}{last}: expected device {device} as {x_name}, got {parameter.device}"
             )
-        if values_readable(parameter) and has_nan(parameter):
-            raise ValueError(f"{prefix}{last}: expected numbers, got NaN")
+        check_no_nan(prefix + last, parameter)
     if weight is not None and bias is not None and weight.dtype != bias.dtype:
         raise TypeError(
             f"{prefix}bias: expected dtype {weight.dtype} as {prefix}weight, got {bias.dtype}"
