@@ -195,7 +195,7 @@ def test_architectures_per_folder(
     assert others == ["family/dispatch.cpp.o", "hooks.cpp.o", "operators/norms.cpp.o"]
     linked = re.search(r": link (.*)", text)
     assert linked is not None
-    assert linked.group(1).split() == [*kernels, *others, "kernel_resources.o"]
+    assert linked.group(1).split() == [*kernels, *others, "kernel_facts.o"]
 
 
 def test_no_object_of_two_sources(setup_module: ModuleType) -> None:
