@@ -160,6 +160,23 @@ def test_sources_of_both_modules(setup_module: ModuleType, csrc: Path) -> None:
     )
 
 
+def test_digest_of_the_sources(setup_module: ModuleType, csrc: Path) -> None:
+    """Whatever can change a result on a GPU changes it; the place of the checkout does not."""
+    digest = setup_module.kernel_digest(csrc)
+    assert setup_module.kernel_digest(csrc.rename(csrc.with_name("moved"))) == digest
+    csrc.with_name("moved").rename(csrc)
+    for name in ("family/sm80/forward.cu", "family/sm80/tile.cuh", "operators/norms.cpp"):
+        before = (csrc / name).read_text()
+        (csrc / name).write_text(before + "y")
+        assert setup_module.kernel_digest(csrc) != digest, name
+        (csrc / name).write_text(before)
+    (csrc / "family" / "far_keys.cu").rename(csrc / "family" / "pack.cu")
+    assert setup_module.kernel_digest(csrc) != digest
+    (csrc / "family" / "pack.cu").rename(csrc / "family" / "far_keys.cu")
+    (csrc / "host_model" / "fibers.cpp").write_text("y")
+    assert setup_module.kernel_digest(csrc) == digest
+
+
 @pytest.mark.parametrize(
     ("architectures", "of_sm90"),
     [
