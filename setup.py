@@ -192,11 +192,12 @@ def kernel_sources(csrc: Path) -> list[Path]:
 
 
 def kernel_digest(csrc: Path) -> str:
-    """A digest of what determines the kernels' results: their sources and headers. The record of a
-    GPU check names it, and vouches for every build of the same sources."""
+    """A digest of what determines the operators' results: all sources but the host model's. The
+    record of a GPU check names it, and vouches for every build of the same sources."""
     digest = hashlib.sha256()
     for path in sorted(csrc.rglob("*")):
-        if path.suffix in (".cu", ".cuh", ".h") and path.parent.name != "host_model":
+        is_source = path.suffix in (".cu", ".cuh", ".h", ".cpp")
+        if is_source and not path.is_relative_to(csrc / "host_model"):
             digest.update(f"{path.relative_to(csrc).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()[:16]
 

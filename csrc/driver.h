@@ -46,8 +46,7 @@ inline std::string cuda_problem() {
              ", which the kernels were built with; update the driver";
     case cudaErrorSystemDriverMismatch:
       return "the driver's kernel module and its library differ in version; restart the machine, "
-             "or "
-             "install the driver again";
+             "or install the driver again";
     case cudaErrorCompatNotSupportedOnDevice:
       return "CUDA's forward compatibility package does not support this GPU; remove it and update "
              "the driver";

@@ -75,10 +75,12 @@ def by_test(items: Iterable[pytest.Item]) -> list[list[pytest.Item]]:
 
 
 def mark_all_but_a_few_as_slow(of_one_test: list[pytest.Item]) -> None:
-    """Greedy cover: each parametrisation that stays shows the most pairs not shown before."""
+    """Greedy cover: each parametrisation that stays shows the most pairs not shown before. All stay
+    of a test with one parameter."""
     pairs = {
-        item: set(itertools.combinations(((n, id(v)) for n, v in parameters(item).items()), 2))
+        item: set(itertools.combinations(values, min(2, len(values))))
         for item in of_one_test
+        for values in [[(name, id(value)) for name, value in parameters(item).items()]]
         if item.get_closest_marker("thinned")
         and backend(item) != "cuda"  # a GPU is fast enough for all
     }

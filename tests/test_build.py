@@ -160,6 +160,23 @@ def test_sources_of_both_modules(setup_module: ModuleType, csrc: Path) -> None:
     )
 
 
+def test_digest_of_the_sources(setup_module: ModuleType, csrc: Path) -> None:
+    """Whatever can change a result on a GPU changes it; the place of the checkout does not."""
+    digest = setup_module.kernel_digest(csrc)
+    assert setup_module.kernel_digest(csrc.rename(csrc.with_name("moved"))) == digest
+    csrc.with_name("moved").rename(csrc)
+    for name in ("family/sm80/forward.cu", "family/sm80/tile.cuh", "operators/norms.cpp"):
+        before = (csrc / name).read_text()
+        (csrc / name).write_text(before + "y")
+        assert setup_module.kernel_digest(csrc) != digest, name
+        (csrc / name).write_text(before)
+    (csrc / "family" / "far_keys.cu").rename(csrc / "family" / "pack.cu")
+    assert setup_module.kernel_digest(csrc) != digest
+    (csrc / "family" / "pack.cu").rename(csrc / "family" / "far_keys.cu")
+    (csrc / "host_model" / "fibers.cpp").write_text("y")
+    assert setup_module.kernel_digest(csrc) == digest
+
+
 @pytest.mark.parametrize(
     ("architectures", "of_sm90"),
     [
@@ -195,7 +212,7 @@ def test_architectures_per_folder(
     assert others == ["family/dispatch.cpp.o", "hooks.cpp.o", "operators/norms.cpp.o"]
     linked = re.search(r": link (.*)", text)
     assert linked is not None
-    assert linked.group(1).split() == [*kernels, *others, "kernel_resources.o"]
+    assert linked.group(1).split() == [*kernels, *others, "kernel_facts.o"]
 
 
 def test_no_object_of_two_sources(setup_module: ModuleType) -> None:

@@ -19,6 +19,13 @@ import pytest
 @pytest.mark.parametrize("c", range(3))
 def test_thinned(backend, a, b, c): ...
 
+@pytest.mark.thinned
+@pytest.mark.parametrize("a", range(3))
+def test_of_one_parameter(a): ...
+
+@pytest.mark.thinned
+def test_without_parameters(): ...
+
 @pytest.mark.parametrize("backend", ["portable", "reference"])
 def test_whole(backend): ...
 
@@ -49,6 +56,8 @@ def test_thinned_tests_show_every_pair_on_each_backend(tmp_path: Path) -> None:
         pairs = {pair for each in values for pair in itertools.combinations(each, 2)}
         assert len(pairs) == 3 * 2 + 3 * 3 + 2 * 3
     assert [name for name in found if "thinned" not in name] == [
+        *(f"test_of_one_parameter[{a}]" for a in range(3)),
+        "test_without_parameters",
         "test_whole[portable]",
         "test_whole[reference]",
     ]

@@ -1,4 +1,5 @@
-"""csrc/launch.cuh and csrc/driver.h on a CUDA runtime that fails where a test says so."""
+"""Launches, the choice of a family of kernels, and csrc/driver.h on a CUDA runtime that fails where
+a test says so."""
 
 from __future__ import annotations
 
@@ -25,7 +26,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
     library = tmp_path_factory.mktemp("launch") / "launches.so"
     flags = ["-std=c++17", "-Wall", "-Werror", "-O1", "-fPIC", "-fvisibility=hidden", "-shared"]
     includes = [f"-I{FAKE}", f"-I{ROOT / 'csrc'}"]
-    command = [*compiler, *flags, *includes, str(FAKE / "launches.cpp"), "-o", str(library)]
+    sources = [FAKE / "launches.cpp", ROOT / "csrc" / "three_region_attention" / "dispatch.cpp"]
+    command = [*compiler, *flags, *includes, *map(str, sources), "-o", str(library)]
     subprocess.run(command, check=True)
     return library
 
@@ -34,7 +36,7 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def cuda(compiled: Path, tmp_path: Path) -> ctypes.CDLL:
     """A copy of its own, which remembers nothing of earlier tests."""
     library = ctypes.CDLL(shutil.copy(compiled, tmp_path))
-    library.problem.restype = ctypes.c_char_p
+    library.problem.restype = library.unsupported.restype = ctypes.c_char_p
     return library
 
 
@@ -112,6 +114,36 @@ def test_too_many_blocks(cuda: ctypes.CDLL) -> None:
     assert cuda.launch_blocks(ctypes.c_int64(2**31)) == 9
     assert cuda.launch_blocks(ctypes.c_int64(2**32 + 3)) == 9
     assert cuda.launch_blocks(ctypes.c_int64(3)) == 0
+
+
+# The choice of a family of attention kernels
+
+
+def test_each_device_has_its_own_family(cuda: ctypes.CDLL) -> None:
+    """Of the current device, at each launch."""
+    cuda.set_capability(0, 9, 0)
+    cuda.set_capability(1, 7, 5)
+    assert cuda.unsupported(0) == b""
+    assert cuda.unsupported(1) == b"the kernels need compute capability 8.0 or later, got 7.5"
+    for device, status in ((0, 0), (1, 1), (0, 0)):
+        cuda.set_device(device)
+        assert cuda.forward() == status
+    assert cuda.forwards() == 2
+    assert cuda.get_last_error() == 0
+
+
+def test_a_device_that_cannot_be_asked_has_no_family(cuda: ctypes.CDLL) -> None:
+    cuda.set_capability(0, 9, 0)
+    cuda.fail(b"cudaDeviceGetAttribute", 101)
+    assert cuda.unsupported(0) == b"the kernels need compute capability 8.0 or later, got 0.0"
+    assert cuda.forward() == 1 and cuda.forwards() == 0
+    assert cuda.get_last_error() == 0
+    cuda.fail(b"cudaDeviceGetAttribute", 0)
+    cuda.fail(b"cudaGetDevice", 35)
+    cuda.forward()
+    assert cuda.get_last_error() == 0
+    cuda.fail(b"cudaGetDevice", 0)
+    assert cuda.forward() == 0
 
 
 # The driver; the stand-in's kernels were built with CUDA 13.0

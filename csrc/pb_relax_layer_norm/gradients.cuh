@@ -7,6 +7,7 @@ namespace cogview {
 
 // Two sums for each warp, and again for the next call of reduce_row.
 constexpr int kGradientScratchFloats = 2 * 2 * kMaxWarps;
+static_assert(kGradientScratchFloats * sizeof(float) <= kRowArrayBytes);
 
 // A thread's sums for its columns, one set for each gradient.
 template <int kGradients, int kVectors>

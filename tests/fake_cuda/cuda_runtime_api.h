@@ -1,4 +1,5 @@
-// The part of the CUDA runtime that csrc/launch.cuh and csrc/driver.h use, for test_launch.py.
+// The part of the CUDA runtime that test_launch.py needs: what csrc/launch.cuh, csrc/driver.h and
+// csrc/three_region_attention/dispatch.cpp use.
 #pragma once
 
 #include <cstddef>
@@ -14,7 +15,11 @@ enum cudaError_t {
   cudaErrorSystemDriverMismatch = 803,
   cudaErrorCompatNotSupportedOnDevice = 804,
 };
-enum cudaDeviceAttr { cudaDevAttrMaxSharedMemoryPerBlockOptin = 97 };
+enum cudaDeviceAttr {
+  cudaDevAttrComputeCapabilityMajor = 75,
+  cudaDevAttrComputeCapabilityMinor = 76,
+  cudaDevAttrMaxSharedMemoryPerBlockOptin = 97,
+};
 enum cudaFuncAttribute { cudaFuncAttributeMaxDynamicSharedMemorySize = 8 };
 using cudaStream_t = struct CUstream_st*;
 struct dim3 {

@@ -7,6 +7,7 @@
 
 #include "driver.h"
 #include "launch.cuh"
+#include "three_region_attention/sm80/family.h"
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
@@ -19,7 +20,9 @@ std::map<std::pair<const void*, int>, int> limits;  // of a kernel on a device
 int driver = CUDART_VERSION, device_limit = 227 * 1024, num_devices = 1;
 thread_local int device = 0, last_error = 0;
 bool sticky = false;
-int sum = 0;  // of what the kernel was given
+int sum = 0;                                      // of what the kernel was given
+std::map<int, std::pair<int, int>> capabilities;  // of a device: major, minor
+int num_forwards = 0;
 
 // The error that a test wants of this call, else `error`; kept as the runtime keeps it.
 cudaError_t end(const char* function, cudaError_t error = cudaSuccess) {
@@ -55,9 +58,11 @@ cudaError_t cudaGetDevice(int* result) {
   *result = device;
   return end("cudaGetDevice");
 }
-cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr, int of_device) {
+cudaError_t cudaDeviceGetAttribute(int* value, cudaDeviceAttr attribute, int of_device) {
   const std::lock_guard lock(mutex);
-  *value = device_limit - 1024 * of_device;
+  *value = attribute == cudaDevAttrComputeCapabilityMajor   ? capabilities[of_device].first
+           : attribute == cudaDevAttrComputeCapabilityMinor ? capabilities[of_device].second
+                                                            : device_limit - 1024 * of_device;
   return end("cudaDeviceGetAttribute");
 }
 cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int value) {
@@ -104,6 +109,35 @@ EXPORT int launch_other(int shared_bytes) {
 EXPORT int launch_blocks(int64_t num_blocks) {
   return cogview::launch<kernel>(num_blocks, 2, 64, 0, nullptr, Params{4, 2});
 }
+
+// A family of attention kernels that launches nothing.
+cudaError_t cogview::sm80::three_region_attention_forward(const ThreeRegionForwardParams&,
+                                                          cudaStream_t) {
+  ++num_forwards;
+  return cudaSuccess;
+}
+cudaError_t cogview::sm80::three_region_attention_backward(const ThreeRegionBackwardParams&,
+                                                           cudaStream_t) {
+  return cudaSuccess;
+}
+EXPORT void set_capability(int of_device, int major, int minor) {
+  capabilities[of_device] = {major, minor};
+}
+EXPORT const char* unsupported(int of_device) {
+  static std::string reason;
+  cogview::ThreeRegionProblem problem = {};
+  problem.head_dim = 64;
+  reason = cogview::three_region_attention_unsupported(problem, cogview::device_of(of_device))
+               .value_or("");
+  return reason.c_str();
+}
+EXPORT int forward() {
+  cogview::ThreeRegionForwardParams params = {};
+  params.problem.head_dim = 64;
+  return cogview::three_region_attention_forward(params, nullptr);
+}
+EXPORT int forwards() { return num_forwards; }
+
 EXPORT const char* problem() {
   static std::string text;
   text = cogview::cuda_problem();
