@@ -245,6 +245,7 @@ def record(outcomes: dict[str, Outcome], facts: dict[str, Any]) -> None:
 def _write(path: Path, content: Any) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
         json.dump(content, file, indent=1)
+    os.chmod(file.name, 0o644)
     os.replace(file.name, path)
 
 
@@ -343,6 +344,8 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--record", action="store_true", help=f"also write {GPU_RECORDS.name}")
     parser.add_argument("--worker", nargs="*", help=argparse.SUPPRESS)  # these, in this process
     options = parser.parse_args(arguments)
+    if options.record and options.only:
+        parser.error("--record: expected every kind of call, got --only")
     if options.worker is not None:
         return _work(options.backend, options.worker)
 

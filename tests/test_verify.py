@@ -262,6 +262,12 @@ def test_command_without_a_gpu(capfd: pytest.CaptureFixture[str]) -> None:
     assert "nothing can be verified: " in capfd.readouterr().out
 
 
+def test_a_record_holds_every_kind(capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        verify.main(["--record", "--only", "pb_relax"])
+    assert "--record: expected every kind of call, got --only" in capfd.readouterr().err
+
+
 WORKER = """
 import json, os, sys, time
 for name in sys.argv[1:]:
