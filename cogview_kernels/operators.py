@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.nn import Parameter
 
 NAMESPACE = "cogview_kernels"
@@ -142,6 +143,8 @@ class Operator:
         for arg in args:
             kind = type(arg)
             if kind is Tensor or kind is Parameter:
+                if is_functorch_wrapped_tensor(arg):  # it left a transform of torch.func
+                    return self._overload
                 requires_grad = requires_grad or arg.requires_grad
             elif kind not in _NUMBERS and isinstance(arg, Tensor):
                 return self._overload

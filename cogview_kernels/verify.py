@@ -189,8 +189,11 @@ def check(kind: Kind, backend: str, device: torch.device) -> Outcome:
         truth = _results(case, [tensor.double() for tensor in case.inputs], "")
         try:
             results = _results(case, [tensor.to(device) for tensor in case.inputs], suffix)
+        except torch.OutOfMemoryError:
+            raise  # says nothing about the kernels
         except RuntimeError as problem:
-            return Outcome(None, f"{case.name}: {str(problem)[:200].splitlines()[0]}")
+            first_line = str(problem)[:200].partition("\n")[0]
+            return Outcome(None, f"{case.name}: {first_line}")
         for result, expected in zip(results, truth, strict=True):
             allowed = roundings * torch.finfo(kind.dtype).eps * expected.abs().max().item()
             error = (result - expected).abs().max().item() / allowed
@@ -245,7 +248,7 @@ def record(outcomes: dict[str, Outcome], facts: dict[str, Any]) -> None:
 def _write(path: Path, content: Any) -> None:
     with tempfile.NamedTemporaryFile("w", dir=path.parent, suffix=".partial", delete=False) as file:
         json.dump(content, file, indent=1)
-    os.chmod(file.name, 0o644)
+    os.chmod(file.name, 0o644)  # a record is installed for every user
     os.replace(file.name, path)
 
 
@@ -257,12 +260,16 @@ def _kept(facts: dict[str, Any]) -> dict[str, Outcome]:
     try:
         outcomes = json.loads(_cache_file(facts).read_text())["outcomes"]
         return {name: Outcome(*outcome) for name, outcome in outcomes.items()}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return {}  # no outcome, or a file that cannot be read: nobody vouches
+    except (OSError, RuntimeError, ValueError, KeyError, TypeError, AttributeError):
+        # No outcome, a file that cannot be read, or no home (RuntimeError): nobody vouches.
+        return {}
 
 
 def _gpu_records() -> list[dict[str, Any]]:
-    return json.loads(GPU_RECORDS.read_text()) if GPU_RECORDS.is_file() else []
+    try:
+        return json.loads(GPU_RECORDS.read_text())
+    except (OSError, ValueError):  # none, or a file that cannot be read: nobody vouches
+        return []
 
 
 def _same_kernels(entry: dict[str, Any], facts: dict[str, Any]) -> bool:
@@ -291,24 +298,29 @@ def why_not_trusted(
     """Why the CUDA kernels for a :class:`Kind` of call must not be used on ``device``; ``None`` if
     they may.
 
-    Checks a kind that nobody vouches for, once in this process. While the current stream captures a
-    CUDA graph nothing can be checked: the kernels are used, and a later call checks them.
+    Checks a kind that nobody vouches for, once in this process. Nothing can be checked while the
+    current stream captures a CUDA graph, inside a backward, and where memory runs out: the kernels
+    are used, and a later call checks them.
     """
     key = Kind(function, dtype, variant), device
     if key in _checked:
         return _checked[key]
     if os.environ.get("COGVIEW_KERNELS_VERIFY") == "0" or torch.cuda.is_current_stream_capturing():
         return None
+    # The check's own backward would wait for the thread of autograd that waits for the check.
+    if torch._C._current_graph_task_id() != -1:
+        return None
     with _lock:
         if key not in _checked:
-            _checked[key] = _reason(*key)
+            outcome = _known(device).get(str(key[0]))
+            outcome = outcome or _in_a_thread(functools.partial(check, key[0], "cuda", device))
+            if outcome is None:
+                return None
+            _checked[key] = _reason(outcome, *key)
     return _checked[key]
 
 
-def _reason(kind: Kind, device: torch.device) -> str | None:
-    outcome = _known(device).get(str(kind))
-    if outcome is None:
-        outcome = _in_a_thread(functools.partial(check, kind, "cuda", device))
+def _reason(outcome: Outcome, kind: Kind, device: torch.device) -> str | None:
     if outcome.reason is None:
         return None
     return (
@@ -317,14 +329,22 @@ def _reason(kind: Kind, device: torch.device) -> str | None:
     )
 
 
-def _in_a_thread(function: Callable[[], Outcome]) -> Outcome:
+def _in_a_thread(function: Callable[[], Outcome]) -> Outcome | None:
     """Call ``function`` where nothing of the caller is active: modes, autocast, transforms and
-    inference mode belong to a thread."""
-    outcomes: list[Outcome] = []
-    thread = threading.Thread(target=lambda: outcomes.append(function()))
+    inference mode belong to a thread. ``None`` where memory ran out."""
+    outcome: Outcome | None = Outcome(None, "the check itself failed")
+
+    def run() -> None:
+        nonlocal outcome
+        try:
+            outcome = function()
+        except torch.OutOfMemoryError:
+            outcome = None
+
+    thread = threading.Thread(target=run)
     thread.start()
     thread.join()
-    return outcomes[0] if outcomes else Outcome(None, "the check itself failed")
+    return outcome
 
 
 # The command
@@ -368,7 +388,7 @@ def main(arguments: list[str]) -> int:
     if options.backend == "cuda":
         try:
             print(f"kept in {keep(outcomes, describe(device))}")
-        except OSError as problem:
+        except (OSError, RuntimeError) as problem:  # RuntimeError: no home
             print(f"not kept: {problem}")
         if options.record and not wrong:
             record(outcomes, describe(device))

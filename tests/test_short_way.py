@@ -200,6 +200,47 @@ def test_tracers_see_the_operators(
     assert not any("_out" in name for name in seen)
 
 
+@pytest.mark.parametrize("text_len", [2, torch.tensor([2], dtype=torch.int32)])
+def test_fake_inputs_beside_a_real_layout(text_len: int | Tensor) -> None:
+    """Values of the layout cannot be read then; before and after, calls are as ever."""
+    layout = ck.ThreeRegionLayout(text_len, torch.tensor([[3, 5, 11]], dtype=torch.int32), 4, 1)
+    q, k, v = example()
+    expected = ck.three_region_attention(q, k, v, layout)
+    for used in (layout, dataclasses.replace(layout)):
+        with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+            fake = [mode.from_tensor(tensor) for tensor in (q, k, v)]
+            assert type(ck.three_region_attention(*fake, used)) is type(fake[0])
+        assert torch.equal(ck.three_region_attention(q, k, v, used), expected)
+
+
+@pytest.mark.parametrize("make, backend", EVERY_CALL)
+def test_tensors_that_left_a_transform(make: Any, backend: str) -> None:
+    call, leaves, _ = make(backend)
+    expected = call(*leaves)
+    escaped: list[Tensor] = []
+
+    def keep(*tensors: Tensor) -> Tensor:
+        escaped.extend(tensors)
+        return sum(tensor.sum() for tensor in tensors)
+
+    torch.func.grad(keep)(*(leaf.detach() for leaf in leaves))
+    assert all(map(torch.equal, call(*escaped), expected))
+
+
+@pytest.mark.parametrize("backend", ["portable", HOST_MODEL])
+def test_results_may_be_changed_in_place(backend: str) -> None:
+    """lse; of ``out`` torch counts the change, and the backward refuses it."""
+    call, leaves, (_, dlse) = attend(backend)
+    expected = torch.autograd.grad(call(*leaves)[1] * 2, leaves, dlse)
+    doubled = call(*leaves)[1].mul_(2)
+    assert all(map(torch.equal, torch.autograd.grad(doubled, leaves, dlse), expected))
+    out = call(*leaves)[0]
+    loss = out.sum()
+    out.detach().add_(1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_norm_of_any_rank_and_stride() -> None:
     for x in (torch.randn(24), torch.randn(2, 3, 5, 24), torch.randn(4, 6, 24)[:, 1:]):
         x = x.requires_grad_()
@@ -301,7 +342,7 @@ def test_nothing_is_kept_while_a_graph_is_captured(monkeypatch: pytest.MonkeyPat
     assert layout_module._stream_of(torch.device("meta")) is None
 
 
-def test_parameters_are_read_again_after_a_change() -> None:
+def test_parameters_are_read_at_every_call() -> None:
     weight = nn.Parameter(torch.ones(8))
     x = torch.randn(3, 8)
     for _ in range(2):
@@ -315,6 +356,24 @@ def test_parameters_are_read_again_after_a_change() -> None:
     weight.data = torch.full((8,), float("nan"))
     with pytest.raises(ValueError, match="weight: expected numbers, got NaN"):
         ck.pb_relax_layer_norm(x, weight, None)
+
+
+def test_changes_that_torch_does_not_count_are_read_too() -> None:
+    norm, x = ck.PBRelaxLayerNorm(8), torch.randn(3, 8)
+    norm(x)
+    optimizer = torch.optim.SGD(norm.parameters(), 1.0, fused=True)
+    norm.weight.grad = torch.full((8,), float("nan"))
+    optimizer.step()
+    with pytest.raises(ValueError, match="weight: expected numbers, got NaN"):
+        norm(x)
+
+
+def test_parameters_can_be_swapped_after_a_call() -> None:
+    """torch refuses to swap a tensor that has weak references."""
+    norm = ck.PBRelaxLayerNorm(8)
+    norm(torch.randn(3, 8))
+    torch.utils.swap_tensors(norm.weight, nn.Parameter(torch.zeros(8)))
+    assert not norm(torch.randn(3, 8)).any()
 
 
 def test_patch_of_no_module() -> None:

@@ -23,6 +23,7 @@ needs_host_model = pytest.mark.skipif(
     extension.why_not_host_model() is not None, reason=str(extension.why_not_host_model())
 )
 CPU = torch.device("cpu")
+CHECK = verify.check
 ATTENTION = Kind("three_region_attention", torch.bfloat16, 64)
 NORM = Kind("pb_relax_layer_norm", torch.float16, torch.float16)
 SANDWICH = Kind("sandwich_residual", torch.bfloat16, torch.float32)
@@ -182,6 +183,30 @@ def test_no_check_while_capturing(checks: list[Kind], monkeypatch: pytest.Monkey
     assert verify.why_not_trusted(*NORM, GPU) is None and checks == [NORM]
 
 
+def test_no_check_inside_a_backward(checks: list[Kind]) -> None:
+    """The thread of autograd that waited for the check could not run the check's own backward."""
+    x = torch.ones(1, requires_grad=True)
+    x.register_hook(lambda gradient: verify.why_not_trusted(*NORM, GPU))
+    x.sum().backward()
+    assert checks == []
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == [NORM]
+
+
+def test_running_out_of_memory_is_no_outcome(
+    checks: list[Kind], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def results(case: Any, inputs: Any, suffix: str) -> list[Tensor]:
+        if suffix:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return [torch.ones(1)]
+
+    with monkeypatch.context() as full:
+        full.setattr(verify, "_results", results)
+        full.setattr(verify, "check", lambda *_: CHECK(NORM, "host_model", CPU))
+        assert verify.why_not_trusted(*NORM, GPU) is None
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == [NORM]
+
+
 def test_the_check_can_be_switched_off(checks: list[Kind], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COGVIEW_KERNELS_VERIFY", "0")
     assert verify.why_not_trusted(*NORM, GPU) is None and checks == []
@@ -204,7 +229,24 @@ def test_outcomes_of_another_machine_vouch_for_nothing(checks: list[Kind], chang
 
 def test_an_unreadable_outcome_vouches_for_nothing(checks: list[Kind]) -> None:
     verify.keep({}, FACTS).write_text('{"outcomes": ')
+    verify.GPU_RECORDS.write_text('[{"outcomes": ')
     assert verify.why_not_trusted(*NORM, GPU) is None and checks == [NORM]
+
+
+def test_without_a_home_nothing_is_kept(
+    checks: list[Kind], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    assert verify.why_not_trusted(*NORM, GPU) is None and checks == [NORM]
+
+
+def test_every_user_can_read_a_record() -> None:
+    verify.record({str(NORM): Outcome(0.1, None)}, FACTS)
+    assert verify.GPU_RECORDS.stat().st_mode & 0o777 == 0o644
 
 
 @pytest.mark.parametrize(

@@ -139,7 +139,8 @@ def three_region_attention(
         return (out, (row_max + row_log_sum) * math.log(2)) if return_lse else out
     tensors = regions.text_len, regions.pivot_idx
     out, lse = operators.PORTABLE(q, k, v, *tensors, *window_and_scale)
-    return (out, lse) if return_lse else out
+    # A copy, which the caller may change in place: the backward reads lse.
+    return (out, lse.clone()) if return_lse else out
 
 
 def _unsupported(q: Tensor, k: Tensor, backend: str) -> str | None:
