@@ -357,10 +357,19 @@ def test_values_of_one_give_one(dtype: torch.dtype) -> None:
 
 
 @both_backwards
-@pytest.mark.parametrize("later", [math.nan, math.inf, 1e30, 1e3])
+@pytest.mark.parametrize(
+    "dtype, later",
+    [
+        *((torch.float32, later) for later in (math.nan, math.inf, 1e30, 1e3)),
+        *((torch.float16, later) for later in (math.nan, math.inf, 65504.0)),
+        (torch.bfloat16, math.inf),
+    ],
+)
 @pytest.mark.parametrize("position", [1, 37, 70, 129, 149])
-def test_later_tokens_change_nothing(position: int, later: float, with_dlse: bool) -> None:
-    problem = make_problem(2, 4, 2, k_len=150, dtype=torch.float32)
+def test_later_tokens_change_nothing(
+    position: int, dtype: torch.dtype, later: float, with_dlse: bool
+) -> None:
+    problem = make_problem(2, 4, 2, k_len=150, dtype=dtype)
     problem.dlse *= with_dlse
     problem.dout[:, :, position:] = 0
     problem.dlse[:, :, position:] = 0

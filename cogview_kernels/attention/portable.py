@@ -179,7 +179,8 @@ def _is_small(tensor: Tensor) -> bool:
 
 def _large_rows(tensor: Tensor) -> Tensor:
     """``(B, H, S)``: rows of ``(B, H, S, D)`` with an entry that is not small."""
-    return ~(tensor.abs().amax(-1) <= _FLASH_LARGEST)
+    largest = tensor.abs().amax(-1).to(_accumulate_dtype(tensor.dtype))
+    return ~(largest <= _FLASH_LARGEST)  # in float16 the bound would be infinity
 
 
 def _large_lse(lse: Tensor) -> Tensor:
