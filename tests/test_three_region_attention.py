@@ -525,6 +525,20 @@ def test_the_flash_kernels_compute_ordinary_rows(w: int, n: int, q_len: int) -> 
         close(problem.run("portable"), results, 2e-5)
 
 
+def test_a_torch_without_the_flash_kernels() -> None:
+    problem = make_problem(2, 4, 2, dtype=torch.float32)
+    problem.dlse.zero_()
+    expected = problem.run("portable")
+    assert None not in portable._find_flash(torch.ops.aten)
+    forward, backward = portable._find_flash(torch.ops.cogview_kernels)
+    assert forward is None and backward is None
+    with (
+        mock.patch.object(portable, "_flash_forward", forward),
+        mock.patch.object(portable, "_flash_backward", backward),
+    ):
+        close(problem.run("portable"), expected, 2e-5)
+
+
 def test_gradients_that_float16_can_hold_come_out() -> None:
     """Whatever the loss scale: dS alone would vanish or overflow in float16."""
     for loss_scale in (2.0**-12, 2.0**12):

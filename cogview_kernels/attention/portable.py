@@ -130,8 +130,15 @@ def attention_backward(
 
 # Flash: torch's kernels for the CPU. They read the windows in place.
 
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+def _find_flash(aten: Any) -> tuple[Any, Any]:
+    """The forward and the backward. torch may drop them, as they are not public: then ``None``, and
+    the blocked path computes everything."""
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    return getattr(aten, name, None), getattr(aten, f"{name}_backward", None)
+
+
+_flash_forward, _flash_backward = _find_flash(torch.ops.aten)
 _FLASH_FAR_ROWS = 256  # that share a call for their far keys: the kernels' gain ends here
 _FLASH_KEY_ROWS = 1024  # of gradients that one call of the backward returns for each head
 # With entries and scale up to this size no product or sum of the kernels leaves float32's range.
@@ -144,8 +151,9 @@ _FLASH_SUM_ERROR = 2.0**-19
 
 def _flash_takes(q: Tensor, layout: _Layout, softmax_scale: float) -> bool:
     largest = max(abs(layout.text_bias), abs(layout.pivot_bias), softmax_scale)
+    exist = None not in (_flash_forward, _flash_backward)
     # The kernels hide keys before they scale.
-    return q.device.type == "cpu" and softmax_scale > 0 and largest <= _FLASH_LARGEST
+    return exist and q.device.type == "cpu" and softmax_scale > 0 and largest <= _FLASH_LARGEST
 
 
 def _flash_inputs(
