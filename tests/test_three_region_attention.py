@@ -672,6 +672,23 @@ def test_a_token_costs_the_same_however_long_the_cache() -> None:
     assert costs[0] == costs[1]
 
 
+@pytest.mark.parametrize("tokens_outside_heads", [True, False])
+def test_a_token_allocates_the_same_however_long_the_cache(tokens_outside_heads: bool) -> None:
+    """Copies inside torch's operators included."""
+    layout = long_layout()
+    allocated = []
+    for seqlen in (1024, 16 * 1024):
+        cache = torch.randn(1, 2, seqlen + 1, 8)
+        if tokens_outside_heads:
+            cache = torch.randn(1, seqlen, 2, 8).transpose(1, 2)
+        keys = cache[:, :, :seqlen]
+        with torch.profiler.profile(profile_memory=True) as profile:
+            ck.three_region_attention(keys[:, :, -1:], keys, keys, layout, backend="portable")
+        usage = [event.self_cpu_memory_usage for event in profile.key_averages()]
+        allocated.append(sum(size for size in usage if size > 0))
+    assert allocated[0] == allocated[1] > 0
+
+
 def test_memory_never_holds_queries_times_keys() -> None:
     seqlen = 16 * 1024
     qkv, rest = operator_arguments(seqlen, seqlen, long_layout())

@@ -420,12 +420,18 @@ def _samples(
             for t in (
                 k[b, :, origin:],
                 v[b, :, origin:],
-                k[b].index_select(1, position),
-                v[b].index_select(1, position),
+                _gather_sample(k[b], position),
+                _gather_sample(v[b], position),
             )
         )
         far = _far_calls(q_len, k_len, w, n, position, bias)
         yield _Sample(window_k, window_v, position, far_k, far_v, near, far)
+
+
+def _gather_sample(tensor: Tensor, position: Tensor) -> Tensor:
+    """Rows ``position`` of ``(G, S, D)``. Along another dimension than the first, ``index_select``
+    copies the whole of a view, such as a cache, before it reads the rows."""
+    return tensor.transpose(0, 1).index_select(0, position).transpose(0, 1)
 
 
 def _all_heads(tensor: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
