@@ -22,9 +22,10 @@ lse, add ``|lse|`` roundings of p, which is bounded (``_FLASH_SUM_ERROR``).
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -335,7 +336,8 @@ class _Sample(NamedTuple):
     far_k: Tensor  # (H, L, D)
     far_v: Tensor
     near: list[_Call]  # the windows: each row once
-    far: list[_Call]
+    # One at a time: their biases together would take (queries) x (far keys).
+    far: Callable[[], Iterator[_Call]]
 
 
 def _edges(begin: int, end: int, block: int, max_rows: int) -> list[tuple[int, int]]:
@@ -374,12 +376,11 @@ def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> list[_C
 
 def _far_calls(
     q_len: int, k_len: int, w: int, n: int, position: Tensor, bias: Tensor
-) -> list[_Call]:
+) -> Iterator[_Call]:
     first = k_len - q_len
     positions: list[int] = position.tolist()
-    calls: list[_Call] = []
     if not positions:
-        return calls
+        return
     begin = max(first, (positions[0] // w + n) * w)  # earlier rows see no far key
     for start, stop in _edges(begin, k_len, w * max(1, _FLASH_FAR_ROWS // w), _FLASH_FAR_ROWS):
         rows = stop - start
@@ -391,8 +392,7 @@ def _far_calls(
             i = torch.arange(start, stop, device=bias.device).unsqueeze(1)
             hidden = position[:by_some] >= window_start(i, w, n)
             call_bias = bias[:by_some].masked_fill(hidden, float("-inf")).expand(1, 1, -1, -1)
-        calls.append(_Call(1, rows, start - first, rows, 0, by_some, call_bias))
-    return calls
+        yield _Call(1, rows, start - first, rows, 0, by_some, call_bias)
 
 
 def _samples(
@@ -424,7 +424,7 @@ def _samples(
                 _gather_sample(v[b], position),
             )
         )
-        far = _far_calls(q_len, k_len, w, n, position, bias)
+        far = functools.partial(_far_calls, q_len, k_len, w, n, position, bias)
         yield _Sample(window_k, window_v, position, far_k, far_v, near, far)
 
 
@@ -450,7 +450,7 @@ def _sample_forward(
         call_out, call_lse = call.forward(q, sample.k, sample.v, softmax_scale)
         call.queries(out).copy_(call_out)
         call.queries(lse).copy_(call_lse.unsqueeze(3))
-    for call in sample.far:
+    for call in sample.far():
         far_out, far_lse = call.forward(q, sample.far_k, sample.far_v, softmax_scale)
         near_out, near_lse, far_lse = call.queries(out), call.queries(lse), far_lse.unsqueeze(3)
         near_out.lerp_(far_out, (far_lse - near_lse).sigmoid())
@@ -481,7 +481,7 @@ def _sample_backward(
         call.queries(dq).copy_(call_dq)
         for total, gradient in zip(near, call_dkv, strict=True):
             call.add_to_keys(total, gradient)
-    for call in sample.far:
+    for call in sample.far():
         inputs = dout, q, sample.far_k, sample.far_v, out, lse, softmax_scale
         call_dq, *call_dkv = call.backward(*inputs)
         call.queries(dq).add_(call_dq)
