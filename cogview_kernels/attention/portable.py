@@ -335,8 +335,8 @@ class _Sample(NamedTuple):
     far_position: Tensor  # (L,) of the keys that some row sees in front of its window
     far_k: Tensor  # (H, L, D)
     far_v: Tensor
-    near: list[_Call]  # the windows: each row once
-    # One at a time: their biases together would take (queries) x (far keys).
+    # Calls are made one at a time: their biases together may take (queries) x (keys).
+    near: Callable[[], Iterator[_Call]]  # the windows: each row once
     far: Callable[[], Iterator[_Call]]
 
 
@@ -351,13 +351,13 @@ def _edges(begin: int, end: int, block: int, max_rows: int) -> list[tuple[int, i
     return pieces
 
 
-def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> list[_Call]:
+def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> Iterator[_Call]:
     first = k_len - q_len
     origin = _first_key(first, w, n)
-    calls, begin = [], first
+    begin = first
     if first == 0:  # the first n blocks see everything
         begin = min(n * w, k_len)
-        calls.append(_Call(1, begin, 0, begin, 0, begin, None, causal=True))
+        yield _Call(1, begin, 0, begin, 0, begin, None, causal=True)
     block = w * max(1, _TILE_ROWS // w)
     groups: dict[tuple[int, int, int], list[int]] = {}
     for start, stop in _edges(begin, k_len, block, _MAX_TILE_ROWS):
@@ -370,8 +370,7 @@ def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> list[_C
         j = torch.arange(key, start + rows, device=like.device)
         hidden = (j < window_start(i, w, n)) | (j > i)
         bias = like.new_zeros(1, 1, *hidden.shape).masked_fill_(hidden, float("-inf"))
-        calls.append(_Call(len(starts), block, start - first, rows, key - origin, len(j), bias))
-    return calls
+        yield _Call(len(starts), block, start - first, rows, key - origin, len(j), bias)
 
 
 def _far_calls(
@@ -406,7 +405,7 @@ def _samples(
     (_, num_heads, q_len, _), k_len = q.shape, k.shape[2]
     last = _first_key(k_len - 1, w, n)
     origin = _first_key(k_len - q_len, w, n)
-    near = _near_calls(q_len, k_len, w, n, q.new_empty(0, dtype=dtype))
+    near = functools.partial(_near_calls, q_len, k_len, w, n, q.new_empty(0, dtype=dtype))
     for b in range(q.shape[0]):
         prefix = max(int(text_len[b]), 0)
         pivots = pivot_idx[b].long()
@@ -446,7 +445,7 @@ def _sample_forward(
     q: Tensor, sample: _Sample, softmax_scale: float, out: Tensor, lse: Tensor
 ) -> None:
     """Of ``q (H, Sq, D)``; writes ``out (H, Sq, D)`` and ``lse (H, Sq, 1)``."""
-    for call in sample.near:
+    for call in sample.near():
         call_out, call_lse = call.forward(q, sample.k, sample.v, softmax_scale)
         call.queries(out).copy_(call_out)
         call.queries(lse).copy_(call_lse.unsqueeze(3))
@@ -475,7 +474,7 @@ def _sample_backward(
     if grouped:
         near = [torch.zeros_like(t) for t in (sample.k, sample.v)]
     far = [torch.zeros_like(t) for t in (sample.far_k, sample.far_v)]
-    for call in (part for whole in sample.near for part in whole.split(_FLASH_KEY_ROWS)):
+    for call in (part for whole in sample.near() for part in whole.split(_FLASH_KEY_ROWS)):
         inputs = dout, q, sample.k, sample.v, out, lse, softmax_scale
         call_dq, *call_dkv = call.backward(*inputs)
         call.queries(dq).copy_(call_dq)
