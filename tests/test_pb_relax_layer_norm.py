@@ -476,6 +476,23 @@ def test_pieces_of_rows_make_the_same_result(relax: str | None, dtype: torch.dty
         assert num_rows.count(7) == 3 * (115 // 7) and num_rows[-1] == 115
 
 
+@pytest.mark.parametrize("relax", RELAX)
+@pytest.mark.parametrize("shape", [(640,), (1, 640), (3, 1, 640), (1, 1, 1, 640)])
+def test_pieces_of_any_shape(shape: tuple[int, ...], relax: str | None) -> None:
+    x = torch.randn(shape)
+    sandwich = x, x, None, None, None, None, None, 0.0, 1e-5, relax, True
+    expected = (
+        portable.layer_norm(x, None, None, 1e-5, relax),
+        *portable.sandwich_residual(*sandwich),
+    )
+    with mock.patch.object(portable, "_PIECE", 64):
+        pieces = (
+            portable.layer_norm(x, None, None, 1e-5, relax),
+            *portable.sandwich_residual(*sandwich),
+        )
+    assert all(map(torch.equal, pieces, expected))
+
+
 def test_module_shares_its_state_with_nn_layer_norm() -> None:
     ours, theirs = ck.PBRelaxLayerNorm(7, eps=1e-3, relax=None), nn.LayerNorm(7, eps=1e-3)
     nn.init.normal_(ours.weight)

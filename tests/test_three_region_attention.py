@@ -357,10 +357,19 @@ def test_values_of_one_give_one(dtype: torch.dtype) -> None:
 
 
 @both_backwards
-@pytest.mark.parametrize("later", [math.nan, math.inf, 1e30, 1e3])
+@pytest.mark.parametrize(
+    "dtype, later",
+    [
+        *((torch.float32, later) for later in (math.nan, math.inf, 1e30, 1e3)),
+        *((torch.float16, later) for later in (math.nan, math.inf, 65504.0)),
+        (torch.bfloat16, math.inf),
+    ],
+)
 @pytest.mark.parametrize("position", [1, 37, 70, 129, 149])
-def test_later_tokens_change_nothing(position: int, later: float, with_dlse: bool) -> None:
-    problem = make_problem(2, 4, 2, k_len=150, dtype=torch.float32)
+def test_later_tokens_change_nothing(
+    position: int, dtype: torch.dtype, later: float, with_dlse: bool
+) -> None:
+    problem = make_problem(2, 4, 2, k_len=150, dtype=dtype)
     problem.dlse *= with_dlse
     problem.dout[:, :, position:] = 0
     problem.dlse[:, :, position:] = 0
@@ -516,6 +525,20 @@ def test_the_flash_kernels_compute_ordinary_rows(w: int, n: int, q_len: int) -> 
         close(problem.run("portable"), results, 2e-5)
 
 
+def test_a_torch_without_the_flash_kernels() -> None:
+    problem = make_problem(2, 4, 2, dtype=torch.float32)
+    problem.dlse.zero_()
+    expected = problem.run("portable")
+    assert None not in portable._find_flash(torch.ops.aten)
+    forward, backward = portable._find_flash(torch.ops.cogview_kernels)
+    assert forward is None and backward is None
+    with (
+        mock.patch.object(portable, "_flash_forward", forward),
+        mock.patch.object(portable, "_flash_backward", backward),
+    ):
+        close(problem.run("portable"), expected, 2e-5)
+
+
 def test_gradients_that_float16_can_hold_come_out() -> None:
     """Whatever the loss scale: dS alone would vanish or overflow in float16."""
     for loss_scale in (2.0**-12, 2.0**12):
@@ -649,6 +672,23 @@ def test_a_token_costs_the_same_however_long_the_cache() -> None:
     assert costs[0] == costs[1]
 
 
+@pytest.mark.parametrize("tokens_outside_heads", [True, False])
+def test_a_token_allocates_the_same_however_long_the_cache(tokens_outside_heads: bool) -> None:
+    """Copies inside torch's operators included."""
+    layout = long_layout()
+    allocated = []
+    for seqlen in (1024, 16 * 1024):
+        cache = torch.randn(1, 2, seqlen + 1, 8)
+        if tokens_outside_heads:
+            cache = torch.randn(1, seqlen, 2, 8).transpose(1, 2)
+        keys = cache[:, :, :seqlen]
+        with torch.profiler.profile(profile_memory=True) as profile:
+            ck.three_region_attention(keys[:, :, -1:], keys, keys, layout, backend="portable")
+        usage = [event.self_cpu_memory_usage for event in profile.key_averages()]
+        allocated.append(sum(size for size in usage if size > 0))
+    assert allocated[0] == allocated[1] > 0
+
+
 def test_memory_never_holds_queries_times_keys() -> None:
     seqlen = 16 * 1024
     qkv, rest = operator_arguments(seqlen, seqlen, long_layout())
@@ -666,8 +706,8 @@ from cogview_kernels.attention import portable
 
 def run(seqlen):
     q, k, v = (torch.randn(1, 1, seqlen, 8, requires_grad=True) for _ in range(3))
-    layout = ck.ThreeRegionLayout(64, ck.sample_pivots(64, seqlen, 128), 128, 2)
-    ck.three_region_attention(q, k, v, layout).sum().backward()
+    layout = ck.ThreeRegionLayout(64, ck.sample_pivots(64, seqlen, NUM_PIVOTS), 128, NUM_BLOCKS)
+    ck.three_region_attention(q[:, :, NUM_BEFORE:], k, v, layout).sum().backward()
 
 run(512)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -676,10 +716,19 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
 """
 
 
-def test_peak_memory_of_a_process() -> None:
+@pytest.mark.parametrize(
+    "num_pivots, num_blocks, num_before", [(128, 2, 0), (2048, 2, 0), (0, 64, 1)]
+)
+def test_peak_memory_of_a_process(num_pivots: int, num_blocks: int, num_before: int) -> None:
+    """Nor does it hold queries times far keys, or times the keys of long windows."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    settings = f"NUM_PIVOTS, NUM_BLOCKS, NUM_BEFORE = {num_pivots, num_blocks, num_before}"
     done = subprocess.run(
-        [sys.executable, "-c", PEAK], capture_output=True, text=True, check=True, env=environment
+        [sys.executable, "-c", f"{settings}\n{PEAK}"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=environment,
     )
     assert int(done.stdout) < 60 * 1024, "KiB; one dense float32 matrix takes 1 GiB"
 

@@ -22,9 +22,10 @@ lse, add ``|lse|`` roundings of p, which is bounded (``_FLASH_SUM_ERROR``).
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -130,8 +131,15 @@ def attention_backward(
 
 # Flash: torch's kernels for the CPU. They read the windows in place.
 
-_flash_forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-_flash_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+def _find_flash(aten: Any) -> tuple[Any, Any]:
+    """The forward and the backward. torch may drop them, as they are not public: then ``None``, and
+    the blocked path computes everything."""
+    name = "_scaled_dot_product_flash_attention_for_cpu"
+    return getattr(aten, name, None), getattr(aten, f"{name}_backward", None)
+
+
+_flash_forward, _flash_backward = _find_flash(torch.ops.aten)
 _FLASH_FAR_ROWS = 256  # that share a call for their far keys: the kernels' gain ends here
 _FLASH_KEY_ROWS = 1024  # of gradients that one call of the backward returns for each head
 # With entries and scale up to this size no product or sum of the kernels leaves float32's range.
@@ -144,8 +152,9 @@ _FLASH_SUM_ERROR = 2.0**-19
 
 def _flash_takes(q: Tensor, layout: _Layout, softmax_scale: float) -> bool:
     largest = max(abs(layout.text_bias), abs(layout.pivot_bias), softmax_scale)
+    exist = None not in (_flash_forward, _flash_backward)
     # The kernels hide keys before they scale.
-    return q.device.type == "cpu" and softmax_scale > 0 and largest <= _FLASH_LARGEST
+    return exist and q.device.type == "cpu" and softmax_scale > 0 and largest <= _FLASH_LARGEST
 
 
 def _flash_inputs(
@@ -179,7 +188,8 @@ def _is_small(tensor: Tensor) -> bool:
 
 def _large_rows(tensor: Tensor) -> Tensor:
     """``(B, H, S)``: rows of ``(B, H, S, D)`` with an entry that is not small."""
-    return ~(tensor.abs().amax(-1) <= _FLASH_LARGEST)
+    largest = tensor.abs().amax(-1).to(_accumulate_dtype(tensor.dtype))
+    return ~(largest <= _FLASH_LARGEST)  # in float16 the bound would be infinity
 
 
 def _large_lse(lse: Tensor) -> Tensor:
@@ -325,8 +335,9 @@ class _Sample(NamedTuple):
     far_position: Tensor  # (L,) of the keys that some row sees in front of its window
     far_k: Tensor  # (H, L, D)
     far_v: Tensor
-    near: list[_Call]  # the windows: each row once
-    far: list[_Call]
+    # Calls are made one at a time: their biases together may take (queries) x (keys).
+    near: Callable[[], Iterator[_Call]]  # the windows: each row once
+    far: Callable[[], Iterator[_Call]]
 
 
 def _edges(begin: int, end: int, block: int, max_rows: int) -> list[tuple[int, int]]:
@@ -340,13 +351,13 @@ def _edges(begin: int, end: int, block: int, max_rows: int) -> list[tuple[int, i
     return pieces
 
 
-def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> list[_Call]:
+def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> Iterator[_Call]:
     first = k_len - q_len
     origin = _first_key(first, w, n)
-    calls, begin = [], first
+    begin = first
     if first == 0:  # the first n blocks see everything
         begin = min(n * w, k_len)
-        calls.append(_Call(1, begin, 0, begin, 0, begin, None, causal=True))
+        yield _Call(1, begin, 0, begin, 0, begin, None, causal=True)
     block = w * max(1, _TILE_ROWS // w)
     groups: dict[tuple[int, int, int], list[int]] = {}
     for start, stop in _edges(begin, k_len, block, _MAX_TILE_ROWS):
@@ -359,18 +370,16 @@ def _near_calls(q_len: int, k_len: int, w: int, n: int, like: Tensor) -> list[_C
         j = torch.arange(key, start + rows, device=like.device)
         hidden = (j < window_start(i, w, n)) | (j > i)
         bias = like.new_zeros(1, 1, *hidden.shape).masked_fill_(hidden, float("-inf"))
-        calls.append(_Call(len(starts), block, start - first, rows, key - origin, len(j), bias))
-    return calls
+        yield _Call(len(starts), block, start - first, rows, key - origin, len(j), bias)
 
 
 def _far_calls(
     q_len: int, k_len: int, w: int, n: int, position: Tensor, bias: Tensor
-) -> list[_Call]:
+) -> Iterator[_Call]:
     first = k_len - q_len
     positions: list[int] = position.tolist()
-    calls: list[_Call] = []
     if not positions:
-        return calls
+        return
     begin = max(first, (positions[0] // w + n) * w)  # earlier rows see no far key
     for start, stop in _edges(begin, k_len, w * max(1, _FLASH_FAR_ROWS // w), _FLASH_FAR_ROWS):
         rows = stop - start
@@ -382,8 +391,7 @@ def _far_calls(
             i = torch.arange(start, stop, device=bias.device).unsqueeze(1)
             hidden = position[:by_some] >= window_start(i, w, n)
             call_bias = bias[:by_some].masked_fill(hidden, float("-inf")).expand(1, 1, -1, -1)
-        calls.append(_Call(1, rows, start - first, rows, 0, by_some, call_bias))
-    return calls
+        yield _Call(1, rows, start - first, rows, 0, by_some, call_bias)
 
 
 def _samples(
@@ -397,7 +405,7 @@ def _samples(
     (_, num_heads, q_len, _), k_len = q.shape, k.shape[2]
     last = _first_key(k_len - 1, w, n)
     origin = _first_key(k_len - q_len, w, n)
-    near = _near_calls(q_len, k_len, w, n, q.new_empty(0, dtype=dtype))
+    near = functools.partial(_near_calls, q_len, k_len, w, n, q.new_empty(0, dtype=dtype))
     for b in range(q.shape[0]):
         prefix = max(int(text_len[b]), 0)
         pivots = pivot_idx[b].long()
@@ -411,12 +419,18 @@ def _samples(
             for t in (
                 k[b, :, origin:],
                 v[b, :, origin:],
-                k[b].index_select(1, position),
-                v[b].index_select(1, position),
+                _gather_sample(k[b], position),
+                _gather_sample(v[b], position),
             )
         )
-        far = _far_calls(q_len, k_len, w, n, position, bias)
+        far = functools.partial(_far_calls, q_len, k_len, w, n, position, bias)
         yield _Sample(window_k, window_v, position, far_k, far_v, near, far)
+
+
+def _gather_sample(tensor: Tensor, position: Tensor) -> Tensor:
+    """Rows ``position`` of ``(G, S, D)``. Along another dimension than the first, ``index_select``
+    copies the whole of a view, such as a cache, before it reads the rows."""
+    return tensor.transpose(0, 1).index_select(0, position).transpose(0, 1)
 
 
 def _all_heads(tensor: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
@@ -431,11 +445,11 @@ def _sample_forward(
     q: Tensor, sample: _Sample, softmax_scale: float, out: Tensor, lse: Tensor
 ) -> None:
     """Of ``q (H, Sq, D)``; writes ``out (H, Sq, D)`` and ``lse (H, Sq, 1)``."""
-    for call in sample.near:
+    for call in sample.near():
         call_out, call_lse = call.forward(q, sample.k, sample.v, softmax_scale)
         call.queries(out).copy_(call_out)
         call.queries(lse).copy_(call_lse.unsqueeze(3))
-    for call in sample.far:
+    for call in sample.far():
         far_out, far_lse = call.forward(q, sample.far_k, sample.far_v, softmax_scale)
         near_out, near_lse, far_lse = call.queries(out), call.queries(lse), far_lse.unsqueeze(3)
         near_out.lerp_(far_out, (far_lse - near_lse).sigmoid())
@@ -460,13 +474,13 @@ def _sample_backward(
     if grouped:
         near = [torch.zeros_like(t) for t in (sample.k, sample.v)]
     far = [torch.zeros_like(t) for t in (sample.far_k, sample.far_v)]
-    for call in (part for whole in sample.near for part in whole.split(_FLASH_KEY_ROWS)):
+    for call in (part for whole in sample.near() for part in whole.split(_FLASH_KEY_ROWS)):
         inputs = dout, q, sample.k, sample.v, out, lse, softmax_scale
         call_dq, *call_dkv = call.backward(*inputs)
         call.queries(dq).copy_(call_dq)
         for total, gradient in zip(near, call_dkv, strict=True):
             call.add_to_keys(total, gradient)
-    for call in sample.far:
+    for call in sample.far():
         inputs = dout, q, sample.far_k, sample.far_v, out, lse, softmax_scale
         call_dq, *call_dkv = call.backward(*inputs)
         call.queries(dq).add_(call_dq)

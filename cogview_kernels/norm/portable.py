@@ -86,11 +86,12 @@ def _in_pieces(
     ):
         return function(*inputs).to(like.dtype)
     result = torch.empty_like(like)
-    rows = max(1, _PIECE // like.shape[-1])
-    flat = [t if t is None else t.flatten(0, -2) for t in inputs]
-    for begin in range(0, like.numel() // like.shape[-1], rows):
+    hidden = like.shape[-1]
+    rows = max(1, _PIECE // hidden)
+    by_row = [t if t is None else t.view(-1, hidden) for t in inputs]
+    for begin in range(0, like.numel() // hidden, rows):
         piece = slice(begin, begin + rows)
-        result.flatten(0, -2)[piece] = function(*(t if t is None else t[piece] for t in flat))
+        result.view(-1, hidden)[piece] = function(*(t if t is None else t[piece] for t in by_row))
     return result
 
 
