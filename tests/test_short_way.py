@@ -393,12 +393,14 @@ LIMITS = {
 
 @needs_host_model
 def test_host_time_beside_torchs() -> None:
-    """The best of several rounds counts: only a slow call is slow in all of them."""
-    best = dict.fromkeys(LIMITS, float("inf"))
-    for _ in range(8):
+    """The best times of several rounds count: only a slow call is slow in all of them."""
+    ours, torchs = (dict.fromkeys(LIMITS, float("inf")) for _ in range(2))
+    for _ in range(40):
         for row in host_time.host_times(torch.device("cpu"), rounds=30):
-            if row.name in best:
-                best[row.name] = min(best[row.name], row.ratio)
-        if all(best[name] <= limit for name, limit in LIMITS.items()):
+            if row.name in LIMITS:
+                ours[row.name] = min(ours[row.name], row.ours)
+                torchs[row.name] = min(torchs[row.name], row.torchs)
+        ratios = {name: ours[name] / torchs[name] for name in LIMITS}
+        if all(ratios[name] <= limit for name, limit in LIMITS.items()):
             return
-    pytest.fail(f"host time over torch's: {best}, expected at most {LIMITS}")
+    pytest.fail(f"host time over torch's: {ratios}, expected at most {LIMITS}")
