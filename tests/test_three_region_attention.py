@@ -30,7 +30,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import cogview_kernels as ck
-from cogview_kernels.attention import portable
+from cogview_kernels.attention import blocked, flash, portable
 
 BACKENDS = ("reference", "portable")
 HALVES = (torch.bfloat16, torch.float16)
@@ -519,9 +519,9 @@ def test_the_flash_kernels_compute_ordinary_rows(w: int, n: int, q_len: int) -> 
     layout = ck.ThreeRegionLayout(int32([6, 0]), int32([[7, 90, 300], [3, 33, 50]]), w, n, 0.4)
     problem = make_problem(2, 4, 2, q_len, 300, dtype=torch.float32, layout=layout)
     problem.dlse.zero_()
-    with mock.patch.object(portable, "_tiles", side_effect=AssertionError("blocked path")):
+    with mock.patch.object(blocked, "tiles", side_effect=AssertionError("blocked path")):
         results = problem.run("portable")
-    with mock.patch.object(portable, "_flash_takes", return_value=False):
+    with mock.patch.object(flash, "takes", return_value=False):
         close(problem.run("portable"), results, 2e-5)
 
 
@@ -529,12 +529,12 @@ def test_a_torch_without_the_flash_kernels() -> None:
     problem = make_problem(2, 4, 2, dtype=torch.float32)
     problem.dlse.zero_()
     expected = problem.run("portable")
-    assert None not in portable._find_flash(torch.ops.aten)
-    forward, backward = portable._find_flash(torch.ops.cogview_kernels)
+    assert None not in flash._find(torch.ops.aten)
+    forward, backward = flash._find(torch.ops.cogview_kernels)
     assert forward is None and backward is None
     with (
-        mock.patch.object(portable, "_flash_forward", forward),
-        mock.patch.object(portable, "_flash_backward", backward),
+        mock.patch.object(flash, "_forward", forward),
+        mock.patch.object(flash, "_backward", backward),
     ):
         close(problem.run("portable"), expected, 2e-5)
 
