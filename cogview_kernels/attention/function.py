@@ -70,7 +70,7 @@ def three_region_attention(
         layout: the regions; its tensors on the device of ``q``.
         softmax_scale: multiplies ``q k^T``; default ``1 / sqrt(D)``.
         backend: ``"auto"`` (the CUDA kernel where there is one for these inputs, else portable),
-            ``"cuda"`` (the kernel or an error saying why not), ``"portable"`` (blocked PyTorch),
+            ``"cuda"`` (the kernel or an error saying why not), ``"portable"`` (plain PyTorch),
             ``"reference"`` (the dense definition in float64) or ``"host_model"`` (the kernel's
             source on the CPU, where built).
         return_lse: also return the log-sum-exp of each row's logits.
@@ -81,7 +81,9 @@ def three_region_attention(
 
     The kernels take float16 and bfloat16, a head dimension of 32, 64, 96 or 128 and up to 2^30
     keys. Everything else is ``portable`` under ``"auto"``, with one warning that says why: float32
-    too, for which ``torch.autocast`` (or a cast to bfloat16) is the way to the kernels.
+    too, for which ``torch.autocast`` (or a cast to bfloat16) is the way to the kernels. At a first
+    call, ``"auto"`` compares kernels that no GPU record vouches for with ``portable``; see
+    :mod:`cogview_kernels.verify`.
 
     Differentiable in ``q``, ``k`` and ``v``, through ``out`` and ``lse``; ``reference`` any number
     of times and in forward mode, the others once and backward. Under autocast, inputs are cast as
