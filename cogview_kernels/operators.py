@@ -92,9 +92,8 @@ def define_operator(
             ctx.mark_non_differentiable(*output[num_results:])
 
     def gradients(ctx: Any, *of_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
-        of_results = of_outputs[:num_results]
-        of_inputs = backward.gradients(ctx, wanted(ctx.needs_input_grad), *of_results)
-        return tuple(map(of_inputs.get, names))
+        of_inputs = backward.gradients(ctx, wanted(ctx.needs_input_grad), *of_outputs[:num_results])
+        return tuple([of_inputs.get(name) for name in names])
 
     custom_op.register_autograd(gradients, setup_context=save)
 

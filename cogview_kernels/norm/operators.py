@@ -192,7 +192,7 @@ def _save_norm(
     relax: int,
 ) -> None:
     _, statistics = outputs
-    ctx.save_for_backward(*_NormSaved(x, weight, statistics))
+    ctx.save_for_backward(x, weight, statistics)  # _NormSaved
     ctx.set_materialize_grads(False)
     ctx.parameters = _dtype_of(weight, bias)
 
