@@ -100,6 +100,8 @@ def forward_into(
     softmax_scale: float,
 ) -> Tensor:
     """Writes ``out`` and ``lse``; the rows that are left to the blocked path."""
+    if q.shape[2] == 1:
+        return _one_query_forward_into(out, lse, q, k, v, regions, softmax_scale)
     samples, (q,), left = _inputs(regions, k, v, q)
     for b, sample in enumerate(samples):
         queries = _all_heads(q[b], q.shape[1], out.dtype)
@@ -107,6 +109,43 @@ def forward_into(
     # The first blocks see no far keys: nothing of them was merged.
     merged = max(0, regions.query_window * regions.key_window_times - k.shape[2] + q.shape[2])
     left[:, :, merged:] |= _large_lse(lse[:, :, merged:])
+    return left
+
+
+def _one_query_forward_into(
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    regions: Regions,
+    softmax_scale: float,
+) -> Tensor:
+    """:func:`forward_into` for one query, as in generation: all its keys in one call of the kernel.
+    So little is computed that the number of calls decides."""
+    text_len, pivot_idx, w, n, text_bias, pivot_bias = regions
+    k_len, start = k.shape[2], first_key(k.shape[2] - 1, w, n)
+    left = torch.zeros(lse.shape, dtype=torch.bool)
+    for b, prefix in enumerate(text_len.clamp(min=0).tolist()):
+        pivots = pivot_idx[b]
+        pivots = pivots[(pivots >= prefix) & (pivots < start)].long()
+        prefix = min(prefix, start)
+        position = torch.cat([torch.arange(prefix), pivots, torch.arange(start, k_len)])
+        queries, keys, values = (
+            _all_heads(tensor, q.shape[1], out.dtype)
+            for tensor in (q[b], _gather_sample(k[b], position), _gather_sample(v[b], position))
+        )
+        if not all(map(_is_small, (queries, keys, values))):
+            left[b] = True
+            continue
+        bias = None
+        if text_bias != 0 or pivot_bias != 0:
+            bias = queries.new_zeros(1, 1, 1, len(position))
+            bias[..., :prefix] = text_bias
+            bias[..., prefix : prefix + len(pivots)] = pivot_bias
+        inputs = (tensor.unsqueeze(0) for tensor in (queries, keys, values))
+        results = _forward(*inputs, 0.0, False, attn_mask=bias, scale=softmax_scale)
+        out[b], lse[b] = results[0][0], results[1][0]
     return left
 
 
@@ -324,7 +363,11 @@ def _samples(
 def _gather_sample(tensor: Tensor, position: Tensor) -> Tensor:
     """Rows ``position`` of ``(G, S, D)``. Along another dimension than the first, ``index_select``
     copies the whole of a view, such as a cache, before it reads the rows."""
-    return tensor.transpose(0, 1).index_select(0, position).transpose(0, 1)
+    if not tensor.is_contiguous():
+        return tensor.transpose(0, 1).index_select(0, position).transpose(0, 1)
+    num_heads, seqlen, _ = tensor.shape
+    rows = position + seqlen * torch.arange(num_heads).unsqueeze(1)
+    return tensor.flatten(0, 1).index_select(0, rows.flatten()).unflatten(0, rows.shape)
 
 
 def _all_heads(tensor: Tensor, num_heads: int, dtype: torch.dtype) -> Tensor:
