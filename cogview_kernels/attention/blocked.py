@@ -90,9 +90,9 @@ def _tile_edges(q_len: int, k_len: int, query_window: int) -> list[tuple[int, in
 def _gather(tensor: Tensor, position: Tensor, dtype: torch.dtype) -> Tensor:
     """Rows ``position (B, L)`` of ``tensor (B, G, Sk, D)``, the same for all heads; padding reads
     the last row."""
-    index = position.clamp_max(tensor.shape[2] - 1)[:, None, :, None]
-    index = index.expand(-1, tensor.shape[1], -1, tensor.shape[3])
-    return tensor.gather(2, index).to(dtype)
+    sample = torch.arange(len(position), device=position.device).unsqueeze(1)
+    index = sample, position.clamp_max(tensor.shape[2] - 1)
+    return tensor.transpose(1, 2)[index].transpose(1, 2).to(dtype)
 
 
 def _tile_bias(

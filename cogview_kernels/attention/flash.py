@@ -35,6 +35,8 @@ def _find(aten: Any) -> tuple[Any, Any]:
 _forward, _backward = _find(torch.ops.aten)
 _FAR_ROWS = 256  # that share a call for their far keys: the kernels' gain ends here
 _KEY_ROWS = 1024  # of gradients that one call of the backward returns for each head
+# Samples with one query each: here it is one call for a sample, in blocks one for all of them.
+_MAX_SINGLE_QUERIES = 4
 # With entries and scale up to this size no product or sum of the kernels leaves float32's range.
 # They may lose a NaN, so none is given to them.
 _LARGEST = 2.0**24
@@ -46,9 +48,10 @@ _SUM_ERROR = 2.0**-19
 def takes(q: Tensor, regions: Regions, softmax_scale: float) -> bool:
     """Whether the kernels exist, and compute such a call on the device of ``q``."""
     largest = max(abs(regions.text_bias), abs(regions.pivot_bias), softmax_scale)
-    exist = None not in (_forward, _backward)
+    exist = None not in (_forward, _backward) and q.device.type == "cpu"
     # The kernels hide keys before they scale.
-    return exist and q.device.type == "cpu" and softmax_scale > 0 and largest <= _LARGEST
+    right = softmax_scale > 0 and largest <= _LARGEST
+    return exist and right and (q.shape[2] > 1 or q.shape[0] <= _MAX_SINGLE_QUERIES)
 
 
 def _inputs(
