@@ -383,11 +383,12 @@ def test_patch_of_no_module() -> None:
 
 # Host time
 
-# Of an idle machine. Beside other work Python loses more than torch's C++ does: up to a third.
+# The norm's is meant to be 2.5 as well. An idle machine shows 2.4 to 2.6; beside other work Python
+# loses more than torch's C++ does.
 LIMITS = {
     "attention, forward": 4.0,
     "attention, forward+backward": 2.5,
-    "norm, forward+backward": 2.5,
+    "norm, forward+backward": 3.3,
     "sandwich, forward+backward": 2.5,
 }
 
@@ -402,6 +403,6 @@ def test_host_time_beside_torchs() -> None:
                 ours[row.name] = min(ours[row.name], row.ours)
                 torchs[row.name] = min(torchs[row.name], row.torchs)
         ratios = {name: ours[name] / torchs[name] for name in LIMITS}
-        if all(ratios[name] <= 1.33 * limit for name, limit in LIMITS.items()):
+        if all(ratios[name] <= limit for name, limit in LIMITS.items()):
             return
-    pytest.fail(f"host time over torch's: {ratios}, expected at most 1.33 times {LIMITS}")
+    pytest.fail(f"host time over torch's: {ratios}, expected at most {LIMITS}")
