@@ -230,14 +230,15 @@ def allowed_roundings(
         of_z, of_dh, roundings["dpre_weight"], roundings["dpre_bias"] = terms
         roundings["z"] = of_z + abs(tensors.get("pre_bias", f.new_zeros(()))).double()
         roundings["dresidual"] = roundings["dresidual"] + of_dh
-        # f's norm is given what was rounded there.
+        # f's norm is given what was rounded there; where two launches serve, in its dtype.
+        unit = torch.finfo(tensors["residual"].dtype).eps / 2 / FLOAT32.eps
+        of_dresidual = roundings["dresidual"] + unit * coming["h"].double().abs()
         weight = tensors.get("post_weight", f.new_ones(f.shape[1])).double().abs()
         xhat, rstd, condition, _ = parts(f, None, eps, relax)
-        largest = (roundings["dresidual"] * weight).amax(-1, keepdim=True)
+        largest = (of_dresidual * weight).amax(-1, keepdim=True)
         roundings["df"] = roundings["df"] + rstd * largest * (1 + xhat.abs())
-        of_columns = roundings["dresidual"].sum(0)
-        roundings["dpost_bias"] = roundings["dpost_bias"] + of_columns
-        of_columns = (roundings["dresidual"] * xhat.abs()).sum(0)
+        roundings["dpost_bias"] = roundings["dpost_bias"] + of_dresidual.sum(0)
+        of_columns = (of_dresidual * xhat.abs()).sum(0)
         roundings["dpost_weight"] = roundings["dpost_weight"] + of_columns
     return roundings
 

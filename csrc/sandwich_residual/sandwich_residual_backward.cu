@@ -25,7 +25,8 @@
 //            slots are free, and column sums of another row are there.
 // Writers    one thread writes each element of df, dresidual and `partial`. No atomics:
 //            deterministic.
-// Rounding   float32 throughout; df is computed from dresidual before it is rounded.
+// Rounding   float32 throughout; df is computed from dresidual before it is rounded, except where two
+//            launches serve.
 // Reference  gradient of cogview_kernels.norm.reference.sandwich_residual
 
 #include "../pb_relax_layer_norm/dropout.cuh"
