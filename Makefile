@@ -78,38 +78,38 @@ format: $(VENV)/.installed
 # make bench COMPARE=benchmarks/results/...  beside an earlier record
 bench: build
 	@mkdir -p results
-	$(BIN)/pytest benchmarks/bench_suite.py -q --benchmark-enable --benchmark-only --benchmark-sort=name \
+	$(BIN)/pytest benchmarks/suite/bench.py -q --benchmark-enable --benchmark-only --benchmark-sort=name \
 	  --benchmark-columns=median,iqr,rounds --benchmark-json=results/bench.json $(if $(FILTER),-k "$(FILTER)"); status=$$?; \
 	$(if $(COMPARE),$(BIN)/pytest-benchmark compare $(COMPARE) results/bench.json --group-by=fullname --columns=median$(comma)iqr;) \
-	$(if $(FILTER),,$(BIN)/python benchmarks/report.py;) exit $$status
+	$(if $(FILTER),,$(BIN)/python -m benchmarks.report.pages;) exit $$status
 
 report: $(VENV)/.installed
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.report.pages
 
 # quality takes about an hour on two cores, instability less; at the same commit they go on where
 # they were stopped.
 quality: build
-	$(BIN)/python benchmarks/quality.py
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.experiments.quality
+	$(BIN)/python -m benchmarks.report.pages
 
 instability: build
-	$(BIN)/python benchmarks/instability.py --jobs 2
-	$(BIN)/python benchmarks/report.py
+	$(BIN)/python -m benchmarks.experiments.instability --jobs 2
+	$(BIN)/python -m benchmarks.report.pages
 
 # After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
 kernel-table: build
-	$(BIN)/python benchmarks/kernel_table.py
+	$(BIN)/python -m benchmarks.kernels.table
 
 kernel-costs: build
-	$(BIN)/python benchmarks/kernel_costs.py
+	$(BIN)/python -m benchmarks.kernels.costs
 
 # With the Python that holds torch there, not .venv: nothing is installed (docs/gpu.md).
 gpu-check:
-	$(PYTHON) tests/gpu/check.py
+	PYTHONPATH=. $(PYTHON) tests/gpu/check.py
 
 # make gpu-bench ARGS="--resume benchmarks/results/suite-...json"
 gpu-bench:
-	$(PYTHON) benchmarks/gpu_bench.py $(ARGS)
+	$(PYTHON) -m benchmarks.suite.gpu $(ARGS)
 
 # The kernels under AddressSanitizer and UBSan, then the same tests under the host model's own checks.
 SANITIZED := build/sanitize/lib

@@ -24,16 +24,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend
 from torch.nn.attention import flex_attention as torch_flex
 
+import cogview_kernels as ck
+from benchmarks.suite import attention as attention_methods
+from benchmarks.suite import cases
+from benchmarks.suite.attention import ATTENTION_METHODS
+from benchmarks.suite.cases import AttentionCase, cases_of
+from benchmarks.suite.methods import Method
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import attention_methods  # noqa: E402
-import cases  # noqa: E402
-from attention_methods import ATTENTION_METHODS  # noqa: E402
-from cases import AttentionCase, cases_of  # noqa: E402
-from methods import Method  # noqa: E402
-
-import cogview_kernels as ck  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 METHODS = {method.name: method for method in ATTENTION_METHODS}

@@ -15,23 +15,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import test_report
+
+from benchmarks.suite import entries as suite
+from benchmarks.suite import gpu as gpu_bench
+from benchmarks.suite import measure
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-import gpu_bench  # noqa: E402
-import measure  # noqa: E402
-import suite  # noqa: E402
-import test_report  # noqa: E402
 
 # A suite with one small case: the portable path, and methods that fail in every way.
 SUITE = """
 import os, time
 import cogview_kernels as ck
-import measure
-import suite
-from cases import AttentionCase
-from methods import Method
-from suite import NotMeasured, check, problem_of, run
+from benchmarks.suite import measure
+from benchmarks.suite import entries as suite
+from benchmarks.suite.cases import AttentionCase
+from benchmarks.suite.methods import Method
+from benchmarks.suite.entries import NotMeasured, check, problem_of, run
 
 measure.ceilings = lambda device: {"matmul_flops": {"float32": 1e9}, "copy_bytes_per_s": 1e9}
 measure.CPU_FLUSH_BYTES = 1 << 10
@@ -277,8 +277,7 @@ def test_dry_run_lists_every_entry_on_a_bare_machine() -> None:
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys({BLOCKED}))  # cannot be imported
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import gpu_bench
+from benchmarks.suite import gpu as gpu_bench
 sys.argv = ["gpu_bench.py", "--dry-run"]
 sys.exit(gpu_bench.main())
 """

@@ -6,7 +6,6 @@ import copy
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ from PIL import Image
 from torch import Tensor
 
 import cogview_kernels as ck
+from benchmarks.experiments import instability
+from benchmarks.experiments.instability import VARIANTS, EveryOperation, Settings, Variant
 from cogview.config import ModelConfig
 from cogview.model import GPT
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import instability  # noqa: E402
-from instability import VARIANTS, EveryOperation, Settings, Variant  # noqa: E402
 
 TINY = Settings(steps=4, num_layers=2, hidden_size=16, num_heads=2, warmup_steps=1, peaks_every=2)
 CPU = torch.device("cpu")

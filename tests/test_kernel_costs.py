@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -12,16 +11,13 @@ from typing import Any
 import pytest
 from helpers import region_of
 
+from benchmarks.kernels import attention_costs, norm_costs
+from benchmarks.kernels import costs as kernel_costs
 from cogview_kernels import extension
 
 ROOT = Path(__file__).resolve().parents[1]
 STALE = "differs from docs/kernel_costs.json: run `make kernel-costs` and commit what it writes"
 
-
-sys.path.append(str(ROOT / "benchmarks"))
-import attention_costs  # noqa: E402
-import kernel_costs  # noqa: E402
-import norm_costs  # noqa: E402
 
 COMMITTED = json.loads(kernel_costs.RECORD.read_text())
 BY_CASE = {

@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from benchmarks.kernels import table as kernel_table
 from cogview_kernels import extension
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-import kernel_table  # noqa: E402
 
 STALE = "differs from docs/kernels.json: run `make kernel-table` and commit what it writes"
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -14,14 +13,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cogview_kernels as ck
+from benchmarks.suite import norms as norm_methods
+from benchmarks.suite.cases import NormCase
+from benchmarks.suite.methods import Method
+from benchmarks.suite.norms import LAYER_NORM_METHODS, PB_RELAX, PLAIN, SANDWICH_METHODS
 from cogview_kernels import extension
 from cogview_kernels.norm import portable
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import norm_methods  # noqa: E402
-from cases import NormCase  # noqa: E402
-from methods import Method  # noqa: E402
-from norm_methods import LAYER_NORM_METHODS, PB_RELAX, PLAIN, SANDWICH_METHODS  # noqa: E402
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 ROWS, HIDDEN = 5, 48

@@ -1,11 +1,10 @@
-"""benchmarks/quality.py: variants are treated alike, runs resume, the table matches the record."""
+"""benchmarks/experiments/quality.py: variants are treated alike, runs resume, the table matches the record."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-import sys
 import tempfile
 from concurrent.futures import Future
 from pathlib import Path
@@ -18,11 +17,8 @@ import torch
 from PIL import Image
 
 import cogview_kernels as ck
+from benchmarks.experiments import quality
 from cogview.config import load_config
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-import quality  # noqa: E402
 
 SEEDS = (3, 4)
 TINY = (

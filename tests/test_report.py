@@ -15,11 +15,11 @@ from typing import Any
 import pytest
 from test_docs import blocks_of
 
+from benchmarks.report import pages as report
+from benchmarks.report import plots as report_plots
+from benchmarks.suite import cases
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.append(str(ROOT / "benchmarks"))
-import cases  # noqa: E402
-import report  # noqa: E402
-import report_plots  # noqa: E402
 
 # A peer: name, function it computes, speed relative to ours, and whether its time grows with the
 # attended keys or with all keys.
@@ -388,7 +388,7 @@ def test_the_best_peer_is_not_ours() -> None:
 
 
 def test_the_methods_the_readme_compares_with_are_in_the_suite() -> None:
-    import suite
+    from benchmarks.suite import entries as suite
 
     methods = [
         row("attention", method.name, [1.0], computes=method.computes)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import dataclasses
 import pickle
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,13 +23,12 @@ from torch.utils.checkpoint import (
 )
 
 import cogview_kernels as ck
+from benchmarks.suite import host_time
 from cogview_kernels import extension
 from cogview_kernels.attention import layout as layout_module
 from cogview_kernels.attention import operators as attention
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-import host_time  # noqa: E402
 
 NO_HOST_MODEL = extension.why_not_host_model()
 needs_host_model = pytest.mark.skipif(NO_HOST_MODEL is not None, reason=str(NO_HOST_MODEL))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,20 +10,18 @@ import torch
 
 import cogview.model
 import cogview_kernels as ck
-from cogview_kernels import extension
-
-sys.path.append(str(Path(__file__).resolve().parents[1] / "benchmarks"))
-import norm_methods  # noqa: E402
-import step_methods  # noqa: E402
-from cases import StepCase  # noqa: E402
-from methods import Method  # noqa: E402
-from step_methods import (  # noqa: E402
+from benchmarks.suite import norms as norm_methods
+from benchmarks.suite import steps as step_methods
+from benchmarks.suite.cases import StepCase
+from benchmarks.suite.methods import Method
+from benchmarks.suite.steps import (
     SETTINGS,
     STEP_METHODS,
     Training,
     definitions,
     reference_losses,
 )
+from cogview_kernels import extension
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 CASE = StepCase(

@@ -20,16 +20,14 @@ import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+import cogview_kernels as ck
+from benchmarks.suite import bench as bench_suite
+from benchmarks.suite import entries as suite
+from benchmarks.suite import measure
+from benchmarks.suite.cases import AttentionCase, NormCase, StepCase, cases_of
+from benchmarks.suite.methods import Method
+
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
-import bench_suite  # noqa: E402
-import measure  # noqa: E402
-import suite  # noqa: E402
-from cases import AttentionCase, NormCase, StepCase, cases_of  # noqa: E402
-from methods import Method  # noqa: E402
-
-import cogview_kernels as ck  # noqa: E402
 
 CPU = torch.device("cpu")
 SMALL = AttentionCase(
@@ -384,14 +382,13 @@ def test_pytest_benchmark_reports_the_measured_times(tmp_path: Path) -> None:
 
 def test_a_complete_run_writes_a_record(tmp_path: Path) -> None:
     """With a suite of one case, which includes a method that cannot run here."""
-    (tmp_path / "tiny.py").write_text(f"""
+    (tmp_path / "tiny.py").write_text("""
 import sys
 from pathlib import Path
 
-sys.path.insert(0, {str(ROOT / "benchmarks")!r})
-import measure
-import suite
-from cases import AttentionCase
+from benchmarks.suite import measure
+from benchmarks.suite import entries as suite
+from benchmarks.suite.cases import AttentionCase
 
 case = AttentionCase(64, 16, 2, 8, num_heads=2, head_dim=16, text_len=4, dtype="float32")
 few = [m for m in suite.ATTENTION_METHODS if m.name in ("cogview_kernels", "SDPA", "SDPA flash")]

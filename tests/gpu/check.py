@@ -26,8 +26,7 @@ from typing import Any
 
 import pytest
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-from gpu_machine import (  # noqa: E402
+from benchmarks.machine import (
     MESSAGE_CHARS,
     ROOT,
     architecture_here,

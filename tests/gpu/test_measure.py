@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
 
-sys.path.append(str(Path(__file__).resolve().parents[2] / "benchmarks"))
-import measure  # noqa: E402
-import suite  # noqa: E402
-from cases import StepCase  # noqa: E402
+from benchmarks.suite import entries as suite
+from benchmarks.suite import measure
+from benchmarks.suite.cases import StepCase
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
 CUDA = torch.device("cuda")

@@ -36,10 +36,10 @@ import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from measure import commit_info, machine_info, now, record_name
 
 import cogview.train
 import cogview_kernels as ck
+from benchmarks.suite.measure import commit_info, machine_info, now, record_name
 from cogview.config import Config, RunFolder, load_config
 from cogview.digits import CANVAS_SIZE, make_scenes
 from cogview.evaluate import DigitReader, caption_accuracy
@@ -52,7 +52,7 @@ from cogview.text_tokenizer import TextTokenizer
 from cogview.tokens import TokenDataset
 from cogview.train import Trainer, choose_device, read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks" / "results"
 CURVE_POINTS = 60
 

@@ -21,11 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gpu_machine import output_of, smi
 
 import cogview_kernels
+from benchmarks.machine import output_of, smi
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 CPU_FLUSH_BYTES = 128 << 20
 FLUSH_S = 1e-2 if not torch.cuda.is_available() else 1e-4  # about what writing it takes
 MIN_ROUNDS, MAX_ROUNDS = 5, 100

@@ -18,11 +18,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import NormCase
-from methods import Method, Prepare, compiled
 from torch import Tensor
 
 import cogview_kernels as ck
+from benchmarks.suite.cases import NormCase
+from benchmarks.suite.methods import Method, Prepare, compiled
 from cogview_kernels import extension
 
 EPS = 1e-5

@@ -1,7 +1,7 @@
 """Writes docs/kernel_costs.json and the tables of docs/kernel_costs.md: what the kernels compute
 and move, counted.
 
-    python benchmarks/kernel_costs.py     # needs the host model; no GPU
+    python -m benchmarks.kernels.costs     # needs the host model; no GPU
 """
 
 from __future__ import annotations
@@ -11,10 +11,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import attention_costs
-import norm_costs
+from benchmarks.kernels import attention_costs, norm_costs
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORD, PAGE = ROOT / "docs" / "kernel_costs.json", ROOT / "docs" / "kernel_costs.md"
 PARTS: dict[str, ModuleType] = {"attention": attention_costs, "norms": norm_costs}
 

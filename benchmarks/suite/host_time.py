@@ -4,7 +4,7 @@ With a GPU: the time to enqueue calls, kernels included. Without: tiny tensors o
 host model's operators, which check their arguments and launch nothing. Both sides of a pair are
 timed in turns, and the fastest round of each counts, so that other processes do not.
 
-Usage: python benchmarks/host_time.py
+Usage: python -m benchmarks.suite.host_time
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from measure import synchronize
 from torch import Tensor
 
 import cogview_kernels as ck
+from benchmarks.suite.measure import synchronize
 from cogview_kernels import extension
 
 BATCH, HEADS, SEQLEN, HEAD_DIM, HIDDEN = 1, 2, 4, 32, 64

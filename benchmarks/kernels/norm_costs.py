@@ -10,10 +10,10 @@ from typing import Any
 from unittest import mock
 
 import torch
-from counting import host_model
 from torch import Tensor
 
 import cogview_kernels as ck
+from benchmarks.kernels.counting import host_model
 from cogview_kernels import extension
 
 

@@ -1,6 +1,6 @@
 """Writes docs/kernels.json and the tables of docs/kernels.md: what the compiler made of kernels.
 
-    python benchmarks/kernel_table.py     # needs nvcc, c++filt and the dev extra; no GPU
+    python -m benchmarks.kernels.table     # needs nvcc, c++filt and the dev extra; no GPU
 
 Reads the built module with cuobjdump. Architectures that it was not built for are compiled into
 build/kernel_table first.
@@ -23,12 +23,12 @@ from typing import Any
 from unittest import mock
 
 import torch
-from counting import host_model
 
 import cogview_kernels as ck
+from benchmarks.kernels.counting import host_model
 from cogview_kernels import extension
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORD, PAGE = ROOT / "docs" / "kernels.json", ROOT / "docs" / "kernels.md"
 CACHE = ROOT / "build" / "kernel_table"
 BEGIN, END = "<!-- kernels: begin -->", "<!-- kernels: end -->"

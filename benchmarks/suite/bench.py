@@ -9,8 +9,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import suite
 import torch
+
+from benchmarks.suite import entries as suite
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 

@@ -12,15 +12,15 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from attention_methods import ATTENTION_METHODS, RIVAL
-from cases import AttentionCase, Case, NormCase, StepCase, cases_of, describe
-from measure import elapsed, measure
-from methods import Method
-from norm_methods import LAYER_NORM_METHODS, SANDWICH_METHODS
-from step_methods import STEP_METHODS, reference_losses
 from torch import Tensor
 
 import cogview_kernels as ck
+from benchmarks.suite.attention import ATTENTION_METHODS, RIVAL
+from benchmarks.suite.cases import AttentionCase, Case, NormCase, StepCase, cases_of, describe
+from benchmarks.suite.measure import elapsed, measure
+from benchmarks.suite.methods import Method
+from benchmarks.suite.norms import LAYER_NORM_METHODS, SANDWICH_METHODS
+from benchmarks.suite.steps import STEP_METHODS, reference_losses
 
 METHODS: dict[str, tuple[Method, ...]] = {
     "attention": ATTENTION_METHODS,

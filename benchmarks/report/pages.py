@@ -1,8 +1,8 @@
 """Makes the tables and plots of README.md and docs/benchmarks.md from the records in
 benchmarks/results/, and from nothing else.
 
-    python benchmarks/report.py            # write them, from the newest records of each device
-    python benchmarks/report.py --check    # exit status 1 and the place, if a page says otherwise
+    python -m benchmarks.report.pages          # write them, from each device's newest records
+    python -m benchmarks.report.pages --check  # exit status 1 and the place, if a page differs
 
 Beside the pages stand the numbers themselves: what a row of a record says about time, floor and
 peers (``median`` to ``ratio``), which need the standard library alone.
@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RESULTS = "benchmarks/results"
 PLOTS = "docs/benchmarks"
 OURS = "cogview_kernels"
@@ -630,12 +630,12 @@ def plots(record: Record) -> list[Plot]:
         return f"{method} †" if method in others else method
 
     def styles() -> dict[str, Any]:
-        import report_plots
+        from benchmarks.report import plots as report_plots
 
         return {label(name): style for name, style in report_plots.styles(methods).items()}
 
     def lines(panels: Any, y_label: str, title: str, level: Any = None) -> Any:
-        import report_plots
+        from benchmarks.report import plots as report_plots
 
         return report_plots.lines(panels, y_label, title, styles(), level)
 
@@ -700,7 +700,7 @@ def plots(record: Record) -> list[Plot]:
         unit = record.flops_unit, record.flops_scale
 
         def roofline() -> Any:
-            import report_plots
+            from benchmarks.report import plots as report_plots
 
             return report_plots.roofline(points, ceilings, unit, title + "useful work", styles())
 
@@ -872,7 +872,7 @@ def devices(records: Sequence[Record]) -> str:
 def experiment_part(name: str, records: Sequence[Record]) -> str:
     if not records:
         return f"No record yet: `make {name}` makes one."
-    module = importlib.import_module(name)
+    module = importlib.import_module(f"benchmarks.experiments.{name}")
     parts = []
     for record in records:
         picture = experiment_picture(name, record, records)
@@ -890,7 +890,7 @@ def experiment_picture(name: str, record: Record, records: Sequence[Record]) -> 
 
 def counted(root: Path) -> str:
     """What the host model counted, in short."""
-    import attention_costs
+    from benchmarks.kernels import attention_costs
 
     record = json.loads((root / COUNTED).read_text())
     lines = []
@@ -928,7 +928,7 @@ class Report:
 
 
 def report(root: Path) -> Report:
-    import report_plots
+    from benchmarks.report import plots as report_plots
 
     records = newest(root, "suite")
     experiments = {name: newest(root, name) for name in EXPERIMENTS}
@@ -946,7 +946,7 @@ def report(root: Path) -> Report:
     for name, found in experiments.items():
         blocks[PAGE, name] = experiment_part(name, found)
         for record in found:
-            draw = importlib.import_module(name).draw
+            draw = importlib.import_module(f"benchmarks.experiments.{name}").draw
             path = experiment_picture(name, record, found)
             pictures[path] = digest_of(record, draw), partial(draw, record.content)
     return Report(blocks, pictures)

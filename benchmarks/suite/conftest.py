@@ -5,13 +5,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import host_time
-import measure
 import pytest
-import suite
 import torch
 
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.suite import entries as suite
+from benchmarks.suite import host_time, measure
+
+RESULTS = Path(__file__).parents[1] / "results"
 _not_measured: list[dict[str, Any]] = []
 
 

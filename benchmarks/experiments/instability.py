@@ -1,7 +1,7 @@
 """What Sandwich-LN and PB-relax are for: a deep float16 model is trained with Pre-LN, with
 Sandwich-LN, and with Sandwich-LN and PB-relax, and watched at every operation.
 
-python benchmarks/instability.py [--steps N] [--seeds 0 1] [--device auto] [--jobs 1] [--out FOLDER]
+    python -m benchmarks.experiments.instability --help
 
 The toy experiment of the CogView paper (arXiv 2105.13290, section 2.4: deep, learning rate 0.1,
 batches of 4), as deep as CogView and very narrow: the model of cogview/model.py learns handwritten
@@ -36,7 +36,6 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-import measure
 import torch
 import torch.nn.functional as F
 from matplotlib.axes import Axes
@@ -50,10 +49,11 @@ from torch.utils.module_tracker import ModuleTracker
 
 import cogview.model
 import cogview_kernels as ck
+from benchmarks.suite import measure
 from cogview.config import ModelConfig
 from cogview.files import atomic_write
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 RECORDS = ROOT / "benchmarks" / "results"
 ALPHA = 32.0  # of PB-relax attention
 HALF_MAX = 65504.0

@@ -1,5 +1,5 @@
 """The suite on a machine with a GPU that is bare but for torch, triton and nvcc, in one command:
-``python benchmarks/gpu_bench.py`` from the repository's root, with the Python that holds torch.
+``python -m benchmarks.suite.gpu`` from the repository's root, with the Python that holds torch.
 Builds for the GPU that is here, runs the suite's entries in order of importance until all are done
 or the time is up, and prints a table last.
 
@@ -33,8 +33,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import report
-from gpu_machine import (
+from benchmarks.machine import (
     ROOT,
     architecture_here,
     build,
@@ -44,6 +43,7 @@ from gpu_machine import (
     save_log,
     why_nothing_runs,
 )
+from benchmarks.report import pages as report
 
 RESULTS = ROOT / "benchmarks" / "results"
 LOG = ROOT / "results" / "gpu-bench.log"
@@ -66,7 +66,7 @@ class Worker:
     """A process that runs entries, one after the other; a new one where the last was lost."""
 
     def __init__(self, suite: str, device: str) -> None:
-        self.command = [sys.executable, str(Path(__file__)), "--work"]
+        self.command = [sys.executable, "-m", "benchmarks.suite.gpu", "--work"]
         self.command += ["--suite", suite, "--device", device]
         self.process: subprocess.Popen[str] | None = None
 
@@ -147,8 +147,9 @@ def work(suite_name: str, device_type: str) -> None:
     def answer(**content: Any) -> None:
         print(json.dumps(content), file=answers, flush=True)
 
-    import measure
     import torch
+
+    from benchmarks.suite import measure
 
     suite = importlib.import_module(suite_name)
     device = torch.device(device_type)
@@ -237,7 +238,7 @@ def why_not(arguments: argparse.Namespace) -> str | None:
     """Why nothing runs; a record that does not say of what it is would be of no use."""
     if arguments.device == "cuda" and (reason := why_nothing_runs()):
         return reason
-    import measure
+    from benchmarks.suite import measure
 
     commit = measure.commit_info()
     if commit["id"] == "unknown":
@@ -254,7 +255,7 @@ def record_of(
 ) -> tuple[dict[str, Any], Path]:
     """The record that is resumed, or a new one; and where it lies. What was selected lies in
     results/, beside the log: the report is made from whole suites."""
-    import measure
+    from benchmarks.suite import measure
 
     if resumed is not None:
         record = json.loads(resumed.read_text())
@@ -278,7 +279,7 @@ def record_of(
 
 
 def save(record: dict[str, Any], path: Path) -> None:
-    import measure
+    from benchmarks.suite import measure
 
     for place in places(path):
         measure.save_record(record, place)
@@ -334,7 +335,7 @@ def run_all(
 
 def look(record: dict[str, Any], before: str) -> float:
     """At the clocks, while the device rests for a moment between two entries; when it was."""
-    import measure
+    from benchmarks.suite import measure
 
     clocks = measure.clocks() or {}
     record["clocks"].append({"time": measure.now(), "before": before, **clocks})
@@ -570,7 +571,9 @@ def main() -> int:
     parser.add_argument("--resume", type=Path, metavar="RECORD", help="go on where it ended")
     parser.add_argument("--dry-run", action="store_true", help="list the entries; needs no GPU")
     parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    parser.add_argument("--suite", default="suite", help=argparse.SUPPRESS)  # the tests' own
+    parser.add_argument(
+        "--suite", default="benchmarks.suite.entries", help=argparse.SUPPRESS
+    )  # the tests' own
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # a worker
     arguments = parser.parse_args()
     if arguments.work:

@@ -19,8 +19,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from cases import AttentionCase
-from methods import Method, Prepare, compiled
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.bias import causal_lower_right
@@ -33,6 +31,8 @@ from torch.nn.attention.flex_attention import (
 )
 
 import cogview_kernels as ck
+from benchmarks.suite.cases import AttentionCase
+from benchmarks.suite.methods import Method, Prepare, compiled
 from cogview_kernels import extension
 from cogview_kernels.attention.layout import window_start
 

@@ -13,15 +13,15 @@ from collections.abc import Callable, Iterator
 from types import ModuleType
 from typing import Any
 
-import norm_methods
 import torch
 import torch.nn.functional as F
-from cases import DTYPES, StepCase
-from methods import Method, anywhere, compiled
 from torch import Tensor, nn
 
 import cogview.model
 import cogview_kernels as ck
+from benchmarks.suite import norms as norm_methods
+from benchmarks.suite.cases import DTYPES, StepCase
+from benchmarks.suite.methods import Method, anywhere, compiled
 from cogview.config import ModelConfig
 from cogview_kernels import extension
 
