@@ -1,4 +1,4 @@
-"""benchmarks/experiments/quality.py: variants are treated alike, runs resume, the table matches the record."""
+"""The quality experiment: variants are treated alike, runs resume, the table is the record's."""
 
 from __future__ import annotations
 
