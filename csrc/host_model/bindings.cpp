@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-std::atomic<bool> enabled{true};
+std::atomic<bool> run{true}, recorded{false};
 
 py::list take_report() {
   using namespace py::literals;
@@ -40,9 +40,22 @@ py::list take_report() {
   return launches;
 }
 
+py::list take_recorded_launches() {
+  using namespace py::literals;
+  py::list launches;
+  for (const host_model::RecordedLaunch& launch : host_model::take_recorded_launches()) {
+    launches.append(py::dict("kernel"_a = launch.kernel, "params"_a = py::bytes(launch.params),
+                             "grid"_a = py::make_tuple(launch.grid_x, launch.grid_y),
+                             "threads"_a = launch.threads,
+                             "dynamic_shared"_a = launch.dynamic_shared));
+  }
+  return launches;
+}
+
 }  // namespace
 
-bool host_model::launches_enabled() { return enabled; }
+bool host_model::launches_run() { return run; }
+bool host_model::launches_recorded() { return recorded; }
 
 PYBIND11_MODULE(_host_model, m) {
   m.def("take_report", &take_report,
@@ -52,8 +65,17 @@ PYBIND11_MODULE(_host_model, m) {
   m.def("set_max_shared_bytes", &host_model::set_max_shared_bytes, py::arg("bytes"),
         "A block may have so much shared memory; 227 KB at first.");
   m.def(
-      "set_launches", [](bool launches) { enabled = launches; }, py::arg("launches"),
+      "set_launches", [](bool launches) { run = launches; }, py::arg("launches"),
       "Measuring equipment for host time. False: operators check their arguments, launch nothing "
       "and leave outputs as they were. True at first.");
+  m.def(
+      "record_launches",
+      [](bool launches) {
+        run = !launches;
+        recorded = launches;
+      },
+      py::arg("launches"), "True: launches are recorded and not run, as outputs show.");
+  m.def("take_recorded_launches", &take_recorded_launches,
+        "The launches that were recorded since the last call: a list of dicts.");
   cogview::define_three_region_attention(m);
 }

@@ -31,6 +31,16 @@ struct LaunchReport {
 // The launches that ended without an error since the last call.
 std::vector<LaunchReport> take_report();
 
+// A launch that was recorded in place of being run.
+struct RecordedLaunch {
+  std::string kernel, params;  // params: the bytes of its parameters
+  int64_t grid_x = 0, grid_y = 0;
+  int threads = 0, dynamic_shared = 0;
+};
+
+// Those since the last call.
+std::vector<RecordedLaunch> take_recorded_launches();
+
 // How many threads of the CPU run blocks, at least 1.
 void set_num_threads(int num_threads);
 

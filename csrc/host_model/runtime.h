@@ -62,8 +62,9 @@ class Operator {
   cudaError_t finish();
 };
 
-// Whether operators launch their kernels. False, for measuring host time: they check their
+// What becomes of launches. One of both, or neither, for measuring host time: operators check their
 // arguments, launch nothing and leave outputs as they were.
-bool launches_enabled();
+bool launches_run();
+bool launches_recorded();  // launch() keeps what it was given and runs nothing (report.h)
 
 }  // namespace host_model

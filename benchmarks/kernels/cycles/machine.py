@@ -1,0 +1,167 @@
+"""A multiprocessor of compute capability 9.0: its constants, and what walk.cpp and schedule.cpp do
+for Python."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import shlex
+import subprocess
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass, fields
+from pathlib import Path
+
+import numpy as np
+
+from benchmarks.kernels.cycles import sass
+
+ROOT = Path(__file__).resolve().parents[3]
+CACHE = ROOT / "build" / "kernel_times"
+SOURCES = [Path(__file__).with_name(name) for name in ("walk.cpp", "schedule.cpp")]
+
+NUM_SMS = 132  # H100 SXM and H200
+CLOCK_GHZ = 1.75  # assumed under load; the H200 may boost to 1.98
+DRAM_TBS = 4.3  # of 4.8: what a copy reaches
+POLICIES = (0, 1)  # loose round robin; greedy, then the oldest. The hardware's is not known.
+
+Events = np.ndarray  # of uint32: the steps of one warp (walk.cpp)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Cycles, unless it says otherwise. Set before the calibration (docs/kernel_times.md), most
+    from published microbenchmarks of Hopper; none was fitted to a measured time."""
+
+    # ptxas puts this stall between m16n8k16 products that depend on nothing: 1024 dense FLOP a
+    # cycle and partition would be 4; mma.sync reaches 62-65 % of wgmma on Hopper.
+    tensor: float = 6.0
+    special: float = 8.0  # 4 lanes a cycle: 16 a multiprocessor (CUDA programming guide)
+    pair: float = 2.0  # 16 lanes a cycle: integer, and each half of the 32 float lanes
+    special_queue: float = 16.0  # instructions wait behind the pipe, not in the warp
+    shared_queue: float = 24.0
+    copy_fill: float = 8.0  # 512 bytes of one LDGSTS at 64 bytes a cycle from L2
+    copy_latency: float = 600.0  # L2, some of it DRAM; tiles take as long from 200 to 2000
+    barrier: float = 12.0
+    jump: float = 8.0
+    launch: float = 300.0  # from the end of a block to the start of the next in its place
+    stagger: float = 400.0  # between the first blocks of a multiprocessor
+
+
+# From issue to result, of instructions that set a scoreboard.
+LATENCY = {"tensor": 34, "special": 22, "load": 60, "store": 20}
+LATENCY_OF = {"LDSM": 33, "LDS": 29, "LDL": 29, "STS": 29, "STL": 29, "SHFL": 25}
+STREAMED_LOAD = 600  # of kernels without tensor instructions: nothing that they read was read before
+
+
+class _Machine(ctypes.Structure):
+    _fields_ = [(field.name, ctypes.c_double) for field in fields(Machine)]
+
+
+@functools.cache
+def _library() -> ctypes.CDLL:
+    content = hashlib.sha256(b"".join(path.read_bytes() for path in SOURCES)).hexdigest()
+    target = CACHE / f"machine-{content[:16]}.so"
+    if not target.is_file():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        command = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++20", "-O2", "-shared"]
+        command += ["-fPIC", *map(str, SOURCES), "-o", f"{target}.new"]
+        subprocess.run(command, check=True)
+        os.replace(f"{target}.new", target)
+    library = ctypes.CDLL(str(target))
+    library.last_error.restype = ctypes.c_char_p
+    library.load_kernel.restype = library.walk_block.restype = ctypes.c_void_p
+    library.walk_block.restype = ctypes.c_int64
+    return library
+
+
+class Walker:
+    """The code of a kernel, to be run with parameters."""
+
+    PARAMS_AT = 0x210  # in the constant bank, on compute capability 9.0
+
+    def __init__(self, code: Sequence[sass.Instruction]) -> None:
+        self._library = _library()
+        text = "\n".join(f"{line.guard}\t{line.opcode}\t{line.operands}" for line in code)
+        self._kernel = self._library.load_kernel(text.encode())
+        if not self._kernel:
+            raise ValueError(self._library.last_error().decode())
+
+    def __del__(self) -> None:
+        self._library.free_kernel(ctypes.c_void_p(getattr(self, "_kernel", None)))
+
+    def walk(
+        self, params: bytes, ranges: Sequence[tuple[int, int]], threads: int, block: int
+    ) -> tuple[list[Events], int]:
+        """Runs a block on the memory of this process, where only ``ranges`` may be touched. The
+        events of its warps, and the bytes that it moved from and to global memory."""
+        bounds = np.array(ranges, dtype=np.uint64).ravel()
+        sizes = np.zeros(threads // 32, dtype=np.int64)
+        events, moved = ctypes.POINTER(ctypes.c_uint32)(), ctypes.c_int64()
+        total = self._library.walk_block(
+            ctypes.c_void_p(self._kernel),
+            params,
+            len(params),
+            self.PARAMS_AT,
+            bounds.ctypes.data_as(ctypes.c_void_p),
+            len(ranges),
+            threads,
+            block,
+            sizes.ctypes.data_as(ctypes.c_void_p),
+            ctypes.byref(events),
+            ctypes.byref(moved),
+        )
+        if total < 0:
+            raise RuntimeError(self._library.last_error().decode())
+        together = np.ctypeslib.as_array(events, shape=(total,)).copy()
+        return np.split(together, np.cumsum(sizes)[:-1]), moved.value
+
+
+def statics(code: Sequence[sass.Instruction], load_latency: int) -> np.ndarray:
+    """Of each instruction what schedule.cpp knows: pipe, control word, latency."""
+    rows = []
+    for line in code:
+        name = line.opcode.partition(".")[0]
+        latency = LATENCY_OF.get(name, LATENCY.get(line.pipe, 8 if name[0] == "U" else 20))
+        latency = load_latency if line.pipe == "load" else latency
+        rows.append(
+            (
+                sass.PIPE_NAMES.index(line.pipe),
+                line.control.stall,
+                line.control.write,
+                line.control.read,
+                line.control.wait,
+                latency,
+                line.pending,
+            )
+        )
+    return np.array(rows, dtype=np.int32)
+
+
+def simulate(
+    static: np.ndarray,
+    blocks: Sequence[Sequence[Events]],
+    slots: int,
+    policy: int,
+    num_sms: int = 1,
+    machine: Machine = Machine(),
+) -> np.ndarray:
+    """Runs blocks in order, ``slots`` at once on each multiprocessor: when each began and ended."""
+    warps = [events for block in blocks for events in block]
+    events = np.ascontiguousarray(np.concatenate(warps), dtype=np.uint32)
+    ends = np.cumsum([len(warp) for warp in warps]).astype(np.int64)
+    times = np.zeros((len(blocks), 2))
+    _library().simulate(
+        np.ascontiguousarray(static).ctypes.data_as(ctypes.c_void_p),
+        events.ctypes.data_as(ctypes.c_void_p),
+        ends.ctypes.data_as(ctypes.c_void_p),
+        len(blocks),
+        len(blocks[0]),
+        num_sms,
+        slots,
+        policy,
+        ctypes.byref(_Machine(*astuple(machine))),
+        times.ctypes.data_as(ctypes.c_void_p),
+    )
+    return times

@@ -1,0 +1,314 @@
+"""Predicts the times of the attention's kernels on one H200 from their machine code. `make
+kernel-times` writes docs/kernel_times.json and the tables of docs/kernel_times.md.
+
+    python -m benchmarks.kernels.cycles.times                           # all; needs nvcc, no GPU
+    python -m benchmarks.kernels.cycles.times forward --cases AB --head-dims 64 --dtypes bfloat16
+
+With arguments it prints what it found and writes nothing. The host model records the launches of a
+call; walk.cpp runs every 33rd block of each on the machine code that the compiler made of the same
+source, and schedule.cpp runs the ways that its warps took on four multiprocessors.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import re
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from benchmarks.kernels.cycles import machine, sass
+from benchmarks.kernels.cycles.launches import (
+    CASES,
+    SAMPLED_SMS,
+    Kernel,
+    Launch,
+    digest,
+    kernels,
+    recorded,
+    sampled_blocks,
+    short,
+)
+from benchmarks.kernels.table import ctas_per_sm
+
+RECORD = machine.ROOT / "docs" / "kernel_times.json"
+PAGE = RECORD.with_suffix(".md")
+CALIBRATION = RECORD.with_name("kernel_times_calibration.json")
+BEGIN, END = "<!-- kernel times: begin -->", "<!-- kernel times: end -->"
+HEAD_DIMS, DTYPES = (64, 128), ("bfloat16", "float16")
+KERNELS = {
+    "forward": "forward",
+    "backward_row": "row",
+    "backward_dkdv": "dkdv",
+    "backward_partial": "partial",
+    "backward_dq": "dq",
+    "far_keys": "far_keys",
+}
+Block = list[machine.Events]  # the events of each warp
+
+
+class Phases(NamedTuple):
+    prologue: Block
+    tiles: list[Block]
+    epilogue: Block
+
+
+def main_barrier(code: Sequence[sass.Instruction], blocks: Sequence[Block]) -> int | None:
+    """The barrier that begins a pass of the loop with products: the one passed most often."""
+    is_tensor = np.array([line.pipe == "tensor" for line in code])
+    is_barrier = np.array([line.pipe == "barrier" for line in code])
+    passed = np.concatenate([events for block in blocks for events in block]) & 0xFFFF
+    times = np.bincount(passed, minlength=len(code))
+    best = int(np.argmax(times * is_barrier))
+    return best if (times * is_barrier)[best] and (times * is_tensor).any() else None
+
+
+def cut(kernel: Kernel, block: Block, barrier: int) -> Phases | None:
+    """What a block does up to the first tile's barrier, from barrier to barrier, and behind the last
+    product; None for a block without products. The first tile's copies belong to the prologue."""
+    is_tensor = np.array([line.pipe == "tensor" for line in kernel.code])
+    parts = []
+    for events in block:
+        index = events & 0xFFFF
+        starts, products = np.flatnonzero(index == barrier), np.flatnonzero(is_tensor[index])
+        last = max([*starts[-1:], *products[-1:]], default=-1)
+        parts.append(np.split(events, [*starts, last + 1]))
+    if len(parts[0]) < 3 or len({len(part) for part in parts}) != 1:
+        return None
+    columns = [list(column) for column in zip(*parts, strict=True)]
+    return Phases(columns[0], columns[1:-1], columns[-1])
+
+
+def walked(kernel: Kernel, launch: Launch) -> tuple[list[Block], float]:
+    """The sampled blocks of a launch, and the bytes that all its blocks move."""
+    walker = machine.Walker(kernel.code)
+    blocks, moved = [], 0
+    for block in sampled_blocks(launch.blocks):
+        events, of_block = walker.walk(launch.params, launch.ranges, launch.threads, block)
+        blocks.append(events)
+        moved += of_block
+    return blocks, moved * launch.blocks / len(blocks)
+
+
+def measure(kernel: Kernel, launch: Launch) -> dict[str, Any]:
+    """What the model says of a launch. Cycles are those of a multiprocessor, which works on
+    ``blocks_per_sm`` blocks at once, divided among these."""
+    slots, _ = ctas_per_sm(
+        "sm_90a", launch.threads, kernel.registers, kernel.static_shared + launch.dynamic_shared
+    )
+    blocks, moved = walked(kernel, launch)
+    return predict(kernel, blocks, slots, launch.blocks, moved)
+
+
+def predict(
+    kernel: Kernel, blocks: list[Block], slots: int, num_blocks: int, moved: float
+) -> dict[str, Any]:
+    has_products = any(line.pipe == "tensor" for line in kernel.code)
+    latency = machine.LATENCY["load"] if has_products else machine.STREAMED_LOAD
+    static = machine.statics(kernel.code, latency)
+
+    def cycles(of: Sequence[Block], num_sms: int = 1, **changes: float) -> float:
+        """The mean of the policies."""
+        ends = [
+            machine.simulate(static, of, slots, policy, num_sms, machine.Machine(**changes))[:, 1]
+            for policy in machine.POLICIES
+        ]
+        return float(np.mean([end.max() for end in ends]))
+
+    us = cycles(blocks, min(SAMPLED_SMS, len(blocks))) / machine.CLOCK_GHZ / 1e3
+    if not has_products:
+        us = max(us, moved / machine.DRAM_TBS / 1e6)
+    row: dict[str, Any] = {
+        "us": us,
+        "blocks": num_blocks,
+        "blocks_per_sm": slots,
+        "registers": kernel.registers,
+        "issued_per_warp": np.mean([len(warp) for block in blocks for warp in block]),
+        "moved_mb": moved / 1e6,
+    }
+    barrier = main_barrier(kernel.code, blocks)
+    phases = [
+        found
+        for block in blocks
+        if barrier is not None and (found := cut(kernel, block, barrier))
+    ]
+    if phases:
+        tiles = [tile for found in phases for tile in found.tiles]
+        row["tiles_per_block"] = len(tiles) / len(blocks)
+        for name, tile in representatives(static, tiles).items():
+            again = [[np.tile(warp, times) for warp in tile] for times in (12, 4)]
+            many, few = (cycles([block] * slots, launch=0.0) for block in again)
+            row[name] = {"issued": np.mean([len(warp) for warp in tile])}
+            row[name] |= {"cycles": (many - few) / 8 / slots} | pipe_cycles(static, tile)
+        for name in ("prologue", "epilogue"):
+            parts = [getattr(found, name) for found in phases[: 8 * slots]]
+            row[name] = {
+                "issued": np.mean([len(warp) for part in parts for warp in part]),
+                "cycles": cycles(parts, launch=0.0) / len(parts),
+            }
+    return row
+
+
+def representatives(static: np.ndarray, tiles: Sequence[Block]) -> dict[str, Block]:
+    """The tile whose way is the most frequent of those with all products, and the longest way."""
+    is_tensor = static[:, 0] == sass.PIPE_NAMES.index("tensor")
+    products = [min(int(is_tensor[warp & 0xFFFF].sum()) for warp in tile) for tile in tiles]
+    full = [tile for tile, number in zip(tiles, products, strict=True) if number == max(products)]
+
+    def way(tile: Block) -> tuple[int, ...]:
+        return tuple(len(warp) for warp in tile)
+
+    (usual, _), *_ = Counter(map(way, full)).most_common(1)
+    plain = next(tile for tile in full if way(tile) == usual)
+    return {"plain": plain, "masked": max(tiles, key=lambda tile: sum(way(tile)))}
+
+
+def pipe_cycles(static: np.ndarray, tile: Block) -> dict[str, float]:
+    """How long a tile of a block keeps a partition's issue slot, its pipes, and shared memory."""
+    rates = machine.Machine()
+    events = np.concatenate(tile)
+    busy = events[(events >> 17 & 1) == 0]
+    number = Counter(sass.PIPE_NAMES[pipe] for pipe in static[busy & 0xFFFF, 0].tolist())
+    of_partition = {
+        "issue": len(events),
+        "tensor": number["tensor"] * rates.tensor,
+        "special": number["special"] * rates.special,
+        "integer": number["integer"] * rates.pair,
+        "float": (number["float"] + number["heavy"]) * rates.pair / 2,
+    }
+    found = {name: cycles / 4 for name, cycles in of_partition.items()}
+    return found | {"shared": float((busy >> 24).sum())}
+
+
+def rows(
+    which: str, cases: str, head_dims: Sequence[int], dtypes: Sequence[str], verbose: bool = True
+) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = []
+    for head_dim in head_dims:
+        for dtype in dtypes:
+            for letter in cases:
+                changes = {"head_dim": head_dim, "num_heads": 2560 // head_dim, "dtype": dtype}
+                for launch in recorded(dataclasses.replace(CASES[letter], **changes)):
+                    kernel = short(launch.kernel)
+                    if which and which not in kernel:
+                        continue
+                    begin = time.perf_counter()
+                    row = {"case": letter, "head_dim": head_dim, "dtype": dtype, "kernel": kernel}
+                    row |= measure(kernels(source_of(kernel))[launch.kernel], launch)
+                    found.append(row)
+                    if verbose:
+                        seconds = time.perf_counter() - begin
+                        print(f"{_line(row)}  ({seconds:.0f} s)", flush=True)
+    return found
+
+
+def source_of(kernel: str) -> str:
+    return "backward" if kernel in ("backward_row", "backward_partial") else kernel
+
+
+def _line(row: dict[str, Any]) -> str:
+    text = f"{row['case']} D{row['head_dim']} {row['dtype']} {row['kernel']}: {row['us']:.1f} us"
+    for name in ("plain", "masked", "prologue", "epilogue"):
+        if name in row:
+            part = row[name]
+            text += f", {name} {part['cycles']:.0f} cycles ({part['issued']:.0f} issued)"
+    return text
+
+
+def record() -> dict[str, Any]:
+    return {
+        "sources": digest(),
+        "clock_ghz": machine.CLOCK_GHZ,
+        "num_sms": machine.NUM_SMS,
+        "rows": [_rounded(row) for row in rows("", "ABCD", HEAD_DIMS, DTYPES)],
+    }
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _rounded(part) for key, part in value.items()}
+    return float(f"{value:.4g}") if isinstance(value, float) else value
+
+
+def tables(facts: dict[str, Any], calibration: dict[str, Any]) -> str:
+    """Of the page: times, tiles, calibration."""
+    found = {(r["case"], r["head_dim"], r["dtype"], r["kernel"]): r for r in facts["rows"]}
+    lines = [
+        f"Microseconds, **predicted by a model, not measured**, at {facts['clock_ghz']} GHz on "
+        f"{facts['num_sms']} multiprocessors. Backward: row, dkdv, partial and dq.",
+        "",
+        f"| case | D | dtype | {' | '.join(KERNELS.values())} | backward |",
+        "|---|---:|---|" + "---:|" * (len(KERNELS) + 1),
+    ]
+    for letter, head_dim, dtype in dict.fromkeys(key[:3] for key in found):
+        us = {k: found.get((letter, head_dim, dtype, k), {}).get("us") for k in KERNELS}
+        backward = sum(time or 0 for kernel, time in us.items() if kernel.startswith("backward"))
+        shown = ["" if time is None else _us(time) for time in us.values()]
+        lines.append(f"| {letter} | {head_dim} | {dtype} | {' | '.join(shown)} | {_us(backward)} |")
+    pipes = ("issue", "tensor", "special", "integer", "float", "shared")
+    lines += [
+        "",
+        "Cycles of case B, of a multiprocessor for one block; predicted by the same model. The pipes "
+        "are those of a plain tile, and the largest of them is its floor.",
+        "",
+        f"| kernel | D | dtype | registers | blocks per SM | {' | '.join(pipes)} | plain tile | "
+        "masked tile | prologue | epilogue |",
+        "|---|---:|---|" + "---:|" * (len(pipes) + 6),
+    ]
+    for (letter, head_dim, dtype, kernel), row in found.items():
+        if letter != "B" or "plain" not in row:
+            continue
+        numbers = [row["registers"], row["blocks_per_sm"], *(row["plain"][pipe] for pipe in pipes)]
+        parts = ("plain", "masked", "prologue", "epilogue")
+        numbers += [row[part]["cycles"] for part in parts]
+        shown = " | ".join(f"{number:.0f}" for number in numbers)
+        lines.append(f"| {KERNELS[kernel]} | {head_dim} | {dtype} | {shown} |")
+    lines += [
+        "",
+        f"Calibration on FlashAttention-2 {calibration['commit'][:10]}, TFLOP/s on an H100:",
+        "",
+        "| kernel | head_dim | keys | published | predicted | ratio |",
+        "|---|---:|---:|---:|---:|---:|",
+    ]
+    for row in calibration["rows"]:
+        ratio = row["predicted"] / row["published"]
+        lines.append(
+            f"| {row['kernel']} | {row['head_dim']} | {row['length']} | {row['published']:.0f} | "
+            f"{row['predicted']:.0f} | {ratio:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def _us(time: float) -> str:
+    return f"{time:.0f}" if time >= 10 else f"{time:.1f}"
+
+
+def write_page(facts: dict[str, Any]) -> None:
+    before, rest = PAGE.read_text().split(BEGIN)
+    calibration = json.loads(CALIBRATION.read_text())
+    shown = f"{BEGIN}\n{tables(facts, calibration)}\n{END}"
+    PAGE.write_text(before + shown + rest.split(END)[1])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
+    parser.add_argument("kernel", nargs="?", help="part of a name: forward, dq, dkdv, row")
+    parser.add_argument("--cases", default="ABCD")
+    parser.add_argument("--head-dims", type=int, nargs="+", default=HEAD_DIMS)
+    parser.add_argument("--dtypes", nargs="+", default=DTYPES)
+    chosen = parser.parse_args()
+    if chosen == parser.parse_args([]):
+        facts = record()
+        RECORD.write_text(json.dumps(facts, indent=1) + "\n")
+        write_page(facts)
+    else:
+        rows(chosen.kernel or "", chosen.cases, chosen.head_dims, chosen.dtypes)
+
+
+if __name__ == "__main__":
+    main()
