@@ -1184,13 +1184,17 @@ class Warp {
         break;
       case LDC: {
         const Lanes index = o[1].index == kZero ? Lanes{} : registers_[o[1].index];
+        const uint32_t start = o[1].value + uniform(o[1].uniform);
+        std::array<Lanes, 4> words{};  // all are read before one is written
         for (int w = 0; w < std::max(in.bytes / 4, 1); ++w) {
-          each_plus(in, lanes, w, [&](int l) {
-            const uint32_t offset = o[1].value + index[l] + uniform(o[1].uniform) + 4 * w;
+          for (int l = 0; l < kLanes; ++l) {
+            if (!(lanes >> l & 1)) continue;
+            const uint32_t offset = start + index[l] + 4 * w;
             const uint32_t word = constant(offset & ~3u) >> 8 * (offset & 3);
-            return in.bytes >= 4 ? word : word & ((1u << 8 * in.bytes) - 1);
-          });
+            words[w][l] = in.bytes >= 4 ? word : word & ((1u << 8 * in.bytes) - 1);
+          }
         }
+        for (int w = 0; w < std::max(in.bytes / 4, 1); ++w) set(o[0], words[w], lanes, w);
         break;
       }
       case LDG:
@@ -1235,13 +1239,6 @@ class Warp {
     Lanes out;
     for (int l = 0; l < kLanes; ++l) out[l] = as_bits(values[l]);
     return out;
-  }
-
-  template <typename F>
-  void each_plus(const Instruction& in, uint32_t lanes, int plus, const F& f) {
-    Lanes out;
-    for (int l = 0; l < kLanes; ++l) out[l] = f(l);
-    set(in.operands[0], out, lanes, plus);
   }
 };
 
