@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 comma := ,
 SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test test-all test-sample lint format types bench report quality instability kernel-table kernel-costs gpu-check gpu-bench sanitize \
+.PHONY: help build demo test test-all test-sample lint format types bench report quality instability kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
   mutations check-install clean
 
 help:
@@ -25,6 +25,7 @@ help:
 	@echo "make instability    train deep float16 models with Pre-LN, Sandwich-LN and PB-relax: which survive"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
+	@echo "make kernel-times   predict the times of the attention kernels on one H200 (a model; needs nvcc, no GPU)"
 	@echo "make check-install  pip install in fresh environments, every way that is supported"
 	@echo "make format         format Python and C++"
 	@echo "make clean          remove what was built"
@@ -96,12 +97,16 @@ instability: build
 	$(BIN)/python -m benchmarks.experiments.instability --jobs 2
 	$(BIN)/python -m benchmarks.report.pages
 
-# After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
+# After a change of a kernel; docs/kernels.*, docs/kernel_costs.* and docs/kernel_times.* are committed with it.
 kernel-table: build
 	$(BIN)/python -m benchmarks.kernels.table
 
 kernel-costs: build
 	$(BIN)/python -m benchmarks.kernels.costs
+
+# Some of it, printed and not recorded: make kernel-times ARGS="forward --cases B --head-dims 64"
+kernel-times: build
+	$(BIN)/python -m benchmarks.kernels.cycles.times $(ARGS)
 
 # With the Python that holds torch there, not .venv: nothing is installed (docs/gpu.md).
 gpu-check:

@@ -117,6 +117,7 @@ def short(kernel: str) -> str:
 def recorded(case: AttentionCase) -> list[Launch]:
     """The launches of a forward and, but for decoding, of a backward. All heads of q, k, v and dout
     share the memory of one; the statistics of the rows are made up, near those of a softmax."""
+    host_model()  # registers the operators
     generator = torch.Generator().manual_seed(0)
 
     def heads(number: int, rows: int) -> Tensor:
