@@ -177,15 +177,14 @@ def test_any_width(
     hidden: int,
     num_sms: int,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows held by parts of a warp, by a block, and too wide for either; shared among blocks."""
-    monkeypatch.setattr(extension, "host_model_num_sms", num_sms)
     leaves = make_leaves(5, hidden, dtype=dtype, residual_dtype=torch.float32)
     for relax in RELAX:
         settings: dict[str, Any] = {"eps": 0.1, "relax": relax, "dropout_p": 0.3}
         runs = (sandwich(which, *leaves, **settings) for which in (implementation, "reference"))
-        actual, expected = ((*results, *gradients(results, leaves)) for results in runs)
+        with extension.modelled_device(num_sms):
+            actual, expected = ((*results, *gradients(results, leaves)) for results in runs)
         for one, two in zip(actual, expected, strict=True):
             rounding = 2 * torch.finfo(one.dtype).eps + 1e-5
             atol = rounding * max(1.0, two.abs().max().item())
