@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Iterator
 
@@ -20,6 +19,10 @@ MOVED = {  # by the names of buffers
     "moved_rows": "q|k|v|out|dout|dq|dk|dv",
     "moved_statistics": "row_max|row_log_sum|delta",
     "moved_far_keys": "far_keys",
+}
+RATIOS = {
+    "issued / useful": (("products",), "useful_products"),
+    "moved / must touch": (MOVED, "must_touch"),
 }
 
 # More heads and samples repeat the counts.
@@ -131,21 +134,11 @@ def moved(row: Row) -> int:
 def backward(rows: list[Row]) -> Row:
     """The sum of a case's backward kernels."""
     parts = [row for row in rows if row["kernel"].startswith("backward")]
-    total = {
-        name: value if isinstance(value, str) else sum(row[name] for row in parts)
-        for name, value in parts[-1].items()
-    }
+    numbers = [name for name, value in parts[0].items() if isinstance(value, int)]
+    total = parts[-1] | {name: sum(row[name] for row in parts) for name in numbers}
     # Unique over the whole operator: what one kernel leaves in the cache serves the next.
     return total | {"kernel": "backward", "unique": parts[-1]["operator_unique"]}
 
 
 def shown(rows: list[Row]) -> list[Row]:
-    """A case's rows in the page: the ratios first, the backward's sum last."""
-    table: list[Row] = []
-    for row in (*rows, backward(rows)):
-        useful = row["useful_products"] or math.nan
-        five = useful * 5 / 7 if row["kernel"] == "backward" else math.nan
-        ratio = {"kernel": row["kernel"], "issued / useful": row["products"] / useful}
-        ratio |= {"of five": row["products"] / five, "moved / must": moved(row) / row["must_touch"]}
-        table.append(ratio | row)
-    return table
+    return [*rows, backward(rows)]

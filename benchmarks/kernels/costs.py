@@ -6,6 +6,8 @@ and move, counted.
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from itertools import groupby
 from types import ModuleType
 
@@ -16,17 +18,32 @@ NAME = "kernel_costs"
 PARTS: dict[str, ModuleType] = {"attention": attention_costs, "norms": norm_costs}
 
 
+def ratio(row: Row, over: Iterable[str], under: str) -> float:
+    return sum(row[name] for name in over) / (row[under] or math.nan)
+
+
 def tables(record: dict[str, list[Row]]) -> dict[str, str]:
     """By mark in the page: a table for each case of a part."""
     found = {}
     for part, module in PARTS.items():
-        cases = groupby(record[part], lambda row: row["case"])
-        parts = [f"#### {case}\n\n{markdown(module.shown(list(rows)))}" for case, rows in cases]
-        found[f"{part} costs"] = "\n\n".join(parts)
+        texts = []
+        for case, group in groupby(record[part], lambda row: row["case"]):
+            rows = [
+                row | {name: ratio(row, *of) for name, of in module.RATIOS.items()}
+                for row in module.shown(list(group))
+            ]
+            texts.append(f"#### {case}\n\n{markdown(rows)}")
+        found[f"{part} costs"] = "\n\n".join(texts)
     return found
 
 
+def main() -> None:
+    record = {
+        part: [row for case in module.CASES for row in module.count(case)]
+        for part, module in PARTS.items()
+    }
+    write(NAME, record, tables(record))
+
+
 if __name__ == "__main__":
-    record = {part: [*map(m.count, m.CASES)] for part, m in PARTS.items()}
-    flat = {part: [row for rows in by_case for row in rows] for part, by_case in record.items()}
-    write(NAME, flat, tables(flat))
+    main()

@@ -48,6 +48,7 @@ OTHERS = {
     "statistics": ".*statistics",
     "peaks": ".*",
 }
+RATIOS = {"moved / floor": (("activations",), "floor"), "others / floor": (OTHERS, "floor")}
 
 
 def launches(
@@ -85,11 +86,8 @@ def count(case: Case) -> list[Row]:
     rows = []
     for operator, launched in launches(case).items():
         passes = PASSES[operator]
-        like_residual = case.residual.itemsize
-        size = {
-            name: case.rows * case.hidden * (like_residual if name in LIKE_RESIDUAL else 2)
-            for name in passes
-        }
+        itemsize = dict.fromkeys(LIKE_RESIDUAL, case.residual.itemsize)
+        size = {name: case.rows * case.hidden * itemsize.get(name, 2) for name in passes}
         by_kind = moved(launched, {name: name for name in passes} | OTHERS)
         blocks = [
             {
@@ -100,25 +98,22 @@ def count(case: Case) -> list[Row]:
             }
             for launch in launched
         ]
-        row: Row = {"case": str(case), "operator": operator, "launches": blocks}
-        row["floor"] = sum(passes[name] * size[name] for name in passes)
-        row["passes"] = {name: by_kind[name] / size[name] for name in passes}
-        row["activations"] = sum(by_kind[name] for name in passes)
-        row |= {kind: by_kind[kind] for kind in OTHERS}
-        rows.append(row | {"bank_conflicts": sum(one["bank_conflicts"] for one in launched)})
+        rows.append(
+            {
+                "case": str(case),
+                "operator": operator,
+                "launches": blocks,
+                "floor": sum(passes[name] * size[name] for name in passes),
+                "passes": {name: by_kind[name] / size[name] for name in passes},
+                "activations": sum(by_kind[name] for name in passes),
+                **{kind: by_kind[kind] for kind in OTHERS},
+                "bank_conflicts": sum(launch["bank_conflicts"] for launch in launched),
+            }
+        )
     return rows
 
 
 def shown(rows: list[Row]) -> list[Row]:
-    """A case's rows in the page: the ratios first."""
-    table = []
-    for row in rows:
-        launched = "; ".join(
-            f"{launch['kernel'].removeprefix('pb_relax_layer_norm_')} "
-            f"{launch['blocks']} x {launch['threads']}, {launch['shared'] / 1024:.1f}"
-            for launch in row["launches"]
-        )
-        ratio = {"operator": row["operator"], "moved / floor": row["activations"] / row["floor"]}
-        ratio["others / floor"] = sum(row[kind] for kind in OTHERS) / row["floor"]
-        table.append(ratio | row | {"launches": launched})
-    return table
+    """Launches as text: blocks x threads, bytes of shared memory."""
+    text = "{kernel} {blocks} x {threads}, {shared}"
+    return [row | {"launches": "; ".join(map(text.format_map, row["launches"]))} for row in rows]

@@ -8,9 +8,9 @@ build/kernel_table first.
 
 from __future__ import annotations
 
-import functools
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -27,8 +27,10 @@ from benchmarks.kernels import attention_costs, norm_costs
 from benchmarks.kernels.counting import DOCS, Row, markdown, write
 from benchmarks.kernels.norm_costs import Case
 from benchmarks.suite.cases import AttentionCase
+from cogview.files import atomic_write
 from cogview_kernels import extension
 
+Launches = dict[int, dict[str, tuple[int, int]]]  # threads and bytes of dynamic shared memory
 CACHE = DOCS.parent / "build" / "kernel_table"
 ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0", "12.0")
 
@@ -48,31 +50,31 @@ SM_LIMITS = {
 SM_REGISTERS, SM_PARTITIONS = 65536, 4
 REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 256, 128, 1024  # per warp; per CTA; per CTA
 
-# Mnemonics of SASS, one column each.
-INSTRUCTIONS = {
-    "loads_16": r"LDG\b.*\.(128|256)",
-    "stores_16": r"STG\b.*\.(128|256)",
-    "cp_async_16": r"LDGSTS\b.*\.128",
-    "shared_loads_16": r"LDS\b.*\.128",
-    "shared_stores_16": r"STS\b.*\.128",
-    "narrow": r"(LDG|STG|LDGSTS)\b(?!.*\.(128|256))",  # global accesses of less than 16 bytes
-    "ldmatrix": r"LDSM\b",
-    "mma": r"\w*MMA\b",
-    "local": r"(LDL|STL)\b",  # registers spilled, or arrays that did not become registers
-}
 LAUNCH = ("threads", "registers", "static_shared", "dynamic_shared", "ctas_per_sm", "limit")
 
+# Mnemonics of SASS, one column each.
+INSTRUCTIONS = {
+    "loads_16": r"LDG\b\S*\.(?:128|256)",
+    "stores_16": r"STG\b\S*\.(?:128|256)",
+    "cp_async_16": r"LDGSTS\b\S*\.128",
+    "shared_loads_16": r"LDS\b\S*\.128",
+    "shared_stores_16": r"STS\b\S*\.128",
+    "narrow": r"(?:LDG|STG|LDGSTS)\b(?!\S*\.(?:128|256))",  # global accesses of less than 16 bytes
+    "ldmatrix": r"LDSM\b",
+    "mma": r"\w*MMA\b",
+    "local": r"(?:LDL|STL)\b",  # registers spilled, or arrays that did not become registers
+}
 # What cuobjdump prints, line by line: a fact belongs to the architecture and kernel before it.
 FACT = re.compile(
-    r"""^(?:
-        arch\ =\ (?P<architecture>\w+)
-        | (?:\s+Function\ (?::\ )?|\.nv\.info\.)(?P<kernel>\w+)
-        | \s+Tool\ Version:\ .*release\ (?P<nvcc>.*)
-        | \s+REG:(?P<registers>\d+)\ .*SHARED:(?P<shared>\d+)
-        | \s+Attribute:\s+EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s+(?P<bound>\w+\ \w+\ \w+)
-        | \s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(?P<mnemonic>[A-Z][\w.]*)
-    )""",
-    re.MULTILINE | re.VERBOSE,
+    r"^(?:arch = (?P<architecture>\w+)"
+    r"|(?:\s+Function (?:: )?|\.nv\.info\.)(?P<kernel>\w+)"
+    r"|\s+Tool Version: .*release (?P<nvcc>.*)"
+    r"|\s+REG:(?P<registers>\d+) .*SHARED:(?P<shared>\d+)"
+    r"|\s+Attribute:\s+EIATTR_MAX_THREADS\s+Format:.*\s+Value:\s+(?P<bound>\w+ \w+ \w+)"
+    r"|\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?(?:"
+    + "|".join(f"(?P<{column}>{form})" for column, form in INSTRUCTIONS.items())
+    + "))",
+    re.MULTILINE,
 )
 
 
@@ -103,11 +105,6 @@ def ctas_per_sm(
     return room[limit], limit
 
 
-@functools.cache
-def columns_of(mnemonic: str) -> tuple[str, ...]:
-    return tuple(name for name, form in INSTRUCTIONS.items() if re.match(form, mnemonic))
-
-
 def cuobjdump() -> str | None:
     """The program of the nvidia-cuda-cuobjdump wheel, else of a toolkit on the PATH."""
     wheels = distributions(name="nvidia-cuda-cuobjdump")
@@ -133,41 +130,35 @@ def disassemble(path: Path) -> dict[str, Any]:
     if program is None:
         raise SystemExit("cuobjdump is not installed: pip install -e '.[dev]'")
 
-    rows: dict[tuple[str, str], dict[str, Any]] = {}
+    rows: dict[tuple[str, str], Row] = {}
     architecture = kernel = nvcc = ""
     for what in ("-res-usage", "-elf", "-sass"):
         for fact in FACT.finditer(_output([program, what, str(path)])):
-            name = fact.lastgroup or ""
-            row = rows.get((kernel, architecture), {})
-            if name == "architecture":
-                architecture = fact[name]
-            elif name == "kernel":
-                kernel = fact[name]
-            elif name == "nvcc":
-                nvcc = fact[name]
-            elif name == "shared":
-                counted_along = int(re.sub(r"\D", "", architecture)) >= 90
-                system = SHARED_RESERVED if counted_along else 0
-                rows[kernel, architecture] = {
-                    "registers": int(fact["registers"]),
-                    "static_shared": max(0, int(fact[name]) - system),
-                    "threads": 0,
-                    **dict.fromkeys(INSTRUCTIONS, 0),
-                }
-            elif name == "bound":
-                x, y, z = (int(number, 16) for number in fact[name].split())
-                row["threads"] = x * y * z
-            else:
-                for column in columns_of(fact[name]):
-                    row[column] += 1
+            match fact.lastgroup:
+                case "architecture":
+                    architecture = fact["architecture"]
+                case "kernel":
+                    kernel = fact["kernel"]
+                case "nvcc":
+                    nvcc = fact["nvcc"]
+                case "shared":
+                    system = SHARED_RESERVED if int(re.sub(r"\D", "", architecture)) >= 90 else 0
+                    row = rows[kernel, architecture] = {"registers": int(fact["registers"])}
+                    row["static_shared"] = max(0, int(fact["shared"]) - system)
+                    row |= {"threads": 0} | dict.fromkeys(INSTRUCTIONS, 0)
+                case "bound":
+                    bound = math.prod(int(number, 16) for number in fact["bound"].split())
+                    rows[kernel, architecture]["threads"] = bound
+                case str(instruction):
+                    rows[kernel, architecture][instruction] += 1
 
     names = _output(["c++filt"], "\n".join(kernel for kernel, _ in rows)).splitlines()
     kernels = [
         {"kernel": source_name(name), "architecture": architecture, **row}
         for name, ((_, architecture), row) in zip(names, rows.items(), strict=True)
     ]
-    cache.parent.mkdir(parents=True, exist_ok=True)
-    cache.write_text(json.dumps({"nvcc": nvcc, "kernels": kernels}))
+    with atomic_write(cache) as partial:
+        partial.write_text(json.dumps({"nvcc": nvcc, "kernels": kernels}))
     return {"nvcc": nvcc, "kernels": kernels}
 
 
@@ -184,32 +175,31 @@ def source_name(name: str) -> str:
     return name.replace("__half", "Half").replace("__nv_bfloat16", "BFloat16")
 
 
-def launches() -> dict[int, dict[str, tuple[int, int]]]:
-    """Threads and bytes of dynamic shared memory of each kernel's launch, as the host model saw,
-    for each size of an SM's shared memory in KiB: the norms take what they find."""
+def launches() -> Launches:
+    """Of each kernel, as the host model saw them, for each size of an SM's shared memory in KiB:
+    the norms take what they find."""
     sizes = sorted({limits(architecture)[0] for architecture in ARCHITECTURES})
-    halves = torch.float16, torch.bfloat16
-    cases = [
-        Case(-(-16384 // hidden), hidden, residual, f)  # rows enough to fill a block
-        for hidden, f in product(NORM_WIDTHS, (torch.float32, *halves))
-        for residual in {f, torch.float32}
-    ]
     # So many multiprocessors that the keys which many queries see are dealt out to several blocks.
     attention = [
-        attention_costs.launches(AttentionCase(65, 8, 1, 2, 1, 1, 0, dim, 4, 0, dtype), num_sms=132)
+        launch
         for dtype, dim in product(("float16", "bfloat16"), (32, 64, 96, 128))
+        for launch in attention_costs.launches(
+            AttentionCase(65, 8, 1, 2, num_heads=1, head_dim=dim, text_len=4, dtype=dtype), 132
+        ).values()
     ]
-    found: dict[int, dict[str, tuple[int, int]]] = {}
+    cases = [
+        Case(-(-16384 // hidden), hidden, residual, f)  # rows enough to fill a block
+        for hidden, f in product(NORM_WIDTHS, (torch.float32, torch.float16, torch.bfloat16))
+        for residual in dict.fromkeys((f, torch.float32))
+    ]
+    found: Launches = {}
     for kib in sizes:
-        norms = [norm_costs.launches(case, 1, kib - 1) for case in cases]
-        seen = [launch for by_kernel in attention for launch in by_kernel.values()]
+        norms = [item for case in cases for item in norm_costs.launches(case, 1, kib - 1).items()]
         # The plain norm last: the sandwich launches its kernels too, with a residual.
-        for which in ("sandwich", "plain"):
-            for name, launched in (item for by_operator in norms for item in by_operator.items()):
-                seen += launched if name.startswith(which) else []
+        norms.sort(key=lambda item: item[0].startswith("plain"))
         found[kib] = {
             source_name(launch["kernel"]): (launch["threads"], launch["dynamic_shared"])
-            for launch in seen
+            for launch in (*attention, *(one for _, launched in norms for one in launched))
         }
     # A kernel for which a block has no room stands there with the launch of a larger one.
     return {kib: found[sizes[-1]] | found[kib] for kib in sizes}
@@ -229,7 +219,7 @@ def missing_architectures() -> list[Path]:
     return [CACHE / "lib" / "cogview_kernels" / module().name]
 
 
-def record(modules: list[Path], launched: dict[int, dict[str, tuple[int, int]]]) -> dict[str, Any]:
+def record(modules: list[Path], launched: Launches) -> dict[str, Any]:
     """Facts of all kernels of the modules, in the page's order."""
     found = [disassemble(path) for path in modules]
     (nvcc,) = {part["nvcc"] for part in found}
