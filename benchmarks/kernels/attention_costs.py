@@ -137,8 +137,10 @@ def backward(rows: list[Row]) -> Row:
     numbers = [name for name, value in parts[0].items() if isinstance(value, int)]
     total = parts[-1] | {name: sum(row[name] for row in parts) for name in numbers}
     # Unique over the whole operator: what one kernel leaves in the cache serves the next.
-    return total | {"kernel": "backward", "unique": parts[-1]["operator_unique"]}
+    last = parts[-1]["operator_unique"]
+    return total | {"kernel": "backward", "unique": last, "operator_unique": last}
 
 
 def shown(rows: list[Row]) -> list[Row]:
+    """A case's rows in the page."""
     return [*rows, backward(rows)]

@@ -52,14 +52,14 @@ REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 256, 128, 1024  # per warp; per CT
 
 LAUNCH = ("threads", "registers", "static_shared", "dynamic_shared", "ctas_per_sm", "limit")
 
-# Mnemonics of SASS, one column each.
+# Mnemonics of SASS: the first pattern that fits is the column.
 INSTRUCTIONS = {
     "loads_16": r"LDG\b\S*\.(?:128|256)",
     "stores_16": r"STG\b\S*\.(?:128|256)",
     "cp_async_16": r"LDGSTS\b\S*\.128",
     "shared_loads_16": r"LDS\b\S*\.128",
     "shared_stores_16": r"STS\b\S*\.128",
-    "narrow": r"(?:LDG|STG|LDGSTS)\b(?!\S*\.(?:128|256))",  # global accesses of less than 16 bytes
+    "narrow": r"(?:LDG|STG|LDGSTS)\b",  # other global accesses: of less than 16 bytes
     "ldmatrix": r"LDSM\b",
     "mma": r"\w*MMA\b",
     "local": r"(?:LDL|STL)\b",  # registers spilled, or arrays that did not become registers
