@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import torch
 
@@ -213,91 +212,3 @@ class StepCase:
 
 
 Case = AttentionCase | NormCase | StepCase
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """A case and the sweeps that it belongs to."""
-
-    case: Case
-    sweeps: tuple[str, ...]
-
-
-def _planned(cases: list[tuple[str, Case]]) -> list[Planned]:
-    """In order, each case once."""
-    sweeps: dict[Case, tuple[str, ...]] = {}
-    for sweep, case in cases:
-        sweeps[case] = (*sweeps.get(case, ()), sweep)
-    return [Planned(case, names) for case, names in sweeps.items()]
-
-
-def cases_of(device_type: str) -> list[Planned]:
-    """The fixed cases, then what varies one quantity at a time; smaller on a CPU."""
-    return _planned(_cuda_cases() if device_type == "cuda" else _cpu_cases())
-
-
-def _cuda_cases() -> list[tuple[str, Case]]:
-    talk = AttentionCase(4224, 128, 2, 256, batch=4)
-    vary = functools.partial(dataclasses.replace, talk)
-    cases: list[tuple[str, Case]] = [
-        # CogView's 32x32 codes, its talk, its paper, a long sequence; a token of the talk's
-        ("fixed", AttentionCase(1088, 64, 4, 192, batch=16)),
-        ("fixed", talk),
-        ("fixed", AttentionCase(4224, 128, 6, 704, batch=4)),
-        ("fixed", AttentionCase(16448, 128, 2, 512)),
-        ("fixed", AttentionCase(4224, 128, 2, 256, batch=16, q_len=1)),
-        ("fixed", NormCase("layer_norm", 8192, 2560)),
-        ("fixed", NormCase("sandwich_residual", 8192, 2560)),
-        ("fixed", StepCase(12, 2560, 40, 4, 1024, 64, 4, 192)),
-        ("fixed", StepCase(12, 2560, 40, 1, 4096, 128, 2, 256)),
-        ("llm", AttentionCase(32768, 128, 8, 512, num_heads=32, num_kv_heads=8, head_dim=128)),
-    ]
-    for log2 in range(10, 17):
-        seqlen = 1 << log2
-        batch = max(1, 16384 // seqlen)
-        cases.append(("seqlen", AttentionCase(seqlen, 128, 2, 256, batch=batch)))
-    cases += [("window", vary(key_window_times=times)) for times in (1, 2, 4, 8, 16)]
-    cases += [("pivots", vary(num_pivots=pivots)) for pivots in (0, 64, 256, 1024, 2048)]
-    cases += [("head_dim", vary(num_heads=2560 // dim, head_dim=dim)) for dim in (32, 64, 96, 128)]
-    cases += [("dtype", vary(dtype=dtype)) for dtype in ("bfloat16", "float16", "float32")]
-    for op in ("layer_norm", "sandwich_residual"):
-        cases += [
-            ("hidden", NormCase(op, (1 << 24) // hidden, hidden))
-            for hidden in (512, 1024, 2560, 4096, 8192, 16384)
-        ]
-        cases += [("dtype", NormCase(op, 8192, 2560, dtype)) for dtype in DTYPES]
-    for seqlen in (1088, 16448, 65600):
-        cases.append(("seqlen", AttentionCase(seqlen, 128, 2, 256, batch=16, q_len=1)))
-    return cases
-
-
-def _cpu_cases() -> list[tuple[str, Case]]:
-    small = functools.partial(AttentionCase, num_heads=4, dtype="float32")
-    vary = functools.partial(dataclasses.replace, small(4224, 128, 2, 256))
-    cases: list[tuple[str, Case]] = [
-        ("fixed", small(1088, 64, 4, 192)),
-        ("fixed", small(4224, 128, 2, 256)),
-        ("fixed", small(4224, 128, 6, 704)),
-        ("fixed", small(16448, 128, 2, 512)),
-        ("fixed", small(4224, 128, 2, 256, q_len=1)),
-        ("fixed", NormCase("layer_norm", 2048, 2560, "float32")),
-        ("fixed", NormCase("sandwich_residual", 2048, 2560, "float32")),
-        ("fixed", StepCase(4, 256, 4, 1, 1024, 64, 4, 192, vocab_size=8192, dtype="float32")),
-        ("fixed", StepCase(4, 256, 4, 1, 4096, 128, 2, 256, vocab_size=8192, dtype="float32")),
-    ]
-    cases += [("seqlen", small(1 << log2, 128, 2, 256)) for log2 in range(10, 15)]
-    cases += [("window", vary(key_window_times=times)) for times in (1, 2, 4, 8, 16)]
-    cases += [("pivots", vary(num_pivots=pivots)) for pivots in (0, 64, 256, 1024, 2048)]
-    cases += [("head_dim", vary(num_heads=256 // dim, head_dim=dim)) for dim in (32, 64, 128)]
-    cases += [("dtype", vary(dtype=dtype)) for dtype in ("float32", "bfloat16")]
-    cases.append(("llm", small(8192, 128, 8, 512, num_kv_heads=1, head_dim=128)))
-    for op in ("layer_norm", "sandwich_residual"):
-        cases += [
-            ("hidden", NormCase(op, (1 << 22) // size, size, "float32")) for size in (512, 8192)
-        ]
-    cases += [("seqlen", small(seqlen, 128, 2, 256, q_len=1)) for seqlen in (1088, 16448)]
-    return cases
-
-
-def describe(case: Case) -> dict[str, Any]:
-    return dataclasses.asdict(case)

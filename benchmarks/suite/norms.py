@@ -8,8 +8,8 @@ are compared all the same: they move the same bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -22,7 +22,15 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from benchmarks.suite.cases import NormCase
-from benchmarks.suite.methods import Method, Prepare, compiled
+from benchmarks.suite.methods import (
+    Method,
+    Prepare,
+    compiled,
+    first_reason,
+    installed,
+    only_on_cuda,
+    with_graph_replay,
+)
 from cogview_kernels import extension
 
 EPS = 1e-5
@@ -47,22 +55,12 @@ def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x / c, x.shape[-1:], weight, bias, EPS)
 
 
-def ours(backend: str | None, relax: str | None = "row") -> Prepare:
-    def prepare(case: NormCase, layout: None, device: torch.device) -> Norm:
-        return functools.partial(
-            ck.pb_relax_layer_norm, eps=EPS, relax=relax, backend=backend or kernels_on(device)
-        )
-
-    return prepare
+def ours(case: NormCase, layout: None, device: torch.device) -> Norm:
+    return functools.partial(ck.pb_relax_layer_norm, eps=EPS, backend=kernels_on(device))
 
 
-def our_sandwich(backend: str | None) -> Prepare:
-    def prepare(case: NormCase, layout: None, device: torch.device) -> Sandwich:
-        return functools.partial(
-            ck.sandwich_residual, eps=EPS, backend=backend or kernels_on(device)
-        )
-
-    return prepare
+def our_sandwich(case: NormCase, layout: None, device: torch.device) -> Sandwich:
+    return functools.partial(ck.sandwich_residual, eps=EPS, backend=kernels_on(device))
 
 
 def torch_norm(norm: Norm) -> Prepare:
@@ -74,11 +72,6 @@ def liger(case: NormCase, layout: None, device: torch.device) -> Norm:
     return lambda x, weight, bias: functional.liger_layer_norm(x, weight, bias, EPS)
 
 
-def apex(case: NormCase, layout: None, device: torch.device) -> Norm:
-    module = importlib.import_module("apex.normalization.fused_layer_norm")
-    return lambda x, *parameters: module.fused_layer_norm_affine(x, *parameters, x.shape[-1:], EPS)
-
-
 def quack(case: NormCase, layout: None, device: torch.device) -> Norm:
     """Takes float32 parameters alone: who uses it keeps them so, hence they are cast once for all
     calls. It has no autograd of its own for LayerNorm."""
@@ -87,7 +80,7 @@ def quack(case: NormCase, layout: None, device: torch.device) -> Norm:
     class QuackLayerNorm(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            weight32, bias32 = as_float32(weight, bias)
+            weight32, bias32 = as_float32(weight), as_float32(bias)
             y, rstd, mean = module.layernorm_fwd(
                 x, weight32, bias32, EPS, return_rstd=True, return_mean=True
             )
@@ -102,11 +95,10 @@ def quack(case: NormCase, layout: None, device: torch.device) -> Norm:
 
     casts: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def as_float32(*parameters: Tensor) -> list[Tensor]:
-        for p in parameters:
-            if id(p) not in casts:
-                casts[id(p)] = p, p.float()
-        return [casts[id(p)][1] for p in parameters]
+    def as_float32(parameter: Tensor) -> Tensor:
+        if id(parameter) not in casts:
+            casts[id(parameter)] = parameter, parameter.float()
+        return casts[id(parameter)][1]
 
     return lambda x, weight, bias: QuackLayerNorm.apply(x, weight, bias)
 
@@ -117,16 +109,9 @@ def sandwich_of(prepare_norm: Prepare) -> Prepare:
     def prepare(case: NormCase, layout: None, device: torch.device) -> Sandwich:
         norm = prepare_norm(case, layout, device)
 
-        def sandwich(
-            f: Tensor,
-            residual: Tensor,
-            post_weight: Tensor,
-            post_bias: Tensor,
-            pre_weight: Tensor,
-            pre_bias: Tensor,
-        ) -> tuple[Tensor, Tensor]:
-            h = residual + norm(f, post_weight, post_bias)
-            return h, norm(h, pre_weight, pre_bias)
+        def sandwich(f: Tensor, residual: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+            h = residual + norm(f, *parameters[:2])
+            return h, norm(h, *parameters[2:])
 
         return sandwich
 
@@ -141,11 +126,6 @@ def no_kernel(case: Any, device: torch.device) -> str | None:
     return extension.why_no_kernel_on(device, "cuda") if device.type == "cuda" else None
 
 
-def same_as_ours(case: Any, device: torch.device) -> str | None:
-    """Of "portable"."""
-    return None if device.type == "cuda" else "what cogview_kernels runs on the CPU"
-
-
 def no_compiler(case: Any, device: torch.device) -> str | None:
     if device.type == "cuda" and importlib.util.find_spec("triton") is None:
         return "torch.compile needs triton, which is not installed"
@@ -155,64 +135,38 @@ def no_compiler(case: Any, device: torch.device) -> str | None:
     return None
 
 
-def no_package(name: str, module: str) -> Callable[[NormCase, torch.device], str | None]:
-    def why_not(case: NormCase, device: torch.device) -> str | None:
-        if importlib.util.find_spec(module) is None:
-            return f"{name} is not installed"
-        return None if device.type == "cuda" else f"{name} runs on GPUs only"
-
-    return why_not
+def no_quack_backward(case: NormCase, device: torch.device) -> str | None:
+    if hasattr(importlib.import_module("quack.rmsnorm"), "layernorm_bwd"):
+        return None
+    return "this quack-kernels has no backward of LayerNorm; 0.6.2 has"
 
 
-def no_apex(case: NormCase, device: torch.device) -> str | None:
-    # Apex can be installed without its extensions.
-    module = "apex" if importlib.util.find_spec("apex") is None else "fused_layer_norm_cuda"
-    return no_package("Apex with its fused_layer_norm_cuda", module)(case, device)
+NO_LIGER = first_reason(installed("liger_kernel", "liger-kernel"), only_on_cuda)
+NO_QUACK = first_reason(installed("quack", "quack-kernels"), only_on_cuda, no_quack_backward)
 
 
-def no_quack(case: NormCase, device: torch.device) -> str | None:
-    reason = no_package("quack-kernels", "quack")(case, device)
-    if reason is None and not hasattr(importlib.import_module("quack.rmsnorm"), "layernorm_bwd"):
-        return "this quack-kernels has no backward of LayerNorm; 0.6.2 has"
-    return reason
-
-
-def sandwiches(methods: tuple[Method, ...]) -> tuple[Method, ...]:
-    return tuple(
-        dataclasses.replace(method, prepare=sandwich_of(method.prepare)) for method in methods
+def peers(whole: Callable[[Prepare], Prepare]) -> tuple[Method, ...]:
+    """``whole`` makes of a norm's preparation that of the norm or of the sandwich."""
+    relaxed, plain = whole(torch_norm(pb_relax_layer_norm)), whole(torch_norm(layer_norm))
+    relaxed_compiled, plain_compiled = then_compiled(relaxed), then_compiled(plain)
+    replayed = (
+        Method("PyTorch PB-relax, compiled", PB_RELAX, relaxed_compiled, no_compiler, "rival", 3.0),
+        Method("F.layer_norm", PLAIN, plain),
+        Method("F.layer_norm, compiled", PLAIN, plain_compiled, no_compiler, compile_s=3.0),
+    )
+    return (
+        Method("PyTorch PB-relax", PB_RELAX, relaxed, role="rival"),
+        *(twin for method in replayed for twin in with_graph_replay(method)),
+        Method("liger-kernel", PLAIN, whole(liger), NO_LIGER),
+        Method("quack-kernels", PLAIN, whole(quack), NO_QUACK),
     )
 
-
-def and_compiled(methods: tuple[Method, ...]) -> tuple[Method, ...]:
-    """The methods, and each of them compiled."""
-    again = (
-        Method(f"{m.name}, compiled", m.computes, then_compiled(m.prepare), no_compiler, True)
-        for m in methods
-    )
-    return (*methods, *again)
-
-
-_TORCH = (
-    Method("PyTorch PB-relax", PB_RELAX, torch_norm(pb_relax_layer_norm)),
-    Method("F.layer_norm", PLAIN, torch_norm(layer_norm)),
-)
-_PACKAGES = (
-    Method("liger-kernel", PLAIN, liger, no_package("liger-kernel", "liger_kernel")),
-    Method("quack-kernels", PLAIN, quack, no_quack),
-    Method("Apex", PLAIN, apex, no_apex),
-)
 
 LAYER_NORM_METHODS: tuple[Method, ...] = (
-    Method("cogview_kernels", PB_RELAX, ours(None), no_kernel),
-    Method("portable", PB_RELAX, ours("portable"), same_as_ours),
-    Method("cogview_kernels, relax=None", PLAIN, ours(None, relax=None), no_kernel),
-    *and_compiled(_TORCH),
-    *_PACKAGES,
+    *with_graph_replay(Method("cogview_kernels", PB_RELAX, ours, no_kernel, "ours")),
+    *peers(lambda prepare: prepare),
 )
 SANDWICH_METHODS: tuple[Method, ...] = (
-    Method("cogview_kernels", PB_RELAX, our_sandwich(None), no_kernel),
-    Method("portable", PB_RELAX, our_sandwich("portable"), same_as_ours),
-    Method("cogview_kernels, two norms", PB_RELAX, sandwich_of(ours(None)), no_kernel),
-    *and_compiled(sandwiches(_TORCH)),
-    *sandwiches(_PACKAGES),
+    *with_graph_replay(Method("cogview_kernels", PB_RELAX, our_sandwich, no_kernel, "ours")),
+    *peers(sandwich_of),
 )
