@@ -2,12 +2,11 @@
 
 The rival is FlexAttention over ``far keys ++ keys`` (text and pivots gathered into one list, then
 all keys): exact, differentiable and block-sparse. It gets what its experts would give it: compiled
-for each case's static shapes, block masks with full blocks apart and ready before the clock starts,
-tables in place of searches in its masks, and block masks of three granularities with tiles to
-match. At their defaults are ``ROWS_GUARANTEED_SAFE`` (where windows begin inside of blocks, a row's
-first block may be hidden from it) and ``PRESCALE_QK`` (less accurate). The row "TMA" loads by TMA,
-where torch takes the tensors; for "autotuned" torch searches tiles, warps and stages, timed on
-block masks of its own making.
+for each case's static shapes, block masks ready before the clock starts, tables in place of
+searches in its masks, and blocks of three sizes with tiles to match. At their defaults are
+``ROWS_GUARANTEED_SAFE`` (where windows begin inside of blocks, a row's first block may be hidden
+from it) and ``PRESCALE_QK`` (less accurate). The row "TMA" loads by TMA, where torch takes the
+tensors; for "autotuned" torch searches tiles, warps and stages, timed on block masks of its own.
 """
 
 from __future__ import annotations
@@ -21,7 +20,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import BlockMask, FlexKernelOptions, flex_attention
+from torch.nn.attention.flex_attention import (
+    BlockMask,
+    FlexKernelOptions,
+    create_block_mask,
+    flex_attention,
+)
 
 import cogview_kernels as ck
 from benchmarks.suite.cases import AttentionCase
@@ -44,6 +48,7 @@ Layout = ck.ThreeRegionLayout
 
 RIVAL = "FlexAttention, gathered pivots"
 OF_SWEEPS = f"{RIVAL}, 128x64"  # the rival where one size of blocks must do
+ON_FA4, AUTOTUNED = f"{RIVAL} on FA4", f"{RIVAL}, autotuned"
 
 
 def not_on_cuda(case: AttentionCase, device: torch.device) -> str | None:
@@ -131,6 +136,7 @@ class FarKeys:
     place: Tensor  # (B, Sk) int64, where in the list a position stands; -1: nowhere
     num_text: Tensor  # (B,) int64, entries of the list that are text
     count: Tensor  # (B, Sq) int32, entries that a query sees
+    first_key: int  # keys before it are in no window
 
     def gather(self, x: Tensor) -> Tensor:
         gathered: Tensor = _Gather.apply(x, self.index, self.place)
@@ -147,15 +153,10 @@ def far_keys(layout: Layout, case: AttentionCase, multiple: int = 1) -> FarKeys:
     index = place.new_zeros(case.batch, length + 1)
     positions = torch.arange(case.seqlen, device=place.device).expand_as(place)
     index.scatter_(1, torch.where(place < 0, length, place), positions)
-    count = F.pad(number, (1, 0))[:, windows(layout, case, place.device)].int()
-    return FarKeys(index[:, :length], place, text.sum(1), count)
-
-
-def windows(layout: Layout, case: AttentionCase, device: torch.device) -> Tensor:
-    """Where each query's window begins, ``(Sq,)``. Before the first of them keys are read from the
-    list alone."""
-    query = torch.arange(case.seqlen - case.queries, case.seqlen, device=device)
-    return window_start(query, layout.query_window, layout.key_window_times)
+    query = positions[0, case.seqlen - case.queries :]
+    start = window_start(query, layout.query_window, layout.key_window_times)
+    count = F.pad(number, (1, 0))[:, start].int()
+    return FarKeys(index[:, :length], place, text.sum(1), count, int(start[0]))
 
 
 class _Gather(torch.autograd.Function):
@@ -180,67 +181,29 @@ class _Gather(torch.autograd.Function):
 # FlexAttention
 
 
-def listed_blocks(
-    layout: Layout, case: AttentionCase, far: FarKeys, block: tuple[int, int]
-) -> tuple[Tensor, Tensor]:
-    """Which blocks of ``far keys ++ keys`` some query of a block sees, and which of them all its
-    queries see wholly, bool ``(B, 1, Nq, Nk)``. From each block's first and last query, between
-    which counts and windows only move on."""
-    block_q, block_k = block
-    device = far.count.device
-    first = torch.arange(0, case.queries, block_q, device=device)
-    last = (first + block_q - 1).clamp(max=case.queries - 1)
-
-    edge = torch.arange(0, far.index.shape[1], block_k, device=device)
-    count = far.count[:, None, :, None]
-    seen, full = count[:, :, last] > edge, count[:, :, first] >= edge + block_k
-
-    start = windows(layout, case, device)[:, None]
-    query = torch.arange(case.seqlen - case.queries, case.seqlen, device=device)[:, None]
-    edge = torch.arange(int(start[0]), case.seqlen, block_k, device=device)
-    end = edge + block_k - 1
-    window_seen = (start[first] <= end) & (edge <= query[last])
-    window_full = (start[last] <= edge) & (end <= query[first])
-
-    def beside(a: Tensor, b: Tensor) -> Tensor:
-        return torch.cat([a, b.expand(case.batch, 1, -1, -1)], 3)
-
-    return beside(seen, window_seen), beside(full, window_full)
-
-
-def issued_products(case: AttentionCase, layout: Layout, block: tuple[int, int]) -> float:
-    """Products that FlexAttention computes over those that count: pairs of query and key in the
-    blocks that it visits, and visible pairs."""
-    seen, _ = listed_blocks(layout, case, far_keys(layout, case, block[1]), block)
-    return int(seen.sum()) * block[0] * block[1] / case.pairs
-
-
 def staircase(
     case: AttentionCase, layout: Layout, far: FarKeys, block: tuple[int, int]
 ) -> BlockMask:
-    """Of the list each query sees a prefix, of the keys its window. Nothing but the end of that
-    prefix and the window's edges needs a mask."""
+    """Of the list each query sees a prefix, of the keys its window."""
     w, n, offset = layout.query_window, layout.key_window_times, case.seqlen - case.queries
-    count, length = far.count, far.index.shape[1]
-    first_key = int(windows(layout, case, far.count.device)[0])
+    count, length, first_key = far.count, far.index.shape[1], far.first_key
 
     def mask_mod(b: Tensor, h: Tensor, r: Tensor, c: Tensor) -> Tensor:
         i, j = r + offset, c - length + first_key
         in_window = (window_start(i, w, n) <= j) & (j <= i)
         return torch.where(c < length, c < count[b, r], in_window)
 
-    def in_order(blocks: Tensor) -> tuple[Tensor, Tensor]:
-        order = blocks.int().argsort(dim=-1, descending=True, stable=True)
-        return blocks.sum(-1, dtype=torch.int32), order.int()
+    keys, device = length + case.seqlen - first_key, str(count.device)
+    return create_block_mask(mask_mod, case.batch, None, case.queries, keys, device, block)
 
-    seen, full = listed_blocks(layout, case, far, block)
-    return BlockMask.from_kv_blocks(
-        *in_order(seen & ~full),
-        *in_order(full),
-        BLOCK_SIZE=block,
-        mask_mod=mask_mod,
-        seq_lengths=(case.queries, length + case.seqlen - first_key),
-    )
+
+def issued_products(case: AttentionCase, layout: Layout, block: tuple[int, int]) -> float:
+    """Products that FlexAttention computes over those that count: pairs of query and key in the
+    blocks that it visits, and visible pairs."""
+    mask = staircase(case, layout, far_keys(layout, case, block[1]), block)
+    assert mask.full_kv_num_blocks is not None
+    blocks = int(mask.kv_num_blocks.sum() + mask.full_kv_num_blocks.sum())
+    return blocks * block[0] * block[1] / case.pairs
 
 
 def flex_gathered(
@@ -256,7 +219,6 @@ def flex_gathered(
 
     def prepare(case: AttentionCase, layout: Layout, device: torch.device) -> Attention:
         far = far_keys(layout, case, block[1])
-        first_key = int(windows(layout, case, device)[0])
         block_mask = staircase(case, layout, far, block)
         text_bias, pivot_bias, length = layout.text_bias, layout.pivot_bias, far.index.shape[1]
 
@@ -270,13 +232,10 @@ def flex_gathered(
             kernel_options |= {"fwd_BLOCK_M": block[0], "fwd_BLOCK_N": block[1]}
 
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            k, v = (torch.cat([far.gather(x), x[:, :, far.first_key :]], 2) for x in (k, v))
+            grouped = case.kv_heads != case.num_heads
             return flex_attention(
-                q,
-                *(torch.cat([far.gather(x), x[:, :, first_key:]], 2) for x in (k, v)),
-                score_mod=score_mod,
-                block_mask=block_mask,
-                enable_gqa=case.kv_heads != case.num_heads,
-                kernel_options=kernel_options,
+                q, k, v, score_mod, block_mask, None, grouped, kernel_options=kernel_options
             )
 
         return compiled(attention, autotuned)
@@ -360,10 +319,8 @@ ATTENTION_METHODS: tuple[Method, ...] = (
     Method("FlashAttention-4", "dense causal", FA4, NO_FA4, "dense", 3.0),
     *(flex_gathered(f"{RIVAL}, {m}x{n}", (m, n)) for m, n in ((128, 128), (128, 64), (64, 64))),
     flex_gathered(f"{RIVAL}, 128x64, TMA", (128, 64), {"USE_TMA": True}, only_on_cuda),
-    flex_gathered(f"{RIVAL} on FA4", (128, 128), {"BACKEND": "FLASH"}, NO_FA4),
-    flex_gathered(
-        f"{RIVAL}, autotuned", (128, 128), why_not=only_on_cuda, autotuned=True, compile_s=18.0
-    ),
+    flex_gathered(ON_FA4, (128, 128), {"BACKEND": "FLASH"}, NO_FA4),
+    flex_gathered(AUTOTUNED, (128, 128), why_not=only_on_cuda, autotuned=True, compile_s=18.0),
     Method("CogView's formulation", "three-region", cogview_formulation),
 )
 NOT_FOR_ONE_QUERY = {
