@@ -172,11 +172,7 @@ class StepCase:
 
     @property
     def name(self) -> str:
-        return (
-            f"L{self.num_layers} {self.hidden_size} H{self.num_heads} B{self.batch} S{self.seqlen} "
-            f"w{self.query_window} n{self.key_window_times} P{self.num_pivots} T{self.text_len} "
-            f"{self.dtype}"
-        )
+        return f"L{self.num_layers} {self.hidden_size} {self.attention.name}"
 
     @property
     def tokens(self) -> int:

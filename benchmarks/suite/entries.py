@@ -105,7 +105,7 @@ class Entry:
 
 
 def entries(device_type: str) -> list[Entry]:
-    """Of a kind of device, stage after stage; those that share inputs stand together."""
+    """Of a kind of device; those that share inputs stand together, on a GPU stage after stage."""
     sweeps: dict[tuple[Case, str, Method], tuple[str, ...]] = {}
     for sweep, case, chosen in _cuda_plan() if device_type == "cuda" else _cpu_plan():
         for method in METHODS[case.op]:
@@ -118,8 +118,9 @@ def entries(device_type: str) -> list[Entry]:
                 key = case, work, method
                 sweeps[key] = (*sweeps.get(key, ()), sweep)
     found = [Entry(*key, names) for key, names in sweeps.items()]
-    found.sort(key=lambda entry: STAGES.index(entry.stage))
-    return list(_with_seconds(found)) if device_type == "cuda" else found
+    if device_type != "cuda":
+        return found
+    return list(_with_seconds(sorted(found, key=lambda entry: STAGES.index(entry.stage))))
 
 
 Chosen = Callable[[Method], bool]
