@@ -12,6 +12,7 @@ tensors; for "autotuned" torch searches tiles, warps and stages, timed on block 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -37,8 +38,9 @@ from benchmarks.suite.methods import (
     compiled,
     first_reason,
     installed,
+    kernels_on,
     only_on_cuda,
-    with_graph_replay,
+    replayed,
 )
 from cogview_kernels import extension
 from cogview_kernels.attention.layout import window_start
@@ -70,12 +72,8 @@ FLASH_KERNEL = first_reason(only_on_cuda, only_halves)
 
 
 def ours(case: AttentionCase, layout: Layout, device: torch.device) -> Attention:
-    backend = "cuda" if device.type == "cuda" else "portable"
-
-    def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return ck.three_region_attention(q, k, v, layout, backend=backend)
-
-    return attention
+    attention = ck.three_region_attention
+    return functools.partial(attention, layout=layout, backend=kernels_on(device))
 
 
 def why_no_kernel(case: AttentionCase, device: torch.device) -> str | None:
@@ -91,19 +89,13 @@ def sdpa(backend: SDPBackend | None) -> Prepare:
     """By one of its kernels; ``None``: its own choice."""
 
     def prepare(case: AttentionCase, layout: Layout, device: torch.device) -> Attention:
-        is_causal = case.queries == case.seqlen
-        assert is_causal or case.queries == 1  # a single query, the last one, sees every key
+        is_causal = not case.q_len  # a single query, the last one, sees every key
         grouped = case.kv_heads != case.num_heads
 
-        def dense(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped)
 
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            assert backend is not None
-            with sdpa_kernel(backend):
-                return dense(q, k, v)
-
-        return dense if backend is None else attention
+        return attention if backend is None else sdpa_kernel(backend)(attention)
 
     return prepare
 
@@ -319,5 +311,5 @@ DECODE_METHODS: tuple[Method, ...] = tuple(
     twin
     for method in ATTENTION_METHODS
     if method.role in ("ours", "dense") or method.name == OF_SWEEPS
-    for twin in with_graph_replay(method)
+    for twin in replayed(method)
 )

@@ -8,6 +8,7 @@ import functools
 import torch
 
 import cogview_kernels as ck
+from cogview_kernels.attention.layout import window_start
 
 WORKS = ("forward", "backward", "forward+backward")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -26,7 +27,7 @@ class AttentionCase:
     num_kv_heads: int = 0  # 0: num_heads
     head_dim: int = 64
     text_len: int = 64
-    q_len: int = 0  # the last queries, as in decoding; 0: all of them
+    q_len: int = 0  # 1: the last query alone, as in decoding; 0: all of them
     dtype: str = "bfloat16"
 
     @property
@@ -69,29 +70,18 @@ class AttentionCase:
         )
 
     @functools.cached_property
-    def _counts(self) -> tuple[int, int]:
-        """Visible pairs of query and key; keys that some query sees. Of all samples, one head."""
+    def pairs(self) -> int:
+        """Visible pairs of query and key, of all samples, one head."""
         layout = self.layout("cpu")
         assert layout.pivot_idx is not None
         position = torch.arange(self.seqlen - self.queries, self.seqlen)
-        block = position // self.query_window
-        start = ((block - self.key_window_times + 1) * self.query_window).clamp(min=0)
-        text = start.clamp(max=self.text_len)
-        pairs = seen = 0
+        start = window_start(position, self.query_window, self.key_window_times)
+        window_and_text = position - start + 1 + start.clamp(max=self.text_len)
+        pairs = self.batch * int(window_and_text.sum())
         for pivots in layout.pivot_idx.long():
             pivots = pivots[(pivots >= self.text_len) & (pivots < self.seqlen)]
-            before = torch.searchsorted(pivots, start)  # pivots in front of the window
-            pairs += int((position - start + 1 + text + before).sum())
-            first = int(start[0])
-            far = int(((pivots >= first) & (pivots < start[-1])).sum())
-            in_windows = self.seqlen - first
-            # Keys of the windows hold the later pivots and text already.
-            seen += in_windows + int(text[0]) + int(before[-1]) - far
-        return pairs, seen
-
-    @property
-    def pairs(self) -> int:
-        return self._counts[0]
+            pairs += int(torch.searchsorted(pivots, start).sum())  # those in front of the window
+        return pairs
 
     @property
     def attended_fraction(self) -> float:
@@ -110,7 +100,8 @@ class AttentionCase:
         element = self.torch_dtype.itemsize
         queries = self.batch * self.num_heads * self.queries
         rows = queries * self.head_dim * element
-        keys = self._counts[1] * self.kv_heads * self.head_dim * element
+        seen = self.pairs if self.q_len else self.batch * self.seqlen
+        keys = seen * self.kv_heads * self.head_dim * element
         forward = 2 * rows + 2 * keys + 4 * queries  # q, out; k, v; lse
         backward = 4 * rows + 4 * keys + 4 * queries  # q, out, dout, dq; k, v, dk, dv; lse
         both = {"forward": forward, "backward": backward}
@@ -153,45 +144,22 @@ class StepCase:
     """One whole training step of CogView's model: forward, loss, backward, optimizer."""
 
     num_layers: int
-    hidden_size: int
-    num_heads: int
-    batch: int
-    image_len: int
-    query_window: int
-    key_window_times: int
-    num_pivots: int
-    text_len: int = 64
+    attention: AttentionCase  # of each layer; autocast to its dtype, unless that is float32
     vocab_size: int = 58240
-    dtype: str = "bfloat16"  # of autocast; float32: none
     op = "training_step"
     works = ("step",)
 
     @property
-    def seqlen(self) -> int:
-        return self.text_len + self.image_len
+    def hidden_size(self) -> int:
+        return self.attention.num_heads * self.attention.head_dim
 
     @property
     def name(self) -> str:
-        return f"L{self.num_layers} {self.hidden_size} {self.attention.name}"
+        return f"L{self.num_layers} V{self.vocab_size} {self.attention.name}"
 
     @property
     def tokens(self) -> int:
-        return self.batch * self.seqlen
-
-    @property
-    def attention(self) -> AttentionCase:
-        """Of one layer."""
-        return AttentionCase(
-            self.seqlen,
-            self.query_window,
-            self.key_window_times,
-            self.num_pivots,
-            batch=self.batch,
-            num_heads=self.num_heads,
-            head_dim=self.hidden_size // self.num_heads,
-            text_len=self.text_len,
-            dtype=self.dtype,
-        )
+        return self.attention.batch * self.attention.seqlen
 
     @property
     def matrix_parameters(self) -> int:

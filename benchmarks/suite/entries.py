@@ -83,10 +83,12 @@ class Entry:
     def info(self) -> dict[str, Any]:
         """What is known before it has run."""
         case, work, method = self.case, self.work, self.method
+        shape = dataclasses.asdict(case)
+        shape |= shape.pop("attention", {})
         info = {
             "op": case.op,
             "work": work,
-            "case": dataclasses.asdict(case),
+            "case": shape,
             "case_name": case.name,
             "sweeps": list(self.sweeps),
             "stage": self.stage,
@@ -158,8 +160,8 @@ def _cuda_plan() -> Plan:
         AttentionCase(4224, 128, 2, 256, batch=16, q_len=1),  # a token of the talk's
         NormCase("layer_norm", 8192, 2560),
         NormCase("sandwich_residual", 8192, 2560),
-        StepCase(12, 2560, 40, 4, 1024, 64, 4, 192),
-        StepCase(12, 2560, 40, 1, 4096, 128, 2, 256),
+        StepCase(12, AttentionCase(1088, 64, 4, 192, batch=4)),
+        StepCase(12, AttentionCase(4160, 128, 2, 256)),
     ):
         yield "fixed", case, but("SDPA")
     for log2 in range(10, 17):
@@ -187,7 +189,6 @@ def _cuda_plan() -> Plan:
 
 def _cpu_plan() -> Plan:
     small = functools.partial(AttentionCase, num_heads=4, dtype="float32")
-    step = functools.partial(StepCase, 4, 256, 4, 1, vocab_size=8192, dtype="float32")
     for case in (
         small(1088, 64, 4, 192),
         small(4224, 128, 2, 256),
@@ -195,8 +196,8 @@ def _cpu_plan() -> Plan:
         small(16448, 128, 2, 512),
         NormCase("layer_norm", 2048, 2560, "float32"),
         NormCase("sandwich_residual", 2048, 2560, "float32"),
-        step(1024, 64, 4, 192),
-        step(4096, 128, 2, 256),
+        StepCase(4, small(1088, 64, 4, 192), 8192),
+        StepCase(4, small(4160, 128, 2, 256), 8192),
     ):
         yield "fixed", case, ON_CPU
     yield "fixed", small(4224, 128, 2, 256, q_len=1), among("cogview_kernels", *TORCH, OF_SWEEPS)
@@ -246,8 +247,8 @@ def ready(entry: Entry, device: torch.device) -> Ready:
         raise NotMeasured(reason)
     try:
         problem = problem_of(entry.case, device)
-        prepared = problem.prepared(entry.method)
-        return Ready(problem.timed(prepared.call, entry.work), entry.info() | prepared.facts)
+        call, facts = problem.prepared(entry.method)
+        return Ready(problem.timed(call, entry.work), entry.info() | facts)
     except NotMeasured:
         raise
     except Exception as error:  # whatever a peer raises; the other entries go on

@@ -52,7 +52,12 @@ class Method:
         return self.compile_s > 0
 
 
-def with_graph_replay(method: Method) -> tuple[Method, Method]:
+def kernels_on(device: torch.device) -> str:
+    """The backend that is timed as ours: on a GPU the kernels or an error, never a substitute."""
+    return "cuda" if device.type == "cuda" else "auto"
+
+
+def replayed(method: Method) -> tuple[Method, Method]:
     """The method and its twin, which shares what is prepared; its graphs are CUDA's."""
     name = f"{method.name}, graph replay"
     why_not = first_reason(only_on_cuda, method.why_not)

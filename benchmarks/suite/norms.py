@@ -24,12 +24,14 @@ import cogview_kernels as ck
 from benchmarks.suite.cases import NormCase
 from benchmarks.suite.methods import (
     Method,
-    Prepare,
+    WhyNot,
+    anywhere,
     compiled,
     first_reason,
     installed,
+    kernels_on,
     only_on_cuda,
-    with_graph_replay,
+    replayed,
 )
 from cogview_kernels import extension
 
@@ -38,11 +40,6 @@ PB_RELAX, PLAIN = "PB-relax LayerNorm", "plain LayerNorm"
 
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sandwich = Callable[..., tuple[Tensor, Tensor]]
-
-
-def kernels_on(device: torch.device) -> str:
-    """The backend that is timed as ours: on a GPU the kernels or an error, never a substitute."""
-    return "cuda" if device.type == "cuda" else "auto"
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -63,16 +60,12 @@ def our_sandwich(case: NormCase, layout: None, device: torch.device) -> Sandwich
     return functools.partial(ck.sandwich_residual, eps=EPS, backend=kernels_on(device))
 
 
-def torch_norm(norm: Norm) -> Prepare:
-    return lambda case, layout, device: norm
-
-
-def liger(case: NormCase, layout: None, device: torch.device) -> Norm:
+def liger() -> Norm:
     functional = importlib.import_module("liger_kernel.transformers.functional")
     return lambda x, weight, bias: functional.liger_layer_norm(x, weight, bias, EPS)
 
 
-def quack(case: NormCase, layout: None, device: torch.device) -> Norm:
+def quack() -> Norm:
     """Takes float32 parameters alone: who uses it keeps them so, hence they are cast once for all
     calls. It has no autograd of its own for LayerNorm."""
     module = importlib.import_module("quack.rmsnorm")
@@ -103,23 +96,14 @@ def quack(case: NormCase, layout: None, device: torch.device) -> Norm:
     return lambda x, weight, bias: QuackLayerNorm.apply(x, weight, bias)
 
 
-def sandwich_of(prepare_norm: Prepare) -> Prepare:
+def sandwich_of(norm: Norm) -> Sandwich:
     """Two norms of a kind and an addition."""
 
-    def prepare(case: NormCase, layout: None, device: torch.device) -> Sandwich:
-        norm = prepare_norm(case, layout, device)
+    def sandwich(f: Tensor, residual: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        h = residual + norm(f, *parameters[:2])
+        return h, norm(h, *parameters[2:])
 
-        def sandwich(f: Tensor, residual: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
-            h = residual + norm(f, *parameters[:2])
-            return h, norm(h, *parameters[2:])
-
-        return sandwich
-
-    return prepare
-
-
-def then_compiled(prepare: Prepare) -> Prepare:
-    return lambda case, layout, device: compiled(prepare(case, layout, device))
+    return sandwich
 
 
 def no_kernel(case: Any, device: torch.device) -> str | None:
@@ -145,28 +129,43 @@ NO_LIGER = first_reason(installed("liger_kernel", "liger-kernel"), only_on_cuda)
 NO_QUACK = first_reason(installed("quack", "quack-kernels"), only_on_cuda, no_quack_backward)
 
 
-def peers(whole: Callable[[Prepare], Prepare]) -> tuple[Method, ...]:
-    """``whole`` makes of a norm's preparation that of the norm or of the sandwich."""
-    relaxed, plain = whole(torch_norm(pb_relax_layer_norm)), whole(torch_norm(layer_norm))
-    relaxed_compiled, plain_compiled = then_compiled(relaxed), then_compiled(plain)
-    replayed = (
-        Method("PyTorch PB-relax, compiled", PB_RELAX, relaxed_compiled, no_compiler, "rival", 3.0),
-        Method("F.layer_norm", PLAIN, plain),
-        Method("F.layer_norm, compiled", PLAIN, plain_compiled, no_compiler, compile_s=3.0),
-    )
+def peers(whole: Callable[[Norm], Callable[..., Any]]) -> tuple[Method, ...]:
+    """``whole`` makes of a norm what is timed: itself or the sandwich."""
+
+    def method(
+        name: str,
+        computes: str,
+        norm: Callable[[], Norm],
+        why_not: WhyNot = anywhere,
+        compile_s: float = 0.0,
+    ) -> Method:
+        def prepare(case: NormCase, layout: None, device: torch.device) -> Callable[..., Any]:
+            return compiled(whole(norm())) if compile_s else whole(norm())
+
+        role = "rival" if computes == PB_RELAX else ""
+        return Method(name, computes, prepare, why_not, role, compile_s)
+
+    def relaxed() -> Norm:
+        return pb_relax_layer_norm
+
+    def plain() -> Norm:
+        return layer_norm
+
     return (
-        Method("PyTorch PB-relax", PB_RELAX, relaxed, role="rival"),
-        *(twin for method in replayed for twin in with_graph_replay(method)),
-        Method("liger-kernel", PLAIN, whole(liger), NO_LIGER),
-        Method("quack-kernels", PLAIN, whole(quack), NO_QUACK),
+        method("PyTorch PB-relax", PB_RELAX, relaxed),
+        *replayed(method("PyTorch PB-relax, compiled", PB_RELAX, relaxed, no_compiler, 3.0)),
+        *replayed(method("F.layer_norm", PLAIN, plain)),
+        *replayed(method("F.layer_norm, compiled", PLAIN, plain, no_compiler, 3.0)),
+        method("liger-kernel", PLAIN, liger, NO_LIGER),
+        method("quack-kernels", PLAIN, quack, NO_QUACK),
     )
 
 
 LAYER_NORM_METHODS: tuple[Method, ...] = (
-    *with_graph_replay(Method("cogview_kernels", PB_RELAX, ours, no_kernel, "ours")),
-    *peers(lambda prepare: prepare),
+    *replayed(Method("cogview_kernels", PB_RELAX, ours, no_kernel, "ours")),
+    *peers(lambda norm: norm),
 )
 SANDWICH_METHODS: tuple[Method, ...] = (
-    *with_graph_replay(Method("cogview_kernels", PB_RELAX, our_sandwich, no_kernel, "ours")),
+    *replayed(Method("cogview_kernels", PB_RELAX, our_sandwich, no_kernel, "ours")),
     *peers(sandwich_of),
 )

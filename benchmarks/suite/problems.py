@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from benchmarks.suite.cases import AttentionCase, Case, NormCase, StepCase
+from benchmarks.suite.measure import elapsed
 from benchmarks.suite.methods import Method, Prepare
 from benchmarks.suite.steps import reference_losses
 
@@ -29,24 +29,7 @@ class NotMeasured(Exception):
         self.failed = failed
 
 
-@dataclasses.dataclass
-class Prepared:
-    """A method that is ready for a case's inputs, and was checked on them."""
-
-    call: Callable[..., Any]
-    facts: dict[str, Any]  # of the record's row
-
-
-def elapsed(run: Callable[[], Any], device: torch.device) -> float:
-    """Seconds of one call on the host's clock, the device's work included."""
-    synchronize: Callable[[], Any] = (
-        torch.cuda.synchronize if device.type == "cuda" else lambda: None
-    )
-    synchronize()
-    begin = time.perf_counter()
-    run()
-    synchronize()
-    return time.perf_counter() - begin
+Prepared = tuple[Callable[..., Any], dict[str, Any]]  # the call, and what the record's row says
 
 
 class Problem:
@@ -71,41 +54,31 @@ class Problem:
         call = prepare()
         first_call_seconds = elapsed(lambda: self.first_call(call), self.device)
         errors = self.errors(method, call)
-        allowed = self.allowed(errors)
-        wrong = [
-            f"{name}: {error:.2g} (allowed {allowed[name]:.2g})"
-            for name, error in errors.items()
-            if not error <= allowed[name]
-        ]
+        allowed = {name: self.allowed(name) for name in errors}
+        wrong = [f"{name}: {e:.2g}" for name, e in errors.items() if e > allowed[name]]
         if wrong:
-            raise NotMeasured(
-                f"wrong: relative error against float64, {', '.join(wrong)}", failed=True
-            )
+            text = f"wrong: relative error against float64, {', '.join(wrong)}"
+            raise NotMeasured(text, failed=True)
         facts = {
             "errors": errors,
             "errors_allowed": allowed,
             "prepare_seconds": prepare_seconds,
             "first_call_seconds": first_call_seconds,
         }
-        return Prepared(call, facts | method.facts(self.case, self.layout))
+        return call, facts | method.facts(self.case, self.layout)
 
     def random(self, *shape: int) -> Tensor:
         """Normal, in the case's dtype."""
         drawn = torch.randn(shape, device=self.device, generator=self.generator)
         return drawn.to(self.case.torch_dtype)
 
-    def allowed(self, errors: dict[str, float]) -> dict[str, float]:
-        """Relative errors of results in the case's dtype: some roundings, of which a good method
+    def allowed(self, name: str) -> float:
+        """Relative error of a result in the case's dtype: some roundings, of which a good method
         makes less than half; in float32 those of a long sum. Parameters' gradients are sums over
         all rows, which some sum in the dtype itself."""
-        eps = torch.finfo(self.case.torch_dtype).eps
-
-        def roundings(name: str) -> float:
-            if name in ("out", "y", "h", "z"):
-                return 1.5
-            return 4 if name.endswith(("weight", "bias")) else 2
-
-        return {name: roundings(name) * eps + 1e-5 for name in errors}
+        roundings = 1.5 if name in ("out", "y", "h", "z") else 2
+        roundings = 4 if name.endswith(("weight", "bias")) else roundings
+        return roundings * torch.finfo(self.case.torch_dtype).eps + 1e-5
 
     def first_call(self, call: Callable[..., Any]) -> None:
         """What a method does once before it is timed: forward and backward, compiled if need be."""
@@ -178,7 +151,7 @@ class AttentionProblem(Problem):
             weight = dout[parts[0]][:, :, rows].double()
             exact_grads = torch.autograd.grad(exact, (q, k, v), weight)
             for name, x, right in zip(errors, found, (exact, *exact_grads), strict=False):
-                errors[name] = worse(errors[name], relative_error(x[:, :, rows], right.detach()))
+                errors[name] = max(errors[name], relative_error(x[:, :, rows], right.detach()))
             for total, grad in zip(sums, exact_grads[1:], strict=False):
                 total[:, :, keys] += grad
         if case.op != "attention":
@@ -201,14 +174,9 @@ def definition(
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """NaN where anything found is not finite."""
-    found = found.double()
-    difference = (found - expected).norm() / expected.norm()
-    return float(difference) if found.isfinite().all() else math.nan
-
-
-def worse(one: float, other: float) -> float:
-    return math.nan if math.isnan(one) or math.isnan(other) else max(one, other)
+    """Infinity where anything found is not finite."""
+    difference = float((found - expected).norm() / expected.norm())
+    return difference if math.isfinite(difference) else math.inf
 
 
 class NormProblem(Problem):
@@ -276,8 +244,8 @@ class StepProblem(Problem):
         expected = reference_losses(self.case, method.computes, self.device)
         return {"losses": relative_error(self.first_losses, expected)}
 
-    def allowed(self, errors: dict[str, float]) -> dict[str, float]:
-        return {"losses": 1e-5 if self.case.dtype == "float32" else 2e-3}
+    def allowed(self, name: str) -> float:
+        return 1e-5 if self.case.attention.dtype == "float32" else 2e-3
 
 
 @functools.lru_cache(maxsize=1)

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 
 import cogview_kernels as ck
 from benchmarks.suite import norms
-from benchmarks.suite.attention import cogview_formulation
-from benchmarks.suite.cases import DTYPES, StepCase
-from benchmarks.suite.methods import Method, WhyNot, anywhere
+from benchmarks.suite.attention import cogview_formulation, why_no_kernel
+from benchmarks.suite.cases import StepCase
+from benchmarks.suite.methods import Method, WhyNot, anywhere, kernels_on
 from cogview.config import ModelConfig
 from cogview.model import GPT, Operators
-from cogview_kernels import extension
 
-# What is computed, and the settings of the model that say so.
-SETTINGS: dict[str, dict[str, Any]] = {"three-region": {}, "dense causal": {"attention": "dense"}}
+# The model's setting, by what is computed.
+ATTENTION: dict[str, Any] = {"three-region": "three_region", "dense causal": "dense"}
 
 MakeOperators = Callable[[StepCase, torch.device], Operators]
 
@@ -38,7 +37,11 @@ def on_backend(backend: str) -> Operators:
 
 
 def ours(case: StepCase, device: torch.device) -> Operators:
-    return on_backend(norms.kernels_on(device))
+    return on_backend(kernels_on(device))
+
+
+def definitions(case: StepCase, device: torch.device) -> Operators:
+    return on_backend("reference")
 
 
 def as_cogview_computes(case: StepCase, device: torch.device) -> Operators:
@@ -50,9 +53,8 @@ def as_cogview_computes(case: StepCase, device: torch.device) -> Operators:
     def norm(x: Tensor, weight: Tensor, bias: Tensor, *_: Any) -> Tensor:
         return norms.pb_relax_layer_norm(x, weight, bias)
 
-    def sandwich(f: Tensor, residual: Tensor, *parameters: Tensor, **_: Any) -> Any:
-        h = residual + norm(f, *parameters[:2])
-        return h, norm(h, *parameters[2:])
+    def sandwich(*tensors: Tensor, **_: Any) -> tuple[Tensor, Tensor]:
+        return norms.sandwich_of(norm)(*tensors)
 
     return Operators(three_region_attention=attention, layer_norm=norm, sandwich_residual=sandwich)
 
@@ -69,25 +71,26 @@ class Training:
         self, case: StepCase, computes: str, make: MakeOperators, device: torch.device
     ) -> None:
         self.case, self.device = case, device
+        shape = case.attention
         config = ModelConfig(
             num_layers=case.num_layers,
             hidden_size=case.hidden_size,
-            num_heads=case.num_heads,
-            max_positions=case.seqlen,
+            num_heads=shape.num_heads,
+            max_positions=shape.seqlen,
             dropout=0.0,
             layernorm_eps=norms.EPS,
-            query_window=case.query_window,
-            key_window_times=case.key_window_times,
-            num_pivots=case.num_pivots,
-            **SETTINGS[computes],
+            query_window=shape.query_window,
+            key_window_times=shape.key_window_times,
+            num_pivots=shape.num_pivots,
+            attention=ATTENTION[computes],
         )
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), device:
             torch.manual_seed(0)
             self.model = GPT(config, case.vocab_size, make(case, device))
-            self.tokens = torch.randint(case.vocab_size, (case.batch, case.seqlen + 1))
-            self.positions = torch.arange(case.seqlen).expand(case.batch, -1)
-            self.text_len = torch.full((case.batch,), case.text_len, dtype=torch.int32)
+            self.tokens = torch.randint(case.vocab_size, (shape.batch, shape.seqlen + 1))
+            self.positions = torch.arange(shape.seqlen).expand(shape.batch, -1)
+            self.text_len = torch.full((shape.batch,), shape.text_len, dtype=torch.int32)
         self.pivots = torch.Generator(device).manual_seed(0)
         self.optimizer = torch.optim.AdamW(
             self.model.parameters(), lr=3e-4, betas=(0.9, 0.95), weight_decay=0.04, fused=True
@@ -95,15 +98,15 @@ class Training:
 
     def forward(self) -> Tensor:
         """The losses of all target tokens in float32 (float64 for float64), with new pivots."""
-        layouts = self.model.sample_layouts(self.text_len, self.case.seqlen, self.pivots)
+        layouts = self.model.sample_layouts(self.text_len, self.case.attention.seqlen, self.pivots)
         z = self.model(self.tokens[:, :-1], self.positions, layouts)
         logits = self.model.logits(z).flatten(0, 1)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         return F.cross_entropy(logits, self.tokens[:, 1:].flatten(), reduction="none")
 
     def __call__(self) -> Tensor:
-        half = self.case.dtype != "float32"
-        with torch.autocast(self.device.type, dtype=DTYPES[self.case.dtype], enabled=half):
+        dtype = self.case.attention.torch_dtype
+        with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32):
             losses = self.forward()
         loss = losses.mean()
         loss.backward()
@@ -117,7 +120,7 @@ class Training:
 @functools.cache
 def reference_losses(case: StepCase, computes: str, device: torch.device) -> Tensor:
     """What ``losses`` of the first step must be, by the definitions in float64."""
-    training = Training(case, computes, lambda *_: on_backend("reference"), device)
+    training = Training(case, computes, definitions, device)
     training.model.double()
     with torch.no_grad():
         return training.forward()
@@ -134,12 +137,7 @@ def method(
 
 def no_kernels(case: StepCase, device: torch.device) -> str | None:
     """Of the attention, the norms and the sandwich."""
-    head_dim = case.hidden_size // case.num_heads
-    if device.type != "cuda":
-        return None
-    if case.dtype == "float32":
-        return "the attention's kernels take float16 and bfloat16"
-    return extension.why_no_attention_kernel(DTYPES[case.dtype], head_dim, device, "cuda")
+    return why_no_kernel(case.attention, device)
 
 
 STEP_METHODS: tuple[Method, ...] = (
