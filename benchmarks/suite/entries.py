@@ -40,12 +40,12 @@ METHODS: dict[str, tuple[Method, ...]] = {
 STAGES = "ours", "rival and dense", "norms", "rest"
 
 # Estimates for an H200 and 16 cores; a record has what they were (``first_call_seconds``).
-TIMED_S = 0.15  # an entry: at most 100 calls of less than a millisecond, each after a flush
-CHECKED_S = 0.15  # a method's first entry on a case: inputs, results in float64
+FLOPS_PER_S, BYTES_PER_S = 2e14, 2e12
+ROUNDS, TIMED_S = (5, 100), 0.25  # timed calls of an entry; their time, unless they are few
+FLUSH_S, AROUND_S = 2e-4, 0.05  # before each of them; warming, memory, the host's time
+CHECKED_S = 0.2  # a method's first entry on a case: inputs, results in float64
 STEP_S = 5.0  # likewise: a model of a billion parameters and its losses in float64
 FIRST_COMPILATION_S = 10.0  # what torch.compile imports and starts
-CALLS = 10  # of a large case, whatever the budget; at this rate:
-FLOPS_PER_S = 2e14
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,12 +150,12 @@ ON_CPU = among("cogview_kernels", *TORCH, *(f"{name}, compiled" for name in TORC
 def _cuda_plan() -> Plan:
     talk = AttentionCase(4224, 128, 2, 256, batch=4)
     vary = functools.partial(dataclasses.replace, talk)
-    # A to D: CogView's 32x32 codes, its talk, its paper, a long sequence. Of the costliest rivals
-    # each has those that its large blocks suit.
+    # A to D: CogView's 32x32 codes, its talk, its paper, a long sequence. Compiling for FA4 and
+    # autotuning take long: not for A, which blocks of 128x128 suit least, and FA4 for one of them.
     yield "fixed", AttentionCase(1088, 64, 4, 192, batch=16), but("SDPA", ON_FA4, AUTOTUNED)
     yield "fixed", talk, but("SDPA")
     yield "fixed", AttentionCase(4224, 128, 6, 704, batch=4), but("SDPA", ON_FA4)
-    yield "fixed", AttentionCase(16448, 128, 2, 512), but("SDPA")
+    yield "fixed", AttentionCase(16448, 128, 2, 512), but("SDPA", ON_FA4)
     for case in (
         AttentionCase(4224, 128, 2, 256, batch=16, q_len=1),  # a token of the talk's
         NormCase("layer_norm", 8192, 2560),
@@ -168,12 +168,11 @@ def _cuda_plan() -> Plan:
         batch = max(1, 16384 >> log2)
         chosen = ALL_FOUR if log2 in (10, 13, 16) else OURS_AND_DENSE
         yield "seqlen", AttentionCase(1 << log2, 128, 2, 256, batch=batch), chosen
-    for times in (1, 2, 4, 8):  # dense attention does not depend on windows and pivots
-        chosen = OURS_AND_RIVAL if times in (2, 8) else OURS
-        yield "window", vary(key_window_times=times), chosen
+    # Dense attention does not depend on windows and pivots; the rival is compiled for B already.
+    for times in (1, 2, 4, 8):
+        yield "window", vary(key_window_times=times), OURS_AND_RIVAL if times == 2 else OURS
     for pivots in (0, 64, 256, 1024, 2048):
-        chosen = OURS_AND_RIVAL if pivots in (256, 2048) else OURS
-        yield "pivots", vary(num_pivots=pivots), chosen
+        yield "pivots", vary(num_pivots=pivots), OURS_AND_RIVAL if pivots == 256 else OURS
     for dim in (32, 64, 96, 128):
         yield "head_dim", vary(num_heads=2560 // dim, head_dim=dim), OURS_AND_DENSE
     for dtype in ("bfloat16", "float16"):
@@ -215,10 +214,11 @@ def _with_seconds(plan: list[Entry]) -> Iterator[Entry]:
     known: set[Any] = set()
     for entry in plan:
         case, method = entry.case, entry.method
-        flops = case.flops(entry.work)
+        flops = float(case.flops(entry.work))
         if isinstance(case, AttentionCase) and method.computes == "dense causal":
-            flops = int(flops / case.attended_fraction)
-        seconds = TIMED_S + CALLS * flops / FLOPS_PER_S
+            flops /= case.attended_fraction
+        call = FLUSH_S + max(flops / FLOPS_PER_S, case.bytes(entry.work) / BYTES_PER_S)
+        seconds = AROUND_S + (10 + max(ROUNDS[0], min(ROUNDS[1], TIMED_S / call))) * call
         if (case, method.prepare) not in known:
             seconds += STEP_S if isinstance(case, StepCase) else CHECKED_S
             seconds += method.compile_s
@@ -235,6 +235,9 @@ class Ready:
     info: dict[str, Any]
 
 
+_refused: dict[Any, tuple[str, bool]] = {}
+
+
 def ready(entry: Entry, device: torch.device) -> Ready:
     """Prepares and compiles an entry's method and checks its results. Entries of one case can be
     ready at once.
@@ -245,12 +248,15 @@ def ready(entry: Entry, device: torch.device) -> Ready:
     reason = entry.method.why_not(entry.case, device)
     if reason is not None:
         raise NotMeasured(reason)
+    key = entry.case, entry.method.prepare, entry.method.computes, device
+    if key in _refused:  # as before, on another kind of work: it is not prepared and compiled again
+        raise NotMeasured(*_refused[key])
     try:
         problem = problem_of(entry.case, device)
         call, facts = problem.prepared(entry.method)
         return Ready(problem.timed(call, entry.work), entry.info() | facts)
-    except NotMeasured:
-        raise
     except Exception as error:  # whatever a peer raises; the other entries go on
+        refusal = error if isinstance(error, NotMeasured) else reason_of(error)
+        _refused[key] = str(refusal), refusal.failed
         forget()
-        raise reason_of(error) from error
+        raise refusal from error
