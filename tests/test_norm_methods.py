@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import cogview_kernels as ck
 from benchmarks.suite import norms
 from benchmarks.suite.cases import NormCase
 from benchmarks.suite.methods import Method
@@ -109,6 +110,17 @@ def test_the_check_distinguishes_the_two_functions(op: str, method: Method) -> N
     liar = Method("liar", other, method.prepare)
     with pytest.raises(NotMeasured, match="wrong"):
         assert_computes(NormCase(op, 5, 48, "bfloat16"), liar)
+
+
+def test_pytorch_s_pb_relax_divides_by_each_row_s_maximum_without_its_gradient() -> None:
+    """Either would differ by a fraction of eps, which float64 resolves."""
+    leaves = [torch.randn(*s).double().requires_grad_() for s in ((5, 48), (48,), (48,))]
+    exact = ck.pb_relax_layer_norm(*leaves, relax="row", backend="reference")
+    found = norms.pb_relax_layer_norm(*leaves)
+    dout = torch.randn(5, 48).double()
+    pairs = zip(*((y, *torch.autograd.grad(y, leaves, dout)) for y in (found, exact)), strict=True)
+    for one, other in pairs:
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-13)
 
 
 @pytest.mark.slow

@@ -112,6 +112,7 @@ def test_the_order_of_the_gpu_s_plan() -> None:
     assert {e.case.op for e in by_stage["ours"]} == set(suite.METHODS)
     second = by_stage["rival and dense"]
     assert {e.method.role for e in second} == {"rival", "dense"}
+    assert not any("autotuned" in e.id for e in second) and any("autotuned" in e.id for e in plan)
     cases = list(dict.fromkeys(e.case for e in second))
     assert [(c.seqlen, c.op) for c in cases] == [  # type: ignore[union-attr]
         (1088, "attention"),
