@@ -18,7 +18,6 @@ from benchmarks.suite.cases import NormCase
 from benchmarks.suite.methods import Method
 from benchmarks.suite.norms import LAYER_NORM_METHODS, PB_RELAX, PLAIN, SANDWICH_METHODS
 from benchmarks.suite.problems import NormProblem, NotMeasured
-from cogview_kernels import extension
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 METHODS = [
@@ -131,17 +130,3 @@ def test_compiled(op: str, method: Method) -> None:
         problem = Small(NormCase(op, 6, 48, "float32"), CPU)
         backward = problem.timed(problem.prepared(method)[0], "backward")
         assert all(map(torch.equal, backward(), backward()))
-
-
-@of_methods(*METHODS)
-def test_a_method_that_cannot_run_gives_a_reason(op: str, method: Method) -> None:
-    case = NormCase(op, 5, 48)
-    here, elsewhere = (method.why_not(case, device) for device in (CPU, CUDA))
-    if method.compiles:
-        assert here == norms.no_compiler(case, CPU)
-    else:
-        assert bool(here) == (method.name in PACKAGES)
-    if method.name == "cogview_kernels":
-        assert elsewhere == extension.why_not_on(CUDA)
-    elif not method.compiles:
-        assert bool(elsewhere) == (method.name in PACKAGES and "not installed" in str(here))

@@ -75,21 +75,6 @@ def test_a_step_s_loss_and_gradients_are_its_own(monkeypatch: pytest.MonkeyPatch
     assert norms[0] == norms[1] <= 1 + 1e-4
 
 
-def test_pivots_are_drawn_anew_in_each_step(monkeypatch: pytest.MonkeyPatch) -> None:
-    drawn, sample_pivots = [], ck.sample_pivots
-
-    def sample(*args: Any, **options: Any) -> torch.Tensor:
-        drawn.append(sample_pivots(*args, **options))
-        return drawn[-1]
-
-    training = STEP_METHODS[0].prepare(CASE, None, CPU)
-    monkeypatch.setattr(ck, "sample_pivots", sample)
-    for _ in range(2):
-        training()
-    assert len(drawn) == 2 * CASE.num_layers
-    assert all(not torch.equal(drawn[0], other) for other in drawn[1:])
-
-
 def test_cogview_s_formulation_does_not_call_this_package(monkeypatch: pytest.MonkeyPatch) -> None:
     def never(*args: Any, **options: Any) -> None:
         raise AssertionError

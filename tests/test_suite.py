@@ -86,20 +86,11 @@ def test_the_gpu_s_plan_fits_a_window() -> None:
 
 
 def test_a_compilation_is_paid_for_once() -> None:
-    def of(work: str, method: str) -> float:
-        return next(
-            e.seconds
-            for e in suite.entries("cuda")
-            if e.case == NormCase("layer_norm", 8192, 2560)
-            and (e.work, e.method.name) == (work, method)
-        )
-
-    name = "F.layer_norm, compiled"
-    first, others = (
-        of("forward", name),
-        [of("backward", name), of("forward", f"{name}, graph replay")],
-    )
-    assert first > 3 > 1 > max(others) > 0
+    case = NormCase("layer_norm", 8192, 2560)
+    name = "F.layer_norm, compiled"  # its graph replay shares what is compiled
+    of_case = [e for e in suite.entries("cuda") if e.case == case and name in e.method.name]
+    first, *others = (e.seconds for e in of_case)
+    assert len(others) == 3 and first > 3 > 1 > max(others) > 0
 
 
 def test_the_order_of_the_gpu_s_plan() -> None:

@@ -139,21 +139,24 @@ def peers(whole: Callable[[Norm], Callable[..., Any]]) -> tuple[Method, ...]:
         why_not: WhyNot = anywhere,
         compile_s: float = 0.0,
     ) -> Method:
-        def prepare(case: NormCase, layout: None, device: torch.device) -> Callable[..., Any]:
+        def prepare(*_: Any) -> Callable[..., Any]:
             return compiled(whole(norm())) if compile_s else whole(norm())
 
         role = "rival" if computes == PB_RELAX else ""
         return Method(name, computes, prepare, why_not, role, compile_s)
 
-    def relaxed() -> Norm:
-        return pb_relax_layer_norm
-
-    def plain() -> Norm:
-        return layer_norm
-
+    relaxed, plain = (lambda: pb_relax_layer_norm), (lambda: layer_norm)
     return (
         method("PyTorch PB-relax", PB_RELAX, relaxed),
-        *replayed(method("PyTorch PB-relax, compiled", PB_RELAX, relaxed, no_compiler, 3.0)),
+        *replayed(
+            method(
+                "PyTorch PB-relax, compiled",
+                PB_RELAX,
+                lambda: pb_relax_layer_norm,
+                no_compiler,
+                3.0,
+            )
+        ),
         *replayed(method("F.layer_norm", PLAIN, plain)),
         *replayed(method("F.layer_norm, compiled", PLAIN, plain, no_compiler, 3.0)),
         method("liger-kernel", PLAIN, liger, NO_LIGER),

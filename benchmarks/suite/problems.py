@@ -85,12 +85,9 @@ class Problem:
         """What a method does once before it is timed: forward and backward, compiled if need be."""
         self.timed(call, "forward+backward" if "backward" in self.case.works else "forward")()
 
-    def errors(self, method: Method, call: Callable[..., Any]) -> dict[str, float]:
-        raise NotImplementedError
-
-    def results(self, call: Callable[..., Any]) -> tuple[tuple[Tensor, ...], Any, Any]:
-        """What a forward gives, the inputs that have gradients, and the gradients of the former."""
-        raise NotImplementedError
+    # What a forward gives, the inputs that have gradients, and the gradients of the former.
+    results: Callable[[Callable[..., Any]], tuple[tuple[Tensor, ...], Any, Any]]
+    errors: Callable[[Method, Callable[..., Any]], dict[str, float]]  # relative, of each result
 
     def timed(self, call: Callable[..., Any], work: str) -> Callable[[], Any]:
         """In a forward what the backward needs is kept, as in training."""

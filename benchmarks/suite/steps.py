@@ -18,7 +18,7 @@ import cogview_kernels as ck
 from benchmarks.suite import norms
 from benchmarks.suite.attention import cogview_formulation, why_no_kernel
 from benchmarks.suite.cases import StepCase
-from benchmarks.suite.methods import Method, WhyNot, anywhere, kernels_on
+from benchmarks.suite.methods import Method, Prepare, kernels_on
 from cogview.config import ModelConfig
 from cogview.model import GPT, Operators
 
@@ -126,13 +126,8 @@ def reference_losses(case: StepCase, computes: str, device: torch.device) -> Ten
         return training.forward()
 
 
-def method(
-    name: str, computes: str, make: MakeOperators, role: str, why_not: WhyNot = anywhere
-) -> Method:
-    def prepare(case: StepCase, layout: None, device: torch.device) -> Training:
-        return Training(case, computes, make, device)
-
-    return Method(name, computes, prepare, why_not, role)
+def training(computes: str, operators: MakeOperators) -> Prepare:
+    return lambda case, layout, device: Training(case, computes, operators, device)
 
 
 def no_kernels(case: StepCase, device: torch.device) -> str | None:
@@ -140,8 +135,10 @@ def no_kernels(case: StepCase, device: torch.device) -> str | None:
     return why_no_kernel(case.attention, device)
 
 
+OURS, DENSE = training("three-region", ours), training("dense causal", ours)  # with our norms
+COGVIEW = training("three-region", as_cogview_computes)
 STEP_METHODS: tuple[Method, ...] = (
-    method("cogview_kernels", "three-region", ours, "ours", no_kernels),
-    method("dense SDPA", "dense causal", ours, "dense", norms.no_kernel),  # with our norms
-    method("CogView's formulation", "three-region", as_cogview_computes, ""),
+    Method("cogview_kernels", "three-region", OURS, no_kernels, "ours"),
+    Method("dense SDPA", "dense causal", DENSE, norms.no_kernel, "dense"),
+    Method("CogView's formulation", "three-region", COGVIEW),
 )
