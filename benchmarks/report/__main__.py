@@ -11,7 +11,6 @@ import argparse
 import difflib
 import importlib
 import json
-import re
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -28,7 +27,8 @@ ROOT = Path(__file__).resolve().parents[2]
 README, PAGE = "README.md", "docs/benchmarks.md"
 PICTURES = "docs/benchmarks"
 COUNTED = "docs/kernel_costs.json"
-EXPERIMENTS = {"quality": "the same performance?", "instability": "why the norm is a sandwich"}
+# By module: the anchors of their parts of the page.
+EXPERIMENTS = {"quality": "the-same-performance", "instability": "why-the-norm-is-a-sandwich"}
 NO_GPU = "No GPU has run the suite yet: there are no GPU figures."
 
 Blocks = dict[tuple[str, str], str]  # by page and mark
@@ -49,27 +49,24 @@ def report(root: Path) -> tuple[Blocks, Pictures]:
     readme = [*page, *map(tables.readme_table, records[:1]), *map(tables.losses, records)]
     for record in records:
         page += [f"## {record.device}", tables.conditions(record)]
-        for op, title in OPS.items():
-            if shown := tables.fixed_table(record, op):
-                page += [f"### {title}", shown]
+        page += [tables.fixed_table(record, op) for op in OPS]
         for name, plot in plots.PLOTS.items():
             if plot.groups(record):
-                caption = f"{plot.caption}, on {record.device}"
                 drawn = partial(plots.draw, plot, record)
-                page.append(picture(record.path, f"-{name}", caption, drawn))
+                page.append(picture(record.path, f"-{name}", plot.caption, drawn))
         page.append(tables.not_measured(record))
     blocks = {(PAGE, "counted"): counted(root), (PAGE, "measured"): joined(page)}
-    for name, title in EXPERIMENTS.items():
-        module = importlib.import_module(f"benchmarks.experiments.{name}")
-        parts = []
+    links = []
+    for name, anchor in EXPERIMENTS.items():
+        module, parts = importlib.import_module(f"benchmarks.experiments.{name}"), []
+        title = anchor.replace("-", " ")
         for record in newest(root, name):
-            drawn = partial(module.draw, record.content)
-            link = picture(record.path, "", title.capitalize(), drawn)
-            how = getattr(module, "HOW_TO_READ", "")
-            parts += [module.table(record.content).strip(), link, how, record.source]
+            link = picture(record.path, "", title, partial(module.draw, record.content))
+            parts += [module.table(record.content).strip(), link]
+            parts += [getattr(module, "HOW_TO_READ", ""), record.source]
         blocks[PAGE, name] = joined(parts) or f"No record yet: `make {name}` makes one."
-        anchor = re.sub(r"[^\w -]", "", title).replace(" ", "-")  # as GitHub makes it
-        readme += [f"Experiment: [{title}]({PAGE}#{anchor})"] if parts else []
+        links += [f"[{title}]({PAGE}#{anchor})"] if parts else []
+    readme += [f"Experiments: {', '.join(links)}"] if links else []
     blocks[README, "measured"] = joined(readme)
     return blocks, pictures
 
@@ -107,9 +104,8 @@ def page_texts(root: Path, blocks: Blocks) -> dict[str, str]:
     return texts
 
 
-def left_over(root: Path, pictures: Pictures) -> list[Path]:
-    drawn = sorted((root / PICTURES).glob("*.png"))
-    return [path for path in drawn if path.relative_to(root).as_posix() not in pictures]
+def pictures_of(root: Path) -> set[str]:
+    return {path.relative_to(root).as_posix() for path in (root / PICTURES).glob("*.png")}
 
 
 def differences(root: Path, blocks: Blocks, pictures: Pictures) -> Iterator[str]:
@@ -117,11 +113,8 @@ def differences(root: Path, blocks: Blocks, pictures: Pictures) -> Iterator[str]
     for page, text in page_texts(root, blocks).items():
         shown = (root / page).read_text().splitlines()
         yield from difflib.unified_diff(shown, text.splitlines(), page, "records", n=0, lineterm="")
-    for path in pictures:
-        if not (root / path).exists():
-            yield f"{path}: not drawn yet"
-    for leftover in left_over(root, pictures):
-        yield f"{leftover.relative_to(root)}: no record gives it"
+    for path in sorted(pictures_of(root) ^ {*pictures}):
+        yield f"{path}: {'not drawn yet' if path in pictures else 'no record gives it'}"
 
 
 def write(root: Path, blocks: Blocks, pictures: Pictures) -> None:
@@ -131,8 +124,8 @@ def write(root: Path, blocks: Blocks, pictures: Pictures) -> None:
     for path, draw in pictures.items():
         with atomic_write(root / path) as temporary:
             draw(temporary)
-    for leftover in left_over(root, pictures):
-        leftover.unlink()
+    for path in pictures_of(root) - {*pictures}:
+        (root / path).unlink()
 
 
 def main() -> None:

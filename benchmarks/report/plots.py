@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,65 +13,64 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter
 
-from benchmarks.report.records import OURS, Group, Record, Row, groups
+from benchmarks.report.records import Group, Record, Row, groups
 from benchmarks.report.tables import common
 
 MIN_POINTS_OF_A_LINE = 3
 # Okabe and Ito's colours, which colour-blind people tell apart; markers and dashes differ too.
-SERIES: tuple[tuple[str, Callable[[Group], Row | None], dict[str, Any]], ...] = (
-    (OURS, lambda group: group.ours, {"color": "#0072B2", "marker": "o", "linewidth": 2.2}),
-    ("best rival", lambda group: group.rival, {"color": "#D55E00", "marker": "s", "ls": "--"}),
-    ("other peer", lambda group: group.other, {"color": "#009E73", "marker": "^", "ls": ":"}),
-    ("fastest †", lambda group: group.dense, {"color": "#000000", "marker": "D", "ls": "-."}),
-)
-FLOOR = {"color": "#888888", "marker": "_", "ls": (0, (1, 2))}
+STYLES: dict[str, dict[str, Any]] = {
+    "ours": {"color": "#0072B2", "marker": "o", "linewidth": 2.2},
+    "best rival": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "other that computes the same": {"color": "#009E73", "marker": "^", "linestyle": ":"},
+    "computes another function": {"color": "#000000", "marker": "D", "linestyle": "-."},
+    "floor": {"color": "#888888", "marker": "_", "linestyle": (0, (1, 2))},
+}
+
+
+def series(group: Group, ceilings: dict[str, Any]) -> dict[str, Row | None]:
+    ours, seconds = group.ours, group.ours.floor(ceilings) or math.nan
+    floor = dataclasses.replace(ours, median=seconds, method="measured ceilings")
+    other = group.best(lambda row: not row.role and row.computes == ours.computes)
+    return dict(zip(STYLES, (ours, group.rival, other, group.dense, floor), strict=True))
 
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """``panels`` are (operation, sweep) by title; ``y`` is of a row and a time."""
+    """``panels`` are (operation, sweep) by title."""
 
     caption: str
     panels: dict[str, tuple[str, str]]
     x_label: str
     x: Callable[[Row], float]
     y_label: str
-    y: Callable[[Row, float], float]
+    y: Callable[[Row], float]
 
     def groups(self, record: Record) -> dict[str, dict[float, Group]]:
         """By title and x; panels with two points or more."""
-        found = {}
+        found: dict[str, dict[float, Group]] = defaultdict(dict)
         for title, (op, sweep) in self.panels.items():
-            for work in ("forward", "backward"):
-                of_work = [g for g in groups(record.rows, sweep, op) if g.work == work]
-                by_x = {self.x(group.ours): group for group in of_work}
-                found[f"{title}, {work}".lstrip(", ")] = dict(sorted(by_x.items()))
-        return {title: by_x for title, by_x in found.items() if len(by_x) > 1}
+            for group in groups(record.rows, sweep, op):
+                if group.work in ("forward", "backward"):
+                    found[f"{title}, {group.work}"][self.x(group.ours)] = group
+        return {title: dict(sorted(by.items())) for title, by in found.items() if len(by) > 1}
 
 
-def microseconds_per_token(row: Row, seconds: float) -> float:
-    return 1e6 * seconds / (row.case["batch"] * row.case["seqlen"])
+def microseconds_per_token(row: Row) -> float:
+    return 1e6 * row.median / (row.case["batch"] * row.case["seqlen"])
 
 
+SEQLEN = "sequence length (tokens)", lambda row: row.case["seqlen"]
+SHARE = "keys attended (% of dense causal)", lambda row: 100 * (row.attended_fraction or 0)
+HIDDEN = "hidden size (columns)", lambda row: row.case["hidden"]
+PER_TOKEN = "time per token (us)", microseconds_per_token
+BANDWIDTH = "bytes that must move (GB/s)", lambda row: row.bytes / row.median / 1e9
+LENGTHS = {"attention": ("attention", "seqlen")}
+SHARES = {"window varies": ("attention", "window"), "pivots vary": ("attention", "pivots")}
+NORMS = {"LayerNorm": ("layer_norm", "hidden"), "sandwich": ("sandwich_residual", "hidden")}
 PLOTS = {
-    "seqlen": Plot(
-        "Time of attention per token against sequence length",
-        {"": ("attention", "seqlen")},
-        *("sequence length (tokens)", lambda row: row.case["seqlen"]),
-        *("time per token (us)", microseconds_per_token),
-    ),
-    "keys": Plot(
-        "Time of attention per token against the share of keys attended",
-        {"window varies": ("attention", "window"), "pivots vary": ("attention", "pivots")},
-        *("keys attended (% of dense causal)", lambda row: 100 * (row.attended_fraction or 0)),
-        *("time per token (us)", microseconds_per_token),
-    ),
-    "norms": Plot(
-        "Bandwidth of the norms against hidden size",
-        {"LayerNorm": ("layer_norm", "hidden"), "sandwich": ("sandwich_residual", "hidden")},
-        *("hidden size (columns)", lambda row: row.case["hidden"]),
-        *("bytes that must move (GB/s)", lambda row, seconds: row.bytes / seconds / 1e9),
-    ),
+    "seqlen": Plot("Attention against sequence length", LENGTHS, *SEQLEN, *PER_TOKEN),
+    "keys": Plot("Attention against the share of keys attended", SHARES, *SHARE, *PER_TOKEN),
+    "norms": Plot("Bandwidth of the norms against hidden size", NORMS, *HIDDEN, *BANDWIDTH),
 }
 
 
@@ -82,40 +82,32 @@ def draw(plot: Plot, record: Record, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.subplots(rows, 2, squeeze=False, sharey=True)
     handles: dict[str, Any] = {}
-    methods: dict[str, dict[str, None]] = {}
+    methods = defaultdict[str, dict[str, None]](dict)
     for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
     for axis, (title, by_x) in zip(axes.flat, panels.items(), strict=False):
-        lines = []
-        for name, chosen, style in SERIES:
-            found = {x: chosen(group) for x, group in by_x.items()}
-            methods.setdefault(name, {}).update({row.method: None for row in found.values() if row})
-            ys = [plot.y(row, row.median) if row else math.nan for row in found.values()]
-            lines.append((name, ys, style))
-        floors = [
-            (group.ours, group.ours.floor(record.content["ceilings"])) for group in by_x.values()
-        ]
-        floor = [plot.y(row, floor) if floor else math.nan for row, floor in floors]
-        for name, ys, style in [*lines, ("floor", floor, FLOOR)]:
+        found = [series(group, record.content["ceilings"]) for group in by_x.values()]
+        for name, style in STYLES.items():
+            ys = [plot.y(row) if (row := each[name]) else math.nan for each in found]
+            methods[name] |= {row.method: None for each in found if (row := each[name])}
             if count := sum(map(math.isfinite, ys)):
-                style = style if count >= MIN_POINTS_OF_A_LINE else style | {"ls": "none"}
+                style = style if count >= MIN_POINTS_OF_A_LINE else style | {"linestyle": "none"}
                 (handles[name],) = axis.plot([*by_x], ys, markersize=5, **style)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(plot.x_label, fontsize=9)
         axis.set_xscale("log", base=2)
-        axis.set_xticks([*by_x], [f"{x:.0f}" for x in by_x], fontsize=8)
+        axis.set_xticks([*by_x], [f"{x:.0f}" for x in by_x])
+        axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        if "GB/s" in plot.y_label:
+        if plot.y is not microseconds_per_token:
             axis.set_ylim(bottom=0)
-        else:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-            axis.yaxis.set_major_formatter("{x:g}")
-            axis.yaxis.set_minor_formatter(NullFormatter())
-    for axis in axes[:, 0]:
-        axis.set_ylabel(plot.y_label, fontsize=9)
-    named = {name: f"{name}: {' / '.join(methods[name])}" for name in handles if name in methods}
-    labels = [named[name] if name in named and name != OURS else name for name in handles]
+            continue
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    figure.supylabel(plot.y_label, fontsize=9)
+    labels = [f"{name}: {' / '.join(methods[name])}" for name in handles]
     figure.legend(handles.values(), labels, loc="outside lower center", fontsize=8, frameon=False)
     cases = common(group.ours for by_x in panels.values() for group in by_x.values())
     figure.suptitle(f"{plot.caption}\n{record.machine}\n{cases}", fontsize=9)

@@ -1,6 +1,6 @@
 """Records in benchmarks/results/: what they hold, and what follows from it.
 
-Needs the standard library alone, like tables.py: machines with a GPU may have torch and little else.
+Needs the standard library alone, like tables.py: machines with a GPU may have little else.
 """
 
 from __future__ import annotations
@@ -14,14 +14,7 @@ from typing import Any
 RESULTS = "benchmarks/results"
 OURS = "cogview_kernels"
 REPLAY = ", graph replay"  # the end of the names of methods that replay a CUDA graph
-OPS = {
-    "attention": "Attention",
-    "decode": "Decode: one token against a cache",
-    "layer_norm": "PB-relax LayerNorm",
-    "sandwich_residual": "Sandwich residual: from one sub-layer to the next",
-    "training_step": "Training step of the model",
-}
-WORKS = ("forward", "backward", "forward+backward", "step")
+OPS = ("attention", "decode", "layer_norm", "sandwich_residual", "training_step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,14 +40,9 @@ class Row:
     predicted_seconds: float | None = None
 
     @property
-    def tflops(self) -> float:
-        """Useful TFLOP/s: the three-region products, whatever the method computes beyond them."""
-        return self.flops / self.median / 1e12
-
-    @property
     def own_tflops(self) -> float:
         """Of a dense attention: TFLOP/s of all the products that it computes."""
-        return self.tflops / (self.attended_fraction or 1)
+        return self.flops / (self.attended_fraction or 1) / self.median / 1e12
 
     def floor(self, ceilings: dict[str, Any]) -> float | None:
         """Seconds that no method can be faster than: the useful products or the necessary bytes at
@@ -67,11 +55,10 @@ class Row:
 
 
 def row_of(raw: dict[str, Any]) -> Row:
-    """From a row of ``make gpu-bench``, whose times are ``seconds``, or of pytest-benchmark, whose
-    times are ``stats``."""
+    """Times are ``seconds`` in a record of ``make gpu-bench``, ``stats`` in pytest-benchmark's."""
     timed = raw.get("seconds") or raw["stats"]
-    facts = raw | raw.get("extra_info", {}) | {name: timed[name] for name in ("median", "iqr")}
-    facts["minimum"] = timed["minimum" if "minimum" in timed else "min"]
+    facts = timed | raw | raw.get("extra_info", {})
+    facts["minimum"] = timed.get("minimum") or timed["min"]
     names = {field.name for field in dataclasses.fields(Row)}
     return Row(**{name: value for name, value in facts.items() if name in names})
 
@@ -97,31 +84,25 @@ class Group:
         return self.best(lambda row: row.role == "rival")
 
     @property
-    def other(self) -> Row | None:
-        """The fastest that computes the same and is neither ours nor a rival."""
-        return self.best(lambda row: not row.role and row.computes == self.ours.computes)
-
-    @property
     def dense(self) -> Row | None:
         """The fastest dense attention; of norms, which have none, the fastest plain LayerNorm."""
         return self.best(lambda row: row.role == "dense") or self.peer(same=False)
 
 
 def groups(rows: Iterable[Row], sweep: str, op: str) -> list[Group]:
-    """Those that have a time of ours, in the record's order of cases; of each the kinds of work,
-    eager calls before replays."""
+    """Those that have a time of ours, case by case, in the record's order."""
     found: dict[tuple[str, str], list[Row]] = {}
     for row in rows:
         if sweep in row.sweeps and row.op == op:
             work = row.work + REPLAY * row.method.endswith(REPLAY)
             found.setdefault((row.case_name, work), []).append(row)
-    cases = dict.fromkeys(case for case, _ in found)
-    order = [(case, work + end) for case in cases for work in WORKS for end in ("", REPLAY)]
-    ours = {
-        key: next((row for row in found.get(key, []) if row.method in (OURS, OURS + REPLAY)), None)
-        for key in order
-    }
-    return [Group(key[1], row, found[key]) for key, row in ours.items() if row]
+    cases = list(dict.fromkeys(case for case, _ in found))
+    return [
+        Group(work, row, found[case, work])
+        for case, work in sorted(found, key=lambda key: cases.index(key[0]))
+        for row in found[case, work]
+        if row.method in (OURS, OURS + REPLAY)
+    ]
 
 
 @dataclasses.dataclass(frozen=True)

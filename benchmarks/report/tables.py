@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -83,32 +83,29 @@ def against(row: Row | None, ours: Row) -> str:
 
 
 def line(group: Group, ceilings: dict[str, Any]) -> dict[str, str]:
-    ours, rival, dense = group.ours, group.rival, group.dense
-    floor, fraction, predicted = (
-        ours.floor(ceilings),
-        ours.attended_fraction,
-        ours.predicted_seconds,
-    )
+    """What has no value is left out."""
+    ours, rival, dense, floor = group.ours, group.rival, group.dense, group.ours.floor(ceilings)
     is_dense = dense is not None and dense.role == "dense"
     beside = [row for row in (ours, rival, dense) if row]
-    return {
+    cells = {
         "case": label(ours),
         "work": group.work,
-        "keys": percent(fraction) if fraction else "",
+        "keys": ours.attended_fraction and percent(ours.attended_fraction),
         "median": time_text(ours.median),
         "minimum": time_text(ours.minimum),
         "spread": percent(ours.iqr / ours.median),
-        "predicted": time_text(predicted) if predicted else "",
-        "of the floor": percent(floor / ours.median) if floor else "",
-        "TFLOP/s": digits(ours.tflops) if ours.flops else "",
+        "predicted": ours.predicted_seconds and time_text(ours.predicted_seconds),
+        "of the floor": floor and percent(floor / ours.median),
+        "TFLOP/s": ours.flops and digits(ours.flops / ours.median / 1e12),
         "GB/s": digits(ours.bytes / ours.median / 1e9),
         "best rival": against(rival, ours),
         "best dense †" if is_dense else "fastest plain LayerNorm †": against(dense, ours),
-        "its own TFLOP/s": digits(dense.own_tflops) if dense and is_dense else "",
+        "its own TFLOP/s": dense and is_dense and digits(dense.own_tflops),
         "fastest that computes the same": against(group.peer(same=True), ours),
-        "extra memory": "; ".join(bytes_text(row.extra_bytes or 0) for row in beside),
-        "host": "; ".join(time_text(row.host_seconds) for row in beside if row.host_seconds),
+        "extra memory": " / ".join(bytes_text(row.extra_bytes or 0) for row in beside),
+        "host": " / ".join(time_text(row.host_seconds) for row in beside if row.host_seconds),
     }
+    return {head: cell for head, cell in cells.items() if cell}
 
 
 def fixed_table(record: Record, op: str) -> str:
@@ -119,7 +116,8 @@ def fixed_table(record: Record, op: str) -> str:
     names = {label(group.ours): group.ours.case_name for group in found}
     legend = "; ".join(f"{short}: {name}" for short, name in names.items())
     shown = table([line(group, record.content["ceilings"]) for group in found], left=2)
-    return f"{shown}\n\n<sub>{legend}.</sub> {record.source}"
+    title = f"### {op.replace('_', ' ').capitalize()}"
+    return f"{title}\n\n{shown}\n\n<sub>{legend}.</sub> {record.source}"
 
 
 def conditions(record: Record) -> str:
@@ -144,70 +142,55 @@ def conditions(record: Record) -> str:
 
 
 def not_measured(record: Record) -> str:
-    """Which methods have no times, where and why."""
-    where: dict[tuple[str, str], Counter[str]] = defaultdict(Counter)
+    """Which methods have no times, for how many rows and why."""
+    counts = Counter[tuple[str, str]]()
     for entry in record.content.get("not_measured", []):
         reason = " ".join(entry["reason"].replace("|", "\\|").replace("<", "&lt;").split())
-        failed = "failed: " * entry.get("failed", False)
-        where[entry["method"], failed + reason][entry["op"].replace("_", " ")] += 1
-    if unreached := len(record.content.get("not_reached", [])):
-        where["not reached", "there was no time"]["rows"] = unreached
-    lines = []
-    for (method, reason), counts in where.items():
-        rows = ", ".join(f"{op} {count}" for op, count in counts.items())
-        lines.append({"not measured": method, "rows": rows, "reason": reason})
+        counts[entry["method"], "failed: " * entry.get("failed", False) + reason] += 1
+    counts["not reached", "no time was left"] = len(record.content.get("not_reached", []))
+    lines = [
+        {"not measured": method, "rows": str(count), "reason": reason}
+        for (method, reason), count in counts.items()
+        if count
+    ]
     return f"{table(lines, left=3)}\n\n{record.source}" if lines else ""
 
 
 # The README.
 
-PEERS: dict[str, Callable[[Group], Row | None]] = {
-    "rival": lambda group: group.rival,
-    "best dense, plain LayerNorm †": lambda group: group.dense,
-    "fastest of the same": lambda group: group.peer(same=True),
-}
 
-
-def readme_groups(record: Record) -> dict[str, list[Group]]:
-    """Attention, decode and norms: of each fixed case the forward, and the work with a backward."""
-    found: dict[str, list[Group]] = defaultdict(list)
-    for op in ("attention", "decode", "layer_norm", "sandwich_residual"):
-        of_op = groups(record.rows, "fixed", op)
-        both = any(group.work == "forward+backward" for group in of_op)
-        for group in of_op:
-            if group.work in ("forward", "forward+backward" if both else "backward"):
-                found[label(group.ours)].append(group)
-    return found
+def readme_groups(record: Record) -> list[Group]:
+    """Forward and backward of attention, decode and norms."""
+    ops = ("attention", "decode", "layer_norm", "sandwich_residual")
+    found = chain(*(groups(record.rows, "fixed", op) for op in ops))
+    return [group for group in found if group.work in ("forward", "backward")]
 
 
 def readme_table(record: Record) -> str:
-    """A line for each case; in the cells the forward, then the work with a backward."""
     lines, names = [], defaultdict[str, dict[str, None]](dict)
-    for case, found in readme_groups(record).items():
-        cells = {"case": case, OURS: " / ".join(time_text(group.ours.median) for group in found)}
-        for head, chosen in PEERS.items():
-            peers = [chosen(group) for group in found]
-            pairs = zip(peers, found, strict=True)
-            factors = [times(peer, group.ours) if peer else "-" for peer, group in pairs]
-            cells[head] = " / ".join(factors) if any(peers) else ""
-            names[head].update({peer.method: None for peer in peers if peer})
-        lines.append(cells)
+    for group in readme_groups(record):
+        time = time_text(group.ours.median)
+        lines.append({"case": label(group.ours), "work": group.work, OURS: time})
+        peers = {"rival": group.rival, "dense, plain LayerNorm †": group.dense}
+        for head, peer in peers.items():
+            if peer:
+                lines[-1][head] = times(peer, group.ours)
+                names[head][peer.method] = None
     if not lines:
         return f"None of the fixed cases has been measured on {record.device}.\n\n{record.source}"
-    notes = [f"{head}: {', '.join(methods)}." for head, methods in names.items() if methods]
+    notes = [f"{head}: {', '.join(methods)}." for head, methods in names.items()]
     notes += [] if record.on_cuda else [f"On a CPU {OURS} is the portable path."]
-    return f"{table(lines)}\n\n<sub>{' '.join(notes)}</sub> {record.source}"
+    return f"{table(lines, left=2)}\n\n<sub>{' '.join(notes)}</sub> {record.source}"
 
 
 def losses(record: Record) -> str:
     """Where a method is faster than ours, whatever it computes: the fastest of each line."""
-    lost: dict[str, list[str]] = defaultdict(list)
-    for case, found in readme_groups(record).items():
-        for group in found:
-            winner = group.best(lambda row: row.role != "ours")
-            if winner and winner.median < group.ours.median:
-                lost[winner.method].append(f"{case} {group.work} ({times(winner, group.ours)})")
+    lost = defaultdict[str, list[str]](list)
+    for group in readme_groups(record):
+        winner = group.best(lambda row: row.role != "ours")
+        if winner and winner.median < group.ours.median:
+            case = label(winner).partition(",")[0]
+            lost[winner.method].append(f"{case} {group.work} ({times(winner, group.ours)})")
     parts = "; ".join(f"to {method} on {', '.join(where)}" for method, where in lost.items())
-    if lost:
-        return f"**Ours loses on {record.device}** {parts}."
-    return f"On {record.device} no method is faster than ours in these cases."
+    nothing = f"On {record.device} no method is faster than ours in these cases."
+    return f"**Ours loses on {record.device}** {parts}." if lost else nothing
