@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import json
+import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from test_docs import blocks_of
 
 from benchmarks.report import __main__ as report
@@ -19,95 +21,278 @@ from benchmarks.report import plots, records, tables
 ROOT = Path(__file__).resolve().parents[1]
 Raw = dict[str, Any]
 
-# Methods: name, role, what it computes, time relative to ours.
+NORM_OPS = "layer_norm", "sandwich_residual"
+FORMULATION = "CogView's formulation"
+# Methods: name, role, what it computes, time over ours.
 ATTENTION = [
     ("cogview_kernels", "ours", "three-region", 1.0),
-    ("FlexAttention, gathered pivots, 128x128", "rival", "three-region", 1.7),
-    ("FlexAttention, gathered pivots, 64x64", "rival", "three-region", 1.3),
-    ("CogView's formulation", "", "three-region", 4.0),
-    ("SDPA cuDNN", "dense", "dense causal", 0.9),
+    ("FlexAttention, 128x128", "rival", "three-region", 1.7),
+    ("FlexAttention, 64x64", "rival", "three-region", 1.3),
+    (FORMULATION, "", "three-region", 4.0),
+    ("SDPA cuDNN", "dense", "dense causal", 0.5),
     ("SDPA flash", "dense", "dense causal", 1.6),
 ]
 NORMS = [
     ("cogview_kernels", "ours", "PB-relax LayerNorm", 1.0),
     ("cogview_kernels, graph replay", "ours", "PB-relax LayerNorm", 0.5),
-    ("PyTorch PB-relax, compiled", "", "PB-relax LayerNorm", 1.4),
-    ("F.layer_norm", "", "plain LayerNorm", 0.7),
-    ("F.layer_norm, graph replay", "", "plain LayerNorm", 0.6),
-]
-STEPS = [
-    ("cogview_kernels", "ours", "three-region", 1.0),
-    ("dense SDPA", "dense", "dense causal", 1.2),
+    ("PyTorch PB-relax", "rival", "PB-relax LayerNorm", 1.4),
+    ("F.layer_norm", "", "plain LayerNorm", 1.2),
+    ("F.layer_norm, graph replay", "", "plain LayerNorm", 0.4),
 ]
 H200 = {"device": "NVIDIA H200", "device_type": "cuda", "threads": 8, "torch": "2.11.0"}
 EPYC = {"device": "AMD EPYC", "device_type": "cpu", "threads": 2, "torch": "2.13.0+cpu"}
 
 
-def attention(seqlen: int, n: int, pivots: int, batch: int = 1, q_len: int = 0) -> Raw:
-    return {
-        **{"seqlen": seqlen, "query_window": 128, "key_window_times": n, "num_pivots": pivots},
-        **{"batch": batch, "num_heads": 4, "q_len": q_len, "dtype": "float32"},
-    }
+def attention(seqlen: int, times: int, pivots: int, q_len: int = 0) -> Raw:
+    shape = {"seqlen": seqlen, "query_window": 128, "key_window_times": times, "q_len": q_len}
+    return shape | {"num_pivots": pivots, "batch": 2, "num_heads": 4, "dtype": "float32"}
 
 
-def row(op: str, work: str, case: Raw, sweep: str, method: tuple[Any, ...], base: float) -> Raw:
-    name, role, computes, factor = method
-    median = base * factor
-    case_name = " ".join(map(str, case.values()))
-    facts: Raw = {"op": op, "work": work, "case": case, "case_name": case_name, "sweeps": [sweep]}
-    facts |= {"method": name, "role": role, "computes": computes, "extra_bytes": 1 << 20}
-    facts |= {"flops": int(1e11 * base) if op != "layer_norm" else 0, "bytes": int(1e10 * base)}
-    if op in ("attention", "decode"):
-        facts["attended_fraction"] = 0.25
-    times = {"minimum": 0.9 * median, "median": median, "iqr": 0.03 * median, "rounds": 9}
-    return {"name": f"{op} / {case_name} / {work} / {name}", **facts, "seconds": times}
+def norm(hidden: int) -> Raw:
+    return {"rows": 2048, "hidden": hidden, "dtype": "float32"}
+
+
+STEP = {"num_layers": 4, "text_len": 64, "image_len": 1024, "batch": 1, "dtype": "float32"}
+# Sweep, operation, case, seconds of our forward.
+CASES = [
+    ("fixed", "attention", attention(1088, 4, 192), 1e-3),
+    ("fixed", "attention", attention(4224, 2, 256), 4e-3),
+    ("fixed", "decode", attention(4224, 2, 256, q_len=1), 1e-5),
+    ("fixed", "training_step", STEP, 0.3),
+    *(("seqlen", "attention", attention(n, 2, 256), 1e-6 * n) for n in (1024, 2048, 4096, 8192)),
+    *(("window", "attention", attention(4224, n, 256), 1e-3 * n) for n in (1, 2, 4, 8)),
+    *(("pivots", "attention", attention(4224, 2, n), 1e-3 + 1e-6 * n) for n in (0, 2048)),
+    *(("hidden", op, norm(n), 1e-3) for op in NORM_OPS for n in (512, 8192)),
+    *(("fixed", op, norm(2560), 3e-3) for op in NORM_OPS),
+]
+
+
+def rows(sweep: str, op: str, case: Raw, seconds: float) -> list[Raw]:
+    """Ours is at half of the rate of a matrix product, and at a third of that of a copy."""
+    found = []
+    works = {"decode": ["forward"], "training_step": ["step"]}.get(op, ["forward", "backward"])
+    for work in works:
+        for name, role, computes, relative in NORMS if op in NORM_OPS else ATTENTION:
+            base = seconds * (2 if work == "backward" else 1)
+            facts = {"op": op, "work": work, "case": case, "case_name": f"{op} {case}"}
+            facts |= {"sweeps": [sweep], "method": name, "role": role, "computes": computes}
+            facts |= {"flops": 1e11 * base * (op not in NORM_OPS), "bytes": 1e10 * base}
+            if "num_pivots" in case:
+                keys = case["key_window_times"] / 32 + case["num_pivots"] / 4096
+                facts["attended_fraction"] = keys
+            median = base * relative
+            facts["seconds"] = {"median": median, "minimum": 0.9 * median, "iqr": 0.1 * median}
+            # CogView's formulation has no time at one length: a gap.
+            if (name, sweep, case.get("seqlen")) != (FORMULATION, "seqlen", 4096):
+                found.append(facts | {"extra_bytes": 1 << 20, "host_seconds": None})
+    return found
 
 
 def made_up(machine: Raw) -> Raw:
     """A record as ``make gpu-bench`` writes it."""
-    found = []
-    fixed = [attention(1088, 4, 192, 16), attention(4224, 2, 256), attention(16448, 2, 512)]
-    for case in fixed:
-        for i, work in enumerate(("forward", "backward", "forward+backward")):
-            base = 1e-6 * case["seqlen"] * (1 + i)
-            found += [row("attention", work, case, "fixed", each, base) for each in ATTENTION]
-    found += [
-        row("decode", "forward", attention(4224, 2, 256, 16, 1), "fixed", each, 1e-5)
-        for each in ATTENTION
-    ]
-    step = {"num_layers": 4, "text_len": 64, "image_len": 1024, "batch": 1, "dtype": "float32"}
-    found += [row("training_step", "step", step, "fixed", each, 0.3) for each in STEPS]
-    for log2 in range(10, 15):
-        for work in ("forward", "backward"):
-            case, base = attention(1 << log2, 2, 256), 2e-8 * 2**log2
-            for name, role, computes, factor in ATTENTION:
-                grows = 2 ** (log2 - 11) if role == "dense" else 1
-                if (log2, name) != (13, "CogView's formulation"):  # a gap
-                    method = name, role, computes, factor * grows
-                    found.append(row("attention", work, case, "seqlen", method, base))
-    for sweep, n, pivots in [*(("window", n, 256) for n in (1, 2, 4, 8, 16)),
-                             *(("pivots", 2, n) for n in (0, 64, 256, 1024, 2048))]:
-        for work in ("forward", "backward"):
-            case = attention(4224, n, pivots)
-            for each in ATTENTION:
-                made = row("attention", work, case, sweep, each, 1e-3 * (1 + n / 4 + pivots / 512))
-                share = (128 * n + pivots / 2) / 4224
-                found.append(made | {"attended_fraction": min(1, share)})
-    for hidden in (512, 2560, 8192):
-        for op in ("layer_norm", "sandwich_residual"):
-            for work in ("forward", "backward"):
-                case = {"rows": (1 << 22) // hidden, "hidden": hidden, "dtype": "float32"}
-                sweep = "fixed" if hidden == 2560 else "hidden"
-                found += [row(op, work, case, sweep, each, 4e-3) for each in NORMS]
+    found = [row for case in CASES for row in rows(*case)]
+    missing = {**found[0], "method": "FA3", "reason": "a | b", "failed": True}
+    drift = {"after_stage": "norms", "name": "x", "first_median": 1e-3}
     return {
         "machine_info": machine,
         "commit_info": {"id": "0123456789abcdef", "dirty": False},
         "datetime": "2026-11-25T04:00:00+00:00",
-        "ceilings": {"matmul_flops": {"float32": 2e11}, "copy_bytes_per_s": 3.1e10},
-        "controls": [{"name": "empty kernel", "median": 2.1e-6},
-                     {"name": "A/A: decode", "median": 1e-3, "other_median": 1.004e-3}],
-        "drift": [{"after_stage": "rest", "name": "x", "median": 1.01e-3, "first_median": 1e-3}],
-        "not_measured": [{**found[0], "method": "FA3", "reason": "not installed", "failed": False}],
-        "not_reached": ["a", "b"],
+        "ceilings": {"matmul_flops": {"float32": 2e11}, "copy_bytes_per_s": 3e10},
+        "controls": [
+            {"name": "empty kernel", "median": 2.1e-6},
+            {"name": "A/A: x", "median": 1e-3, "other_median": 0.98e-3},
+        ],
+        "drift": [drift | {"median": 0.99e-3}, drift | {"median": 1.02e-3}],
+        "not_measured": [missing, missing],
+        "not_reached": ["a", "b", "c"],
         "rows": found,
     }
+
+
+def as_pytest_benchmark(record: Raw) -> Raw:
+    made = []
+    for facts in record.pop("rows"):
+        timed = facts.pop("seconds")
+        stats = {"median": timed["median"], "min": timed["minimum"], "iqr": timed["iqr"]}
+        made.append({"name": "x", "extra_info": facts, "stats": stats})
+    return record | {"benchmarks": made}
+
+
+def save(root: Path, name: str, record: Raw) -> None:
+    (root / records.RESULTS / name).write_text(json.dumps(record))
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A repository without records."""
+    (tmp_path / records.RESULTS).mkdir(parents=True)
+    (tmp_path / report.PICTURES).mkdir(parents=True)
+    for page in (report.README, report.PAGE, report.COUNTED):
+        shutil.copy(ROOT / page, tmp_path / page)
+    return tmp_path
+
+
+def test_the_pages_match_the_records() -> None:
+    """Renders every number between marks in this repository again."""
+    assert list(report.differences(ROOT, *report.report(ROOT))) == []
+
+
+def cells(text: str, line: int) -> dict[str, str]:
+    """Of a line of the first table of a text, by head."""
+    shown = [row.split("|")[1:-1] for row in text.splitlines() if row.startswith("|")]
+    return {h.strip(): c.strip() for h, c in zip(shown[0], shown[2 + line], strict=True)}
+
+
+def test_numbers_as_text() -> None:
+    texts = {0.5e-6: "0.5 us", 999.6e-6: "1,000 us", 1.2345e-3: "1.23 ms", 12345: "12,300 s"}
+    assert {seconds: tables.time_text(seconds) for seconds in texts} == texts
+    assert [tables.bytes_text(x) for x in (1536, 2**20, 5 * 2**30)] == ["1.5 KiB", "1 MiB", "5 GiB"]
+    assert [tables.percent(x) for x in (0.5, 0.095, 0.0949)] == ["50%", "10%", "9.5%"]
+
+
+@pytest.mark.parametrize("convert", [dict, as_pytest_benchmark])
+def test_a_line_of_a_table_worked_by_hand(convert: Any) -> None:
+    """The best of each role; the floor is the copy's: 1e10 bytes a second at 3e10."""
+    record = records.Record("x", convert(made_up(EPYC)))
+    assert cells(tables.fixed_table(record, "attention"), 1) == {
+        "case": "A, 2x1088",
+        "work": "backward",
+        "keys": "17%",
+        "median": "2 ms",
+        "minimum": "1.8 ms",
+        "spread": "10%",
+        "of the floor": "50%",
+        "TFLOP/s": "0.1",
+        "GB/s": "10",
+        "best rival": "2.6 ms, 1.30x (FlexAttention, 64x64)",
+        "best dense †": "1 ms, **0.50x** (SDPA cuDNN)",
+        "its own TFLOP/s": "1.16",
+        "fastest that computes the same": "2.6 ms, 1.30x (FlexAttention, 64x64)",
+        "extra memory": "1 MiB / 1 MiB / 1 MiB",
+    }
+    norms = tables.fixed_table(record, "layer_norm")
+    assert cells(norms, 0)["of the floor"] == "33%"  # has no products, only bytes
+    assert cells(norms, 1)["work"] == "forward, graph replay"
+    fastest = "1.2 ms, **0.80x** (F.layer_norm, graph replay)"
+    assert cells(norms, 1)["fastest plain LayerNorm †"] == fastest
+    assert "its own TFLOP/s" not in cells(tables.fixed_table(record, "training_step"), 0)
+
+
+def test_the_readme_says_where_ours_loses() -> None:
+    record = records.Record("x", made_up(H200))
+    shown = tables.readme_table(record)
+    assert cells(shown, 0)["dense, plain LayerNorm †"] == "**0.50x**"
+    assert cells(shown, 0)["rival"] == "1.30x" and "rival: FlexAttention, 64x64," in shown
+    lost = "A forward, A backward, B forward, B backward, decode forward"
+    assert tables.losses(record) == f"**Ours loses on NVIDIA H200** to SDPA cuDNN on {lost}."
+    record.content["rows"] = [row for row in record.content["rows"] if row["role"] != "dense"]
+    assert "no method is faster than ours" in tables.losses(record)
+
+
+def test_conditions_and_what_was_not_measured() -> None:
+    record = records.Record("x", made_up(H200))
+    text = tables.conditions(record)
+    assert "in float32 0.2 TFLOP/s; copy 30 GB/s; empty kernel 2.1 us; A/A: x 2.0% apart" in text
+    assert 'ours again after "norms" -1.0% to +2.0%' in text
+    lines = tables.not_measured(record).splitlines()
+    assert lines[2:4] == ["| FA3 | 2 | failed: a \\| b |", "| not reached | 3 | no time was left |"]
+
+
+def test_a_report_of_two_devices(root: Path) -> None:
+    """CUDA first; every table names its record; what was written passes the check, what is changed
+    by hand or left over does not."""
+    save(root, "suite-a.json", made_up(EPYC))
+    save(root, "suite-a-older.json", {**made_up(EPYC), "datetime": "2026-11-24", "rows": [{}]})
+    assert report.NO_GPU in report.report(root)[0][report.README, "measured"]
+    save(root, "suite-b.json", made_up(H200))
+    made = report.report(root)
+    page, readme = (made[0][name, "measured"] for name in (report.PAGE, report.README))
+    assert page.index("## NVIDIA H200") < page.index("## AMD EPYC")
+    assert report.NO_GPU not in page + readme and "loses on AMD EPYC" in readme
+    for text in made[0].values():
+        paragraphs = [part for part in text.split("\n\n") if not part.startswith("![")]
+        for this, following in zip(paragraphs, [*paragraphs[1:], ""], strict=True):
+            assert not this.startswith("|") or "record: `" in following
+    (root / report.PICTURES / "old.png").touch()
+    report.write(root, *made)
+    assert list(report.differences(root, *report.report(root))) == []
+    assert {path.name for path in (root / report.PICTURES).iterdir()} >= {
+        f"suite-{device}-{plot}.png" for device in "ab" for plot in plots.PLOTS
+    }
+    assert len((root / report.PAGE).read_text().splitlines()) <= 250
+    text = (root / report.README).read_text()
+    (root / report.README).write_text(text.replace("**0.50x**", "0.60x", 1))
+    (root / report.PICTURES / "left.png").touch()
+    (root / report.PICTURES / "suite-a-norms.png").unlink()
+    found = "\n".join(report.differences(root, *report.report(root)))
+    assert "README.md" in found and "0.60x" in found
+    assert "left.png: no record gives it" in found and "suite-a-norms.png: not drawn yet" in found
+
+
+def test_no_record_at_all(root: Path) -> None:
+    report.write(root, *report.report(root))
+    assert "`make bench` makes one" in (root / report.README).read_text()
+    assert "`make quality` makes one" in blocks_of((root / report.PAGE).read_text())["quality"]
+
+
+def test_records_of_unknown_origin_or_another_suite_are_refused(root: Path) -> None:
+    save(root, "suite-a.json", {**made_up(EPYC), "commit_info": {"id": "unknown"}})
+    with pytest.raises(ValueError, match="^benchmarks/results/suite-a.json: commit unknown"):
+        report.report(root)
+    record = made_up(EPYC)
+    del record["rows"][3]["role"]
+    save(root, "suite-a.json", record)
+    with pytest.raises(ValueError, match="^benchmarks/results/suite-a.json: .*'role'"):
+        report.report(root)
+
+
+def test_an_experiment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = SimpleNamespace(
+        table=lambda record: f"| digits |\n| ---: |\n| {record['digits']} |",
+        draw=lambda record, path: path.write_bytes(b"drawn"),
+        HOW_TO_READ="As it stands.",
+    )
+    monkeypatch.setitem(sys.modules, "benchmarks.experiments.quality", experiment)
+    save(root, "quality-a.json", {**made_up(EPYC), "digits": "72.5%"})
+    report.write(root, *report.report(root))
+    block = blocks_of((root / report.PAGE).read_text())["quality"]
+    assert "72.5%" in block and "(benchmarks/quality-a.png)" in block and "As it stands." in block
+    assert (root / report.PICTURES / "quality-a.png").read_bytes() == b"drawn"
+    link = f"{report.PAGE}#the-same-performance"
+    assert link in (root / report.README).read_text()
+    assert "\n## The same performance?\n" in (root / report.PAGE).read_text()
+
+
+def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines through three points or more, a gap where there is no time, every series apart."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    record = records.Record("x", made_up(EPYC))
+    for plot in plots.PLOTS.values():
+        plots.draw(plot, record, tmp_path)
+    seqlen, keys, norms = figures
+    assert "num_heads 4" in seqlen.get_suptitle() and len(keys.axes) == len(norms.axes) == 4
+    for figure in figures:
+        title, drawn = figure.get_suptitle(), [line for axis in figure.axes for line in axis.lines]
+        assert "AMD EPYC, 2 threads" in title and "dtype float32" in title
+        looks = {(line.get_color(), line.get_marker()) for line in drawn}
+        assert len(looks) == len(figure.legends[0].get_texts())
+        for line in drawn:
+            points = sum(map(math.isfinite, line.get_ydata()))
+            assert (line.get_linestyle() == "None") == (points < plots.MIN_POINTS_OF_A_LINE)
+    by_colour = {line.get_color(): line.get_ydata() for line in seqlen.axes[0].lines}
+    ours, _, other, *_ = (by_colour[style["color"]] for style in plots.STYLES.values())
+    assert list(ours) == pytest.approx([0.5] * 4)  # 1 us a position of two sequences
+    assert [math.isnan(y) for y in other] == [False, False, True, False]
+    labels = [text.get_text() for text in seqlen.legends[0].get_texts()]
+    assert f"other that computes the same: {FORMULATION}" in labels
+
+
+def test_tables_need_only_the_standard_library() -> None:
+    """``make gpu-bench`` prints one on machines that have torch and little else."""
+    program = (
+        "import sys\n"
+        "for name in ('numpy', 'torch', 'matplotlib', 'PIL'): sys.modules[name] = None\n"
+        "import benchmarks.report.tables"
+    )
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from itertools import chain
 from typing import Any
 
@@ -33,17 +33,18 @@ def percent(fraction: float) -> str:
 
 
 def times(row: Row, ours: Row) -> str:
-    """A peer's time as a multiple of ours."""
+    """A peer's time as a multiple of ours, in bold where the peer is faster."""
     factor = row.median / ours.median
-    return f"{factor:.2f}x" if factor < 10 else f"{factor:.0f}x"
+    text = f"{factor:.2f}x" if factor < 10 else f"{factor:.0f}x"
+    return f"**{text}**" if factor < 1 else text
 
 
 def table(lines: Sequence[dict[str, str]], left: int = 1) -> str:
     """Cells by the heads of their columns, of which the first ``left`` are text. Columns where no
     line has anything are left out."""
-    heads = [head for head in dict.fromkeys(chain(*lines)) if any(line.get(head) for line in lines)]
+    heads = [head for head in lines[0] if any(line[head] for line in lines)]
     rule = ["---" if i < left else "---:" for i in range(len(heads))]
-    shown = [heads, rule, *([line.get(head, "") for head in heads] for line in lines)]
+    shown = [heads, rule, *([line[head] for head in heads] for line in lines)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
 
 
@@ -75,17 +76,17 @@ def common(rows: Iterable[Row]) -> str:
 
 
 def against(row: Row | None, ours: Row) -> str:
-    """In bold where the peer is faster."""
-    if row is None:
-        return ""
-    mark = "**" * (row.median < ours.median)
-    return f"{time_text(row.median)}, {mark}{times(row, ours)}{mark} ({row.method})"
+    return f"{time_text(row.median)}, {times(row, ours)} ({row.method})" if row else ""
+
+
+def side_by_side(values: Sequence[float | None], text: Callable[[float], str]) -> str:
+    return " / ".join(text(value) if value is not None else "?" for value in values) * any(values)
 
 
 def line(group: Group, ceilings: dict[str, Any]) -> dict[str, str]:
-    """What has no value is left out."""
     ours, rival, dense, floor = group.ours, group.rival, group.dense, group.ours.floor(ceilings)
-    is_dense = dense is not None and dense.role == "dense"
+    dense_head = "fastest plain LayerNorm †" if "hidden" in ours.case else "best dense †"
+    own = dense and dense.role == "dense" and dense.attended_fraction and dense.own_tflops
     beside = [row for row in (ours, rival, dense) if row]
     cells = {
         "case": label(ours),
@@ -99,13 +100,13 @@ def line(group: Group, ceilings: dict[str, Any]) -> dict[str, str]:
         "TFLOP/s": ours.flops and digits(ours.flops / ours.median / 1e12),
         "GB/s": digits(ours.bytes / ours.median / 1e9),
         "best rival": against(rival, ours),
-        "best dense †" if is_dense else "fastest plain LayerNorm †": against(dense, ours),
-        "its own TFLOP/s": dense and is_dense and digits(dense.own_tflops),
+        dense_head: against(dense, ours),
+        "its own TFLOP/s": own and digits(own),
         "fastest that computes the same": against(group.peer(same=True), ours),
-        "extra memory": " / ".join(bytes_text(row.extra_bytes or 0) for row in beside),
-        "host": " / ".join(time_text(row.host_seconds) for row in beside if row.host_seconds),
+        "extra memory": side_by_side([row.extra_bytes for row in beside], bytes_text),
+        "host": side_by_side([row.host_seconds for row in beside], time_text),
     }
-    return {head: cell for head, cell in cells.items() if cell}
+    return {head: cell or "" for head, cell in cells.items()}
 
 
 def fixed_table(record: Record, op: str) -> str:
@@ -173,12 +174,11 @@ def readme_table(record: Record) -> str:
         lines.append({"case": label(group.ours), "work": group.work, OURS: time})
         peers = {"rival": group.rival, "dense, plain LayerNorm †": group.dense}
         for head, peer in peers.items():
-            if peer:
-                lines[-1][head] = times(peer, group.ours)
-                names[head][peer.method] = None
+            lines[-1][head] = times(peer, group.ours) if peer else ""
+            names[head] |= {peer.method: None} if peer else {}
     if not lines:
         return f"None of the fixed cases has been measured on {record.device}.\n\n{record.source}"
-    notes = [f"{head}: {', '.join(methods)}." for head, methods in names.items()]
+    notes = [f"{head}: {', '.join(methods)}." for head, methods in names.items() if methods]
     notes += [] if record.on_cuda else [f"On a CPU {OURS} is the portable path."]
     return f"{table(lines, left=2)}\n\n<sub>{' '.join(notes)}</sub> {record.source}"
 
@@ -189,8 +189,7 @@ def losses(record: Record) -> str:
     for group in readme_groups(record):
         winner = group.best(lambda row: row.role != "ours")
         if winner and winner.median < group.ours.median:
-            case = label(winner).partition(",")[0]
-            lost[winner.method].append(f"{case} {group.work} ({times(winner, group.ours)})")
+            lost[winner.method].append(f"{label(winner).partition(',')[0]} {group.work}")
     parts = "; ".join(f"to {method} on {', '.join(where)}" for method, where in lost.items())
     nothing = f"On {record.device} no method is faster than ours in these cases."
     return f"**Ours loses on {record.device}** {parts}." if lost else nothing
