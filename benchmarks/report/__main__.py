@@ -46,7 +46,8 @@ def report(root: Path) -> tuple[Blocks, Pictures]:
     records = newest(root, "suite")
     page = [] if any(record.on_cuda for record in records) else [NO_GPU]
     page += [] if records else ["No record yet: `make bench` makes one."]
-    readme = [*page, *map(tables.readme_table, records[:1]), *map(tables.losses, records)]
+    readme = [*page, *map(tables.readme_table, records[:1])]
+    readme += [f"{tables.losses(record)} {record.source}" for record in records[1:]]
     for record in records:
         page += [f"## {record.device}", tables.conditions(record)]
         page += [tables.fixed_table(record, op) for op in OPS]
@@ -54,6 +55,8 @@ def report(root: Path) -> tuple[Blocks, Pictures]:
             if plot.groups(record):
                 drawn = partial(plots.draw, plot, record)
                 page.append(picture(record.path, f"-{name}", plot.caption, drawn))
+                if name == "seqlen" and record is records[0]:
+                    readme.append(page[-1].replace("(", "(docs/"))
         page.append(tables.not_measured(record))
     blocks = {(PAGE, "counted"): counted(root), (PAGE, "measured"): joined(page)}
     links = []

@@ -131,7 +131,8 @@ class Record:
         """Device, threads of a CPU, versions."""
         machine = self.content["machine_info"]
         versions = {"torch": machine["torch"], **machine.get("versions", {})}
-        threads = [] if self.on_cuda else [f"{machine['threads']} threads"]
+        count = machine["threads"]
+        threads = [] if self.on_cuda else [f"{count} thread{'s' * (count > 1)}"]
         known = [name for name in ("torch", "triton", "cuda") if name in versions]
         return ", ".join([self.device, *threads, *(f"{name} {versions[name]}" for name in known)])
 

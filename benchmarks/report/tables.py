@@ -178,9 +178,10 @@ def readme_table(record: Record) -> str:
             names[head] |= {peer.method: None} if peer else {}
     if not lines:
         return f"None of the fixed cases has been measured on {record.device}.\n\n{record.source}"
-    notes = [f"{head}: {', '.join(methods)}." for head, methods in names.items() if methods]
+    notes = [f"{head}: {'; '.join(methods)}." for head, methods in names.items() if methods]
     notes += [] if record.on_cuda else [f"On a CPU {OURS} is the portable path."]
-    return f"{table(lines, left=2)}\n\n<sub>{' '.join(notes)}</sub> {record.source}"
+    sources = f"<sub>{' '.join(notes)}</sub> {record.source}"
+    return f"{table(lines, left=2)}\n\n{sources}\n\n{losses(record)}"
 
 
 def losses(record: Record) -> str:
