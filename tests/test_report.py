@@ -52,13 +52,12 @@ def norm(hidden: int) -> Raw:
     return {"rows": 2048, "hidden": hidden, "dtype": "float32"}
 
 
-STEP = {"num_layers": 4, "text_len": 64, "image_len": 1024, "batch": 1, "dtype": "float32"}
 # Sweep, operation, case, seconds of our forward.
 CASES = [
     ("fixed", "attention", attention(1088, 4, 192), 1e-3),
     ("fixed", "attention", attention(4224, 2, 256), 4e-3),
     ("fixed", "decode", attention(4224, 2, 256, q_len=1), 1e-5),
-    ("fixed", "training_step", STEP, 0.3),
+    ("fixed", "training_step", {"num_layers": 4, "attention": attention(1088, 4, 192)}, 0.3),
     *(("seqlen", "attention", attention(n, 2, 256), 1e-6 * n) for n in (1024, 2048, 4096, 8192)),
     *(("window", "attention", attention(4224, n, 256), 1e-3 * n) for n in (1, 2, 4, 8)),
     *(("pivots", "attention", attention(4224, 2, n), 1e-3 + 1e-6 * n) for n in (0, 2048)),

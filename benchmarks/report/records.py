@@ -47,7 +47,8 @@ class Row:
     def floor(self, ceilings: dict[str, Any]) -> float | None:
         """Seconds that no method can be faster than: the useful products or the necessary bytes at
         the measured ceilings, whichever take longer. None where a ceiling is missing."""
-        rate = ceilings["matmul_flops"].get(self.case["dtype"])
+        shape = self.case.get("attention", self.case)  # a training step's is its attention's
+        rate = ceilings["matmul_flops"].get(shape["dtype"])
         if self.flops and not rate:
             return None
         products = self.flops / rate if self.flops else 0.0

@@ -54,12 +54,11 @@ LETTERS = {(1088, 4): "A", (4224, 2): "B", (4224, 6): "C", (16448, 2): "D"}
 def label(row: Row) -> str:
     """A fixed case in short: ``A, 16x1088`` has batch and length, ``layer norm, 8192x2560`` rows
     and columns."""
-    case, op = row.case, row.op.replace("_", " ")
+    case, op = row.case.get("attention", row.case), row.op.replace("_", " ")
     if "hidden" in case:
         return f"{op}, {case['rows']}x{case['hidden']}"
-    seqlen = case["seqlen"] if "seqlen" in case else case["text_len"] + case["image_len"]
-    letter = LETTERS.get((seqlen, case["key_window_times"])) if op == "attention" else None
-    return f"{letter or op}, {case['batch']}x{seqlen}"
+    letter = LETTERS.get((case["seqlen"], case["key_window_times"]))
+    return f"{letter if letter and op == 'attention' else op}, {case['batch']}x{case['seqlen']}"
 
 
 def common(rows: Iterable[Row]) -> str:
