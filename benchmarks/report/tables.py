@@ -28,6 +28,10 @@ def bytes_text(number: float) -> str:
     return with_unit(number, {"GiB": 2**30, "MiB": 2**20, "KiB": 2**10})
 
 
+def rate_text(flops_per_s: float) -> str:
+    return with_unit(flops_per_s, {"TFLOP/s": 1e12, "GFLOP/s": 1e9, "MFLOP/s": 1e6})
+
+
 def percent(fraction: float) -> str:
     return f"{fraction:.0%}" if fraction >= 0.095 else f"{fraction:.1%}"
 
@@ -96,11 +100,11 @@ def line(group: Group, ceilings: dict[str, Any]) -> dict[str, str]:
         "spread": percent(ours.iqr / ours.median),
         "predicted": ours.predicted_seconds and time_text(ours.predicted_seconds),
         "of the floor": floor and percent(floor / ours.median),
-        "TFLOP/s": ours.flops and digits(ours.flops / ours.median / 1e12),
+        "useful rate": ours.flops and rate_text(ours.flops / ours.median),
         "GB/s": digits(ours.bytes / ours.median / 1e9),
         "best rival": against(rival, ours),
         dense_head: against(dense, ours),
-        "its own TFLOP/s": own and digits(own),
+        "its own rate": own and rate_text(1e12 * own),
         "fastest that computes the same": against(group.peer(same=True), ours),
         "extra memory": side_by_side([row.extra_bytes for row in beside], bytes_text),
         "host": side_by_side([row.host_seconds for row in beside], time_text),
@@ -125,7 +129,7 @@ def conditions(record: Record) -> str:
     had drifted where it was timed again."""
     content, parts = record.content, []
     for dtype, rate in content["ceilings"]["matmul_flops"].items():
-        parts.append(f"matrix product in {dtype} {digits(rate / 1e12)} TFLOP/s")
+        parts.append(f"matrix product in {dtype} {rate_text(rate)}")
     parts.append(f"copy {digits(content['ceilings']['copy_bytes_per_s'] / 1e9)} GB/s")
     for name, value in (content["ceilings"].get("clocks") or {}).items():
         parts.append(f"{name} under load {value}")
@@ -167,16 +171,23 @@ def readme_groups(record: Record) -> list[Group]:
 
 
 def readme_table(record: Record) -> str:
-    lines, names = [], defaultdict[str, dict[str, None]](dict)
+    """A row for each case; in its cells forward and backward, one below the other."""
+    found: dict[str, dict[str, list[str]]] = {}
+    names = defaultdict[str, dict[str, None]](dict)
     for group in readme_groups(record):
-        time = time_text(group.ours.median)
-        lines.append({"case": label(group.ours), "work": group.work, OURS: time})
+        cells = found.setdefault(label(group.ours), defaultdict(list))
+        cells["work"].append(group.work)
+        cells[OURS].append(time_text(group.ours.median))
         peers = {"rival": group.rival, "dense, plain LayerNorm †": group.dense}
         for head, peer in peers.items():
-            lines[-1][head] = times(peer, group.ours) if peer else ""
+            cells[head].append(times(peer, group.ours) if peer else "-")
             names[head] |= {peer.method: None} if peer else {}
-    if not lines:
+    if not found:
         return f"None of the fixed cases has been measured on {record.device}.\n\n{record.source}"
+    lines = [
+        {"case": case} | {head: "<br>".join(texts) for head, texts in cells.items()}
+        for case, cells in found.items()
+    ]
     notes = [f"{head}: {'; '.join(methods)}." for head, methods in names.items() if methods]
     notes += [] if record.on_cuda else [f"On a CPU {OURS} is the portable path."]
     sources = f"<sub>{' '.join(notes)}</sub> {record.source}"
