@@ -92,7 +92,8 @@ def draw(plot: Plot, record: Record, path: Path) -> None:
             methods[name] |= {row.method: None for each in found if (row := each[name])}
             if count := sum(map(math.isfinite, ys)):
                 style = style if count >= MIN_POINTS_OF_A_LINE else style | {"linestyle": "none"}
-                (handles[name],) = axis.plot([*by_x], ys, markersize=5, **style)
+                (line,) = axis.plot([*by_x], ys, markersize=5, **style)
+                handles.setdefault(name, line)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(plot.x_label, fontsize=9)
         axis.set_xscale("log", base=2)
@@ -106,7 +107,8 @@ def draw(plot: Plot, record: Record, path: Path) -> None:
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-    figure.supylabel(plot.y_label, fontsize=9)
+    for axis in axes[:, 0]:
+        axis.set_ylabel(plot.y_label, fontsize=9)
     labels = [f"{name}: {' / '.join(methods[name])}" for name in handles]
     figure.legend(handles.values(), labels, loc="outside lower center", fontsize=8, frameon=False)
     cases = common(group.ours for by_x in panels.values() for group in by_x.values())
