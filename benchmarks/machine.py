@@ -204,14 +204,16 @@ def run_process(
         process = subprocess.Popen(
             command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
         )
-        while process.poll() is None and killed is None:
-            time.sleep(0.1)
-            written = max(begin, watch.stat().st_mtime) if watch else time.time()
-            if time.time() > begin + seconds:
-                killed = f"killed: out of time after {seconds:.0f} s"
-            elif time.time() > written + stall_s and watch:
-                killed = f"killed: no word for {stall_s} s"
-        kill_session(process.pid)
+        try:
+            while process.poll() is None and killed is None:
+                time.sleep(0.1)
+                written = max(begin, watch.stat().st_mtime) if watch else time.time()
+                if time.time() > begin + seconds:
+                    killed = f"killed: out of time after {seconds:.0f} s"
+                elif time.time() > written + stall_s and watch:
+                    killed = f"killed: no word for {stall_s} s"
+        finally:
+            kill_session(process.pid)
     status = process.wait()
     return status, killed or (f"died with signal {-status}" if status < 0 else None)
 

@@ -1,4 +1,4 @@
-"""What the record of ``make bench`` holds beyond pytest-benchmark's times, and whether it is kept."""
+"""What the record of ``make bench`` holds beyond pytest-benchmark's times; when it is kept."""
 
 from __future__ import annotations
 

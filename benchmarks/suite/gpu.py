@@ -131,10 +131,12 @@ def missing(entry: Any, reason: str, failed: bool) -> dict[str, Any]:
 
 
 def ceilings_and_controls(suite: Any, entries: list[Any], device: Any) -> dict[str, Any]:
-    from benchmarks.suite import host_time, measure
+    from benchmarks.suite import measure
 
     found: dict[str, Any] = {"ceilings": measure.ceilings(device), "controls": []}
     if device.type == "cuda":
+        from benchmarks.suite import host_time
+
         found["controls"] = measure.empty_kernels(device)
         if host_time.why_not(device) is None:
             found["host_time"] = [row._asdict() for row in host_time.host_times(device)]
@@ -175,7 +177,9 @@ def run_workers(arguments: argparse.Namespace, plan: list[Any], path: Path, end:
     command += ["--resume", str(path), *words]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
     while True:
-        status, killed = machine.run_process(command, end - time.time(), LOG, path, ENTRY_S, **cache)
+        status, killed = machine.run_process(
+            command, end - time.time(), LOG, path, ENTRY_S, **cache
+        )
         record = json.loads(path.read_text())
         running = record.pop("running", None)
         if running is None and status:
@@ -197,10 +201,11 @@ def run_workers(arguments: argparse.Namespace, plan: list[Any], path: Path, end:
 def bench(arguments: argparse.Namespace, end: float) -> int:
     path, commit = arguments.resume, machine.commit_info()
     record = json.loads(path.read_text()) if path else None
+    arguments.only = record["only"] if record else arguments.only
     reason = machine.why_nothing_runs() if arguments.device == "cuda" else None
     if commit["id"] == "unknown":
         reason = "neither git nor $COMMIT names the commit"
-    if record and [record["commit_info"][key] != commit[key] for key in ("id", "dirty")] != [False] * 2:
+    if record and any(record["commit_info"][key] != commit[key] for key in ("id", "dirty")):
         reason = f"the record is of another commit, {record['commit_info']['id']}"
     if reason is None:
         import torch
@@ -221,6 +226,7 @@ def bench(arguments: argparse.Namespace, end: float) -> int:
         # First calls are shorter where torch's compiled code was kept.
         info = {"machine_info": {**here, "compiled_before": any(COMPILED.glob("*"))}}
         info |= {"commit_info": commit, "datetime": machine.now(), "ceilings": {}}
+        info |= {"only": arguments.only}
         record = {**info, **{name: [] for name in lists}}
         name = machine.record_name("suite", here, commit, record["datetime"])
         # The report is made from whole suites: a part of one lies beside the log.
@@ -237,11 +243,12 @@ def bench(arguments: argparse.Namespace, end: float) -> int:
     record["not_reached"] = [entry.id for entry in pending(plan, record)]
     save_record(record, path)
     machine.save_log(LOG)
+    if not record["ceilings"]:
+        print(f"gpu-bench: nothing ran: {stopped}")
+        return 2
     text, well = summary(record)
     print(f"{table(record)}\n{text}")
     print(f"stopped: {stopped}\nrecord: {path}" if stopped else f"record: {path}")
-    if not record["ceilings"]:
-        return 2
     return 0 if well and not stopped and built["outcome"] == "passed" else 1
 
 
@@ -293,16 +300,14 @@ def dry_run(arguments: argparse.Namespace) -> int:
 
 
 def summary(record: dict[str, Any]) -> tuple[str, bool]:
-    """Ceilings, controls, how many entries came to what, what failed; whether all is well."""
-    failed = [row for row in record["not_measured"] if row["failed"]]
-    seen = records.Record("", record)
-    lines = [tables.ceilings_text(seen), tables.controls_text(seen)] if record["ceilings"] else []
-    clocks = (f"{row.get('clocks.sm')} after {row['after_stage']}" for row in record["clocks"])
-    if record["clocks"]:
-        lines.append(f"SM clock under load: {', '.join(clocks)}")
+    """Ceilings and controls, how many entries came to what, what failed; whether all is well."""
+    lines = [tables.conditions(records.Record("", record))]
+    for row in record["clocks"]:
+        lines.append(f"SM clock under load after {row['after_stage']}: {row.get('clocks.sm')}")
     if record["host_time"]:
         pairs = (f"{row['name']} {row['ours'] / row['torchs']:.2f}" for row in record["host_time"])
         lines.append(f"Host time of an eager call, ours / torch's: {', '.join(pairs)}")
+    failed = [row for row in record["not_measured"] if row["failed"]]
     lines += [f"failed: {row['name']}: {row['reason'][:100]}" for row in failed[:5]]
     reached, elsewhere = len(record["not_reached"]), len(record["not_measured"]) - len(failed)
     counts = f"{len(record['rows'])} measured, {elsewhere} cannot run here, {len(failed)} failed"
@@ -311,35 +316,29 @@ def summary(record: dict[str, Any]) -> tuple[str, bool]:
 
 
 def table(record: dict[str, Any]) -> str:
-    """The fixed cases: a line for each case and kind of work."""
-    seen = records.Record("", record)
-    ceilings = record["ceilings"]
-    lines = [
-        f"{'us, spread, GB/s, host us':40} {'floor':>5} {'memory':>8}  "
-        f"{'best rival':30} {'best dense, own TFLOP/s':34} same function"
-    ]
+    """The fixed cases, a line for each kind of work. Of a peer: its time, also as a multiple of
+    ours; of a dense one its own TFLOP/s."""
+    heads = f"{'':22} {'us':>9} {'iqr':>4} {'host us':>7} {'floor':>5} {'MiB':>6}"
+    lines = [f"{heads}  {'best rival':32} {'best dense, own TFLOP/s':32} computes the same"]
 
     def against(row: Any, ours: Any) -> str:
         if row is None:
             return "-"
-        factor = f" {row.median / ours.median:.2f}x" if ours else ""
-        own = f" {row.own_tflops:.0f}" if row.role == "dense" and row.own_tflops else ""
-        return f"{row.median * 1e6:.1f}{factor}{own} {row.method[:18]}"
+        own = f" {row.own_tflops:.0f}" if row.role == "dense" else ""
+        return f"{row.median * 1e6:.1f} {row.median / ours.median:.2f}x{own} {row.method[:16]}"
 
-    for op in records.OPS:
-        above = ""
-        for group in records.groups(seen.rows, "fixed", op):
-            ours = group.ours
-            if above != (above := group.rows[0].case_name):
-                lines.append(f"{op} {above}")
-            cells = f"{'-':22}"
-            if ours:
-                floor = (ours.floor(ceilings) or 0) / ours.median
-                memory = "-" if ours.extra_bytes is None else f"{ours.extra_bytes / 2**20:.0f} MiB"
-                cells = f"{ours.median * 1e6:9.1f} {ours.iqr / ours.median:4.0%}"
-                cells += f" {(ours.host_seconds or 0) * 1e6:7.1f} {floor:5.0%} {memory:>8}"
-            peers = [against(row, ours) for row in (group.rival, group.dense, group.same)]
-            lines.append(f"  {group.work:22} {cells}  {peers[0]:30} {peers[1]:34} {peers[2]}")
+    seen, cases = records.Record("", record), set()
+    for group in itertools.chain(*(records.groups(seen.rows, "fixed", op) for op in records.OPS)):
+        ours = group.ours
+        if ours.case_name not in cases:
+            lines.append(f"{ours.op} {ours.case_name}")
+            cases.add(ours.case_name)
+        share = (ours.floor(record["ceilings"]) or 0) / ours.median
+        cells = f"{group.work:22} {ours.median * 1e6:9.1f} {ours.iqr / ours.median:4.0%}"
+        cells += f" {(ours.host_seconds or 0) * 1e6:7.1f} {share:5.0%}"
+        cells += f" {(ours.extra_bytes or 0) / 2**20:6.1f}"
+        rival, dense = (against(row, ours) for row in (group.rival, group.dense))
+        lines.append(f"{cells}  {rival:32} {dense:32} {against(group.peer(same=True), ours)}")
     text = "\n".join(lines)
     return text if len(text) <= TABLE_CHARS else text[:TABLE_CHARS] + "\n... see the record"
 
