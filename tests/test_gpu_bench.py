@@ -78,6 +78,10 @@ class Entry:
     def id(self):
         return f"attention / tiny / {self.work} / {self.name}"
 
+    @property
+    def group(self):
+        return f"attention / tiny / {self.work}"
+
     def info(self):
         computes = "dense causal" if self.role == "dense" else "three-region"
         case = dict(dtype="float32", seqlen=8, key_window_times=1, batch=1)

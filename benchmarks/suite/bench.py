@@ -16,7 +16,6 @@ import torch
 from benchmarks.suite import entries as suite
 from benchmarks.suite import measure
 
-measure.keep_freed_memory()
 DEVICE = torch.device("cpu")
 OUTCOMES: dict[str, Any] = {}  # of each entry: its measurement and what else is known, or why not
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -36,6 +37,10 @@ def control_at_the_start() -> None:
 def why_refused(controls: list[dict[str, Any]]) -> str | None:
     """Why the times cannot be compared with each other. Medians are compared where calls took
     turns, minima between the start and the end."""
+    # Otherwise glibc returns some freed tensors to the system, and whether a call pays for the
+    # page faults of new ones depends on the calls before it.
+    if "mmap_max=0" not in os.environ.get("GLIBC_TUNABLES", ""):
+        return "the allocator does not keep freed memory (`make bench` sets GLIBC_TUNABLES)"
     apart = max(row["difference"] for row in controls)
     if apart > ALLOWED:
         return f"the same call, timed as two methods, differs by {apart:.0%}"

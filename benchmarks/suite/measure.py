@@ -10,8 +10,6 @@ Calls that are compared are timed in turns: what slows the machine for a while s
 
 from __future__ import annotations
 
-import contextlib
-import ctypes
 import dataclasses
 import functools
 import itertools
@@ -36,16 +34,6 @@ class Measurement:
     seconds: list[float]  # one for each timed call
     host_seconds: float | None  # what the host needs to launch it (CUDA)
     extra_bytes: int  # peak above what was allocated before the call
-
-
-def keep_freed_memory() -> None:
-    """glibc keeps all that is freed: otherwise it returns large tensors to the system, and whether
-    a call pays for the page faults of new ones depends on the calls before it."""
-    with contextlib.suppress(AttributeError):  # another libc
-        mallopt = ctypes.CDLL(None).mallopt
-        m_trim_threshold, m_mmap_max, m_arena_max = -1, -4, -8
-        for parameter, value in ((m_trim_threshold, -1), (m_mmap_max, 0), (m_arena_max, 1)):
-            mallopt(parameter, value)
 
 
 def synchronize(device: torch.device) -> None:
@@ -73,10 +61,10 @@ class Clock:
         self.sum = torch.zeros((), device=device)
         self.flush_seconds = min(elapsed(self.flush, device) for _ in range(3))
 
-    def flush(self, writes: int = 1) -> None:
-        for _ in range(writes):
+    def flush(self, times: int = 1) -> None:
+        for _ in range(times):
             self.written.zero_()
-        torch.sum(self.read, 0, out=self.sum)  # replaces the written lines by clean ones
+            torch.sum(self.read, 0, out=self.sum)  # replaces the written lines by clean ones
 
     def host_seconds(self, call: Call) -> float:
         """What the host needs to launch a call, while the device has nothing else to do."""
