@@ -24,10 +24,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A suite without torch's kernels: the runner's outcomes do not depend on what is timed.
 SUITE = """
-import dataclasses, os, sys, time
+import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from benchmarks.suite import measure
 
 def quick():
@@ -41,75 +40,42 @@ if "--end" in sys.argv:  # in a worker
     quick()
 
 class NotMeasured(Exception):
-    def __init__(self, reason, failed=False):
+    def __init__(self, reason, failed):
         super().__init__(reason)
         self.failed = failed
 
-def breaks():
-    raise ValueError("of no use")
+def raises(error):
+    raise error
 
-def is_wrong():
-    raise NotMeasured("wrong: relative error 0.01", failed=True)
-
-def has_no_kernel():
-    raise NotMeasured("it has no kernel for CPU")
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    name: str
-    compiles: bool
-    graph: bool = False
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    op: str = "attention"
-    name: str = "tiny"
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    work: str
-    name: str
-    call: Any
-    stage: str
-    role: str = ""
-    seconds = 0.5
-    case = Case()
-
-    @property
-    def method(self):
-        return Method(self.name, self.name == "SDPA")
-
-    @property
-    def id(self):
-        return f"attention / tiny / {self.work} / {self.name}"
-
-    @property
-    def group(self):
-        return f"attention / tiny / {self.work}"
-
-    def info(self):
-        computes = "dense causal" if self.role == "dense" else "three-region"
-        case = dict(dtype="float32", seqlen=8, key_window_times=1, batch=1)
-        return dict(op="attention", work=self.work, case=case, case_name="tiny", sweeps=["fixed"],
-                    stage=self.stage, method=self.name, role=self.role, graph=False, computes=computes,
-                    flops=1000, bytes=1000, attended_fraction=0.5)
+def hangs():
+    Path(__file__).with_name("mended").exists() or time.sleep(60)
 
 METHODS = (
     ("cogview_kernels", lambda: time.sleep(1e-3), "ours", "ours"),
     ("SDPA", lambda: time.sleep(2e-3), "rival and dense", "dense"),
     ("Flex", lambda: time.sleep(3e-3), "rival and dense", "rival"),
-    ("elsewhere", has_no_kernel, "rest"),
-    ("wrong", is_wrong, "rest"),
-    ("breaks", breaks, "rest"),
-    ("dies", os.abort, "rest"),
-    ("hangs", lambda: Path(__file__).with_name("mended").exists() or time.sleep(60), "rest"),
-    ("last", lambda: 0, "rest"),
+    ("elsewhere", lambda: raises(NotMeasured("it has no kernel for CPU", False)), "rest", ""),
+    ("wrong", lambda: raises(NotMeasured("wrong: relative error 0.01", True)), "rest", ""),
+    ("breaks", lambda: raises(ValueError("of no use")), "rest", ""),
+    ("dies", os.abort, "rest", ""),
+    ("hangs", hangs, "rest", ""),
+    ("last", lambda: 0, "rest", ""),
 )
+SHAPE = dict(dtype="float32", batch=1, seqlen=8, key_window_times=1)
+
+def entry(work, name, call, stage, role):
+    group = f"attention / tiny / {work}"
+    computes = "dense causal" if role == "dense" else "three-region"
+    info = dict(op="attention", work=work, case=SHAPE, case_name="tiny", sweeps=["fixed"],
+                method=name, role=role, graph=False, computes=computes, flops=1000, bytes=1000)
+    method = SimpleNamespace(name=name, compiles=name == "SDPA", graph=False)
+    return SimpleNamespace(id=f"{group} / {name}", group=group, method=method, stage=stage,
+                           case=SimpleNamespace(op="attention", name="tiny"), seconds=0.5,
+                           call=call, info=lambda: info)
 
 def entries(device_type):
-    works = "forward", "backward"
-    entries = [Entry(work, *rest) for rest in METHODS for work in works]
-    return [entry for entry in entries if entry.id != "attention / tiny / backward / dies"]
+    found = [entry(work, *rest) for rest in METHODS for work in ("forward", "backward")]
+    return [entry for entry in found if entry.id != "attention / tiny / backward / dies"]
 
 def ready(entry, device):
     entry.call()
