@@ -85,7 +85,7 @@ bench: build
 	$(KEEP_FREED_MEMORY) $(BIN)/pytest benchmarks/suite/bench.py -q --benchmark-enable --benchmark-only --benchmark-sort=name \
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-json=results/bench.json $(if $(FILTER),-k "$(FILTER)"); status=$$?; \
 	$(if $(COMPARE),$(BIN)/pytest-benchmark compare $(COMPARE) results/bench.json --group-by=fullname --columns=min$(comma)median$(comma)iqr;) \
-	$(if $(FILTER),,$(BIN)/python -m benchmarks.report.pages;) exit $$status
+	$(if $(FILTER),,$(BIN)/python -m benchmarks.report;) exit $$status
 
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report.pages
