@@ -200,6 +200,8 @@ def test_a_terminated_run_prints_its_table_and_resumes(
     assert methods(second["rows"][6:]) == ["hangs"] * 2 + ["last"] * 2
     tried_again = methods(row for row in second["not_measured"] if row["failed"])
     assert tried_again == ["wrong"] * 2 + ["breaks"] * 2 + ["dies"]
+    log = (here / "gpu-bench.log").read_text()
+    assert log.index("/ backward / last") < log.index("/ forward / wrong")  # last
 
 
 @pytest.mark.slow
