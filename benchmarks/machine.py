@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MESSAGE_CHARS = 3000
 BUILD_S = 150
+START_S = 60  # of a process, beyond the time that it may then be silent
 PACKAGES = ("triton", "flash-attn-4", "flash-attn-3", "liger-kernel", "quack-kernels", "numpy")
 
 
@@ -202,7 +203,8 @@ def run_process(
         try:
             while process.poll() is None and killed is None:
                 time.sleep(0.1)
-                written = max(begin, watch.stat().st_mtime) if watch else time.time()
+                written = watch.stat().st_mtime if watch else time.time()
+                written = written if written > begin else begin + START_S
                 if time.time() > begin + seconds:
                     killed = f"killed: out of time after {seconds:.0f} s"
                 elif time.time() > written + stall_s and watch:

@@ -243,11 +243,11 @@ def test_a_record_of_something_else_is_not_resumed(
     path, commit = here / "record.json", {"id": "7654321", "dirty": None}
     known = {"commit_info": commit, "machine_info": {"device": "another"}, "only": ""}
     path.write_text(json.dumps(known))
-    for of in ("machine: device another", "commit: id 7654321"):
-        monkeypatch.setenv("COMMIT", "7654321" if "machine" in of else "1234567")
+    for reason in ("device another", "id 7654321"):
+        monkeypatch.setenv("COMMIT", "7654321" if "device" in reason else "1234567")
         known["machine_info"]["device"] = machine.machine_info(torch.device("cpu"))["device"]
         assert bench("--resume", str(path)) == 2
-        assert f"the record is of another {of}" in capsys.readouterr().out
+        assert f"the record is of another machine or commit: {reason}" in capsys.readouterr().out
         path.write_text(json.dumps(known))
     monkeypatch.delenv("COMMIT")
     assert bench() == 2 and "neither git nor $COMMIT" in capsys.readouterr().out

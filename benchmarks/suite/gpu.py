@@ -15,6 +15,7 @@ reached, 2 nothing ran.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
 import importlib
 import itertools
@@ -33,7 +34,7 @@ from benchmarks.report import records, tables
 LOG = ROOT / "results" / "gpu-bench.log"
 COMPILED = ROOT / "build" / "inductor"  # a second run compiles nothing again
 WINDOW_S = 540
-ENTRY_S = 75  # of an entry at most, compilation included; of a worker's start, too
+ENTRY_S = 75  # of an entry at most, compilation included
 LAST_S = 2  # with less time left no entry is started
 # What --dry-run assumes besides the entries: the build on 16 cores; start, ceilings and controls.
 BUILD_ESTIMATE_S, START_ESTIMATE_S, DRIFT_ESTIMATE_S = 100, 20, 3
@@ -88,9 +89,10 @@ def work(arguments: argparse.Namespace) -> int:
         first = {row["name"]: row["seconds"]["median"] for row in record["rows"]}
         for entry in watched:
             if entry.id in first and begin(f"{entry.id}, again"):
-                median = timed_row(suite, entry, device)["seconds"]["median"]
-                row = {"after_stage": stage, "name": entry.id, "median": median}
-                record["drift"].append({**row, "first_median": first[entry.id]})
+                with contextlib.suppress(suite.NotMeasured):
+                    median = timed_row(suite, entry, device)["seconds"]["median"]
+                    row = {"after_stage": stage, "name": entry.id, "median": median}
+                    record["drift"].append({**row, "first_median": first[entry.id]})
         if device.type == "cuda" and begin("clocks"):
             clocks = measure.clocks_under_load(device)
             record["clocks"].append({"time": machine.now(), "after_stage": stage, **clocks})
@@ -103,8 +105,9 @@ def work(arguments: argparse.Namespace) -> int:
             record["controls"] = measure.empty_kernels(device)
             record["host_time"] = host_time.rows(device)
         for entry in watched[:2]:
-            call = suite.ready(entry, device).call
-            record["controls"].append(measure.a_a_control(entry.id, call, device))
+            with contextlib.suppress(suite.NotMeasured):  # its own turn will say why
+                call = suite.ready(entry, device).call
+                record["controls"].append(measure.a_a_control(entry.id, call, device))
     for stage, group in itertools.groupby(pending(plan, record), lambda entry: entry.stage):
         for entry in itertools.takewhile(lambda entry: begin(entry.id), group):
             print(f"{time.strftime('%H:%M:%S')} {entry.id}", file=sys.stderr, flush=True)
@@ -160,9 +163,8 @@ def run_workers(arguments: argparse.Namespace, plan: list[Any], path: Path, end:
     command += ["--resume", str(path), *words]
     cache = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
     while True:
-        status, killed = machine.run_process(
-            command, end - time.time(), LOG, path, ENTRY_S, **cache
-        )
+        left = end - time.time()
+        status, killed = machine.run_process(command, left, LOG, path, ENTRY_S, **cache)
         record = json.loads(path.read_text())
         running = record.pop("running", None)
         if running is None and status:
@@ -196,13 +198,10 @@ def bench(arguments: argparse.Namespace, end: float) -> int:
         new: Json = {"machine_info": here, "commit_info": commit, "datetime": machine.now()}
         record = record or {**new, "only": arguments.only, "ceilings": {}, **{n: [] for n in LISTS}}
         arguments.only = record["only"]
-        for part, key in (
-            ("commit_info", "id"),
-            ("commit_info", "dirty"),
-            ("machine_info", "device"),
-        ):
-            if record[part][key] != new[part][key]:
-                reason = f"the record is of another {part[:-5]}: {key} {record[part][key]}"
+        for key in ("commit_info id", "commit_info dirty", "machine_info device"):
+            part, name = key.split()
+            if record[part][name] != new[part][name]:
+                reason = f"the record is of another machine or commit: {name} {record[part][name]}"
     if reason is not None:
         print(f"gpu-bench: nothing ran: {reason}")
         return 2

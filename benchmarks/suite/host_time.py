@@ -24,6 +24,7 @@ from benchmarks.suite.measure import synchronize
 from cogview_kernels import extension
 
 CALLS, ROUNDS = 20, 60
+BACKENDS = {"cpu": "host_model", "cuda": "cuda"}
 
 
 class HostTime(NamedTuple):
@@ -34,13 +35,9 @@ class HostTime(NamedTuple):
     torchs: float
 
 
-def backend_of(device: torch.device) -> str:
-    return "host_model" if device.type == "cpu" else "cuda"
-
-
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be timed here."""
-    return extension.why_no_kernel_on(device, backend_of(device))
+    return extension.why_no_kernel_on(device, BACKENDS[device.type])
 
 
 def host_times(device: torch.device, rounds: int = ROUNDS) -> list[HostTime]:
@@ -64,18 +61,18 @@ def host_times(device: torch.device, rounds: int = ROUNDS) -> list[HostTime]:
 @contextlib.contextmanager
 def no_launches(device: torch.device) -> Iterator[None]:
     """On the CPU one thread, and operators of the host model that launch nothing."""
-    if device.type == "cuda":
-        yield
-        return
-    host_model = importlib.import_module("cogview_kernels._host_model")
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    host_model.set_launches(False)
+    model = None
+    if device.type == "cpu":
+        model = importlib.import_module("cogview_kernels._host_model")
+        torch.set_num_threads(1)
+        model.set_launches(False)
     try:
         yield
     finally:
-        host_model.set_launches(True)
         torch.set_num_threads(num_threads)
+        if model is not None:
+            model.set_launches(True)
 
 
 def pairs(device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
@@ -84,7 +81,7 @@ def pairs(device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Callab
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).bfloat16().requires_grad_()
 
-    backend = backend_of(device)
+    backend = BACKENDS[device.type]
     q, k, v = (random(1, 2, 4, 32) for _ in range(3))
     pivots = ck.sample_pivots(1, 4, 2, device=device)
     layout = ck.ThreeRegionLayout(1, pivots)
@@ -120,11 +117,8 @@ def pairs(device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Callab
     )
     for name, ours, torchs, inputs in calls:
         yield f"{name}, forward", torch.no_grad()(ours), torch.no_grad()(torchs)
-        yield (
-            f"{name}, forward+backward",
-            with_backward(ours, inputs),
-            with_backward(torchs, inputs),
-        )
+        both = with_backward(ours, inputs), with_backward(torchs, inputs)
+        yield f"{name}, forward+backward", *both
 
 
 def rows(device: torch.device) -> list[dict[str, Any]]:
