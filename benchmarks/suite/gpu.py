@@ -278,7 +278,7 @@ def dry_run(arguments: argparse.Namespace) -> int:
             print(f"{total + sum(seconds):5.0f} s {entry.seconds:6.1f} s {entry.id}")
         total += sum(seconds) + DRIFT_ESTIMATE_S
         stages.append(f"{stage}: {len(seconds)} entries, {sum(seconds):.0f} s")
-    compiled = {(e.case.name, e.method.name) for e in plan if e.method.compiles}
+    compiled = {(e.case.op, e.case.name, e.method.name) for e in plan if e.method.compiles}
     counts = f"{len(plan)} entries, {len(compiled)} compilations"
     print("\n".join([*stages, f"{counts}, {total:.0f} s of {WINDOW_S} s"]))
     return int(total > WINDOW_S)
