@@ -88,17 +88,17 @@ bench: build
 	$(if $(FILTER),,$(BIN)/python -m benchmarks.report;) exit $$status
 
 report: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.report.pages
+	$(BIN)/python -m benchmarks.report
 
 # quality takes about an hour on two cores, instability less; at the same commit they go on where
 # they were stopped.
 quality: build
 	$(BIN)/python -m benchmarks.experiments.quality
-	$(BIN)/python -m benchmarks.report.pages
+	$(BIN)/python -m benchmarks.report
 
 instability: build
 	$(BIN)/python -m benchmarks.experiments.instability --jobs 2
-	$(BIN)/python -m benchmarks.report.pages
+	$(BIN)/python -m benchmarks.report
 
 # After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
 kernel-table: build
