@@ -389,8 +389,12 @@ cudaError_t launch(std::string_view name, void (*kernel)(const void*), const voi
                    int shared_bytes) {
   if (launches_recorded()) {
     const std::lock_guard lock(recorded_mutex);
-    recorded.push_back({kernel_name(name), {static_cast<const char*>(params), params_bytes}, grid_x,
-                        grid_y, num_threads, shared_bytes});
+    recorded.push_back({kernel_name(name),
+                        {static_cast<const char*>(params), params_bytes},
+                        grid_x,
+                        grid_y,
+                        num_threads,
+                        shared_bytes});
     return cudaSuccess;
   }
   const std::lock_guard lock(workers().mutex);

@@ -15,8 +15,9 @@ from __future__ import annotations
 import argparse
 import ctypes
 import json
-import shlex
 import os
+import shlex
+import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import numpy as np
 import torch
 
 from benchmarks.kernels.cycles import machine
-from benchmarks.kernels.cycles.launches import Kernel, kernels_of
+from benchmarks.kernels.cycles.launches import kernel_of, kernels_of
 from benchmarks.kernels.cycles.times import CALIBRATION
 from benchmarks.kernels.table import ctas_per_sm
 
@@ -48,7 +49,7 @@ PRODUCTS = {"forward": 2, "backward": 5}
 MOST_EVENTS = 6_000_000  # to be simulated; a launch of long blocks is cut short
 
 
-def compile_all(flash: Path, cutlass: Path) -> tuple[dict[str, Kernel], ctypes.CDLL]:
+def compile_all(flash: Path, cutlass: Path) -> tuple[Path, ctypes.CDLL]:
     folder = machine.CACHE / "flash_attention"
     for name in ("PhiloxCudaState.h", "detail/UnpackRaw.cuh"):  # of torch, for dropout
         stub = folder / "stubs" / "ATen" / "cuda" / name
@@ -61,31 +62,24 @@ def compile_all(flash: Path, cutlass: Path) -> tuple[dict[str, Kernel], ctypes.C
     if not cubin.is_file():
         subprocess.run([*command, "-cubin", SOURCE, "-o", f"{cubin}.new"], check=True)
         Path(f"{cubin}.new").replace(cubin)
-    toolkit = Path(subprocess.check_output(["which", "nvcc"], text=True).strip()).resolve().parents[1]
+    toolkit = Path(shutil.which("nvcc") or "").resolve().parents[1]
     host = [*shlex.split(os.environ.get("CXX") or "c++"), "-x", "c++", "-std=c++17", "-shared"]
     host += ["-fPIC", *include, f"-I{toolkit}/include", str(SOURCE), "-o", str(library)]
     subprocess.run(host, check=True)
-    kernels = {name: kernel for name, kernel in kernels_of(cubin).items()}
-    return kernels, ctypes.CDLL(str(library))
+    return cubin, ctypes.CDLL(str(library))
 
 
-def predicted(
-    kernels: dict[str, Kernel], library: ctypes.CDLL, which: str, head_dim: int, length: int
-) -> float:
+def predicted(cubin: Path, library: ctypes.CDLL, which: str, head_dim: int, length: int) -> float:
     """TFLOP/s."""
-    (kernel,) = [
-        kernel
-        for name, kernel in kernels.items()
-        if which in name and (which == "backward" or f"<{head_dim}>" in name)
-    ]
+    wanted = f"flash_{which}" + (f"<{head_dim}>" if which == "forward" else "")
+    (name,) = [name for name in kernels_of(cubin) if wanted in name]
+    kernel = kernel_of(cubin, name)
     halves = [torch.randn(length, head_dim).bfloat16() for _ in range(8)]
     floats = [torch.full((length,), 8.0), torch.zeros(length), torch.zeros(length, head_dim)]
     tensors = [*halves, *floats]
     pointers = (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
     params = ctypes.create_string_buffer(4096)
-    size = library.flash_params(
-        pointers, length, head_dim, ctypes.c_float(head_dim**-0.5), params
-    )
+    size = library.flash_params(pointers, length, head_dim, ctypes.c_float(head_dim**-0.5), params)
     ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
     threads, kilobytes = LAUNCHES[which, head_dim]
     events, _ = machine.Walker(kernel.code).walk(params.raw[:size], ranges, threads, 0)

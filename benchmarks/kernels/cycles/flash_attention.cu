@@ -21,7 +21,8 @@ namespace flash {
 // mask, lengths that are multiples of the tiles.
 using T = cutlass::bfloat16_t;
 template <int kHeadDim>
-using Forward = Flash_fwd_kernel_traits<kHeadDim, 128, kHeadDim == 64 ? 128 : 64, 4, false, false, T>;
+using Forward =
+    Flash_fwd_kernel_traits<kHeadDim, 128, kHeadDim == 64 ? 128 : 64, 4, false, false, T>;
 using Backward = Flash_bwd_kernel_traits<64, 128, 128, 8, 4, 4, 4, false, false, T>;
 
 template <int kHeadDim>

@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 import re
 import subprocess
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 from unittest import mock
@@ -14,9 +16,8 @@ from unittest import mock
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.counting import host_model
 from benchmarks.kernels.cycles import machine, sass
-from benchmarks.kernels.table import _demangle, cuobjdump, source_name
+from benchmarks.kernels.table import SHARED_RESERVED, _output, cuobjdump, source_name
 from benchmarks.suite.cases import AttentionCase
 from cogview_kernels import extension
 from cogview_kernels.attention import operators
@@ -76,36 +77,38 @@ def compiled(source: Path) -> Path:
     return target
 
 
-def kernels_of(binary: Path) -> dict[str, Kernel]:
-    """The kernels of a cubin, by the names that the host model has for them."""
+def kernels_of(binary: Path) -> dict[str, tuple[str, int, int]]:
+    """Of each kernel of a cubin, by the name that the host model has for it: its mangled name,
+    registers, bytes of static shared memory."""
+    usage = _output([_cuobjdump(), "-res-usage", str(binary)])
+    found = re.findall(r" Function (\w+):\s+REG:(\d+) .*SHARED:(\d+)", usage)
+    names = _output(["c++filt"], "\n".join(mangled for mangled, *_ in found)).splitlines()
+    return {
+        source_name(name): (mangled, int(registers), max(int(shared) - SHARED_RESERVED, 0))
+        for name, (mangled, registers, shared) in zip(names, found, strict=True)
+    }
+
+
+def kernel_of(binary: Path, name: str) -> Kernel:
+    mangled, registers, static_shared = kernels_of(binary)[name]
+    dump = _output([_cuobjdump(), "-sass", "-fun", mangled, str(binary)])
+    ((_, code),) = sass.functions(dump.splitlines())
+    return Kernel(code, registers, static_shared)
+
+
+def _cuobjdump() -> str:
     program = cuobjdump()
     if program is None:
         raise SystemExit("cuobjdump is not installed: pip install -e '.[dev]'")
-
-    def dump(what: str) -> list[str]:
-        done = subprocess.run([program, what, binary], capture_output=True, text=True, check=True)
-        return done.stdout.splitlines()
-
-    used: dict[str, tuple[int, int]] = {}
-    mangled = ""
-    for line in dump("-res-usage"):
-        if match := re.match(r" Function (\w+):", line):
-            mangled = match.group(1)
-        elif match := re.match(r"  REG:(\d+) .*SHARED:(\d+)", line):
-            # The 1024 bytes that the system takes of each block are counted along.
-            used[mangled] = int(match.group(1)), max(int(match.group(2)) - 1024, 0)
-    found = dict(sass.functions(dump("-sass")))
-    names = dict(zip(found, _demangle(list(found)), strict=True))
-    return {names[name]: Kernel(code, *used[name]) for name, code in found.items()}
+    return program
 
 
 @functools.cache
-def kernels(file: str = "*") -> dict[str, Kernel]:
-    """Of the attention's source files whose name matches."""
-    found: dict[str, Kernel] = {}
-    for source in sorted((CSRC / "three_region_attention").rglob(f"{file}.cu")):
-        found |= kernels_of(compiled(source))
-    return found
+def machine_code(name: str) -> Kernel:
+    """Of the attention, compiled from its source."""
+    file = short(name).replace("backward_row", "backward").replace("backward_partial", "backward")
+    (source,) = (CSRC / "three_region_attention").rglob(f"{file}.cu")
+    return kernel_of(compiled(source), name)
 
 
 def short(kernel: str) -> str:
@@ -117,7 +120,7 @@ def short(kernel: str) -> str:
 def recorded(case: AttentionCase) -> list[Launch]:
     """The launches of a forward and, but for decoding, of a backward. All heads of q, k, v and dout
     share the memory of one; the statistics of the rows are made up, near those of a softmax."""
-    host_model()  # registers the operators
+    _host_model()  # registers the operators
     generator = torch.Generator().manual_seed(0)
 
     def heads(number: int, rows: int) -> Tensor:
@@ -131,21 +134,30 @@ def recorded(case: AttentionCase) -> list[Launch]:
     k, v = heads(case.kv_heads, case.seqlen), heads(case.kv_heads, case.seqlen)
     rows = torch.zeros(q.shape[:3])
     far_keys = operators._pack_far_keys(text_len, pivots, case.seqlen)
-    scalars = case.query_window, case.key_window_times, 0.0, 0.0, case.head_dim**-0.5
+    window = case.query_window, case.key_window_times
+    biases_and_scale = 0.0, 0.0, case.head_dim**-0.5
 
     def calls() -> None:
         operators._pack_far_keys(text_len, pivots, case.seqlen)
-        out, *_ = operators._forward(q, k, v, far_keys, *scalars)
+        out, *_ = operators._forward(q, k, v, far_keys, *window, *biases_and_scale)
         if case.q_len == 0:
             statistics = rows, torch.full_like(rows, 8.0)
-            operators._backward(dout, None, q, k, v, out, *statistics, far_keys, *scalars)
+            operators._backward(
+                dout, None, q, k, v, out, *statistics, far_keys, *window, *biases_and_scale
+            )
 
     return record(calls)
 
 
-def record(calls: Any) -> list[Launch]:
+def _host_model() -> Any:
+    if reason := extension.why_not_host_model():
+        raise SystemExit(reason)
+    return importlib.import_module("cogview_kernels._host_model")
+
+
+def record(calls: Callable[[], Any]) -> list[Launch]:
     """The launches of ``calls()``, which are not run. Workspaces are set to zero."""
-    model = host_model()
+    model = _host_model()
     names = ("_far_keys_out", "_forward_out", "_backward_out")
     kept: list[Any] = []
 
@@ -161,7 +173,7 @@ def record(calls: Any) -> list[Launch]:
     try:
         with (
             mock.patch.multiple(operators, **new),
-            mock.patch.object(extension, "host_model_num_sms", machine.NUM_SMS),
+            extension.modelled_device(machine.NUM_SMS),
         ):
             calls()
     finally:
@@ -170,7 +182,8 @@ def record(calls: Any) -> list[Launch]:
     for tensor in tensors:
         if tensor.dtype == torch.float32:
             tensor.nan_to_num_(0.0, 0.0, 0.0)
-    ranges = sorted({(tensor.data_ptr(), tensor.data_ptr() + _extent(tensor)) for tensor in tensors})
+    sizes = {tensor.data_ptr(): _extent(tensor) for tensor in tensors}
+    ranges = [(start, start + size) for start, size in sorted(sizes.items())]
     return [
         Launch(
             source_name(launch["kernel"]),

@@ -52,7 +52,7 @@ class Machine:
 # From issue to result, of instructions that set a scoreboard.
 LATENCY = {"tensor": 34, "special": 22, "load": 60, "store": 20}
 LATENCY_OF = {"LDSM": 33, "LDS": 29, "LDL": 29, "STS": 29, "STL": 29, "SHFL": 25}
-STREAMED_LOAD = 600  # of kernels without tensor instructions: nothing that they read was read before
+STREAMED_LOAD = 600  # of kernels without products, which read everything once
 
 
 class _Machine(ctypes.Structure):

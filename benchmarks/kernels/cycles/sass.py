@@ -1,4 +1,4 @@
-"""The machine code of compiled kernels, with the control words that ptxas wrote for the scheduler."""
+"""The machine code of compiled kernels, and the control words in it."""
 
 from __future__ import annotations
 
@@ -75,7 +75,8 @@ def control(second_word: int) -> Control:
 
 def functions(lines: Iterable[str]) -> Iterator[tuple[str, list[Instruction]]]:
     """The mangled name and the code of each kernel in what ``cuobjdump -sass`` prints."""
-    name, code = "", []
+    name = ""
+    code: list[Instruction] = []
     pending: tuple[str, str, str] | None = None
     for line in lines:
         if match := _FUNCTION.match(line):

@@ -12,8 +12,21 @@
 namespace {
 
 // In the order of sass.PIPES.
-enum Pipe { kTensor, kSpecial, kFloat, kHeavy, kShared, kCopy, kCommit, kWaitCopies, kBarrier, kLoad,
-            kStore, kOther, kInteger };
+enum Pipe {
+  kTensor,
+  kSpecial,
+  kFloat,
+  kHeavy,
+  kShared,
+  kCopy,
+  kCommit,
+  kWaitCopies,
+  kBarrier,
+  kLoad,
+  kStore,
+  kOther,
+  kInteger
+};
 
 // Facts of an instruction, as sass.py finds them.
 struct Static {
@@ -165,7 +178,7 @@ struct Simulation {
     const int size = int(p.warps.size());
     const double t = sm.now;
     for (int k = 0; k < size; ++k) {
-      int i = (p.last + 1 + k) % size;  // in turn
+      int i = (p.last + 1 + k) % size;                                 // in turn
       if (policy == 1) i = k == 0 ? p.last : k <= p.last ? k - 1 : k;  // the last one, then by age
       Warp& warp = *p.warps[i];
       if (warp.next == warp.end || warp.at_barrier) continue;
@@ -260,6 +273,7 @@ struct Simulation {
 extern "C" void simulate(const Static* code, const uint32_t* events, const int64_t* ends,
                          int num_blocks, int warps_per_block, int num_sms, int slots, int policy,
                          const Machine* machine, double* times) {
-  Simulation simulation{code, events, ends, num_blocks, warps_per_block, policy, *machine, times, 0, {}};
+  Simulation simulation{code,   events,   ends,  num_blocks, warps_per_block,
+                        policy, *machine, times, 0,          {}};
   simulation.run(num_sms, slots);
 }

@@ -13,8 +13,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import itertools
 import json
-import re
+import operator
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -22,6 +23,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from benchmarks.kernels.counting import DOCS, markdown, write
 from benchmarks.kernels.cycles import machine, sass
 from benchmarks.kernels.cycles.launches import (
     CASES,
@@ -29,17 +31,17 @@ from benchmarks.kernels.cycles.launches import (
     Kernel,
     Launch,
     digest,
-    kernels,
+    machine_code,
     recorded,
     sampled_blocks,
     short,
 )
 from benchmarks.kernels.table import ctas_per_sm
 
-RECORD = machine.ROOT / "docs" / "kernel_times.json"
-PAGE = RECORD.with_suffix(".md")
-CALIBRATION = RECORD.with_name("kernel_times_calibration.json")
-BEGIN, END = "<!-- kernel times: begin -->", "<!-- kernel times: end -->"
+CALIBRATION = DOCS / "kernel_times_calibration.json"
+CALL = "case", "head_dim", "dtype"
+SHOWN_CASE = "B"  # of the table of tiles
+PIPES = "issue", "tensor", "special", "integer", "float", "shared"
 HEAD_DIMS, DTYPES = (64, 128), ("bfloat16", "float16")
 KERNELS = {
     "forward": "forward",
@@ -69,8 +71,8 @@ def main_barrier(code: Sequence[sass.Instruction], blocks: Sequence[Block]) -> i
 
 
 def cut(kernel: Kernel, block: Block, barrier: int) -> Phases | None:
-    """What a block does up to the first tile's barrier, from barrier to barrier, and behind the last
-    product; None for a block without products. The first tile's copies belong to the prologue."""
+    """What a block does up to the first tile's barrier, from barrier to barrier, and behind the
+    last product; None for a block without products. The first copies belong to the prologue."""
     is_tensor = np.array([line.pipe == "tensor" for line in kernel.code])
     parts = []
     for events in block:
@@ -133,9 +135,7 @@ def predict(
     }
     barrier = main_barrier(kernel.code, blocks)
     phases = [
-        found
-        for block in blocks
-        if barrier is not None and (found := cut(kernel, block, barrier))
+        found for block in blocks if barrier is not None and (found := cut(kernel, block, barrier))
     ]
     if phases:
         tiles = [tile for found in phases for tile in found.tiles]
@@ -192,23 +192,21 @@ def rows(
     for head_dim in head_dims:
         for dtype in dtypes:
             for letter in cases:
-                changes = {"head_dim": head_dim, "num_heads": 2560 // head_dim, "dtype": dtype}
-                for launch in recorded(dataclasses.replace(CASES[letter], **changes)):
-                    kernel = short(launch.kernel)
-                    if which and which not in kernel:
+                case = dataclasses.replace(CASES[letter], dtype=dtype)
+                heads = case.num_heads * case.head_dim // head_dim
+                case = dataclasses.replace(case, head_dim=head_dim, num_heads=heads)
+                for launch in recorded(case):
+                    name = short(launch.kernel)
+                    if which and which not in name:
                         continue
                     begin = time.perf_counter()
-                    row = {"case": letter, "head_dim": head_dim, "dtype": dtype, "kernel": kernel}
-                    row |= measure(kernels(source_of(kernel))[launch.kernel], launch)
+                    row = {"case": letter, "head_dim": head_dim, "dtype": dtype, "kernel": name}
+                    row |= measure(machine_code(launch.kernel), launch)
                     found.append(row)
                     if verbose:
                         seconds = time.perf_counter() - begin
                         print(f"{_line(row)}  ({seconds:.0f} s)", flush=True)
     return found
-
-
-def source_of(kernel: str) -> str:
-    return "backward" if kernel in ("backward_row", "backward_partial") else kernel
 
 
 def _line(row: dict[str, Any]) -> str:
@@ -235,64 +233,35 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.4g}") if isinstance(value, float) else value
 
 
-def tables(facts: dict[str, Any], calibration: dict[str, Any]) -> str:
+def tables(facts: dict[str, Any], calibration: dict[str, Any]) -> dict[str, str]:
     """Of the page: times, tiles, calibration."""
-    found = {(r["case"], r["head_dim"], r["dtype"], r["kernel"]): r for r in facts["rows"]}
-    lines = [
-        f"Microseconds, **predicted by a model, not measured**, at {facts['clock_ghz']} GHz on "
-        f"{facts['num_sms']} multiprocessors. Backward: row, dkdv, partial and dq.",
-        "",
-        f"| case | D | dtype | {' | '.join(KERNELS.values())} | backward |",
-        "|---|---:|---|" + "---:|" * (len(KERNELS) + 1),
+    launches, tiles = [], []
+    for call, group in itertools.groupby(facts["rows"], operator.itemgetter(*CALL)):
+        found = {row["kernel"]: row for row in group}
+        us = {shown: found[kernel]["us"] for kernel, shown in KERNELS.items() if kernel in found}
+        line = dict(zip(CALL, map(str, call), strict=True))
+        line |= {shown: _us(us[shown]) if shown in us else "" for shown in KERNELS.values()}
+        total = sum(us.get(KERNELS[name], 0.0) for name in KERNELS if name.startswith("backward"))
+        launches.append(line | {"backward": _us(total)})
+        for kernel, row in found.items():
+            if call[0] == SHOWN_CASE and "plain" in row:
+                tile = {"kernel": KERNELS[kernel], "D": str(call[1]), "dtype": call[2]}
+                tile |= {"registers": row["registers"], "blocks per SM": row["blocks_per_sm"]}
+                tile |= {pipe: round(row["plain"][pipe]) for pipe in PIPES}
+                parts = {"plain tile": "plain", "masked tile": "masked"}
+                parts |= {"prologue": "prologue", "epilogue": "epilogue"}
+                tiles.append(tile | {n: round(row[p]["cycles"]) for n, p in parts.items()})
+    known = [
+        {"kernel": row["kernel"], "D": str(row["head_dim"]), "keys": row["length"]}
+        | {"published": row["published"], "predicted": round(row["predicted"])}
+        | {"predicted / published": f"{row['predicted'] / row['published']:.2f}"}
+        for row in calibration["rows"]
     ]
-    for letter, head_dim, dtype in dict.fromkeys(key[:3] for key in found):
-        us = {k: found.get((letter, head_dim, dtype, k), {}).get("us") for k in KERNELS}
-        backward = sum(time or 0 for kernel, time in us.items() if kernel.startswith("backward"))
-        shown = ["" if time is None else _us(time) for time in us.values()]
-        lines.append(f"| {letter} | {head_dim} | {dtype} | {' | '.join(shown)} | {_us(backward)} |")
-    pipes = ("issue", "tensor", "special", "integer", "float", "shared")
-    lines += [
-        "",
-        "Cycles of case B, of a multiprocessor for one block; predicted by the same model. The pipes "
-        "are those of a plain tile, and the largest of them is its floor.",
-        "",
-        f"| kernel | D | dtype | registers | blocks per SM | {' | '.join(pipes)} | plain tile | "
-        "masked tile | prologue | epilogue |",
-        "|---|---:|---|" + "---:|" * (len(pipes) + 6),
-    ]
-    for (letter, head_dim, dtype, kernel), row in found.items():
-        if letter != "B" or "plain" not in row:
-            continue
-        numbers = [row["registers"], row["blocks_per_sm"], *(row["plain"][pipe] for pipe in pipes)]
-        parts = ("plain", "masked", "prologue", "epilogue")
-        numbers += [row[part]["cycles"] for part in parts]
-        shown = " | ".join(f"{number:.0f}" for number in numbers)
-        lines.append(f"| {KERNELS[kernel]} | {head_dim} | {dtype} | {shown} |")
-    lines += [
-        "",
-        f"Calibration on FlashAttention-2 {calibration['commit'][:10]}, TFLOP/s on an H100:",
-        "",
-        "| kernel | head_dim | keys | published | predicted | ratio |",
-        "|---|---:|---:|---:|---:|---:|",
-    ]
-    for row in calibration["rows"]:
-        ratio = row["predicted"] / row["published"]
-        lines.append(
-            f"| {row['kernel']} | {row['head_dim']} | {row['length']} | {row['published']:.0f} | "
-            f"{row['predicted']:.0f} | {ratio:.2f} |"
-        )
-    return "\n".join(lines)
+    return {"times": markdown(launches), "tiles": markdown(tiles), "calibration": markdown(known)}
 
 
 def _us(time: float) -> str:
     return f"{time:.0f}" if time >= 10 else f"{time:.1f}"
-
-
-def write_page(facts: dict[str, Any]) -> None:
-    before, rest = PAGE.read_text().split(BEGIN)
-    calibration = json.loads(CALIBRATION.read_text())
-    shown = f"{BEGIN}\n{tables(facts, calibration)}\n{END}"
-    PAGE.write_text(before + shown + rest.split(END)[1])
 
 
 def main() -> None:
@@ -304,8 +273,7 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen == parser.parse_args([]):
         facts = record()
-        RECORD.write_text(json.dumps(facts, indent=1) + "\n")
-        write_page(facts)
+        write("kernel_times", facts, tables(facts, json.loads(CALIBRATION.read_text())))
     else:
         rows(chosen.kernel or "", chosen.cases, chosen.head_dims, chosen.dtypes)
 

@@ -34,18 +34,21 @@ using Lanes = std::array<uint32_t, kLanes>;
 
 #define COMMA(x) x,
 #define NAME(x) #x,
-#define OPS(X)                                                                                     \
-  X(IADD3) X(IMAD) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) X(IMNMX) X(IABS) X(LEA) X(LOP3)      \
-  X(PLOP3) X(SHF) X(PRMT) X(SEL) X(MOV) X(ISETP) X(POPC) X(FLO) X(BREV) X(P2R) X(R2P) X(R2UR)      \
-  X(S2R) X(S2UR) X(CS2R) X(VOTE) X(VOTEU) X(SHFL) X(REDUX) X(FADD) X(FMUL) X(FFMA) X(FMNMX)        \
-  X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HFMA2) X(HMMA) X(LDC)  \
-  X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM) X(LDGSTS) X(REDG) X(BRA) X(CALL)   \
-  X(RET) X(EXIT) X(BSSY) X(BSYNC) X(BREAK) X(WARPSYNC) X(BAR) X(NOP) X(YIELD) X(DEPBAR)            \
-  X(LDGDEPBAR) X(MEMBAR) X(ERRBAR) X(CCTL)
-#define MODIFIERS(M)                                                                               \
-  M(U8) M(S8) M(U16) M(S16) M(U32) M(U64) M(S64) M(WIDE) M(HI) M(X) M(EX) M(SX32) M(R) M(OR)       \
-  M(XOR) M(BF16) M(F16) M(EX2) M(RCP) M(RSQ) M(LG2) M(SQRT) M(RP) M(ALL) M(IDX) M(UP) M(DOWN)      \
-  M(MAX) M(MIN) M(MT88) M(DIV) M(SH) M(BYPASS)
+#define OPS(X)                                                                                  \
+  X(IADD3)                                                                                      \
+  X(IMAD) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) X(IMNMX) X(IABS) X(LEA) X(LOP3) X(PLOP3)   \
+      X(SHF) X(PRMT) X(SEL) X(MOV) X(ISETP) X(POPC) X(FLO) X(BREV) X(P2R) X(R2P) X(R2UR) X(S2R) \
+          X(S2UR) X(CS2R) X(VOTE) X(VOTEU) X(SHFL) X(REDUX) X(FADD) X(FMUL) X(FFMA) X(FMNMX)    \
+              X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HFMA2)  \
+                  X(HMMA) X(LDC) X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM)  \
+                      X(LDGSTS) X(REDG) X(BRA) X(CALL) X(RET) X(EXIT) X(BSSY) X(BSYNC) X(BREAK) \
+                          X(WARPSYNC) X(BAR) X(NOP) X(YIELD) X(DEPBAR) X(LDGDEPBAR) X(MEMBAR)   \
+                              X(ERRBAR) X(CCTL)
+#define MODIFIERS(M)                                                                              \
+  M(U8)                                                                                           \
+  M(S8) M(U16) M(S16) M(U32) M(U64) M(S64) M(WIDE) M(HI) M(X) M(EX) M(SX32) M(R) M(OR) M(XOR)     \
+      M(BF16) M(F16) M(EX2) M(RCP) M(RSQ) M(LG2) M(SQRT) M(RP) M(ALL) M(IDX) M(UP) M(DOWN) M(MAX) \
+          M(MIN) M(MT88) M(DIV) M(SH) M(BYPASS)
 enum Op { OPS(COMMA) kUnknown };
 enum Modifier { MODIFIERS(COMMA) kNumModifiers };
 const char* const kOps[] = {OPS(NAME)};
@@ -54,14 +57,22 @@ const char* const kModifiers[] = {MODIFIERS(NAME)};
 [[noreturn]] void fail(const string& text) { throw std::runtime_error(text); }
 
 struct Operand {
-  enum Kind { kRegister, kUniform, kPredicate, kUniformPredicate, kImmediate, kConstant, kAddress,
-              kName } kind = kName;
+  enum Kind {
+    kRegister,
+    kUniform,
+    kPredicate,
+    kUniformPredicate,
+    kImmediate,
+    kConstant,
+    kAddress,
+    kName
+  } kind = kName;
   bool negate = false, invert = false, absolute = false;
-  bool wide = false;      // of an address: its register is a pair
-  int index = kZero;      // register or predicate; of an address and a constant the register added
-  int uniform = kZero;    // of an address and a constant: the uniform register added
-  uint32_t value = 0;     // immediate, offset
-  int part = 0;           // .H1_H1: 1; .B1: 1
+  bool wide = false;    // of an address: its register is a pair
+  int index = kZero;    // register or predicate; of an address and a constant the register added
+  int uniform = kZero;  // of an address and a constant: the uniform register added
+  uint32_t value = 0;   // immediate, offset
+  int part = 0;         // .H1_H1: 1; .B1: 1
   string name;
 };
 
@@ -147,7 +158,8 @@ Operand parse_operand(string text, bool is_float) {
   if (text.size() > 1 && text[0] == 'U' && text[1] == 'R') {
     operand.kind = Operand::kUniform;
     operand.index = register_of(2, "Z", kZero);
-  } else if (text.size() > 1 && text[0] == 'U' && text[1] == 'P' && (isdigit(text[2]) || text[2] == 'T')) {
+  } else if (text.size() > 1 && text[0] == 'U' && text[1] == 'P' &&
+             (isdigit(text[2]) || text[2] == 'T')) {
     operand.kind = Operand::kUniformPredicate;
     operand.index = register_of(2, "T", kTrue);
   } else if (text[0] == 'R' && text.size() > 1 && (isdigit(text[1]) || text[1] == 'Z')) {
@@ -261,7 +273,8 @@ int shared_cycles(const uint32_t* address, uint32_t lanes, int bytes) {
       for (uint32_t word = address[lane] / 4; word <= (address[lane] + bytes - 1) / 4; ++word) {
         auto& in_bank = words[word % 32];
         int& known = depth[word % 32];
-        if (std::find(in_bank.begin(), in_bank.begin() + known, word) != in_bank.begin() + known) continue;
+        if (std::find(in_bank.begin(), in_bank.begin() + known, word) != in_bank.begin() + known)
+          continue;
         in_bank[known++] = word;
         worst = std::max(worst, known);
       }
@@ -764,9 +777,10 @@ class Warp {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const Group waiting = groups_[i];
       if (waiting.barrier < 0) continue;
-      const uint32_t wanted = waiting.barrier == kWarpSync
-                                  ? alive_
-                                  : members_[waiting.barrier][std::countr_zero(waiting.lanes)] & alive_;
+      const uint32_t wanted =
+          waiting.barrier == kWarpSync
+              ? alive_
+              : members_[waiting.barrier][std::countr_zero(waiting.lanes)] & alive_;
       uint32_t here = 0;
       for (const Group& other : groups_) {
         if (other.barrier == waiting.barrier && other.pc == waiting.pc) here |= other.lanes;
@@ -851,7 +865,8 @@ class Warp {
         return true;
       case EXIT: {
         uint32_t leaving = lanes;
-        if (!in.operands.empty() && is_predicate(in.operands[0])) leaving &= predicate(in.operands[0]);
+        if (!in.operands.empty() && is_predicate(in.operands[0]))
+          leaving &= predicate(in.operands[0]);
         leave(leaving);
         return false;
       }
@@ -948,7 +963,8 @@ class Warp {
         uint32_t out[2] = {};
         for (int which = 0; which < 2; ++which) {
           for (int i = 0; i < 8; ++i) {
-            if (o[5 + which].value >> i & 1) out[which] |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
+            if (o[5 + which].value >> i & 1)
+              out[which] |= (i & 4 ? a : ~a) & (i & 2 ? b : ~b) & (i & 1 ? c : ~c);
           }
         }
         set_predicate(o[0], out[0], lanes);
@@ -1144,9 +1160,10 @@ class Warp {
         std::array<uint64_t, kLanes> out;
         for (int l = 0; l < kLanes; ++l) {
           const float x = a[l] != a[l] ? 0.f : std::trunc(a[l]);
-          out[l] = in.has(U64)   ? uint64_t(std::clamp(x, 0.f, 18446742974197923840.f))
-                   : in.has(U32) ? uint64_t(std::clamp(double(x), 0., 4294967295.))
-                                 : uint64_t(int64_t(std::clamp(double(x), -2147483648., 2147483647.)));
+          out[l] = in.has(U64) ? uint64_t(std::clamp(x, 0.f, 18446742974197923840.f))
+                   : in.has(U32)
+                       ? uint64_t(std::clamp(double(x), 0., 4294967295.))
+                       : uint64_t(int64_t(std::clamp(double(x), -2147483648., 2147483647.)));
         }
         if (in.has(U64) || in.has(S64)) {
           set_pair(o[0], out, lanes);
@@ -1158,7 +1175,9 @@ class Warp {
       case F2FP: {
         const auto high = floats(o[1]), low = floats(o[2]);
         each(in, lanes, [&](int l) {
-          const auto round = [&](float x) { return in.has(BF16) ? float_to_bfloat(x) : float_to_half(x); };
+          const auto round = [&](float x) {
+            return in.has(BF16) ? float_to_bfloat(x) : float_to_half(x);
+          };
           return round(low[l]) | uint32_t(round(high[l])) << 16;
         });
         break;
@@ -1257,7 +1276,8 @@ void* load_kernel(const char* text) {
     std::istringstream lines(text);
     for (string line; std::getline(lines, line);) {
       const size_t first = line.find('\t'), second = line.find('\t', first + 1);
-      kernel->code.push_back(parse(line.substr(0, first), line.substr(first + 1, second - first - 1),
+      kernel->code.push_back(parse(line.substr(0, first),
+                                   line.substr(first + 1, second - first - 1),
                                    line.substr(second + 1)));
     }
     return kernel.release();
@@ -1281,13 +1301,14 @@ int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int pa
     const uint32_t stack = kLocalBytes;
     std::memcpy(&launch.constants[0x28], &stack, 4);
     std::memcpy(&launch.constants[params_at], params, params_bytes);
-    for (int i = 0; i < num_ranges; ++i) launch.ranges.push_back({ranges[2 * i], ranges[2 * i + 1]});
+    for (int i = 0; i < num_ranges; ++i)
+      launch.ranges.push_back({ranges[2 * i], ranges[2 * i + 1]});
     launch.threads = threads;
     std::vector<uint8_t> shared(kSharedBytes);
     std::vector<std::unique_ptr<Warp>> warps;
     for (int w = 0; w < threads / kLanes; ++w) {
-      warps.push_back(std::make_unique<Warp>(*static_cast<Kernel*>(kernel), launch, shared.data(),
-                                             block, w));
+      warps.push_back(
+          std::make_unique<Warp>(*static_cast<Kernel*>(kernel), launch, shared.data(), block, w));
     }
     const auto running = [&] {
       return std::any_of(warps.begin(), warps.end(),
