@@ -3,10 +3,19 @@ is that of the sources, and its calibration holds."""
 
 from __future__ import annotations
 
+import itertools
+import json
+import shutil
+
 import numpy as np
 import pytest
+import torch
+from torch import Tensor
 
-from benchmarks.kernels.cycles import machine, sass
+from benchmarks.kernels.counting import DOCS, between
+from benchmarks.kernels.cycles import launches, machine, sass, times
+from cogview_kernels import extension
+from cogview_kernels.attention import operators
 
 SASS = """
 \t\tFunction : _Z4tinyv
@@ -193,17 +202,18 @@ def test_machine_code_computes_what_the_host_model_does(dtype: torch.dtype, head
         pytest.skip(reason or "no nvcc")
     torch.manual_seed(0)
     q, k, v, dout = torch.randn(4, 1, 2, 200, head_dim).to(dtype).unbind()
+    text_len = torch.tensor([7], dtype=torch.int32)
     pivots = torch.arange(9, 200, 3, dtype=torch.int32)[None]
     scalars = 32, 2, 0.0, 0.0, head_dim**-0.5
     with extension.modelled_device(machine.NUM_SMS):
-        far_keys = operators._pack_far_keys(torch.tensor([7], dtype=torch.int32), pivots, 200)
+        far_keys = operators._pack_far_keys(text_len, pivots, 200)
         forward = operators._forward(q, k, v, far_keys, *scalars)
         backward = operators._backward(dout, None, q, k, v, *forward, far_keys, *scalars)
 
     found: list[tuple[Tensor, ...]] = []
 
     def calls() -> None:
-        found.append((operators._pack_far_keys(torch.tensor([7], dtype=torch.int32), pivots, 200),))
+        found.append((operators._pack_far_keys(text_len, pivots, 200),))
         found.append(operators._forward(q, k, v, far_keys, *scalars))
         found.append(operators._backward(dout, None, q, k, v, *forward, far_keys, *scalars))
 
