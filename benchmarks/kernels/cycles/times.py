@@ -18,7 +18,7 @@ import json
 import operator
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -140,11 +140,14 @@ def predict(
     if phases:
         tiles = [tile for found in phases for tile in found.tiles]
         row["tiles_per_block"] = len(tiles) / len(blocks)
-        for name, tile in representatives(static, tiles).items():
+
+        def steady(tile: Block) -> float:
+            """Cycles of a tile where all tiles are like it."""
             again = [[np.tile(warp, times) for warp in tile] for times in (12, 4)]
             many, few = (cycles([block] * slots, launch=0.0) for block in again)
-            row[name] = {"issued": np.mean([len(warp) for warp in tile])}
-            row[name] |= {"cycles": (many - few) / 8 / slots} | pipe_cycles(static, tile)
+            return (many - few) / 8 / slots
+
+        row |= tile_facts(static, tiles, steady)
         for name in ("prologue", "epilogue"):
             parts = [getattr(found, name) for found in phases[: 8 * slots]]
             row[name] = {
@@ -154,18 +157,26 @@ def predict(
     return row
 
 
-def representatives(static: np.ndarray, tiles: Sequence[Block]) -> dict[str, Block]:
-    """The tile whose way is the most frequent of those with all products, and the longest way."""
+def tile_facts(
+    static: np.ndarray, tiles: Sequence[Block], steady: Callable[[Block], float]
+) -> dict[str, Any]:
+    """Of the most frequent way through a tile with all products, and of the slowest way, among
+    those that one tile in a hundred takes."""
     is_tensor = static[:, 0] == sass.PIPE_NAMES.index("tensor")
-    products = [min(int(is_tensor[warp & 0xFFFF].sum()) for warp in tile) for tile in tiles]
-    full = [tile for tile, number in zip(tiles, products, strict=True) if number == max(products)]
-
-    def way(tile: Block) -> tuple[int, ...]:
-        return tuple(len(warp) for warp in tile)
-
-    (usual, _), *_ = Counter(map(way, full)).most_common(1)
-    plain = next(tile for tile in full if way(tile) == usual)
-    return {"plain": plain, "masked": max(tiles, key=lambda tile: sum(way(tile)))}
+    ways: dict[tuple[int, ...], list[Block]] = {}
+    for tile in tiles:
+        ways.setdefault(tuple(len(warp) for warp in tile), []).append(tile)
+    frequent = sorted((way for way in ways.values() if len(way) * 100 >= len(tiles)), key=len)
+    products = [min(int(is_tensor[warp & 0xFFFF].sum()) for warp in way[0]) for way in frequent]
+    times = [steady(way[0]) for way in frequent]
+    plain = max(range(len(frequent)), key=lambda i: (products[i], len(frequent[i])))
+    slowest = max(range(len(frequent)), key=lambda i: times[i])
+    found: dict[str, Any] = {}
+    for name, i in (("plain", plain), ("masked", slowest)):
+        tile = frequent[i][0]
+        found[name] = {"issued": np.mean([len(warp) for warp in tile]), "cycles": times[i]}
+        found[name] |= {"share": len(frequent[i]) / len(tiles)} | pipe_cycles(static, tile)
+    return found
 
 
 def pipe_cycles(static: np.ndarray, tile: Block) -> dict[str, float]:
