@@ -105,10 +105,14 @@ def _cuobjdump() -> str:
 
 @functools.cache
 def machine_code(name: str) -> Kernel:
-    """Of the attention, compiled from its source."""
-    file = short(name).replace("backward_row", "backward").replace("backward_partial", "backward")
+    """Of a kernel of the attention, compiled from its source."""
+    return kernel_of(compiled(source_of(name)), name)
+
+
+def source_of(name: str) -> Path:
+    file = re.sub("backward_(row|partial)", "backward", short(name))
     (source,) = (CSRC / "three_region_attention").rglob(f"{file}.cu")
-    return kernel_of(compiled(source), name)
+    return source
 
 
 def short(kernel: str) -> str:
