@@ -65,8 +65,13 @@ def _library() -> ctypes.CDLL:
     target = CACHE / f"machine-{content[:16]}.so"
     if not target.is_file():
         CACHE.mkdir(parents=True, exist_ok=True)
-        command = [*shlex.split(os.environ.get("CXX") or "c++"), "-std=c++20", "-O2", "-shared"]
-        command += ["-fPIC", *map(str, SOURCES), "-o", f"{target}.new"]
+        command = [
+            *shlex.split(os.environ.get("CXX") or "c++"),
+            "-std=c++20",
+            "-O3",
+            "-march=native",
+        ]
+        command += ["-shared", "-fPIC", *map(str, SOURCES), "-o", f"{target}.new"]
         subprocess.run(command, check=True)
         os.replace(f"{target}.new", target)
     library = ctypes.CDLL(str(target))
