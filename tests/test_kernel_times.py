@@ -3,6 +3,7 @@ is that of the sources, and its calibration holds."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import shutil
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.kernels.counting import DOCS, between
 from benchmarks.kernels.cycles import launches, machine, sass, times
+from benchmarks.suite import entries
 from cogview_kernels import extension
 from cogview_kernels.attention import operators
 
@@ -196,8 +198,8 @@ def run(launch: launches.Launch) -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("head_dim", [64, 128])
 def test_machine_code_computes_what_the_host_model_does(dtype: torch.dtype, head_dim: int) -> None:
-    """Forward and backward, with several tiles, windows and splits: bit for bit, but for the sums
-    of splits, which the host model has from the same kernels."""
+    """Forward and backward, with several tiles, windows and splits. Not bit for bit: nvcc makes one
+    instruction of a product and a sum, which rounds once, and the host model rounds twice."""
     if (reason := extension.why_not_host_model()) or not shutil.which("nvcc"):
         pytest.skip(reason or "no nvcc")
     torch.manual_seed(0)
@@ -221,7 +223,8 @@ def test_machine_code_computes_what_the_host_model_does(dtype: torch.dtype, head
         run(launch)
     for tensors, expected in zip(found, ((far_keys,), forward, backward), strict=True):
         for tensor, other in zip(tensors, expected, strict=True):
-            assert torch.equal(tensor, other)
+            tolerance = 4 * torch.finfo(dtype).eps
+            torch.testing.assert_close(tensor, other, rtol=tolerance, atol=tolerance)
 
 
 def test_the_table_is_that_of_the_sources() -> None:
@@ -234,6 +237,17 @@ def test_the_table_is_that_of_the_sources() -> None:
         assert between(page, mark).strip() == table
     calls = {tuple(row[name] for name in times.CALL) for row in committed["rows"]}
     assert calls == set(itertools.product("ABCD", times.HEAD_DIMS, times.DTYPES))
+
+
+def test_records_of_gpus_hold_the_prediction() -> None:
+    case = launches.CASES["B"]
+    rows = json.loads((DOCS / "kernel_times.json").read_text())["rows"]
+    us = {row["kernel"]: row["us"] for row in rows if row["name"] == case.name}
+    forward = us["far_keys"] + us["forward"]
+    assert entries.predicted_seconds(case, "forward") == pytest.approx(forward / 1e6)
+    both = entries.predicted_seconds(case, "forward+backward")
+    assert both == pytest.approx(sum(us.values()) / 1e6)
+    assert entries.predicted_seconds(dataclasses.replace(case, batch=5), "forward") is None
 
 
 def test_calibration_holds() -> None:

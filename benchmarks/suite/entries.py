@@ -10,7 +10,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -101,9 +104,28 @@ class Entry:
         }
         if isinstance(case, AttentionCase):
             info["attended_fraction"] = case.attended_fraction
+            if method.role == "ours":
+                info["predicted_seconds"] = predicted_seconds(case, work)
         if isinstance(case, StepCase):
             info["tokens"] = case.tokens
         return info
+
+
+@functools.cache
+def _predicted() -> dict[tuple[str, str], float]:
+    """Seconds of the launches of forward and backward, by the names of cases."""
+    record = Path(__file__).resolve().parents[2] / "docs" / "kernel_times.json"
+    found: dict[tuple[str, str], float] = defaultdict(float)
+    for row in json.loads(record.read_text())["rows"] if record.is_file() else []:
+        work = "backward" if row["kernel"].startswith("backward") else "forward"
+        found[row["name"], work] += row["us"] / 1e6
+    return dict(found)
+
+
+def predicted_seconds(case: AttentionCase, work: str) -> float | None:
+    """On one H200, by the cycle model of `make kernel-times`; None for cases that it leaves out."""
+    found = [_predicted().get((case.name, part)) for part in work.split("+")]
+    return None if None in found else sum(seconds or 0.0 for seconds in found)
 
 
 def entries(device_type: str) -> list[Entry]:

@@ -69,7 +69,7 @@ def rows(
                         continue
                     begin = time.perf_counter()
                     row = {"case": letter, "head_dim": head_dim, "dtype": dtype, "kernel": name}
-                    row |= kept(row, launch)
+                    row |= {"name": case.name} | kept(row, launch)
                     found.append(row)
                     if verbose:
                         seconds = time.perf_counter() - begin
