@@ -1,6 +1,6 @@
-// Kernels of FlashAttention-2 (Dao-AILab/flash-attention, csrc/flash_attn/src), by which the model is
-// calibrated: calibration.py. Their source is not part of this repository. nvcc makes the kernels of
-// this file, a host compiler the function that fills their parameters.
+// Kernels of FlashAttention-2 (Dao-AILab/flash-attention, csrc/flash_attn/src), by which the model
+// is calibrated: calibration.py. Their source is not part of this repository. nvcc makes the
+// kernels of this file, a host compiler the function that fills their parameters.
 #include "flash.h"
 
 #ifdef __CUDACC__
@@ -17,8 +17,8 @@ __device__ inline std::tuple<uint64_t, uint64_t> unpack(PhiloxCudaState) { retur
 
 namespace flash {
 
-// As flash_fwd_launch_template.h and flash_bwd_launch_template.h have them on an H100: no dropout, no
-// mask, lengths that are multiples of the tiles.
+// As flash_fwd_launch_template.h and flash_bwd_launch_template.h have them on an H100: no dropout,
+// no mask, lengths that are multiples of the tiles.
 using T = cutlass::bfloat16_t;
 template <int kHeadDim>
 using Forward =

@@ -2,8 +2,8 @@
 // ways through a kernel (walk.cpp) and obey the control words of the machine code.
 //
 // A multiprocessor has four partitions, which share its shared memory. Each issues at most one
-// instruction a cycle, of a warp whose stall count has passed and whose scoreboards are clear, if the
-// pipe takes it. Not modelled: the instruction cache, bandwidth of L2 and DRAM, power.
+// instruction a cycle, of a warp whose stall count has passed and whose scoreboards are clear, if
+// the pipe takes it. Not modelled: the instruction cache, bandwidth of L2 and DRAM, power.
 #include <algorithm>
 #include <cstdint>
 #include <deque>
@@ -267,9 +267,9 @@ struct Simulation {
 
 }  // namespace
 
-// `events`: of all warps, of all blocks in the order of their launch; `ends`: where each warp's end.
-// Writes when each block began and ended, in cycles. policy: 0 loose round robin, 1 greedy then
-// oldest.
+// `events`: of all warps, of all blocks in the order of their launch; `ends`: where each warp's
+// end. Writes when each block began and ended, in cycles. policy: 0 loose round robin, 1 greedy
+// then oldest.
 extern "C" void simulate(const Static* code, const uint32_t* events, const int64_t* ends,
                          int num_blocks, int warps_per_block, int num_sms, int slots, int policy,
                          const Machine* machine, double* times) {

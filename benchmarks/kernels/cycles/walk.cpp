@@ -1,9 +1,9 @@
 // Runs the machine code of a kernel (SASS of compute capability 9.0) on the CPU and keeps the way
 // that each warp takes through it. How long that takes on a GPU is the business of schedule.cpp.
 //
-// NVIDIA does not document SASS. What an instruction computes was inferred from the PTX that it comes
-// from; tests compare what kernels compute here with their definitions. An instruction that nobody
-// has met before stops the walk with its text.
+// NVIDIA does not document SASS. What an instruction computes was inferred from the PTX that it
+// comes from; tests compare what kernels compute here with their definitions. An instruction that
+// nobody has met before stops the walk with its text.
 //
 // Simplified: asynchronous copies arrive at once; the warps of a block take turns at its barriers.
 // A uniform instruction (UIADD3) is the other one, executed by one lane on uniform registers.
@@ -41,14 +41,14 @@ using Lanes = std::array<uint32_t, kLanes>;
           X(S2UR) X(CS2R) X(VOTE) X(VOTEU) X(SHFL) X(REDUX) X(FADD) X(FMUL) X(FFMA) X(FMNMX)    \
               X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HFMA2)  \
                   X(HMMA) X(LDC) X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM)  \
-                      X(LDGSTS) X(REDG) X(BRA) X(CALL) X(RET) X(EXIT) X(BSSY) X(BSYNC) X(BREAK) \
-                          X(WARPSYNC) X(BAR) X(NOP) X(YIELD) X(DEPBAR) X(LDGDEPBAR) X(MEMBAR)   \
-                              X(ERRBAR) X(CCTL)
+                      X(LDGSTS) X(RED) X(REDG) X(BRA) X(CALL) X(RET) X(EXIT) X(BSSY) X(BSYNC)   \
+                          X(BREAK) X(WARPSYNC) X(BAR) X(NOP) X(YIELD) X(DEPBAR) X(LDGDEPBAR)    \
+                              X(MEMBAR) X(ERRBAR) X(CCTL)
 #define MODIFIERS(M)                                                                              \
   M(U8)                                                                                           \
   M(S8) M(U16) M(S16) M(U32) M(U64) M(S64) M(WIDE) M(HI) M(X) M(EX) M(SX32) M(R) M(OR) M(XOR)     \
-      M(BF16) M(F16) M(EX2) M(RCP) M(RSQ) M(LG2) M(SQRT) M(RP) M(ALL) M(IDX) M(UP) M(DOWN) M(MAX) \
-          M(MIN) M(MT88) M(DIV) M(SH) M(BYPASS)
+      M(BF16) M(EX2) M(RCP) M(RSQ) M(LG2) M(SQRT) M(RP) M(ALL) M(IDX) M(UP) M(DOWN) M(MAX) M(MIN) \
+          M(ADD) M(F32) M(MT88) M(DIV) M(SH)
 enum Op { OPS(COMMA) kUnknown };
 enum Modifier { MODIFIERS(COMMA) kNumModifiers };
 const char* const kOps[] = {OPS(NAME)};
@@ -298,8 +298,8 @@ struct Kernel {
   std::vector<Instruction> code;
 };
 
-// One step of a warp: the instruction, 1 if it jumped, 2 if no lane executed it, and the cycles that
-// it occupies shared memory.
+// One step of a warp: the instruction, 1 if it jumped, 2 if no lane executed it, and the cycles
+// that it occupies shared memory.
 uint32_t event(int at, bool jumped, bool idle, int cycles) {
   return uint32_t(at) | uint32_t(jumped) << 16 | uint32_t(idle) << 17 | uint32_t(cycles) << 24;
 }
@@ -1231,15 +1231,17 @@ class Warp {
       case LDGSTS:
         copy_async(in, lanes);
         return 4;
+      case RED:
       case REDG: {
         const Lanes value = bits(o[1]);
-        if (!in.has(MAX)) fail(in.text);
+        if (!in.has(MAX) && !(in.has(ADD) && in.has(F32))) fail("a reduction");
         for (int l = 0; l < kLanes; ++l) {
           if (!(lanes >> l & 1)) continue;
           uint32_t word;
           uint8_t* to = global(address(o[0], l), 4);
           std::memcpy(&word, to, 4);
-          word = std::max(word, value[l]);
+          word =
+              in.has(MAX) ? std::max(word, value[l]) : as_bits(as_float(word) + as_float(value[l]));
           std::memcpy(to, &word, 4);
         }
         return 4;
