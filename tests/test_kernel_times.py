@@ -115,7 +115,7 @@ def test_schedules_by_hand(policy: int) -> None:
     assert one([instruction("other")] * 3, jumps=True) == 2 * 9
     # Four warps in four partitions, two in one: a partition issues one instruction a cycle.
     assert one([instruction("other")] * 4, warps=4) == 3 + 3  # warp w starts w cycles late
-    assert one([instruction("other")] * 4, warps=8) == 3 + 8
+    assert one([instruction("other")] * 4, warps=8) == 3 + 7
 
 
 def test_shared_memory_is_one_for_all_partitions() -> None:
