@@ -5,7 +5,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 comma := ,
-SOURCES := $(shell find csrc tests -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
+SOURCES := $(shell find csrc tests benchmarks -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
 .PHONY: help build demo test test-all test-sample lint format types bench report quality instability kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
   mutations check-install clean
