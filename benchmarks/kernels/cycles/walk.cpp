@@ -32,41 +32,33 @@ constexpr size_t kMostEvents = size_t{1} << 25;  // of a warp
 constexpr int kSharedBytes = 228 * 1024, kLocalBytes = 4096, kConstantBytes = 0x1400;
 using Lanes = std::array<uint32_t, kLanes>;
 
+// clang-format off
 #define COMMA(x) x,
 #define NAME(x) #x,
-#define OPS(X)                                                                                  \
-  X(IADD3)                                                                                      \
-  X(IMAD) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) X(IMNMX) X(IABS) X(LEA) X(LOP3) X(PLOP3)   \
-      X(SHF) X(PRMT) X(SEL) X(MOV) X(ISETP) X(POPC) X(FLO) X(BREV) X(P2R) X(R2P) X(R2UR) X(S2R) \
-          X(S2UR) X(CS2R) X(VOTE) X(VOTEU) X(SHFL) X(REDUX) X(FADD) X(FMUL) X(FFMA) X(FMNMX)    \
-              X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HFMA2)  \
-                  X(HMMA) X(LDC) X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM)  \
-                      X(LDGSTS) X(RED) X(REDG) X(BRA) X(CALL) X(RET) X(EXIT) X(BSSY) X(BSYNC)   \
-                          X(BREAK) X(WARPSYNC) X(BAR) X(NOP) X(YIELD) X(DEPBAR) X(LDGDEPBAR)    \
-                              X(MEMBAR) X(ERRBAR) X(CCTL)
-#define MODIFIERS(M)                                                                              \
-  M(U8)                                                                                           \
-  M(S8) M(U16) M(S16) M(U32) M(U64) M(S64) M(WIDE) M(HI) M(X) M(EX) M(SX32) M(R) M(OR) M(XOR)     \
-      M(BF16) M(EX2) M(RCP) M(RSQ) M(LG2) M(SQRT) M(RP) M(ALL) M(IDX) M(UP) M(DOWN) M(MAX) M(MIN) \
-          M(ADD) M(F32) M(MT88) M(DIV) M(SH)
+#define OPS(X) \
+  X(IADD3) X(IMAD) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) X(IMNMX) X(IABS) X(LEA) X(LOP3) \
+  X(PLOP3) X(SHF) X(PRMT) X(SEL) X(MOV) X(ISETP) X(POPC) X(FLO) X(BREV) X(P2R) X(R2P) X(R2UR) \
+  X(S2R) X(S2UR) X(CS2R) X(VOTE) X(VOTEU) X(SHFL) X(REDUX) X(FADD) X(FMUL) X(FFMA) X(FMNMX) \
+  X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HFMA2) X(HMMA) X(LDC) \
+  X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM) X(LDGSTS) X(RED) X(REDG) X(BRA) \
+  X(CALL) X(RET) X(EXIT) X(BSSY) X(BSYNC) X(BREAK) X(WARPSYNC) X(BAR) X(NOP) X(YIELD) X(DEPBAR) \
+  X(LDGDEPBAR) X(MEMBAR) X(ERRBAR) X(CCTL)
+#define MODIFIERS(M) \
+  M(U8) M(S8) M(U16) M(S16) M(U32) M(U64) M(S64) M(WIDE) M(HI) M(X) M(EX) M(SX32) M(R) M(OR) \
+  M(XOR) M(BF16) M(EX2) M(RCP) M(RSQ) M(LG2) M(SQRT) M(RP) M(ALL) M(IDX) M(UP) M(DOWN) M(MAX) \
+  M(MIN) M(ADD) M(F32) M(MT88) M(DIV) M(SH)
 enum Op { OPS(COMMA) kUnknown };
 enum Modifier { MODIFIERS(COMMA) kNumModifiers };
+enum class Kind { kRegister, kUniform, kPredicate, kUniformPredicate, kImmediate, kConstant,
+                  kAddress, kName };
+// clang-format on
 const char* const kOps[] = {OPS(NAME)};
 const char* const kModifiers[] = {MODIFIERS(NAME)};
 
 [[noreturn]] void fail(const string& text) { throw std::runtime_error(text); }
 
 struct Operand {
-  enum Kind {
-    kRegister,
-    kUniform,
-    kPredicate,
-    kUniformPredicate,
-    kImmediate,
-    kConstant,
-    kAddress,
-    kName
-  } kind = kName;
+  Kind kind = Kind::kName;
   bool negate = false, invert = false, absolute = false;
   bool wide = false;    // of an address: its register is a pair
   int index = kZero;    // register or predicate; of an address and a constant the register added
@@ -156,30 +148,30 @@ Operand parse_operand(string text, bool is_float) {
     return starts(text.substr(prefix), zero) ? none : std::stoi(text.substr(prefix));
   };
   if (text.size() > 1 && text[0] == 'U' && text[1] == 'R') {
-    operand.kind = Operand::kUniform;
+    operand.kind = Kind::kUniform;
     operand.index = register_of(2, "Z", kZero);
   } else if (text.size() > 1 && text[0] == 'U' && text[1] == 'P' &&
              (isdigit(text[2]) || text[2] == 'T')) {
-    operand.kind = Operand::kUniformPredicate;
+    operand.kind = Kind::kUniformPredicate;
     operand.index = register_of(2, "T", kTrue);
   } else if (text[0] == 'R' && text.size() > 1 && (isdigit(text[1]) || text[1] == 'Z')) {
-    operand.kind = Operand::kRegister;
+    operand.kind = Kind::kRegister;
     operand.index = register_of(1, "Z", kZero);
   } else if (text[0] == 'P' && text.size() == 2 && (isdigit(text[1]) || text[1] == 'T')) {
-    operand.kind = Operand::kPredicate;
+    operand.kind = Kind::kPredicate;
     operand.index = register_of(1, "T", kTrue);
   } else if (starts(text, "c[")) {
-    operand.kind = Operand::kConstant;
+    operand.kind = Kind::kConstant;
     parse_address(text.substr(text.rfind('[') + 1, text.rfind(']') - text.rfind('[') - 1), operand);
   } else if (text.back() == ']') {
-    operand.kind = Operand::kAddress;
+    operand.kind = Kind::kAddress;
     parse_address(text.substr(text.rfind('[') + 1, text.size() - text.rfind('[') - 2), operand);
   } else if (text.find("INF") != text.npos || text.find("QNAN") != text.npos) {
-    operand.kind = Operand::kImmediate;
+    operand.kind = Kind::kImmediate;
     const float value = text.find("INF") != text.npos ? INFINITY : NAN;
     operand.value = std::bit_cast<uint32_t>(text[0] == '-' ? -value : value);
   } else if (isdigit(text[0]) || text[0] == '-') {
-    operand.kind = Operand::kImmediate;
+    operand.kind = Kind::kImmediate;
     const bool hex = text.find("0x") != text.npos;
     if (!hex && (is_float || text.find('.') != text.npos)) {
       operand.value = std::bit_cast<uint32_t>(std::stof(text));
@@ -188,7 +180,7 @@ Operand parse_operand(string text, bool is_float) {
     }
   }
   if (const size_t at = text.find(".H1"); at != text.npos) operand.part = 1;
-  if (const size_t at = text.find(".B"); at != text.npos && operand.kind == Operand::kRegister) {
+  if (const size_t at = text.find(".B"); at != text.npos && operand.kind == Kind::kRegister) {
     operand.part = text[at + 2] - '0';
   }
   return operand;
@@ -352,13 +344,13 @@ class Warp {
 
   Lanes bits(const Operand& o, int plus = 0) const {
     Lanes out;
-    if (o.kind == Operand::kRegister) {
+    if (o.kind == Kind::kRegister) {
       out = o.index == kZero ? Lanes{} : registers_[o.index + plus];
-    } else if (o.kind == Operand::kUniform) {
+    } else if (o.kind == Kind::kUniform) {
       out.fill(o.index == kZero ? 0 : uniform_[o.index + plus]);
-    } else if (o.kind == Operand::kImmediate) {
+    } else if (o.kind == Kind::kImmediate) {
       out.fill(plus == 0 ? o.value : 0);
-    } else if (o.kind == Operand::kConstant) {
+    } else if (o.kind == Kind::kConstant) {
       out.fill(constant(o.value + uniform(o.uniform) + 4 * plus));
     } else {
       fail("operand " + o.name);
@@ -391,9 +383,9 @@ class Warp {
   }
   uint32_t predicate(const Operand& o) const {
     uint32_t p;
-    if (o.kind == Operand::kPredicate) {
+    if (o.kind == Kind::kPredicate) {
       p = predicates_[o.index];
-    } else if (o.kind == Operand::kUniformPredicate) {
+    } else if (o.kind == Kind::kUniformPredicate) {
       p = uniform_predicates_[o.index];
     } else {
       fail("predicate " + o.name);
@@ -410,7 +402,7 @@ class Warp {
 
   void set(const Operand& o, const Lanes& value, uint32_t lanes, int plus = 0) {
     if (o.index == kZero) return;
-    if (o.kind == Operand::kUniform) {
+    if (o.kind == Kind::kUniform) {
       uniform_[o.index + plus] = value[std::countr_zero(lanes)];
     } else {
       Lanes& to = registers_[o.index + plus];
@@ -428,7 +420,7 @@ class Warp {
   }
   void set_predicate(const Operand& o, uint32_t value, uint32_t lanes) {
     if (o.index == kTrue) return;
-    if (o.kind == Operand::kUniformPredicate) {
+    if (o.kind == Kind::kUniformPredicate) {
       uniform_predicates_[o.index] = value >> std::countr_zero(lanes) & 1 ? kAll : 0;
     } else {
       uint32_t& to = predicates_[o.index];
@@ -719,7 +711,7 @@ class Warp {
   }
 
   static bool is_predicate(const Operand& o) {
-    return o.kind == Operand::kPredicate || o.kind == Operand::kUniformPredicate;
+    return o.kind == Kind::kPredicate || o.kind == Kind::kUniformPredicate;
   }
 
   template <typename F>
