@@ -19,6 +19,7 @@ import itertools
 import json
 import operator
 import time
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -63,8 +64,12 @@ def rows(
                 case = dataclasses.replace(CASES[letter], dtype=dtype)
                 heads = case.num_heads * case.head_dim // head_dim
                 case = dataclasses.replace(case, head_dim=head_dim, num_heads=heads)
+                times_launched: Counter[str] = Counter()
                 for launch in recorded(case):
                     name = short(launch.kernel)
+                    times_launched[name] += 1
+                    if times_launched[name] > 1:  # row: of dout, then of v
+                        name += f"_{times_launched[name]}"
                     if which and which not in name:
                         continue
                     begin = time.perf_counter()
@@ -128,8 +133,10 @@ def tables(facts: dict[str, Any], calibration: dict[str, Any]) -> dict[str, str]
     launches, tiles = [], []
     for call, group in itertools.groupby(facts["rows"], operator.itemgetter(*CALL)):
         found = {row["kernel"]: row for row in group}
-        us = {shown: found[kernel]["us"] for kernel, shown in KERNELS.items() if kernel in found}
-        line = dict(zip(CALL, map(str, call), strict=True))
+        us: Counter[str] = Counter()
+        for kernel, row in found.items():
+            us[KERNELS[kernel.removesuffix("_2")]] += row["us"]
+        line = {"problem": call[0], "D": str(call[1]), "dtype": call[2]}
         line |= {shown: _us(us[shown]) if shown in us else "" for shown in KERNELS.values()}
         total = sum(us.get(KERNELS[name], 0.0) for name in KERNELS if name.startswith("backward"))
         launches.append(line | {"backward": _us(total)})
