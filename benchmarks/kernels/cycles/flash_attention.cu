@@ -12,6 +12,9 @@ __device__ inline std::tuple<uint64_t, uint64_t> unpack(PhiloxCudaState) { retur
 }  // namespace cuda::philox
 }  // namespace at
 
+// flash_bwd_kernel.h calls what this one defines.
+#include "flash_bwd_preprocess_kernel.h"
+//
 #include "flash_bwd_kernel.h"
 #include "flash_fwd_kernel.h"
 
