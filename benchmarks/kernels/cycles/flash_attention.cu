@@ -12,11 +12,11 @@ __device__ inline std::tuple<uint64_t, uint64_t> unpack(PhiloxCudaState) { retur
 }  // namespace cuda::philox
 }  // namespace at
 
-// flash_bwd_kernel.h calls what this one defines.
+// clang-format off: the backward needs what stands above it
 #include "flash_bwd_preprocess_kernel.h"
-//
 #include "flash_bwd_kernel.h"
 #include "flash_fwd_kernel.h"
+// clang-format on
 
 namespace flash {
 
