@@ -149,7 +149,7 @@ def walk(lines: str) -> list[int]:
         guard = words.pop(0)[1:] if words[0].startswith("@") else ""
         operands = " ".join(words[1:])
         code.append(sass.Instruction(guard, words[0], operands, sass.control(0)))
-    (events,), _ = machine.Walker(code).walk(b"", [], 32, 0)
+    (events,), _ = machine.Walker(code).walk(b"", [], 32, 0, 1)
     return [int(event & 0xFFFF) for event in events]
 
 
@@ -192,7 +192,7 @@ def run(launch: launches.Launch) -> None:
     """All blocks of a launch, on the machine code that nvcc makes of its source."""
     walker = machine.Walker(launches.machine_code(launch.kernel).code)
     for block in range(launch.blocks):
-        walker.walk(launch.params, launch.ranges, launch.threads, block)
+        walker.walk(launch.params, launch.ranges, launch.threads, block, launch.blocks)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

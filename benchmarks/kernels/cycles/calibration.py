@@ -17,7 +17,6 @@ import ctypes
 import json
 import os
 import shlex
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
@@ -51,10 +50,10 @@ MOST_EVENTS = 6_000_000  # to be simulated; a launch of long blocks is cut short
 
 def compile_all(flash: Path, cutlass: Path) -> tuple[Path, ctypes.CDLL]:
     folder = machine.CACHE / "flash_attention"
-    for name in ("PhiloxCudaState.h", "detail/UnpackRaw.cuh"):  # of torch, for dropout
-        stub = folder / "stubs" / "ATen" / "cuda" / name
-        stub.parent.mkdir(parents=True, exist_ok=True)
-        stub.write_text("")
+    # Headers of torch, for dropout, and for the host one of CUDA; nothing of them is used.
+    for name in ("stubs/ATen/cuda/PhiloxCudaState.h", "stubs/ATen/cuda/detail/UnpackRaw.cuh"):
+        _empty(folder / name)
+    _empty(folder / "host" / "cuda.h")
     include = [f"-I{flash}/csrc/flash_attn/src", f"-I{cutlass}/include", f"-I{folder}/stubs"]
     cubin, library = folder / "kernels.cubin", folder / "params.so"
     command = ["nvcc", "-gencode=arch=compute_90a,code=sm_90a", "-std=c++17", "-O3"]
@@ -62,11 +61,15 @@ def compile_all(flash: Path, cutlass: Path) -> tuple[Path, ctypes.CDLL]:
     if not cubin.is_file():
         subprocess.run([*command, "-cubin", SOURCE, "-o", f"{cubin}.new"], check=True)
         Path(f"{cubin}.new").replace(cubin)
-    toolkit = Path(shutil.which("nvcc") or "").resolve().parents[1]
     host = [*shlex.split(os.environ.get("CXX") or "c++"), "-x", "c++", "-std=c++17", "-shared"]
-    host += ["-fPIC", *include, f"-I{toolkit}/include", str(SOURCE), "-o", str(library)]
+    host += ["-fPIC", *include, f"-I{folder}/host", str(SOURCE), "-o", str(library)]
     subprocess.run(host, check=True)
     return cubin, ctypes.CDLL(str(library))
+
+
+def _empty(file: Path) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("")
 
 
 def predicted(cubin: Path, library: ctypes.CDLL, which: str, head_dim: int, length: int) -> float:
@@ -82,7 +85,9 @@ def predicted(cubin: Path, library: ctypes.CDLL, which: str, head_dim: int, leng
     size = library.flash_params(pointers, length, head_dim, ctypes.c_float(head_dim**-0.5), params)
     ranges = [(t.data_ptr(), t.data_ptr() + t.numel() * t.element_size()) for t in tensors]
     threads, kilobytes = LAUNCHES[which, head_dim]
-    events, _ = machine.Walker(kernel.code).walk(params.raw[:size], ranges, threads, 0)
+    events, _ = machine.Walker(kernel.code).walk(
+        params.raw[:size], ranges, threads, 0, length // TILE
+    )
     slots, _ = ctas_per_sm("sm_90a", threads, kernel.registers, kilobytes * 1024)
     # All blocks of the launch go the same way; one multiprocessor has its share of them.
     share = TOKENS // TILE * (HIDDEN // head_dim) / machine.NUM_SMS

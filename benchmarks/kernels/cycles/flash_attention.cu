@@ -1,6 +1,10 @@
 // Kernels of FlashAttention-2 (Dao-AILab/flash-attention, csrc/flash_attn/src), by which the model
 // is calibrated: calibration.py. Their source is not part of this repository. nvcc makes the
 // kernels of this file, a host compiler the function that fills their parameters.
+#ifndef __CUDACC__
+using cudaStream_t = struct CUstream_st*;
+#endif
+
 #include "flash.h"
 
 #ifdef __CUDACC__

@@ -97,10 +97,15 @@ class Walker:
         self._library.free_kernel(ctypes.c_void_p(getattr(self, "_kernel", None)))
 
     def walk(
-        self, params: bytes, ranges: Sequence[tuple[int, int]], threads: int, block: int
+        self,
+        params: bytes,
+        ranges: Sequence[tuple[int, int]],
+        threads: int,
+        block: int,
+        num_blocks: int,
     ) -> tuple[list[Events], int]:
-        """Runs a block on the memory of this process, where only ``ranges`` may be touched. The
-        events of its warps, and the bytes that it moved from and to global memory."""
+        """Runs one block of a launch on the memory of this process, where only ``ranges`` may be
+        touched. The events of its warps, and the bytes that it moved from and to global memory."""
         bounds = np.array(ranges, dtype=np.uint64).ravel()
         sizes = np.zeros(threads // 32, dtype=np.int64)
         events, moved = ctypes.POINTER(ctypes.c_uint32)(), ctypes.c_int64()
@@ -113,6 +118,7 @@ class Walker:
             len(ranges),
             threads,
             block,
+            num_blocks,
             sizes.ctypes.data_as(ctypes.c_void_p),
             ctypes.byref(events),
             ctypes.byref(moved),

@@ -52,7 +52,9 @@ def walked(kernel: Kernel, launch: Launch) -> tuple[list[Block], float]:
     walker = machine.Walker(kernel.code)
     blocks, moved = [], 0
     for block in sampled_blocks(launch.blocks):
-        events, of_block = walker.walk(launch.params, launch.ranges, launch.threads, block)
+        events, of_block = walker.walk(
+            launch.params, launch.ranges, launch.threads, block, launch.blocks
+        )
         blocks.append(events)
         moved += of_block
     return blocks, moved * launch.blocks / len(blocks)

@@ -1283,17 +1283,18 @@ void* load_kernel(const char* text) {
 
 void free_kernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-// Runs one block. Returns the number of events of all its warps, -1 on an error. `sizes`: of each
+// Runs one block of `num_blocks`. Returns the number of events of all its warps, -1 on an error. `sizes`: of each
 // warp. The events stay until the thread's next call.
 int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int params_at,
-                   const uint64_t* ranges, int num_ranges, int threads, int block, int64_t* sizes,
-                   const uint32_t** events, int64_t* bytes_moved) {
+                   const uint64_t* ranges, int num_ranges, int threads, int block, int num_blocks,
+                   int64_t* sizes, const uint32_t** events, int64_t* bytes_moved) {
   static thread_local std::vector<uint32_t> all;
   try {
     Launch launch;
     launch.constants.assign(kConstantBytes + 4, 0);
-    const uint32_t stack = kLocalBytes;
-    std::memcpy(&launch.constants[0x28], &stack, 4);
+    for (auto [at, value] : {std::pair{0, threads}, {0xc, num_blocks}, {0x28, kLocalBytes}}) {
+      std::memcpy(&launch.constants[at], &value, 4);  // blockDim, gridDim, the top of the stack
+    }
     std::memcpy(&launch.constants[params_at], params, params_bytes);
     for (int i = 0; i < num_ranges; ++i)
       launch.ranges.push_back({ranges[2 * i], ranges[2 * i + 1]});
