@@ -206,18 +206,19 @@ def test_machine_code_computes_what_the_host_model_does(dtype: torch.dtype, head
     q, k, v, dout = torch.randn(4, 1, 2, 200, head_dim).to(dtype).unbind()
     text_len = torch.tensor([7], dtype=torch.int32)
     pivots = torch.arange(9, 200, 3, dtype=torch.int32)[None]
-    scalars = 32, 2, 0.0, 0.0, head_dim**-0.5
+    window = 32, 2
+    scale = 0.0, 0.0, float(head_dim) ** -0.5
     with extension.modelled_device(machine.NUM_SMS):
         far_keys = operators._pack_far_keys(text_len, pivots, 200)
-        forward = operators._forward(q, k, v, far_keys, *scalars)
-        backward = operators._backward(dout, None, q, k, v, *forward, far_keys, *scalars)
+        forward = operators._forward(q, k, v, far_keys, *window, *scale)
+        backward = operators._backward(dout, None, q, k, v, *forward, far_keys, *window, *scale)
 
     found: list[tuple[Tensor, ...]] = []
 
     def calls() -> None:
         found.append((operators._pack_far_keys(text_len, pivots, 200),))
-        found.append(operators._forward(q, k, v, far_keys, *scalars))
-        found.append(operators._backward(dout, None, q, k, v, *forward, far_keys, *scalars))
+        found.append(operators._forward(q, k, v, far_keys, *window, *scale))
+        found.append(operators._backward(dout, None, q, k, v, *forward, far_keys, *window, *scale))
 
     for launch in launches.record(calls):
         run(launch)
@@ -230,7 +231,7 @@ def test_machine_code_computes_what_the_host_model_does(dtype: torch.dtype, head
 def test_the_table_is_that_of_the_sources() -> None:
     committed = json.loads((DOCS / "kernel_times.json").read_text())
     stale = "docs/kernel_times.json: run `make kernel-times` and commit what it writes"
-    assert committed["sources"] == launches.digest(), stale
+    assert committed["model"]["sources"] == launches.digest(), stale
     calibration = json.loads(times.CALIBRATION.read_text())
     page = (DOCS / "kernel_times.md").read_text()
     for mark, table in times.tables(committed, calibration).items():

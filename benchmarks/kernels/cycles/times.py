@@ -115,9 +115,11 @@ def _line(row: dict[str, Any]) -> str:
 
 def record() -> dict[str, Any]:
     return {
-        "sources": digest(),
-        "clock_ghz": machine.CLOCK_GHZ,
-        "num_sms": machine.NUM_SMS,
+        "model": {
+            "sources": digest(),
+            "clock_ghz": machine.CLOCK_GHZ,
+            "num_sms": machine.NUM_SMS,
+        },
         "rows": rows("", "ABCD", HEAD_DIMS, DTYPES),
     }
 
