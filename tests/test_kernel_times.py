@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from typing import Any
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def end(
 
 @pytest.mark.parametrize("policy", machine.POLICIES)
 def test_schedules_by_hand(policy: int) -> None:
-    def one(program: list[tuple[int, ...]], **changes: int) -> float:
+    def one(program: list[tuple[int, ...]], **changes: Any) -> float:
         return end(program, policy=policy, **changes)[0]
 
     assert one([instruction("tensor")] * 10) == 9 * 6
