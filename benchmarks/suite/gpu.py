@@ -39,8 +39,8 @@ COMPILED = ROOT / "build" / "inductor"  # a second run compiles nothing again
 WINDOW_S = 540
 LATE_S, ENTRY_S = 20, 75  # an entry may take so much longer than thrice its estimate; at most
 LAST_S = 2  # with less time left no entry is started
-# What --dry-run assumes besides the entries: the build on 16 cores; start and ceilings; controls.
-BUILD_ESTIMATE_S, START_ESTIMATE_S, DRIFT_ESTIMATE_S = 100, 20, 3
+# What --dry-run assumes: the build on 16 cores; start and ceilings; controls after each stage.
+BUILD_S, START_S, CONTROLS_S = 100, 20, 3
 LISTS = "controls", "host_time", "drift", "clocks", "not_reached", "not_measured", "rows"
 
 Json = dict[str, Any]
@@ -62,7 +62,7 @@ def pending(plan: list[Any], record: Json) -> list[Any]:
     return sorted(unknown, key=lambda entry: entry.id in record["failed_before"])
 
 
-def missing(entry: Any, reason: str, failed: bool) -> Json:
+def not_measured(entry: Any, reason: str, failed: bool = True) -> Json:
     return {"name": entry.id, **entry.info(), "reason": reason, "failed": failed}
 
 
@@ -112,7 +112,8 @@ def work(arguments: argparse.Namespace) -> int:
 
     if not record["ceilings"] and begin("ceilings", 10):
         record["ceilings"] = measure.ceilings(device)
-        record["controls"] = measure.empty_kernels(device) if device.type == "cuda" else []
+        if device.type == "cuda" and begin("empty kernels", 3):
+            record["controls"] = measure.empty_kernels(device)
     for stage, group in itertools.groupby(pending(plan, record), lambda entry: entry.stage):
         for entry in itertools.takewhile(lambda entry: begin(entry.id, entry.seconds), group):
             print(f"{time.strftime('%H:%M:%S')} {entry.id}", file=sys.stderr, flush=True)
@@ -128,7 +129,7 @@ def work(arguments: argparse.Namespace) -> int:
                     record["running"]["reason"] = f"[CUDA context lost] {reason}"
                     save_record(record, path)
                     return 3
-                record["not_measured"].append(missing(entry, reason, failed))
+                record["not_measured"].append(not_measured(entry, reason, failed))
         control(stage)
     del record["running"]
     save_record(record, path)
@@ -184,7 +185,7 @@ def run_workers(arguments: argparse.Namespace, plan: list[Any], path: Path, end:
         waiting = pending(plan, record)
         lost = [(e.case, e.method) for e in waiting if e.id == running["name"]]
         same = [entry for entry in waiting if (entry.case, entry.method) in lost]
-        record["not_measured"] += [missing(entry, reason, True) for entry in same]
+        record["not_measured"] += [not_measured(entry, reason) for entry in same]
         save_record(record, path)
     return ""
 
@@ -237,7 +238,7 @@ def bench(arguments: argparse.Namespace, end: float) -> int:
     save_record(record, path)
     machine.copy_out(LOG)
     if not record["ceilings"]:
-        raise NothingRan(stopped)
+        raise NothingRan(stopped or "no entry was chosen, or no time was left")
     print(report(record, path), *([f"stopped: {stopped}"] if stopped else []), sep="\n")
     print(f"record: {path}")
     failed = built["outcome"] == "failed" or any(row["failed"] for row in record["not_measured"])
@@ -274,19 +275,18 @@ def main(*words: str) -> int:
 
 def dry_run(arguments: argparse.Namespace) -> int:
     """Every entry with its estimated seconds, and the seconds from the start to its end."""
-    plan, stages = planned(arguments), []
-    total = float(BUILD_ESTIMATE_S + START_ESTIMATE_S)
-    print(f"{total:5.0f} s: build, start and ceilings")
+    plan, total = planned(arguments), BUILD_S + START_S
+    print(f"{total:5} s: build, start and ceilings")
     for stage, group in itertools.groupby(plan, lambda entry: entry.stage):
-        seconds = []
-        for entry in group:
-            seconds.append(entry.seconds)
-            print(f"{total + sum(seconds):5.0f} s {entry.seconds:6.1f} s {entry.id}")
-        total += sum(seconds) + DRIFT_ESTIMATE_S
-        stages.append(f"{stage}: {len(seconds)} entries, {sum(seconds):.0f} s")
+        begin, found = total, list(group)
+        for entry in found:
+            total += entry.seconds
+            print(f"{total:5.0f} s {entry.seconds:6.1f} s {entry.id}")
+        print(f"{stage}: {len(found)} entries, {total - begin:.0f} s")
+        total += CONTROLS_S
     compiled = {(e.case.op, e.case.name, e.method.name) for e in plan if e.method.compiles}
     counts = f"{len(plan)} entries, {len(compiled)} compilations"
-    print("\n".join([*stages, f"{counts}, {total:.0f} s of {WINDOW_S} s"]))
+    print(f"{counts}, {total:.0f} s of {WINDOW_S} s")
     return int(total > WINDOW_S)
 
 
