@@ -139,14 +139,14 @@ def test_outcomes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ("breaks", True): "ValueError: of no use",
         ("dies", True): "died with signal 6",  # both kinds of work at the price of one
     }
-    assert printed.count("lost: ") == 2 and "stopped" not in printed
+    assert printed.count("lost: ") == 2 and "stopped: no\n" in printed
     assert [row["after_stage"] for row in record["drift"]] == ["ours", "rival and dense"]
     assert record["drift"][0]["first_median"] == ours["seconds"]["median"]
     (control,) = record["controls"]
     assert control["name"].startswith("A/A: attention / tiny") and control["difference"] >= 0
 
     lines = printed.splitlines()
-    assert lines[-2] == "8 measured, 2 cannot run here, 8 failed, 0 not reached"
+    assert lines[-3] == "8 measured, 2 cannot run here, 8 failed, 0 not reached"
     (line,) = [line for line in lines if " | forward | " in line]
     for name in ("SDPA", "Flex"):
         factor = rows[f"forward / {name}"]["seconds"]["median"] / ours["seconds"]["median"]

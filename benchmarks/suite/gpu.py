@@ -192,11 +192,10 @@ def run_workers(arguments: argparse.Namespace, plan: list[Any], path: Path, end:
 
 def opened(arguments: argparse.Namespace) -> tuple[Json, Path]:
     """The record to go on with, or a new one, and where it lies."""
-    reason = machine.why_nothing_runs() if arguments.device == "cuda" else None
     commit, date = machine.commit_info(), machine.now()
     if commit["id"] == "unknown":
-        reason = "neither git nor $COMMIT names the commit"
-    if reason is not None:
+        raise NothingRan("neither git nor $COMMIT names the commit")
+    if arguments.device == "cuda" and (reason := machine.why_nothing_runs()):
         raise NothingRan(reason)
     info = machine.machine_info(torch.device(arguments.device))
     # First calls are shorter where torch's compiled code was kept.
@@ -239,16 +238,13 @@ def bench(arguments: argparse.Namespace, end: float) -> int:
     machine.copy_out(LOG)
     if not record["ceilings"]:
         raise NothingRan(stopped or "no entry was chosen, or no time was left")
-    print(report(record, path), *([f"stopped: {stopped}"] if stopped else []), sep="\n")
-    print(f"record: {path}")
+    print(report(record, path), f"stopped: {stopped or 'no'}", f"record: {path}", sep="\n")
     failed = built["outcome"] == "failed" or any(row["failed"] for row in record["not_measured"])
     return int(failed or bool(stopped or record["not_reached"]) or not record["rows"])
 
 
 def main(*words: str) -> int:
-    begin = time.time()
-    # The table is printed all the same.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the table is printed all the same
     parser = argparse.ArgumentParser(description="Build, and time the suite on the GPU here.")
     add = parser.add_argument
     add("--budget", type=float, default=WINDOW_S, help="seconds, the build included")
@@ -261,10 +257,9 @@ def main(*words: str) -> int:
     arguments = parser.parse_args(words or None)
     if arguments.end:
         return work(arguments)
+    end = time.time() + arguments.budget
     try:
-        return (
-            dry_run(arguments) if arguments.dry_run else bench(arguments, begin + arguments.budget)
-        )
+        return dry_run(arguments) if arguments.dry_run else bench(arguments, end)
     except NothingRan as reason:
         print(f"gpu-bench: nothing ran: {reason}")
         return 2
@@ -275,8 +270,8 @@ def main(*words: str) -> int:
 
 def dry_run(arguments: argparse.Namespace) -> int:
     """Every entry with its estimated seconds, and the seconds from the start to its end."""
-    plan, total = planned(arguments), BUILD_S + START_S
-    print(f"{total:5} s: build, start and ceilings")
+    plan, total = planned(arguments), float(BUILD_S + START_S)
+    print(f"{total:5.0f} s: build, start and ceilings")
     for stage, group in itertools.groupby(plan, lambda entry: entry.stage):
         begin, found = total, list(group)
         for entry in found:

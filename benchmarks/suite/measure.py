@@ -184,9 +184,8 @@ def clocks_under_load(device: torch.device) -> dict[str, str]:
 def empty_kernels(device: torch.device) -> list[dict[str, Any]]:
     """What a kernel that does nothing takes on this clock; every time contains about as much."""
     empty = functools.partial(torch.cuda._sleep, 0)
-    calls = {"empty kernel": empty, "empty kernel, graph replay": captured(lambda: empty)}
-    timed = measure_interleaved(list(calls.values()), device, 0.1)
-    return [{"name": name, **spread(each.seconds)} for name, each in zip(calls, timed, strict=True)]
+    calls = ("empty kernel", empty), ("empty kernel, graph replay", captured(lambda: empty))
+    return [{"name": name, **spread(measure(call, device, 0.1).seconds)} for name, call in calls]
 
 
 def a_a_control(name: str, call: Call, device: torch.device) -> dict[str, Any]:
