@@ -196,6 +196,7 @@ gpu.main("--device", "cpu", "--suite", "tiny_suite")
     process.send_signal(how)
     printed = process.communicate()[0]
     wait_for(lambda: not a_worker_lives(here))
+    assert "Timeout" not in (here / "log").read_text()  # it did not wait for the hang's own end
     first = record_in(here)
     if how == signal.SIGTERM:
         assert "stopped: the process was told to end" in printed and "2 not reached" in printed

@@ -289,7 +289,7 @@ def report(record: Json, path: Path) -> str:
     """The tables of the fixed cases, as in docs/benchmarks.md; what a terminal may cut off, first.
     Below them ceilings and controls, and how many entries came to what."""
     shown = records.Record(path.name, record)
-    parts = [tables.not_measured(shown), *(tables.fixed_table(shown, op) for op in records.OPS)]
+    cases = [tables.fixed_table(shown, op) for op in reversed(records.OPS)]  # attention last
     clocks = (f"{row.get('clocks.sm')} ({row['after_stage']})" for row in record["clocks"])
     pairs = (f"{row['name']} {row['ours'] / row['torchs']:.2f}" for row in record["host_time"])
     failed = sum(row["failed"] for row in record["not_measured"])
@@ -300,7 +300,7 @@ def report(record: Json, path: Path) -> str:
         f"{len(record['rows'])} measured, {len(record['not_measured']) - failed} cannot run here, "
         f"{failed} failed, {len(record['not_reached'])} not reached",
     )
-    return "\n\n".join([*filter(None, parts), "\n".join(foot)])
+    return "\n\n".join(filter(None, (tables.not_measured(shown), *cases, "\n".join(foot))))
 
 
 if __name__ == "__main__":
