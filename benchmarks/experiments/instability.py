@@ -2,39 +2,33 @@
 
     python -m benchmarks.experiments.instability --help
 
-The toy experiment of the CogView paper (arXiv 2105.13290, section 2.4), deep and very narrow: a
-transformer learns handwritten digits, a token a pixel. Weights, activations and gradients are
-float16, Adam's weights float32, the loss scale is dynamic. Variants with and without PB-relax
-differ in nothing else: they have the same weights at the start, the same batches and settings.
+A transformer, deep and narrow as in the CogView paper's toy experiment (arXiv 2105.13290, section
+2.4), learns handwritten digits, a token a pixel. Weights, activations and gradients are float16,
+Adam's weights float32, the loss scale is dynamic. Variants differ in nothing that is not named.
 
-The model is that of cogview/model.py (tests compare them), written here as separate operations, as
-CogView had them: each takes float16 and rounds its result to float16. Matrix products, means and
-softmax sum in float32, as on a GPU. LayerNorm has its statistics either in float16, where the
-square of a number above 256 is infinite, or in float32, as the fused kernels have.
-
-The losses stand beside what needs no model: how often each level occurs at each position (the
-position line), and the same for each digit.
-
-A run that has ended stays in FOLDER and is not repeated at the same commit. The record is written
-to benchmarks/results/, its table printed; `make report` puts both into docs/benchmarks.md.
+The model is that of cogview/model.py (a test compares them), written here as separate operations,
+as CogView had them: each rounds its result to float16. Matrix products, means and softmax sum in
+float32, as on a GPU. LayerNorm's statistics are float16, where the square of a number above 256 is
+infinite, or float32, as in the fused kernels. A run that has ended is kept in ``--out`` and not
+repeated at the same commit.
 """
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 import json
 import math
 import multiprocessing
-import re
-import statistics
 import time
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
@@ -67,9 +61,8 @@ class Variant:
     def name(self) -> str:
         name = {"pre": "Pre-LN", "sandwich": "Sandwich-LN"}[self.norm]
         name += " + PB-relax" if self.relax else ""
-        if self.dtype == "float32":
-            return f"{name}, all float32"
-        return name if self.statistics == "float16" else f"{name}, float32 statistics"
+        name += ", float32 statistics" if self.statistics != self.dtype else ""
+        return name + (", all float32" if self.dtype == "float32" else "")
 
 
 PRE, PRE_RELAXED = Variant("pre", False), Variant("pre", True)
@@ -90,6 +83,13 @@ PLAN = {
     0.01: [PRE, PRE_RELAXED, SANDWICH, SANDWICH_RELAXED, PRE_STATISTICS],
     0.1: [PRE_RELAXED, SANDWICH, SANDWICH_RELAXED, PRE_FLOAT32],
     0.003: [PRE, PRE_RELAXED],
+}
+# With and without; the two differ in nothing else.
+COMPARISONS = {
+    "PB-relax, in Pre-LN": (PRE_RELAXED, PRE),
+    "PB-relax, in Sandwich-LN": (SANDWICH_RELAXED, SANDWICH),
+    "float32 statistics, in Pre-LN": (PRE_STATISTICS, PRE),
+    "Sandwich-LN for Pre-LN, both with PB-relax": (SANDWICH_RELAXED, PRE_RELAXED),
 }
 
 
@@ -112,9 +112,9 @@ class Settings:
     window: int = 10  # steps that one number of a curve stands for
 
 
-# The operations. ``seen`` collects, by kind, a number for each call.
-
-Seen = dict[str, list[Tensor]]
+Run = dict[str, Any]
+Weights = dict[str, Tensor]
+Seen = defaultdict[str, list[Tensor]]  # by kind as in CURVES, a number for each operation
 
 
 def wide(x: Tensor) -> Tensor:
@@ -125,22 +125,19 @@ def matmul(a: Tensor, b: Tensor) -> Tensor:
     return (wide(a) @ wide(b)).to(a.dtype)
 
 
-def mean(x: Tensor) -> Tensor:
-    return wide(x).mean(-1, keepdim=True).to(x.dtype)
-
-
 def layer_norm(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, variant: Variant, seen: Seen
 ) -> Tensor:
     peak = x.detach().abs().amax(-1, keepdim=True)
-    seen.setdefault("norm_input", []).append(peak.amax())
+    seen["norm_input"].append(peak.amax())
     if variant.relax:
         x = x / (torch.where(peak == 0, 8.0, peak) / 8)
     if variant.statistics == "float32":
+        seen["infinite_variances"].append(torch.zeros(()))
         return F.layer_norm(wide(x), weight.shape, wide(weight), wide(bias), eps).to(x.dtype)
-    centred = x - mean(x)
-    variance = mean(centred * centred)
-    seen.setdefault("infinite_variances", []).append((~variance.isfinite()).float().mean())
+    centred = x - wide(x).mean(-1, keepdim=True).to(x.dtype)
+    variance = wide(centred * centred).mean(-1, keepdim=True).to(x.dtype)
+    seen["infinite_variances"].append((~variance.isfinite()).float().mean())
     return centred / (variance + eps).sqrt() * weight + bias
 
 
@@ -149,7 +146,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, relax: bool, seen: Seen) -
     alpha = ALPHA if relax else 1.0
     scores = matmul(q / (alpha * math.sqrt(q.shape[-1])), k.transpose(-1, -2))
     later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)
-    seen.setdefault("score", []).append(wide(scores.detach().abs().amax()) * alpha)
+    seen["score"].append(wide(scores.detach().abs().amax()) * alpha)
     if relax:
         peak = scores.detach().masked_fill(later, -math.inf).amax(-1, keepdim=True)
         # Those of later keys may be above the peak; far below it the weight is zero anyway.
@@ -159,18 +156,19 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, relax: bool, seen: Seen) -
 
 
 def logits(
-    weights: dict[str, Tensor], tokens: Tensor, config: ModelConfig, variant: Variant, seen: Seen
+    weights: Weights, tokens: Tensor, config: ModelConfig, variant: Variant, seen: Seen
 ) -> Tensor:
     """The scores of GPT(config) with these weights: (B, S) to (B, S, vocabulary)."""
     batch, length = tokens.shape
 
+    def parameters(name: str) -> tuple[Tensor, Tensor]:
+        return weights[f"{name}.weight"], weights[f"{name}.bias"]
+
     def norm(x: Tensor, name: str) -> Tensor:
-        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return layer_norm(x, weight, bias, config.layernorm_eps, variant, seen)
+        return layer_norm(x, *parameters(name), config.layernorm_eps, variant, seen)
 
     def linear(x: Tensor, name: str) -> Tensor:
-        weight, bias = weights[f"{name}.weight"], weights[f"{name}.bias"]
-        return F.linear(wide(x), wide(weight), wide(bias)).to(x.dtype)
+        return F.linear(wide(x), *map(wide, parameters(name))).to(x.dtype)
 
     embeddings = weights["word_embeddings.weight"]
     h = F.embedding(tokens, wide(embeddings)).to(embeddings.dtype)
@@ -190,9 +188,6 @@ def logits(
     return matmul(norm(h, "transformer.final_layernorm"), embeddings.T)
 
 
-# The data, and what needs no model.
-
-
 def digits() -> tuple[Tensor, Tensor]:
     """Handwritten digits as tokens, to train on and held out, int64 (N, 65): which digit, then 8x8
     pixels of 17 levels."""
@@ -203,8 +198,9 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def frequency_loss(train: Tensor, tokens: Tensor, by_digit: bool) -> float:
-    """Nats per pixel of ``tokens`` from how often each level occurs at each position in ``train``
-    (``by_digit``: in images of the same digit), a tenth added to each count."""
+    """What needs no model: nats per pixel of ``tokens`` from how often each level occurs at each
+    position in ``train`` (``by_digit``: in images of the same digit), a tenth added to each
+    count."""
     positions = torch.arange(PIXELS)
     counts = torch.zeros(DIGITS, PIXELS, LEVELS, dtype=torch.float64)
     ones = torch.ones(len(train), PIXELS, dtype=torch.float64)
@@ -212,96 +208,68 @@ def frequency_loss(train: Tensor, tokens: Tensor, by_digit: bool) -> float:
     if not by_digit:
         counts = counts.sum(0, keepdim=True).expand_as(counts)
     shares = (counts + 0.1) / (counts + 0.1).sum(-1, keepdim=True)
-    return -shares[tokens[:, :1] - LEVELS, positions, tokens[:, 1:]].log().mean().item()
+    loss = -shares[tokens[:, :1] - LEVELS, positions, tokens[:, 1:]].log().mean()
+    return round(loss.item(), 4)
 
 
-def baselines() -> dict[str, dict[str, float]]:
-    train, held_out = digits()
-    return {
-        name: {
-            "train": round(frequency_loss(train, train, by_digit), 4),
-            "held out": round(frequency_loss(train, held_out, by_digit), 4),
-        }
-        for name, by_digit in (("position", False), ("position and digit", True))
-    }
+# Recorded of each step: how the numbers of its operations become one, and then those of a window.
+CURVES: dict[str, Callable[[list[float]], Any]] = {
+    "loss": np.mean,
+    "loss_scale": lambda scales: scales[-1],
+    "norm_input": np.max,  # largest magnitude that enters a LayerNorm
+    "score": np.max,
+    "infinite_variances": np.mean,  # share of LayerNorm's rows
+    "zero_gradients": np.mean,  # share of the weights
+}
 
 
-# Training.
-
-
-def learning_rate_factor(step: int, settings: Settings) -> float:
-    """Linear warm-up; from half of the steps on, a line down to ``final_learning_rate``."""
-    fallen = max(0.0, step / settings.steps - 0.5) / 0.5
-    warm = min(1.0, (step + 1) / settings.warmup_steps)
-    return warm * (1 - fallen * (1 - settings.final_learning_rate))
-
-
-def train(
-    variant: Variant, rate: float, seed: int, settings: Settings, device: torch.device
-) -> dict[str, Any]:
+def train(variant: Variant, rate: float, seed: int, settings: Settings, device: str) -> Run:
     """One run, until its last step or until no step succeeds any more.
 
     Returns:
-        ``held_out_loss`` at the end, in nats per pixel. ``skipped``: steps whose gradients were not
-        finite. ``curves``, a number for each window of steps (None: not finite): ``loss`` (mean),
-        ``loss_scale`` (the last), ``norm_input`` and ``score`` (largest magnitudes),
-        ``infinite_variances`` (share of LayerNorm's rows), ``zero_gradients`` (share).
+        ``held_out_loss`` at the end, in nats per pixel; ``skipped``: steps whose gradients were not
+        finite; ``curves``: as in CURVES. None: not finite.
     """
     started = time.perf_counter()
     data, held_out = (part.to(device) for part in digits())
+    shape = {name: getattr(settings, name) for name in ("num_layers", "hidden_size", "num_heads")}
     config = ModelConfig(
-        num_layers=settings.num_layers,
-        hidden_size=settings.hidden_size,
-        num_heads=settings.num_heads,
-        max_positions=PIXELS,
-        dropout=0.0,
-        norm=variant.norm,
-        attention="dense",
+        **shape, max_positions=PIXELS, dropout=0.0, norm=variant.norm, attention="dense"
     )
     torch.manual_seed(seed)
     master = dict(GPT(config, LEVELS + DIGITS).to(device).named_parameters())
-    optimizer = torch.optim.AdamW(
-        master.values(), betas=(0.9, 0.95), weight_decay=settings.weight_decay
-    )
-    scaler = torch.amp.GradScaler(
-        device.type,
-        init_scale=settings.initial_loss_scale,
-        growth_interval=settings.loss_scale_window,
-        enabled=variant.dtype == "float16",
-    )
+    decay, window = settings.weight_decay, settings.loss_scale_window
+    optimizer = torch.optim.AdamW(master.values(), betas=(0.9, 0.95), weight_decay=decay)
+    half, scale = variant.dtype == "float16", settings.initial_loss_scale
+    scaler = torch.amp.GradScaler(device, scale, growth_interval=window, enabled=half)
 
-    def loss_of(weights: dict[str, Tensor], tokens: Tensor, seen: Seen) -> Tensor:
+    def copies() -> Weights:
+        dtype = torch.float16 if half else torch.float32
+        return {name: weight.detach().to(dtype) for name, weight in master.items()}
+
+    def loss_of(weights: Weights, tokens: Tensor, seen: Seen) -> Tensor:
         scores = logits(weights, tokens[:, :-1], config, variant, seen).float()
         return F.cross_entropy(scores.flatten(0, 1), tokens[:, 1:].flatten())
 
-    def copies() -> dict[str, Tensor]:
-        dtype = getattr(torch, variant.dtype)
-        return {name: weight.detach().to(dtype) for name, weight in master.items()}
-
     generator = torch.Generator().manual_seed(seed)
-    steps: list[dict[str, float]] = []
+    curves: dict[str, list[float]] = {kind: [] for kind in CURVES}
     skipped: list[int] = []
     for step in range(settings.steps):
         batch = torch.randint(len(data), (settings.batch_size,), generator=generator)
         weights = {name: weight.requires_grad_() for name, weight in copies().items()}
-        seen: Seen = {}
+        seen = Seen(list)
         loss = loss_of(weights, data[batch.to(device)], seen)
         gradients = torch.autograd.grad(scaler.scale(loss), list(weights.values()))
         flat = torch.cat([gradient.flatten() for gradient in gradients])
+        seen |= {"loss": [loss], "loss_scale": [torch.tensor(scaler.get_scale())]}
+        seen["zero_gradients"].append((flat == 0).float().mean())
+        for kind, reduce in CURVES.items():
+            curves[kind].append(reduce([value.item() for value in seen[kind]]))
         for weight, gradient in zip(master.values(), gradients, strict=True):
             weight.grad = gradient.float()
-        for group in optimizer.param_groups:
-            group["lr"] = rate * learning_rate_factor(step, settings)
-        steps.append(
-            {
-                "loss": loss.item(),
-                "loss_scale": scaler.get_scale(),
-                "norm_input": _largest(seen["norm_input"]),
-                "score": _largest(seen["score"]),
-                "infinite_variances": _mean(seen.get("infinite_variances")),
-                "zero_gradients": (flat == 0).float().mean().item(),
-            }
-        )
+        fallen = max(0.0, 2 * step / settings.steps - 1) * (1 - settings.final_learning_rate)
+        warm = min(1.0, (step + 1) / settings.warmup_steps)
+        optimizer.param_groups[0]["lr"] = rate * warm * (1 - fallen)
         scaler.unscale_(optimizer)
         norm = torch.nn.utils.clip_grad_norm_(master.values(), settings.clip_grad_norm)
         if norm.isfinite():  # as the scaler decides; in float32 there is none
@@ -309,256 +277,51 @@ def train(
         else:
             skipped.append(step)
         scaler.update()
-        if skipped_in_a_row(skipped, step) == settings.give_up_after:
+        if skipped_at_the_end(skipped, step + 1) == settings.give_up_after:
             break
+    weights, held_out_loss = copies(), 0.0
     with torch.no_grad():
-        parts = [loss_of(copies(), part, {}).item() * len(part) for part in held_out.split(100)]
+        for part in held_out.split(100):
+            held_out_loss += loss_of(weights, part, Seen(list)).item() * len(part) / len(held_out)
+    starts = range(0, step + 1, settings.window)
     return {
         "variant": dataclasses.asdict(variant),
         "learning_rate": rate,
         "seed": seed,
-        "steps": len(steps),
-        "held_out_loss": _number(sum(parts) / len(held_out)),
+        "steps": step + 1,
+        "held_out_loss": _number(held_out_loss),
         "skipped": skipped,
-        "curves": curves(steps, settings.window),
+        "curves": {
+            kind: [_number(CURVES[kind](curve[at : at + settings.window])) for at in starts]
+            for kind, curve in curves.items()
+        },
         "seconds": round(time.perf_counter() - started, 1),
     }
 
 
-def skipped_in_a_row(skipped: Sequence[int], last: int) -> int:
-    """How many of the steps up to ``last`` were skipped, without a good one between them."""
-    return next((n for n, step in enumerate(reversed(skipped)) if step != last - n), len(skipped))
-
-
-def curves(steps: list[dict[str, float]], window: int) -> dict[str, list[float | None]]:
-    """By kind, a number for each window of steps."""
-    reduce: dict[str, Callable[[list[float]], float]] = {
-        "norm_input": max,
-        "score": max,
-        "loss_scale": lambda scales: scales[-1],
-    }
-    windows = [steps[start : start + window] for start in range(0, len(steps), window)]
-    return {
-        kind: [
-            _number(reduce.get(kind, statistics.fmean)([step[kind] for step in part]))
-            for part in windows
-        ]
-        for kind in steps[0]
-    }
-
-
-def _largest(values: list[Tensor]) -> float:
-    """Infinite where one is not finite."""
-    return torch.stack(values).nan_to_num(math.inf, math.inf).max().item()
-
-
-def _mean(values: list[Tensor] | None) -> float:
-    return torch.stack(values).mean().item() if values else 0.0
+def skipped_at_the_end(skipped: list[int], steps: int) -> int:
+    """How many of the last of so many steps were skipped, without a good one between them."""
+    return next((n for n, at in enumerate(reversed(skipped)) if at != steps - 1 - n), len(skipped))
 
 
 def _number(value: float) -> float | None:
     return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
-# The runs, their table, their picture.
-
-
 def run_once(
     variant: Variant, rate: float, seed: int, settings: Settings, device: str, folder: Path
-) -> dict[str, Any]:
-    """The run from its file in the folder, if the same commit, settings and device made it; else
-    anew."""
-    path = folder / (re.sub(r"\W+", "-", f"{variant.name} {rate:g} {seed}").lower() + ".json")
-    key = {
-        "commit": machine.commit_info(),
-        "settings": dataclasses.asdict(settings),
-        "device": machine.machine_info(torch.device(device))["device"],
-        "torch": torch.__version__,
-    }
-    kept = json.loads(path.read_text()) if path.exists() else {"key": None}
-    if kept["key"] != key:
+) -> Run:
+    """The run from its file in the folder, if there is one, else anew."""
+    what = {"variant": dataclasses.asdict(variant), "rate": rate, "seed": seed, "device": device}
+    what |= {"settings": dataclasses.asdict(settings), "commit": machine.commit_info()}
+    path = folder / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
+    if not path.exists():
         torch.set_num_threads(1)  # the tensors are small
-        kept = {"key": key, "run": train(variant, rate, seed, settings, torch.device(device))}
+        run = train(variant, rate, seed, settings, device)
         with atomic_write(path) as partial:
-            partial.write_text(json.dumps(kept))
-    run: dict[str, Any] = kept["run"]
-    return run
-
-
-def collect(
-    seeds: Sequence[int],
-    rates: Sequence[float],
-    settings: Settings,
-    device: str,
-    jobs: int,
-    folder: Path,
-) -> dict[str, Any]:
-    """The plan's runs at these learning rates with each seed, as a record."""
-    started, commit = time.perf_counter(), machine.commit_info()
-    plan = [(v, rate, seed) for rate in rates for seed in seeds for v in PLAN[rate]]
-    runs, lines = [], baselines()
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        futures = [pool.submit(run_once, *run, settings, device, folder) for run in plan]
-        for (variant, rate, seed), future in zip(plan, futures, strict=True):
-            runs.append(future.result())
-            minutes, what = (time.perf_counter() - started) / 60, outcome(runs[-1], lines)
-            print(
-                f"{minutes:5.1f} min  rate {rate:g}, seed {seed}, {variant.name}: {what}",
-                flush=True,
-            )
-    return {
-        "machine_info": machine.machine_info(torch.device(device)) | {"threads": 1},
-        "commit_info": commit,
-        "datetime": machine.now(),
-        "settings": dataclasses.asdict(settings),
-        "baselines": lines,
-        "runs": runs,
-    }
-
-
-def outcome(run: dict[str, Any], lines: dict[str, dict[str, float]]) -> str:
-    """What was seen of a run, in words."""
-    streak = skipped_in_a_row(run["skipped"], run["steps"] - 1)
-    if streak >= 10:
-        scale = math.log2(run["curves"]["loss_scale"][-1])
-        return f"stopped: {streak} steps skipped in a row, the loss scale fell to 2^{scale:.0f}"
-    loss = run["held_out_loss"]
-    if loss is None:
-        return "the held-out loss is not finite"
-    return ("below" if loss < lines["position"]["held out"] else "above") + " the position line"
-
-
-# One with, one without; what differs in nothing else.
-COMPARISONS = {
-    "PB-relax, in Pre-LN with float16 statistics": (PRE_RELAXED, PRE),
-    "PB-relax, in Sandwich-LN with float16 statistics": (SANDWICH_RELAXED, SANDWICH),
-    "float32 statistics instead of float16, in Pre-LN": (PRE_STATISTICS, PRE),
-    "float16 instead of float32, in Pre-LN with float32 statistics": (PRE_STATISTICS, PRE_FLOAT32),
-    "Sandwich-LN instead of Pre-LN, both with PB-relax": (SANDWICH_RELAXED, PRE_RELAXED),
-}
-
-
-def table(record: dict[str, Any]) -> str:
-    """A row for each learning rate and variant; then what one change does, seed by seed."""
-    settings, lines, info = record["settings"], record["baselines"], record["machine_info"]
-    cells: dict[tuple[float, Variant], list[dict[str, Any]]] = {}
-    for run in sorted(record["runs"], key=lambda run: run["learning_rate"]):
-        cells.setdefault((run["learning_rate"], Variant(**run["variant"])), []).append(run)
-    rates = list(dict.fromkeys(rate for rate, _ in cells))
-    rows = [
-        "| learning rate | variant | held-out loss | outcome | skipped steps | largest input of a "
-        "LayerNorm | rows whose variance is infinite | gradients that are zero | largest score |",
-        "|---:|---|---:|---|---:|---:|---:|---:|---:|",
-    ]
-    for (rate, variant), runs in cells.items():
-        losses = [_or_inf(run["held_out_loss"]) for run in runs]
-        outcomes = Counter(outcome(run, lines) for run in runs)
-        row = [
-            f"{rate:g}",
-            variant.name,
-            f"{statistics.fmean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
-            "; ".join(f"{count} of {len(runs)} {what}" for what, count in outcomes.items()),
-            f"{statistics.fmean(len(run['skipped']) for run in runs):.0f}",
-            f"{max(_or_inf(x) for run in runs for x in run['curves']['norm_input']):,.0f}",
-            f"{_late(runs, 'infinite_variances'):.0%}" if variant.statistics == "float16" else "",
-            f"{_late(runs, 'zero_gradients'):.1%}",
-            f"{max(_or_inf(x) for run in runs for x in run['curves']['score']):,.0f}",
-        ]
-        rows.append(f"| {' | '.join(row)} |")
-    rates_head = " | ".join(f"at {rate:g}" for rate in rates)
-    rows += [
-        "",
-        f"| change of the held-out loss by | {rates_head} |",
-        "|---|" + "---:|" * len(rates),
-    ]
-    for change, (new, old) in COMPARISONS.items():
-        differences = [
-            _difference(cells.get((rate, new)), cells.get((rate, old))) for rate in rates
-        ]
-        rows.append(f"| {change} | {' | '.join(differences)} |")
-    seeds = len({run["seed"] for run in record["runs"]})
-    rows += [
-        "",
-        f"{settings['num_layers']} layers, hidden size {settings['hidden_size']}, "
-        f"{settings['num_heads']} heads; {settings['steps']} steps of {settings['batch_size']} "
-        f"images of 64 pixels; AdamW, {settings['warmup_steps']} steps of warm-up, gradients clipped "
-        f"at {settings['clip_grad_norm']:g}, a loss scale that begins at "
-        f"2^{math.log2(settings['initial_loss_scale']):.0f}; {seeds} seeds. Losses are nats per pixel "
-        f"on {HELD_OUT} images that no run trains on: mean (smallest to largest). On these the "
-        f"position line, how often each level occurs at each position, is at "
-        f"{lines['position']['held out']:.3f}; the same for each digit "
-        f"{lines['position and digit']['held out']:.3f}. Largest: of all seeds and steps (without "
-        f"PB-relax, float16 holds scores up to 65504). Shares: of the second half of the steps. "
-        f"Changes: mean and 95 % t-interval of the differences seed by seed. {info['device']}, "
-        f"float16 rounded after each operation, sums in float32.",
-    ]
-    return "\n".join(rows)
-
-
-def _or_inf(value: float | None) -> float:
-    return math.inf if value is None else value
-
-
-def _late(runs: list[dict[str, Any]], kind: str) -> float:
-    """The mean over seeds and over the second half of the steps."""
-    curves = [run["curves"][kind] for run in runs]
-    return statistics.fmean(x for curve in curves for x in curve[len(curve) // 2 :])
-
-
-def _difference(new: list[dict[str, Any]] | None, old: list[dict[str, Any]] | None) -> str:
-    losses = [
-        {run["seed"]: _or_inf(run["held_out_loss"]) for run in runs or []} for runs in (new, old)
-    ]
-    pairs = [losses[0][seed] - losses[1][seed] for seed in losses[0] if seed in losses[1]]
-    if len(pairs) < 2:
-        return ""
-    interval = ttest_1samp(pairs, 0).confidence_interval()
-    return f"{statistics.fmean(pairs):+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
-
-
-HOW_TO_READ = (
-    "A line is a run; a number stands for ten steps (above their mean, below their largest). A line "
-    "has a gap where a loss is not finite. Above, the losses are of the batches that are trained on."
-)
-
-
-def draw(record: dict[str, Any], path: Path) -> None:
-    """The loss and the largest input of a norm by step; a column for each learning rate."""
-    rates = sorted({run["learning_rate"] for run in record["runs"]})
-    figure = Figure(figsize=(5 * len(rates), 8), layout="constrained")
-    panels = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False)
-    for column, rate in zip(panels.T, rates, strict=True):
-        for run in (run for run in record["runs"] if run["learning_rate"] == rate):
-            variant, window = Variant(**run["variant"]), record["settings"]["window"]
-            for axis, kind in zip(column, ("loss", "norm_input"), strict=True):
-                values = [math.nan if x is None else x for x in run["curves"][kind]]
-                steps = [window * (index + 0.5) for index in range(len(values))]
-                axis.plot(steps, values, color=COLOURS[variant], linewidth=0.9, alpha=0.85)
-        column[0].set_title(f"learning rate {rate:g}")
-        column[1].set_xlabel("step")
-        for axis, marks in zip(
-            column,
-            (
-                {name: line["train"] for name, line in record["baselines"].items()},
-                {"float16 ends: 65504": HALF_MAX, "its square overflows: 256": 256.0},
-            ),
-            strict=True,
-        ):
-            for text, height in marks.items():
-                axis.axhline(height, color="black", linestyle=":", linewidth=1.2)
-                if rate == rates[0]:
-                    axis.annotate(text, (0, height), (2, 2), textcoords="offset points", fontsize=8)
-    panels[0, 0].set(ylabel="training loss (nats per pixel)", ylim=(1.35, 2.85))
-    panels[1, 0].set(ylabel="largest input of a LayerNorm", yscale="log")
-    used = {Variant(**run["variant"]) for run in record["runs"]}
-    handles = [
-        Line2D([], [], color=colour, label=variant.name)
-        for variant, colour in COLOURS.items()
-        if variant in used
-    ]
-    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
-    with atomic_write(path) as partial:
-        figure.savefig(partial, format="png", dpi=100)
+            partial.write_text(json.dumps(run))
+    kept: Run = json.loads(path.read_text())
+    return kept
 
 
 def main() -> None:
@@ -566,16 +329,158 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3, 4])
-    parser.add_argument("--rates", type=float, nargs="+", choices=PLAN, default=[*PLAN])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--out", type=Path, default=machine.ROOT / "results" / "instability")
     args = parser.parse_args()
-    record = collect(args.seeds, args.rates, Settings(), args.device, args.jobs, args.out)
-    info, commit = record["machine_info"], record["commit_info"]
+    settings, images = Settings(), dict(zip(("train", "held out"), digits(), strict=True))
+    info, commit = machine.machine_info(torch.device(args.device)), machine.commit_info()
+    plan = [(v, rate, seed) for rate in PLAN for seed in args.seeds for v in PLAN[rate]]
+    record: dict[str, Any] = {
+        "machine_info": info | {"threads": 1},
+        "commit_info": commit,
+        "datetime": machine.now(),
+        "settings": dataclasses.asdict(settings),
+        "baselines": {
+            name: {
+                part: frequency_loss(images["train"], tokens, by_digit)
+                for part, tokens in images.items()
+            }
+            for name, by_digit in (("position", False), ("position and digit", True))
+        },
+        "runs": [],
+    }
+    with ProcessPoolExecutor(args.jobs, multiprocessing.get_context("spawn")) as pool:
+        futures = [pool.submit(run_once, *run, settings, args.device, args.out) for run in plan]
+        for (variant, rate, seed), future in zip(plan, futures, strict=True):
+            record["runs"].append(run := future.result())
+            what = f"{run['held_out_loss']} nats, {outcome(run, record)}, {run['seconds']:.0f} s"
+            print(f"learning rate {rate:g}, seed {seed}, {variant.name}: {what}", flush=True)
     name = machine.record_name("instability", info, commit, record["datetime"])
     machine.save_record(record, machine.RESULTS / name)
     print(f"\n{table(record)}\n\nrecord: {machine.RESULTS / name}")
+
+
+def outcome(run: Run, record: dict[str, Any]) -> str:
+    """What was seen of a run, in words."""
+    skipped = skipped_at_the_end(run["skipped"], run["steps"])
+    if skipped >= 10:
+        scale = math.log2(run["curves"]["loss_scale"][-1])
+        return f"stopped: {skipped} steps skipped in a row, the loss scale fell to 2^{scale:.0f}"
+    loss, line = run["held_out_loss"], record["baselines"]["position"]["held out"]
+    if loss is None:
+        return "loss not finite"
+    return "below the position line" if loss < line else "above the position line"
+
+
+def table(record: dict[str, Any]) -> str:
+    """A row for each learning rate and variant; then what one change does, seed by seed."""
+    settings, lines = record["settings"], record["baselines"]
+    cells: defaultdict[tuple[float, Variant], list[Run]] = defaultdict(list)
+    for run in sorted(record["runs"], key=lambda run: run["learning_rate"]):
+        cells[run["learning_rate"], Variant(**run["variant"])].append(run)
+    rows = [
+        "| learning rate | variant | held-out loss | outcome | skipped steps | largest input of a "
+        "LayerNorm | rows whose variance is infinite | gradients that are zero | largest score |",
+        "|---:|---|---:|---|---:|---:|---:|---:|---:|",
+    ]
+    for (rate, variant), runs in cells.items():
+        losses = [_or_inf(run["held_out_loss"]) for run in runs]
+        outcomes = Counter(outcome(run, record) for run in runs)
+        half = variant.statistics == "float16"
+        row = [
+            f"{rate:g}",
+            variant.name,
+            f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
+            "; ".join(f"{count} of {len(runs)} {what}" for what, count in outcomes.items()),
+            f"{np.mean([len(run['skipped']) for run in runs]):.0f}",
+            f"{max(_values(runs, 'norm_input')):,.0f}",
+            f"{np.mean(_values(runs, 'infinite_variances', 0.5)):.0%}" if half else "",
+            f"{np.mean(_values(runs, 'zero_gradients', 0.5)):.1%}",
+            f"{max(_values(runs, 'score')):,.0f}",
+        ]
+        rows.append(f"| {' | '.join(row)} |")
+    rates = list(dict.fromkeys(rate for rate, _ in cells))
+    rows += ["", f"| change of the loss by | {' | '.join(f'at {rate:g}' for rate in rates)} |"]
+    rows += ["|---|" + "---:|" * len(rates)]
+    for change, (new, old) in COMPARISONS.items():
+        texts = [_difference(cells[rate, new], cells[rate, old]) for rate in rates]
+        rows.append(f"| {change} | {' | '.join(texts)} |")
+    plain = [runs for (_, v), runs in cells.items() if not v.relax and v.dtype == "float16"]
+    score = max(_values(sum(plain, []), "score"))
+    attention = (
+        "scores overflowed"
+        if score > HALF_MAX
+        else "none overflowed, so that these runs do not need it"
+    )
+    rows += [
+        "",
+        f"{settings['num_layers']} layers of width {settings['hidden_size']}, {settings['steps']} "
+        f"steps of {settings['batch_size']} images; AdamW, {settings['warmup_steps']} steps of "
+        f"warm-up. Losses: nats per pixel of {HELD_OUT} held-out images, mean over seeds (smallest "
+        f"to largest). How often each level occurs at each position alone gives them "
+        f"{lines['position']['held out']:.3f} (the position line), the same for each digit "
+        f"{lines['position and digit']['held out']:.3f}. Largest: of all seeds and steps. Shares: "
+        f"of the second half of the steps. Changes: the mean, over seeds, of the difference it "
+        f"makes (95 % t-interval). {record['machine_info']['device']}, 1 thread.",
+        "",
+        f"PB-relax in attention: without it, the largest score was {score:,.0f}; float16 ends at "
+        f"65,504: {attention}.",
+    ]
+    return "\n".join(rows)
+
+
+def _values(runs: list[Run], kind: str, start: float = 0.0) -> list[float]:
+    """Of all runs, from this share of their steps on."""
+    curves = [run["curves"][kind] for run in runs]
+    return [_or_inf(x) for curve in curves for x in curve[int(start * len(curve)) :]]
+
+
+def _or_inf(value: float | None) -> float:
+    return math.inf if value is None else value
+
+
+def _difference(new: list[Run], old: list[Run]) -> str:
+    losses = [{run["seed"]: _or_inf(run["held_out_loss"]) for run in runs} for runs in (new, old)]
+    pairs = [losses[0][seed] - losses[1][seed] for seed in losses[0] if seed in losses[1]]
+    if len(pairs) < 2:
+        return ""
+    interval = ttest_1samp(pairs, 0).confidence_interval()
+    return f"{np.mean(pairs):+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+
+
+HOW_TO_READ = (
+    "Each line is a run, each number of it ten steps: the mean loss of the batches trained on, and "
+    "the largest input of a LayerNorm. A loss that is not finite leaves a gap."
+)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """The loss and the largest input of a norm by step; a column for each learning rate."""
+    rates = sorted({run["learning_rate"] for run in record["runs"]})
+    lines = {line["train"]: name for name, line in record["baselines"].items()}
+    limits = {HALF_MAX: "65504:\nfloat16 ends", 256.0: "256: the\nsquare\noverflows"}
+    figure = Figure(figsize=(4.7 * len(rates), 8), layout="constrained")
+    panels = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False)
+    for column, rate in zip(panels.T, rates, strict=True):
+        for axis, kind, marks in zip(column, ("loss", "norm_input"), (lines, limits), strict=True):
+            for run in (run for run in record["runs"] if run["learning_rate"] == rate):
+                values = [math.nan if x is None else x for x in run["curves"][kind]]
+                steps = record["settings"]["window"] * (np.arange(len(values)) + 0.5)
+                axis.plot(steps, values, color=COLOURS[Variant(**run["variant"])], linewidth=0.9)
+            for height, text in marks.items():
+                axis.axhline(height, color="black", linestyle=":", linewidth=1.2)
+                if rate == rates[-1]:
+                    axis.text(1.02, height, text, transform=axis.get_yaxis_transform(), va="center")
+        column[0].set_title(f"learning rate {rate:g}")
+        column[1].set_xlabel("step")
+    panels[0, 0].set(ylabel="training loss (nats per pixel)", ylim=(1.35, 2.85))
+    panels[1, 0].set(ylabel="largest input of a LayerNorm", yscale="log")
+    used = {Variant(**run["variant"]) for run in record["runs"]}
+    handles = [Line2D([], [], color=COLOURS[v], label=v.name) for v in COLOURS if v in used]
+    figure.legend(handles=handles, loc="outside upper center", ncols=3, frameon=False)
+    with atomic_write(path) as partial:
+        figure.savefig(partial, format="png", dpi=100)
 
 
 if __name__ == "__main__":
