@@ -84,12 +84,13 @@ PLAN = {
     0.1: [PRE_RELAXED, SANDWICH, SANDWICH_RELAXED, PRE_FLOAT32],
     0.003: [PRE, PRE_RELAXED],
 }
-# With and without; the two differ in nothing else.
+# Losses that are subtracted, seed by seed.
 COMPARISONS = {
     "PB-relax, in Pre-LN": (PRE_RELAXED, PRE),
     "PB-relax, in Sandwich-LN": (SANDWICH_RELAXED, SANDWICH),
     "float32 statistics, in Pre-LN": (PRE_STATISTICS, PRE),
     "Sandwich-LN for Pre-LN, both with PB-relax": (SANDWICH_RELAXED, PRE_RELAXED),
+    "Sandwich-LN + PB-relax for Pre-LN all float32": (SANDWICH_RELAXED, PRE_FLOAT32),
 }
 
 
@@ -149,8 +150,7 @@ def causal_attention(q: Tensor, k: Tensor, v: Tensor, relax: bool, seen: Seen) -
     seen["score"].append(wide(scores.detach().abs().amax()) * alpha)
     if relax:
         peak = scores.detach().masked_fill(later, -math.inf).amax(-1, keepdim=True)
-        # Those of later keys may be above the peak; far below it the weight is zero anyway.
-        scores = (scores - peak).clamp(-HALF_MAX / alpha, 0) * alpha
+        scores = (scores - peak) * alpha
     weights = wide(scores.masked_fill(later, -math.inf)).softmax(-1).to(q.dtype)
     return matmul(weights, v)
 
@@ -354,127 +354,132 @@ def main() -> None:
         futures = [pool.submit(run_once, *run, settings, args.device, args.out) for run in plan]
         for (variant, rate, seed), future in zip(plan, futures, strict=True):
             record["runs"].append(run := future.result())
-            what = f"{run['held_out_loss']} nats, {outcome(run, record)}, {run['seconds']:.0f} s"
+            what = outcome(run, record["baselines"]["position"]["held out"])
             print(f"learning rate {rate:g}, seed {seed}, {variant.name}: {what}", flush=True)
     name = machine.record_name("instability", info, commit, record["datetime"])
-    machine.save_record(record, machine.RESULTS / name)
-    print(f"\n{table(record)}\n\nrecord: {machine.RESULTS / name}")
+    machine.save_record(record, path := machine.RESULTS / name)
+    print(f"\n{table(record)}\n\nrecord: {path}")
 
 
-def outcome(run: Run, record: dict[str, Any]) -> str:
+def outcome(run: Run, position_line: float) -> str:
     """What was seen of a run, in words."""
     skipped = skipped_at_the_end(run["skipped"], run["steps"])
     if skipped >= 10:
         scale = math.log2(run["curves"]["loss_scale"][-1])
         return f"stopped: {skipped} steps skipped in a row, the loss scale fell to 2^{scale:.0f}"
-    loss, line = run["held_out_loss"], record["baselines"]["position"]["held out"]
-    if loss is None:
-        return "loss not finite"
-    return "below the position line" if loss < line else "above the position line"
+    loss = run["held_out_loss"]
+    above = "loss not finite" if loss is None else "above the position line"
+    return "below the position line" if (loss or math.inf) < position_line else above
 
 
 def table(record: dict[str, Any]) -> str:
     """A row for each learning rate and variant; then what one change does, seed by seed."""
     settings, lines = record["settings"], record["baselines"]
+    line, by_digit = lines["position"]["held out"], lines["position and digit"]["held out"]
     cells: defaultdict[tuple[float, Variant], list[Run]] = defaultdict(list)
-    for run in sorted(record["runs"], key=lambda run: run["learning_rate"]):
+    for run in sorted(record["runs"], key=lambda run: (run["learning_rate"], run["seed"])):
         cells[run["learning_rate"], Variant(**run["variant"])].append(run)
+    rates = list(dict.fromkeys(rate for rate, _ in cells))
     rows = [
         "| learning rate | variant | held-out loss | outcome | skipped steps | largest input of a "
         "LayerNorm | rows whose variance is infinite | gradients that are zero | largest score |",
         "|---:|---|---:|---|---:|---:|---:|---:|---:|",
     ]
     for (rate, variant), runs in cells.items():
-        losses = [_or_inf(run["held_out_loss"]) for run in runs]
-        outcomes = Counter(outcome(run, record) for run in runs)
-        half = variant.statistics == "float16"
+        losses, outcomes = _losses(runs), Counter(outcome(run, line) for run in runs)
+        variances = f"{_of(runs, 'infinite_variances', 0.5).mean():.0%}"
         row = [
             f"{rate:g}",
             variant.name,
-            f"{np.mean(losses):.3f} ({min(losses):.3f} to {max(losses):.3f})",
+            _span(losses, np.nanmin(losses), np.nanmax(losses), ".3f"),
             "; ".join(f"{count} of {len(runs)} {what}" for what, count in outcomes.items()),
             f"{np.mean([len(run['skipped']) for run in runs]):.0f}",
-            f"{max(_values(runs, 'norm_input')):,.0f}",
-            f"{np.mean(_values(runs, 'infinite_variances', 0.5)):.0%}" if half else "",
-            f"{np.mean(_values(runs, 'zero_gradients', 0.5)):.1%}",
-            f"{max(_values(runs, 'score')):,.0f}",
+            f"{_of(runs, 'norm_input').max():,.0f}".replace("nan", "not finite"),
+            variances if variant.statistics == "float16" else "",
+            f"{_of(runs, 'zero_gradients', 0.5).mean():.1%}",
+            f"{_of(runs, 'score').max():,.0f}".replace("nan", "not finite"),
         ]
         rows.append(f"| {' | '.join(row)} |")
-    rates = list(dict.fromkeys(rate for rate, _ in cells))
     rows += ["", f"| change of the loss by | {' | '.join(f'at {rate:g}' for rate in rates)} |"]
     rows += ["|---|" + "---:|" * len(rates)]
     for change, (new, old) in COMPARISONS.items():
-        texts = [_difference(cells[rate, new], cells[rate, old]) for rate in rates]
+        texts = [_change(cells[rate, new], cells[rate, old]) for rate in rates]
         rows.append(f"| {change} | {' | '.join(texts)} |")
     plain = [runs for (_, v), runs in cells.items() if not v.relax and v.dtype == "float16"]
-    score = max(_values(sum(plain, []), "score"))
-    attention = (
-        "scores overflowed"
-        if score > HALF_MAX
-        else "none overflowed, so that these runs do not need it"
-    )
+    score = _of(sum(plain, []), "score").max()
+    none = "none overflowed, so that these runs do not need it"
+    attention = none if score <= HALF_MAX else "scores overflowed"
     rows += [
         "",
         f"{settings['num_layers']} layers of width {settings['hidden_size']}, {settings['steps']} "
         f"steps of {settings['batch_size']} images; AdamW, {settings['warmup_steps']} steps of "
         f"warm-up. Losses: nats per pixel of {HELD_OUT} held-out images, mean over seeds (smallest "
-        f"to largest). How often each level occurs at each position alone gives them "
-        f"{lines['position']['held out']:.3f} (the position line), the same for each digit "
-        f"{lines['position and digit']['held out']:.3f}. Largest: of all seeds and steps. Shares: "
-        f"of the second half of the steps. Changes: the mean, over seeds, of the difference it "
-        f"makes (95 % t-interval). {record['machine_info']['device']}, 1 thread.",
-        "",
-        f"PB-relax in attention: without it, the largest score was {score:,.0f}; float16 ends at "
-        f"65,504: {attention}.",
+        f"to largest). How often each level occurs at each position alone gives them {line:.3f} "
+        f"(the position line), the same for each digit {by_digit:.3f}. Largest: of all seeds and "
+        f"steps. Shares: of the second half of the steps. Changes: the mean of the differences, "
+        f"seed by seed (95 % t-interval). PB-relax in attention: without it, the largest score was "
+        f"{score:,.0f}; float16 ends at 65,504: {attention}. {record['machine_info']['device']}.",
     ]
     return "\n".join(rows)
 
 
-def _values(runs: list[Run], kind: str, start: float = 0.0) -> list[float]:
-    """Of all runs, from this share of their steps on."""
-    curves = [run["curves"][kind] for run in runs]
-    return [_or_inf(x) for curve in curves for x in curve[int(start * len(curve)) :]]
+def _losses(runs: list[Run]) -> np.ndarray:
+    """NaN where a loss is not finite."""
+    return np.array([run["held_out_loss"] for run in runs], dtype=float)
 
 
-def _or_inf(value: float | None) -> float:
-    return math.inf if value is None else value
+def _of(runs: list[Run], kind: str, start: float = 0.0) -> np.ndarray:
+    """The numbers of all curves, from this share of their steps on; NaN where not finite."""
+    curves = [np.array(run["curves"][kind], dtype=float) for run in runs]
+    return np.concatenate([curve[int(start * len(curve)) :] for curve in curves])
 
 
-def _difference(new: list[Run], old: list[Run]) -> str:
-    losses = [{run["seed"]: _or_inf(run["held_out_loss"]) for run in runs} for runs in (new, old)]
-    pairs = [losses[0][seed] - losses[1][seed] for seed in losses[0] if seed in losses[1]]
-    if len(pairs) < 2:
+def _span(values: np.ndarray, low: float, high: float, form: str) -> str:
+    """The mean and the range."""
+    finite = int(np.isfinite(values).sum())
+    text = f"{np.nanmean(values):{form}} ({low:{form}} to {high:{form}})"
+    return text if finite == len(values) else f"{text}, of {finite} that are finite"
+
+
+def _change(new: list[Run], old: list[Run]) -> str:
+    if not new or not old:
         return ""
-    interval = ttest_1samp(pairs, 0).confidence_interval()
-    return f"{np.mean(pairs):+.3f} ({interval.low:+.3f} to {interval.high:+.3f})"
+    differences = _losses(new) - _losses(old)
+    interval = ttest_1samp(differences, 0, nan_policy="omit").confidence_interval()
+    return _span(differences, interval.low, interval.high, "+.3f")
 
 
 HOW_TO_READ = (
     "Each line is a run, each number of it ten steps: the mean loss of the batches trained on, and "
-    "the largest input of a LayerNorm. A loss that is not finite leaves a gap."
+    "the largest input of a LayerNorm. A line has a gap where a number is not finite; a cross ends "
+    "a run that was stopped."
 )
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
     """The loss and the largest input of a norm by step; a column for each learning rate."""
     rates = sorted({run["learning_rate"] for run in record["runs"]})
-    lines = {line["train"]: name for name, line in record["baselines"].items()}
+    lines = {line["train"]: f"{name}\nalone" for name, line in record["baselines"].items()}
     limits = {HALF_MAX: "65504:\nfloat16 ends", 256.0: "256: the\nsquare\noverflows"}
     figure = Figure(figsize=(4.7 * len(rates), 8), layout="constrained")
     panels = figure.subplots(2, len(rates), sharex=True, sharey="row", squeeze=False)
     for column, rate in zip(panels.T, rates, strict=True):
         for axis, kind, marks in zip(column, ("loss", "norm_input"), (lines, limits), strict=True):
             for run in (run for run in record["runs"] if run["learning_rate"] == rate):
-                values = [math.nan if x is None else x for x in run["curves"][kind]]
+                values = np.array(run["curves"][kind], dtype=float)
                 steps = record["settings"]["window"] * (np.arange(len(values)) + 0.5)
-                axis.plot(steps, values, color=COLOURS[Variant(**run["variant"])], linewidth=0.9)
+                colour = COLOURS[Variant(**run["variant"])]
+                axis.plot(steps, values, color=colour, linewidth=0.9)
+                if run["steps"] < record["settings"]["steps"]:
+                    last = np.flatnonzero(np.isfinite(values))[-1:]
+                    axis.plot(steps[last], values[last], "x", color=colour, markersize=9, mew=2)
             for height, text in marks.items():
                 axis.axhline(height, color="black", linestyle=":", linewidth=1.2)
                 if rate == rates[-1]:
                     axis.text(1.02, height, text, transform=axis.get_yaxis_transform(), va="center")
         column[0].set_title(f"learning rate {rate:g}")
         column[1].set_xlabel("step")
-    panels[0, 0].set(ylabel="training loss (nats per pixel)", ylim=(1.35, 2.85))
+    panels[0, 0].set(ylabel="training loss (nats per pixel)", ylim=(1.35, 2.4))
     panels[1, 0].set(ylabel="largest input of a LayerNorm", yscale="log")
     used = {Variant(**run["variant"]) for run in record["runs"]}
     handles = [Line2D([], [], color=COLOURS[v], label=v.name) for v in COLOURS if v in used]
