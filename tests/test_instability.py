@@ -81,7 +81,6 @@ def test_scores_beyond_float16() -> None:
     torch.testing.assert_close(relaxed.double(), expected, rtol=0.01, atol=0.01)
     assert not plain.isfinite().all()
     assert seen["score"][0] == math.inf and seen["score"][1] > instability.HALF_MAX
-
     for queries, keys, rows in (
         ((600.0, 0.0), (0.0, 600.0), [1, 2]),  # a later key's is far above the maximum
         ((1.0, 600.0), (-600.0, 600.0), [1, 3]),  # an earlier key's is far below it
@@ -106,12 +105,10 @@ def test_the_scale_halves_and_the_run_stops() -> None:
     settings = dataclasses.replace(TINY, steps=20, initial_loss_scale=2.0**40, give_up_after=12)
     run = instability.train(PRE, 0.01, 0, settings, "cpu")
     assert run["skipped"] == [*range(12)] and run["steps"] == 12
-    assert run["curves"]["loss_scale"][:3] == [
-        pytest.approx(2.0**n, rel=1e-3) for n in (40, 39, 38)
-    ]
-    assert instability.outcome(run, 1.68) == (
-        "stopped: 12 steps skipped in a row, the loss scale fell to 2^29"
-    )
+    scales = run["curves"]["loss_scale"]
+    assert scales == pytest.approx([2.0**n for n in range(40, 28, -1)], rel=1e-3)
+    seen = "stopped: 12 steps skipped in a row, the loss scale fell to 2^29"
+    assert instability.outcome(run, 1.68) == seen
 
 
 def test_variants_start_equal_learn_and_repeat() -> None:
@@ -139,7 +136,7 @@ def record() -> dict[str, Any]:
     runs = []
     for rate, variants in PLAN.items():
         for number, (seed, variant) in enumerate((s, v) for s in (0, 1) for v in variants):
-            loss = 3.0 if variant == PRE else 2.0 - seed
+            loss = 3.0 if variant == PRE else 2.0 - seed if rate < 0.1 or seed == 0 else None
             curve = [2.5, None, 2.0, 1.0 + number / 10]
             run = {"variant": dataclasses.asdict(variant), "learning_rate": rate, "seed": seed}
             run |= {"steps": 4, "held_out_loss": loss, "skipped": []}
@@ -157,13 +154,12 @@ def test_the_table(record: dict[str, Any]) -> None:
     rows = [[c.strip() for c in r.split("|")[1:-1]] for r in instability.table(record).split("\n")]
     runs = {(row[0], row[1]): row for row in rows if len(row) == 9}
     assert len(runs) == 2 + sum(map(len, PLAN.values()))
-    assert runs["0.01", "Pre-LN"][2:4] == [
-        "3.000 (3.000 to 3.000)",
-        "2 of 2 above the position line",
-    ]
+    assert runs["0.01", "Pre-LN"][3] == "2 of 2 above the position line"
     relaxed = runs["0.01", "Pre-LN + PB-relax"]
     assert relaxed[2] == "1.500 (1.000 to 2.000)" and relaxed[5] == "not finite"
     assert relaxed[3] == "1 of 2 above the position line; 1 of 2 below the position line"
+    assert runs["0.1", "Sandwich-LN"][2] == "2.000 (2.000 to 2.000), of 1 that are finite"
+    assert "1 of 2 with a loss that is not finite" in runs["0.1", "Sandwich-LN"][3]
     (change,) = (row for row in rows if row[:1] == ["PB-relax, in Pre-LN"])
     spread = 12.706 * 0.5  # t of one degree of freedom times the error of the mean
     assert change[2] == f"-1.500 ({-1.5 - spread:+.3f} to {-1.5 + spread:+.3f})" and change[3] == ""

@@ -198,9 +198,8 @@ def digits() -> tuple[Tensor, Tensor]:
 
 
 def frequency_loss(train: Tensor, tokens: Tensor, by_digit: bool) -> float:
-    """What needs no model: nats per pixel of ``tokens`` from how often each level occurs at each
-    position in ``train`` (``by_digit``: in images of the same digit), a tenth added to each
-    count."""
+    """What needs no model: nats per pixel of ``tokens``, from how often each level occurs at each
+    position in ``train`` (``by_digit``: of the same digit), a tenth added to each count."""
     positions = torch.arange(PIXELS)
     counts = torch.zeros(DIGITS, PIXELS, LEVELS, dtype=torch.float64)
     ones = torch.ones(len(train), PIXELS, dtype=torch.float64)
@@ -224,12 +223,8 @@ CURVES: dict[str, Callable[[list[float]], Any]] = {
 
 
 def train(variant: Variant, rate: float, seed: int, settings: Settings, device: str) -> Run:
-    """One run, until its last step or until no step succeeds any more.
-
-    Returns:
-        ``held_out_loss`` at the end, in nats per pixel; ``skipped``: steps whose gradients were not
-        finite; ``curves``: as in CURVES. None: not finite.
-    """
+    """One run, until its last step or until no step succeeds any more. ``skipped``: steps whose
+    gradients were not finite; ``curves``: as in CURVES; None: not finite."""
     started = time.perf_counter()
     data, held_out = (part.to(device) for part in digits())
     shape = {name: getattr(settings, name) for name in ("num_layers", "hidden_size", "num_heads")}
@@ -260,9 +255,9 @@ def train(variant: Variant, rate: float, seed: int, settings: Settings, device: 
         seen = Seen(list)
         loss = loss_of(weights, data[batch.to(device)], seen)
         gradients = torch.autograd.grad(scaler.scale(loss), list(weights.values()))
-        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        zeros = torch.cat([gradient.flatten() for gradient in gradients]) == 0
         seen |= {"loss": [loss], "loss_scale": [torch.tensor(scaler.get_scale())]}
-        seen["zero_gradients"].append((flat == 0).float().mean())
+        seen |= {"zero_gradients": [zeros.float().mean()]}
         for kind, reduce in CURVES.items():
             curves[kind].append(reduce([value.item() for value in seen[kind]]))
         for weight, gradient in zip(master.values(), gradients, strict=True):
@@ -279,10 +274,8 @@ def train(variant: Variant, rate: float, seed: int, settings: Settings, device: 
         scaler.update()
         if skipped_at_the_end(skipped, step + 1) == settings.give_up_after:
             break
-    weights, held_out_loss = copies(), 0.0
     with torch.no_grad():
-        for part in held_out.split(100):
-            held_out_loss += loss_of(weights, part, Seen(list)).item() * len(part) / len(held_out)
+        held_out_loss = loss_of(copies(), held_out, Seen(list)).item()
     starts = range(0, step + 1, settings.window)
     return {
         "variant": dataclasses.asdict(variant),
@@ -313,7 +306,8 @@ def run_once(
 ) -> Run:
     """The run from its file in the folder, if there is one, else anew."""
     what = {"variant": dataclasses.asdict(variant), "rate": rate, "seed": seed, "device": device}
-    what |= {"settings": dataclasses.asdict(settings), "commit": machine.commit_info()}
+    what |= {"settings": dataclasses.asdict(settings), "torch": torch.__version__}
+    what |= {"commit": machine.commit_info()}
     path = folder / f"{hashlib.sha256(json.dumps(what).encode()).hexdigest()[:16]}.json"
     if not path.exists():
         torch.set_num_threads(1)  # the tensors are small
@@ -342,11 +336,8 @@ def main() -> None:
         "datetime": machine.now(),
         "settings": dataclasses.asdict(settings),
         "baselines": {
-            name: {
-                part: frequency_loss(images["train"], tokens, by_digit)
-                for part, tokens in images.items()
-            }
-            for name, by_digit in (("position", False), ("position and digit", True))
+            name: {part: frequency_loss(images["train"], x, by) for part, x in images.items()}
+            for name, by in (("position", False), ("position and digit", True))
         },
         "runs": [],
     }
@@ -368,7 +359,7 @@ def outcome(run: Run, position_line: float) -> str:
         scale = math.log2(run["curves"]["loss_scale"][-1])
         return f"stopped: {skipped} steps skipped in a row, the loss scale fell to 2^{scale:.0f}"
     loss = run["held_out_loss"]
-    above = "loss not finite" if loss is None else "above the position line"
+    above = "with a loss that is not finite" if loss is None else "above the position line"
     return "below the position line" if (loss or math.inf) < position_line else above
 
 
@@ -442,9 +433,9 @@ def _span(values: np.ndarray, low: float, high: float, form: str) -> str:
 
 
 def _change(new: list[Run], old: list[Run]) -> str:
-    if not new or not old:
+    differences = _losses(new) - _losses(old) if new and old else np.array([])
+    if np.isfinite(differences).sum() < 2:
         return ""
-    differences = _losses(new) - _losses(old)
     interval = ttest_1samp(differences, 0, nan_policy="omit").confidence_interval()
     return _span(differences, interval.low, interval.high, "+.3f")
 
