@@ -33,7 +33,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from scipy.stats import ttest_1samp  # type: ignore[import-untyped]
+from scipy.stats import ttest_1samp
 from sklearn.datasets import load_digits
 from torch import Tensor
 
