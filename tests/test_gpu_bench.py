@@ -1,295 +1,321 @@
 """``make gpu-bench`` on the CPU: entries that run, are wrong, raise, die or hang; the end of the
-time budget; resuming from an earlier record."""
+window; resuming from an earlier record."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
-import statistics
 import subprocess
 import sys
+import threading
 import time
-from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import test_report
 
-from benchmarks.suite import entries as suite
-from benchmarks.suite import gpu as gpu_bench
-from benchmarks.suite import measure
+from benchmarks import machine
+from benchmarks.suite import gpu
 
 ROOT = Path(__file__).resolve().parents[1]
 
-# A suite with one small case: the portable path, and methods that fail in every way.
+# A suite without torch's kernels: the runner's outcomes do not depend on what is timed.
 SUITE = """
-import os, time
-import cogview_kernels as ck
+import dataclasses, os, time
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 from benchmarks.suite import measure
-from benchmarks.suite import entries as suite
-from benchmarks.suite.cases import AttentionCase
-from benchmarks.suite.methods import Method
-from benchmarks.suite.entries import NotMeasured, check, problem_of, run
 
-measure.ceilings = lambda device: {"matmul_flops": {"float32": 1e9}, "copy_bytes_per_s": 1e9}
+measure.ceilings = lambda device: {"matmul_flops": {"float32": 1e12}, "copy_bytes_per_s": 1e12}
 measure.CPU_FLUSH_BYTES = 1 << 10
-suite.BUDGET_S = {"cpu": 0.001}
+measure.BUDGET_S = {"cpu": 0.001}
+measure.peak_bytes = lambda call, device: 5 << 20
 
-def method(name, how, why_not=lambda case, device: None):
-    def prepare(case, layout, device):
-        def attention(q, k, v):
-            return how(ck.three_region_attention(q, k, v, layout))
-        return attention
-    return Method(name, "three-region", prepare, why_not)
+class NotMeasured(Exception):
+    def __init__(self, reason, failed=False):
+        super().__init__(reason)
+        self.failed = failed
 
-def breaks(out):
+def breaks():
     raise ValueError("of no use")
 
+def is_wrong():
+    raise NotMeasured("wrong: relative error 0.01", failed=True)
+
+def has_no_kernel():
+    raise NotMeasured("it has no kernel for CPU")
+
+@dataclasses.dataclass(frozen=True)
+class Method:
+    name: str
+    compiles: bool
+    graph: bool = False
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    op: str = "attention"
+    name: str = "tiny"
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    work: str
+    name: str
+    call: Any
+    stage: str
+    role: str = ""
+    seconds = 0.5
+    case = Case()
+
+    @property
+    def method(self):
+        return Method(self.name, self.name == "SDPA")
+
+    @property
+    def id(self):
+        return f"attention / tiny / {self.work} / {self.name}"
+
+    @property
+    def group(self):
+        return f"attention / tiny / {self.work}"
+
+    def info(self):
+        computes = "dense causal" if self.role == "dense" else "three-region"
+        case = dict(dtype="float32", seqlen=8, key_window_times=1, batch=1)
+        return dict(op="attention", work=self.work, case=case, case_name="tiny", sweeps=["fixed"],
+                    stage=self.stage, method=self.name, role=self.role, computes=computes,
+                    flops=1000, bytes=1000, attended_fraction=0.5)
+
 METHODS = (
-    method("cogview_kernels", lambda out: out),
-    method("SDPA, somehow", lambda out: out * 1),
-    method("elsewhere", breaks, lambda case, device: "it has no kernel for CPU"),
-    method("wrong", lambda out: out * 1.01),
-    method("breaks", breaks),
-    method("dies", lambda out: os.abort()),
-    method("hangs", lambda out: time.sleep(60)),
-    method("last", lambda out: out + 0),
+    ("cogview_kernels", lambda: time.sleep(1e-3), "ours", "ours"),
+    ("SDPA", lambda: time.sleep(2e-3), "rival and dense", "dense"),
+    ("Flex", lambda: time.sleep(3e-3), "rival and dense", "rival"),
+    ("elsewhere", has_no_kernel, "rest"),
+    ("wrong", is_wrong, "rest"),
+    ("breaks", breaks, "rest"),
+    ("dies", os.abort, "rest"),
+    ("hangs", lambda: Path(__file__).with_name("mended").exists() or time.sleep(60), "rest"),
+    ("last", lambda: 0, "rest"),
 )
 
 def entries(device_type):
-    case = AttentionCase(
-        64, 16, 2, 8, num_heads=2, head_dim=16, text_len=4, dtype="float32"
-    )
-    return [
-        suite.Entry(case, work, method, ("fixed",))
-        for method in METHODS
-        for work in ("forward", "backward")
-    ]
+    works = "forward", "backward"
+    entries = [Entry(work, *rest) for rest in METHODS for work in works]
+    return [entry for entry in entries if entry.id != "attention / tiny / backward / dies"]
+
+def ready(entry, device):
+    entry.call()
+    return SimpleNamespace(call=entry.call, info=entry.info())
 """
 
 
 @pytest.fixture
 def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with the suite, the results and $OUT, for this process and its worker."""
+    """A folder with the suite, the results and $OUT, for this process and its workers."""
     (tmp_path / "tiny_suite.py").write_text(SUITE)
-    (tmp_path / "out").mkdir()
-    monkeypatch.setenv("OUT", str(tmp_path / "out"))
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    monkeypatch.setenv("COMMIT", "1234567")
-    monkeypatch.setattr(measure, "output_of", lambda *command: None)  # as without git
+    for name, value in (
+        ("OUT", str(tmp_path / "out")),
+        ("PYTHONPATH", str(tmp_path)),
+        ("OMP_NUM_THREADS", "1"),
+        ("COMMIT", "1234567"),
+    ):
+        monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(str(tmp_path))
-    monkeypatch.setattr(gpu_bench, "LOG", tmp_path / "gpu-bench.log")
-    monkeypatch.setattr(gpu_bench, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(gpu_bench, "COMPILED", tmp_path / "compiled")
+    monkeypatch.setattr(machine, "output_of", lambda *command: None)  # as without git
+    monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(gpu, "LOG", tmp_path / "gpu-bench.log")
+    monkeypatch.setattr(gpu, "ENTRY_S", 5)
     return tmp_path
 
 
-def run(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
-    words = ["gpu_bench.py", "--device", "cpu", "--suite", "tiny_suite", *arguments]
-    monkeypatch.setattr(sys, "argv", words)
-    return gpu_bench.main()
+def bench(*words: str) -> int:
+    return gpu.main("--device", "cpu", "--suite", "tiny_suite", *words)
 
 
-def records(here: Path) -> list[dict[str, Any]]:
-    """Oldest first, without the partial file of a writer that was killed."""
-    paths = sorted(here.glob("results/*.json"), key=lambda path: path.stat().st_mtime)
-    return [json.loads(path.read_text()) for path in paths]
+def record_of(here: Path) -> dict[str, Any]:
+    (path,) = here.glob("results/*.json")
+    return json.loads(path.read_text())
 
 
-def test_outcomes(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(gpu_bench, "ENTRY_S", 4)
-    assert run(monkeypatch) == 1
+def test_outcomes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert bench() == 1
     printed = capsys.readouterr().out
+    record = record_of(here)
+    (path,) = here.glob("results/*.json")
+    assert path.name.startswith("suite-") and path.name.endswith("-1234567.json")
+    assert record == json.loads((here / "out" / path.name).read_text())
+    assert "forward / last" in (here / "out" / "gpu-bench.log").read_text()
+    assert record["commit_info"]["dirty"] is None and "running" not in record
 
-    (record,) = records(here)
-    name = next((here / "results").iterdir()).name
-    assert name.startswith("suite-") and name.endswith("-1234567.json")
-    assert name == Path(printed.split()[-1]).name
-    assert record == json.loads((here / "out" / name).read_text())
-    assert (here / "out" / "gpu-bench.log").exists()
-    rows = {row["name"].split(" / ", 2)[2]: row for row in record["benchmarks"]}
-    methods = ("cogview_kernels", "SDPA, somehow", "last")
-    assert list(rows) == [f"{work} / {m}" for m in methods for work in ("forward", "backward")]
-    details = rows["forward / last"]["extra_info"]
-    assert (details["op"], details["computes"], details["sweeps"]) == (
-        "attention",
-        "three-region",
-        ["fixed"],
-    )
-    assert 0 < details["errors"]["dq"] < details["errors_allowed"]["dq"]
-
-    reasons: dict[str, set[str]] = {}
-    for missing in record["not_measured"]:
-        reasons.setdefault(missing["method"], set()).add(missing["reason"])
-    assert reasons.pop("wrong").pop().startswith("wrong: relative error against float64, out: 0.01")
-    assert reasons == {
-        "elsewhere": {"it has no kernel for CPU"},
-        "breaks": {"ValueError: of no use"},
-        "dies": {"its process died with signal 6"},
-        "hangs": {"killed: no answer in 4 s"},
-    }
-    failed = Counter(missing["method"] for missing in record["not_measured"] if missing["failed"])
-    assert failed == {"wrong": 2, "breaks": 2, "dies": 2, "hangs": 2}
-    assert printed.splitlines()[-2] == "6 measured, 2 cannot run here, 8 failed, 0 not reached"
-    assert "wrong: relative error" in printed
-    assert record["clocks"][0]["before"] == "the first" and record["not_reached"] == []
-
-    compare = [
-        sys.executable,
-        "-m",
-        "pytest_benchmark",
-        "compare",
-        str(here / "results" / name),
+    rows = {row["name"].split(" / ", 2)[2]: row for row in record["rows"]}
+    methods = ("cogview_kernels", "SDPA", "Flex", "last")
+    assert list(rows) == [
+        f"{work} / {name}" for name in methods for work in ("forward", "backward")
     ]
-    done = subprocess.run(compare, capture_output=True, text=True, cwd=here)
-    assert done.returncode == 0 and done.stdout.count("/ last") == 2, done.stdout + done.stderr
+    sdpa = rows["forward / SDPA"]
+    assert set(sdpa["seconds"]) == {"minimum", "median", "iqr", "rounds"}
+    assert 2e-3 <= sdpa["seconds"]["minimum"] <= sdpa["seconds"]["median"] < 1
+    assert sdpa["extra_bytes"] == 5 << 20 and sdpa["graph"] is False
 
-
-def started_run(here: Path) -> subprocess.Popen[str]:
-    """A run in another process, in the middle of an entry."""
-    words = ["gpu_bench.py", "--device", "cpu", "--suite", "tiny_suite"]
-    program = (
-        f"import sys; sys.path[:0] = [{str(ROOT / 'benchmarks')!r}]; import gpu_bench\n"
-        "from pathlib import Path\n"
-        f"here = Path({str(here)!r})\n"
-        "gpu_bench.LOG, gpu_bench.RESULTS = here / 'gpu-bench.log', here / 'results'\n"
-        "import measure; measure.output_of = lambda *command: None\n"
-        f"gpu_bench.SAVE_S, sys.argv = 0, {words!r}\n"
-        "sys.exit(gpu_bench.main())"
+    reasons = {(row["method"], row["reason"], row["failed"]) for row in record["not_measured"]}
+    assert reasons == {
+        ("elsewhere", "it has no kernel for CPU", False),
+        ("wrong", "wrong: relative error 0.01", True),
+        ("breaks", "ValueError: of no use", True),
+        ("dies", "died with signal 6", True),
+        ("hangs", "killed: no word for 5 s", True),  # both kinds of work at the price of one
+    }
+    assert len(record["not_measured"]) == 9 and record["not_reached"] == []
+    assert [row["after_stage"] for row in record["drift"]] == ["ours", "rival and dense", "rest"]
+    assert (
+        record["drift"][0]["first_median"] == rows["forward / cogview_kernels"]["seconds"]["median"]
     )
-    process = subprocess.Popen([sys.executable, "-c", program], stdout=subprocess.PIPE, text=True)
-    begin = time.time()
-    while not ((here / "results").is_dir() and any(here.glob("results/*.json"))):
-        assert process.poll() is None and time.time() < begin + 60
+    (control,) = record["controls"]
+    assert control["name"].startswith("A/A: attention / tiny") and control["difference"] >= 0
+
+    lines = printed.splitlines()
+    assert lines[-2] == "8 measured, 2 cannot run here, 7 failed, 0 not reached"
+    assert (
+        lines[-1] == f"record: {path}" and "failed: attention / tiny / forward / wrong" in printed
+    )
+    ours = rows["forward / cogview_kernels"]["seconds"]["median"]
+    (line,) = [line for line in lines if line.startswith("forward ")]
+    assert line.split()[1] == f"{ours * 1e6:.1f}" and line.split()[5] == "5.0"  # MiB
+    for name in ("SDPA", "Flex"):
+        assert f"{rows[f'forward / {name}']['seconds']['median'] / ours:.2f}x" in line
+    assert len(line) < 160
+
+
+def wait_for(condition: Callable[[], bool]) -> None:
+    end = time.time() + 30
+    while not condition():
+        assert time.time() < end
         time.sleep(0.05)
-    return process
 
 
-def workers(here: Path) -> list[str]:
-    """The command lines of this test's workers that are alive."""
-    found = []
+def hangs(here: Path) -> bool:
+    paths = list(here.glob("results/*.json"))
+    running = json.loads(paths[0].read_text()).get("running") if paths else None
+    return running is not None and running["name"].endswith("hangs")
+
+
+def a_worker_lives(here: Path) -> bool:
     for process in Path("/proc").glob("[0-9]*"):
-        try:
-            command = (process / "cmdline").read_bytes().replace(b"\0", b" ").decode()
-            variables = (process / "environ").read_bytes().split(b"\0")
-        except OSError:  # it has ended
-            continue
-        if "--work" in command and f"OUT={here / 'out'}".encode() in variables:
-            found.append(command)
-    return found
+        with contextlib.suppress(OSError):  # it has ended
+            line = (process / "cmdline").read_bytes()
+            if b"--end" in line and str(here).encode() in line:
+                return True
+    return False
 
 
-def wait_for_no_worker(here: Path) -> None:
-    end = time.time() + 10
-    while workers(here):
-        assert time.time() < end, workers(here)
-        time.sleep(0.05)
+def test_a_terminated_run_prints_its_table_and_resumes(
+    here: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def terminate() -> None:
+        wait_for(lambda: hangs(here))
+        os.kill(os.getpid(), signal.SIGTERM)
 
+    before = signal.getsignal(signal.SIGTERM)
+    threading.Thread(target=terminate).start()
+    assert bench() == 1
+    signal.signal(signal.SIGTERM, before)
+    printed = capsys.readouterr().out
+    assert "stopped: the process was told to end" in printed and "4 not reached" in printed
+    assert not a_worker_lives(here)
+    first = record_of(here)
+    assert [name.split(" / ")[-1] for name in first["not_reached"]] == ["hangs"] * 2 + ["last"] * 2
 
-def test_sigterm_prints_the_table(here: Path) -> None:
-    process = started_run(here)
-    assert workers(here)
-    os.kill(process.pid, signal.SIGTERM)
-    printed, _ = process.communicate(timeout=60)
-    assert process.returncode == 1
-    assert "stopped: it was told to end" in printed and "not reached" in printed
-    (record,) = records(here)
-    assert record["not_reached"]
-    wait_for_no_worker(here)
+    (here / "mended").touch()
+    (path,) = here.glob("results/*.json")
+    assert bench("--resume", str(path)) == 1
+    signal.signal(signal.SIGTERM, before)
+    second = record_of(here)
+    assert second["rows"][:6] == first["rows"] and second["controls"] == first["controls"]
+    assert [row["method"] for row in second["rows"][6:]] == ["hangs"] * 2 + ["last"] * 2
+    tried_again = [row["method"] for row in second["not_measured"] if row["failed"]]
+    assert tried_again == ["wrong"] * 2 + ["breaks"] * 2 + ["dies"]
 
 
 @pytest.mark.slow
 def test_a_hanging_worker_does_not_outlive_a_killed_run(here: Path) -> None:
-    process = started_run(here)
-    end = time.time() + 60
-    while "/ hangs" not in (here / "gpu-bench.log").read_text():
-        assert time.time() < end
-        time.sleep(0.05)
-    assert workers(here)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    wait_for_no_worker(here)
-
-
-def test_a_run_resumes_where_the_last_one_ended(
-    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The first is killed in the middle of an entry; the second runs out of time."""
-    process = started_run(here)
-    os.kill(process.pid, signal.SIGKILL)
-    process.communicate()
-    wait_for_no_worker(here)
-    (first,) = records(here)
-    assert first["benchmarks"] or first["not_measured"]
-
-    path = next(here.glob("results/*.json"))
-    args = ["--resume", str(path), "--only", "forward"]
-    assert run(monkeypatch, *args, "--budget", "7") == 1  # the budget ends while one hangs
-    (second,) = records(here)
-    count = len(first["benchmarks"])
-    assert second["benchmarks"][:count] == first["benchmarks"]
-    assert {row["extra_info"]["method"] for row in second["benchmarks"]} >= {"cogview_kernels"}
-    assert [name.split(" / ")[-1] for name in second["not_reached"][-2:]] == ["hangs", "last"]
-    assert not any("hangs" in missing["name"] for missing in second["not_measured"])
-    assert f"{len(second['not_reached'])} not reached" in capsys.readouterr().out
-
-    monkeypatch.setenv("COMMIT", "7654321")
-    assert run(monkeypatch, *args) == 2
-    assert "is of another commit" in capsys.readouterr().out
-    monkeypatch.delenv("COMMIT")
-    assert run(monkeypatch) == 2
-    assert "neither git nor $COMMIT names the commit" in capsys.readouterr().out
-
-
-def test_the_table_fits_the_output_that_is_shown() -> None:
-    record = test_report.made_up(test_report.H200)
-    text = gpu_bench.table(record)
-    lines = text.splitlines()
-    assert len(text) <= gpu_bench.TABLE_CHARS + 100 and max(map(len, lines)) <= 120
-    ops = [entry.split()[0] for entry in lines if "TFLOP/s" in entry]
-    assert ops[:5] == ["attention", "decode", "layer_norm", "sandwich_residual", "training_step"]
-
-    case = "B4 H40 S4224 D64 w128 n2 P256 T64 bfloat16"
-    times = {
-        row["extra_info"]["method"]: statistics.median(row["stats"]["data"])
-        for row in record["benchmarks"]
-        if (row["extra_info"]["case_name"], row["extra_info"]["work"]) == (case, "backward")
-    }
-    ours = times["cogview_kernels"]
-    found = lines[lines.index(case) + 2].split()
-    assert found[:2] == ["backward", f"{ours * 1e6:.0f}"]
-    cuts = times["SDPA cuDNN"], times["FlexAttention, gathered pivots, autotuned"]
-    assert (found[-5], found[-3]) == tuple(f"{seconds / ours:.2f}x" for seconds in cuts)
-    assert lines[-1].endswith("more lines: see the record")
-
-
-BLOCKED = ("pytest", "pytest_benchmark", "hypothesis", "matplotlib", "omegaconf", "sentencepiece")
-BLOCKED += ("PIL", "sklearn", "tqdm", "pybind11", "yaml")
-
-
-def test_dry_run_lists_every_entry_on_a_bare_machine() -> None:
-    """No method that can run on a CPU fails there."""
     program = f"""
 import sys
-sys.modules.update(dict.fromkeys({BLOCKED}))  # cannot be imported
-from benchmarks.suite import gpu as gpu_bench
-sys.argv = ["gpu_bench.py", "--dry-run"]
-sys.exit(gpu_bench.main())
+from pathlib import Path
+from benchmarks import machine
+from benchmarks.suite import gpu
+here = Path({str(here)!r})
+machine.RESULTS, gpu.LOG = here / "results", here / "log"
+gpu.main("--device", "cpu", "--suite", "tiny_suite")
 """
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", program]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=ROOT)
-    lines = done.stdout.splitlines()
-    assert done.returncode == 0, [line for line in lines if "fails" in line] or done.stderr
-    expected = [entry.id for entry in suite.entries("cuda")]
-    assert [line[30:].rpartition(" [")[0] for line in lines[: len(expected)]] == expected
-    assert lines[-1].split() == [str(len(expected)), "entries"]
-    runs = {line[:-7].rpartition(" / ")[2] for line in lines if line.endswith(" [runs]")}
-    assert {"cogview_kernels", "CogView's formulation"} <= runs
-    prepared = {line.rpartition(" / ")[2] for line in lines if line.endswith(" [is prepared]")}
-    assert {"SDPA flash [is prepared]", "FlexAttention, gathered pivots [is prepared]"} <= prepared
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}"}
+    process = subprocess.Popen([sys.executable, "-c", program], env=environment)
+    wait_for(lambda: hangs(here))
+    assert a_worker_lives(here)
+    process.kill()
+    process.wait()
+    wait_for(lambda: not a_worker_lives(here))
+
+
+def test_what_the_window_s_end_cuts_off_has_not_failed(
+    here: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def cut_off(
+        command: list[str], seconds: float, log: Path, path: Path, *_: Any, **__: Any
+    ) -> Any:
+        record = json.loads(path.read_text())
+        record["ceilings"] = {"matmul_flops": {}, "copy_bytes_per_s": 1}
+        record["running"] = {"name": "attention / tiny / forward / SDPA"}
+        path.write_text(json.dumps(record))
+        return -9, "killed: out of time"
+
+    monkeypatch.setattr(machine, "run_process", cut_off)
+    assert bench("--budget", "1") == 1
+    record = record_of(here)
+    assert record["not_measured"] == [] and len(record["not_reached"]) == 17
+
+
+def test_a_record_of_something_else_is_not_resumed(
+    here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = here / "record.json"
+    commit = {"id": "7654321", "dirty": None}
+    known = {"commit_info": commit, "machine_info": {"device": "another"}, "only": ""}
+    path.write_text(json.dumps(known))
+    for reason in ("of another commit, 7654321", "of another device, another"):
+        assert bench("--resume", str(path)) == 2
+        assert reason in capsys.readouterr().out
+        monkeypatch.setenv("COMMIT", "7654321")
+    monkeypatch.delenv("COMMIT")
+    assert bench() == 2 and "neither git nor $COMMIT" in capsys.readouterr().out
+
+
+def test_dry_run_on_a_bare_machine(here: Path) -> None:
+    """Order, estimated seconds and their sum, without the packages that only tests need."""
+    blocked = (
+        "pytest pytest_benchmark hypothesis matplotlib omegaconf sentencepiece PIL sklearn tqdm"
+    )
+    program = f"""
+import sys
+sys.modules.update(dict.fromkeys({blocked.split()}))  # cannot be imported
+from benchmarks.suite import gpu
+sys.exit(gpu.main("--dry-run", *sys.argv[1:]))
+"""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}"}
+    for words, status in ((["--suite", "tiny_suite"], 0), ([], None)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment
+        )
+        assert done.returncode == status or status is None, done.stderr
+        lines = done.stdout.splitlines()
+        assert lines[-1].endswith(f" of {gpu.WINDOW_S} s"), done.stderr
+        if status == 0:
+            assert lines[-1] == "17 entries, 1 compilations, 138 s of 540 s"
+            assert lines[1].split() == ["120", "s", "0.5", "s", *lines[1].split()[4:]]
+            assert lines[-4:-1] == [
+                "ours: 2 entries, 1 s",
+                "rival and dense: 4 entries, 2 s",
+                "rest: 11 entries, 6 s",
+            ]
