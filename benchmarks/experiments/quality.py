@@ -48,6 +48,7 @@ from cogview.files import atomic_write
 from cogview.image_tokenizer import ImageTokenizer, train_image_tokenizer
 from cogview.model import GPT
 from cogview.sample import draw_images
+from cogview.sequence import Batch
 from cogview.text_tokenizer import TextTokenizer
 from cogview.tokens import TokenDataset
 from cogview.train import Trainer, choose_device, make_batch, read_metrics
@@ -55,21 +56,15 @@ from cogview.train import Trainer, choose_device, make_batch, read_metrics
 
 class Task(NamedTuple):
     title: str
-    layout: tuple[str, ...]
+    query_window: int
+    key_window_times: int
+    num_pivots: int
     given: float  # share of the image that is not counted, and is given when the rest is drawn
 
 
 TASKS = {
-    "captions": Task(
-        "The caption names the digits",
-        ("model.query_window=7", "model.key_window_times=3", "model.num_pivots=6"),
-        0.0,
-    ),
-    "repeats": Task(
-        "The lower half repeats the upper half",
-        ("model.query_window=4", "model.key_window_times=2", "model.num_pivots=30"),
-        0.5,
-    ),
+    "captions": Task("the caption names the digits", 7, 3, 6, given=0.0),
+    "repeats": Task("the lower half repeats the upper half", 4, 2, 30, given=0.5),
 }
 VARIANTS = {
     "dense": ("dense causal", ("model.attention=dense",)),
@@ -106,9 +101,11 @@ class Experiment:
     neighbour_steps: int = 2000
 
     def config(self, run: Run) -> Config:
+        layout = TASKS[run.task]._asdict().items()
+        own = [f"model.{name}={value}" for name, value in layout if isinstance(value, int)]
+        own += [f"seed={run.seed}", f"training.learning_rate={run.rate or 1e-3}"]
         variant = VARIANTS[run.model][1] if run.model in VARIANTS else ()
-        of_run = f"seed={run.seed}", f"training.learning_rate={run.rate or 1e-3}"
-        return load_config("digits", [*self.settings, *TASKS[run.task].layout, *variant, *of_run])
+        return load_config("digits", [*self.settings, *own, *variant])
 
 
 class Run(NamedTuple):
@@ -230,8 +227,8 @@ def measure(model: GPT, config: Config, data: TokenDataset, given: float) -> dic
             regions = layout.regions(count, length, length) if layout else ()
             seen = sum(int(region.count_nonzero()) for region in regions)
             keys.append(seen / inputs.numel() if layout else (length + 1) / 2)
-    loss = torch.cat(losses).mean().item()
-    return {"loss": loss, "keys": statistics.fmean(keys), "causal_keys": (length + 1) / 2}
+    mean = torch.cat(losses).mean().item()
+    return {"loss": mean, "keys": statistics.fmean(keys), "causal_keys": (length + 1) / 2}
 
 
 def train_and_draw(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
@@ -239,30 +236,21 @@ def train_and_draw(experiment: Experiment, run: Run, folder: Path) -> dict[str, 
     config, given = experiment.config(run), TASKS[run.task].given
     train, test = (TokenDataset.load(folder / f"{run.task}-{s}.npz") for s in ("train", "test"))
     digest = hashlib.sha256()  # of the weights at the start and of all batches
+
+    def observe(batch: Batch) -> None:
+        digest.update(batch.tokens.cpu().numpy().tobytes())
+
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(
-            config,
-            scratch,
-            train,
-            test,
-            progress=False,
-            make_model=model_with_waves,
-            on_batch=lambda batch: digest.update(batch.tokens.cpu().numpy().tobytes()),
-        )
+        trainer = Trainer(config, scratch, train, test, False, model_with_waves, observe)
         for tensor in trainer.model.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
         model, name = trainer.run(), "held_out_image_loss"
         curve = [(m["step"], m[name]) for m in read_metrics(trainer.metrics_path) if name in m]
     result = {"digest": digest.hexdigest(), "curve": curve} | measure(model, config, test, given)
     if run.draws:
-        codes = draw_images(
-            model,
-            config,
-            [test[i][0].tolist() for i in range(len(test))],
-            seed=run.seed,
-            beginnings=[c[: round(given * c.size)] for c in test.codes.reshape(len(test), -1)],
-            progress=False,
-        )
+        texts = [test[i][0].tolist() for i in range(len(test))]
+        beginnings = test.codes.reshape(len(test), -1)[:, : round(given * config.num_codes)]
+        codes = draw_images(model, config, texts, run.seed, beginnings.tolist(), progress=False)
         images = ImageTokenizer.load(RunFolder(folder).image_tokenizer).decode(codes)
         labels = scenes_of(run.task, "test", experiment.num_test)[1]
         result["digits_right"] = digits_right(images, labels, given)
