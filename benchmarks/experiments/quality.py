@@ -39,6 +39,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from scipy import stats  # type: ignore[import-untyped]
 
 from benchmarks.machine import RESULTS, commit_info, machine_info, now, record_name, save_record
 from cogview.config import Config, ModelConfig, RunFolder, load_config
@@ -77,10 +80,10 @@ SETTINGS = (  # on top of the preset `digits`
     "image_tokenizer.codebook_size=16",
     "model.num_layers=2",
     "model.max_positions=204",
-    "training.steps=1000",
+    "training.steps=1500",
     "training.batch_size=6",
     "training.precision=bfloat16",
-    "training.eval_every=100",
+    "training.eval_every=150",
     "training.eval_examples=64",
     "training.save_every=1000000",
 )
@@ -94,11 +97,11 @@ class Experiment:
 
     settings: tuple[str, ...] = SETTINGS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    rates: tuple[float, ...] = (2e-3, 4e-3, 8e-3, 16e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
     sweep_seed: int = 100
     num_train: int = 8000
     num_test: int = 512
-    neighbour_steps: int = 2000
+    neighbour_steps: int = 3000
 
     def config(self, run: Run) -> Config:
         layout = TASKS[run.task]._asdict().items()
@@ -154,11 +157,8 @@ def digits_right(images: torch.Tensor, labels: torch.Tensor, given: float = 0.0)
 def make_data(experiment: Experiment, folder: Path) -> dict[str, float]:
     """Makes the tokenizers and tokens of all runs; what share of digits is read right from real
     test scenes (`real`) and from what the image tokenizer makes of them (`reconstructed`)."""
-    done, files, config = (
-        folder / "data.json",
-        RunFolder(folder),
-        experiment.config(Run("captions", "three_region")),
-    )
+    done, files = folder / "data.json", RunFolder(folder)
+    config = experiment.config(Run("captions", "three_region"))
     if done.is_file():
         return json.loads(done.read_text())
     folder.mkdir(parents=True, exist_ok=True)
@@ -303,8 +303,8 @@ def train_neighbours(experiment: Experiment, run: Run, folder: Path) -> dict[str
     return best
 
 
-def run_one(experiment: Experiment, run: Run, folder: Path, threads: int) -> dict[str, Any]:
-    torch.set_num_threads(threads)
+def run_one(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
     started, work = time.process_time(), train_and_draw
     if run.model == NEIGHBOURS:
         work = train_neighbours
@@ -352,7 +352,7 @@ def check_alike(runs: Sequence[dict[str, Any]]) -> None:
 def run_all(experiment: Experiment, jobs: int, out: Path) -> Iterator[dict[str, Any]]:
     """Runs what is not finished yet, `jobs` at a time; yields the record each time that another run
     is in it. Other settings, another commit or device are other runs."""
-    config, threads = experiment.config(Run("captions", "three_region")), 1
+    config = experiment.config(Run("captions", "three_region"))
     record: dict[str, Any] = {
         "machine_info": machine_info(choose_device(config.device)),
         "commit_info": commit_info(),
@@ -371,13 +371,156 @@ def run_all(experiment: Experiment, jobs: int, out: Path) -> Iterator[dict[str, 
             files = {run: run.file(folder) for run in wanted}
             record[part] = [json.loads(f.read_text()) for f in files.values() if f.is_file()]
             missing = {run: None for run, file in files.items() if not file.is_file()}
-            futures = {pool.submit(run_one, experiment, r, folder, threads): r for r in missing}
-            for future in [None, *as_completed(futures)]:
-                if future is not None:
-                    record[part].append(future.result())
-                    del missing[futures[future]]
+            futures = {pool.submit(run_one, experiment, r, folder): r for r in missing}
+            yield record | {"not_run": list(missing)}
+            for future in as_completed(futures):
+                record[part].append(future.result())
                 check_alike(record["runs"])
+                del missing[futures[future]]
                 yield record | {"not_run": list(missing)}
+
+
+# The record as a table and a plot.
+
+HOW_TO_READ = """\
+Differences are paired: same seed, same weights at the start, same batches; in brackets their
+two-sided 95% t-interval over the seeds. A difference to dense is **non-inferior** if its interval
+ends before the margin (0.005 nats of loss, one point of digits right), **inferior** if all of it
+lies beyond the margin, else **not decided**. A difference to no pivots is **better** or **worse**
+if its interval excludes zero. The 20 neighbours are a network that sees neither text nor far codes;
+it counts with the lowest held-out loss of its training, the others with their last one."""
+PAIRS = (("three_region", "dense"), ("no_pivots", "dense"), ("three_region", "no_pivots"))
+QUANTITIES = {  # key of a run: sign of an improvement, margin, unit, decimals
+    "loss": (-1, 0.005, 1, 4),
+    "digits_right": (1, 0.01, 100, 1),
+}
+STYLES = {"dense": "#000000", "three_region": "#0072B2", "no_pivots": "#D55E00"}  # Okabe and Ito
+
+
+def of(record: dict[str, Any], task: str, model: str, key: str) -> dict[int, Any]:
+    """A value of each seed's run."""
+    runs = [one for one in record["runs"] if (one["task"], one["model"]) == (task, model)]
+    return {one["seed"]: one[key] for one in sorted(runs, key=lambda one: one["seed"])}
+
+
+def difference(
+    first: dict[int, float], second: dict[int, float], key: str, to_dense: bool
+) -> tuple[float, float, str]:
+    """Mean of `first - second` over the seeds in both, half its 95% interval, and the verdict."""
+    better, margin, *_ = QUANTITIES[key]
+    values = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    if len(values) < 2:
+        return statistics.fmean(values or [math.nan]), math.nan, "not decided"
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    limit, words = (-margin, ("non-inferior", "inferior")) if to_dense else (0, ("better", "worse"))
+    worst, best = better * mean - half, better * mean + half
+    return mean, half, words[0] if worst > limit else words[1] if best < limit else "not decided"
+
+
+def table(record: dict[str, Any]) -> str:
+    """What each variant reached, the differences with their verdicts, and the settings."""
+    parts = [_task_table(record, task) for task in TASKS]
+    config, experiment, machine = record["config"], record["experiment"], record["machine_info"]
+    image, model, training = (config[name] for name in ("image_tokenizer", "model", "training"))
+    side = image["image_size"] // 2 ** image["num_downsamples"]
+    tried = sorted((VARIANTS[o["model"]][0], o["rate"], o["loss"]) for o in record["sweep"])
+    minutes = sum(one["core_seconds"] for one in record["sweep"] + record["runs"]) / 60
+    notes = (
+        f"{side}x{side} codes, {image['codebook_size']} different ones; {model['num_layers']} "
+        f"layers of width {model['hidden_size']}; {training['steps']} steps of "
+        f"{training['batch_size']} scenes in {training['precision']}. Loss in nats per code of "
+        f"{experiment['num_test']} held-out scenes, whose handwriting and combinations of digits "
+        f"no training scene shows; mean ± standard deviation over seeds. Their captions are drawn "
+        f"at temperature {config['sampling']['temperature']} and read by a classifier, which reads "
+        f"{record['read']['real']:.1%} of real digits and {record['read']['reconstructed']:.1%} of "
+        f"what the image tokenizer makes of them; chance is 10%. In the second task, only the "
+        f"lower half counts, drawn below the true upper half. Held-out loss of the first task for "
+        f"each learning rate tried, with seed {experiment['sweep_seed']}: "
+        + ", ".join(f"{label} {rate:g}: {loss:.4f}" for label, rate, loss in tried)
+        + f". {machine['device']}, torch {machine['torch']}, {minutes:.0f} core-minutes."
+    )
+    if record["not_run"]:
+        notes += f" Not run: {', '.join(f'{r[0]} {r[1]} {r[2]}' for r in record['not_run'])}."
+    return "\n\n".join([*parts, notes])
+
+
+def _task_table(record: dict[str, Any], task: str) -> str:
+    lines = [
+        f"**{TASKS[task].title.capitalize()}**",
+        "",
+        "| variant | learning rate | keys a query attends to | loss | digits right | seeds |",
+        "|---|" + "---:|" * 5,
+    ]
+    found = {v: {k: of(record, task, v, k) for k in QUANTITIES} for v in VARIANTS}
+    for variant, (label, _) in VARIANTS.items():
+        if seeds := list(found[variant]["loss"]):
+            names = ("rate", "keys", "causal_keys")
+            rate, keys, causal = (of(record, task, variant, k)[seeds[0]] for k in names)
+            cells = [label, f"{rate:g}", f"{keys:.1f} ({keys / causal:.0%})"]
+            for key, (*_, unit, decimals) in QUANTITIES.items():
+                values = [unit * value for value in found[variant][key].values()]
+                spread = statistics.stdev(values) if len(values) > 1 else math.nan
+                cells.append(f"{statistics.fmean(values):.{decimals}f} ± {spread:.{decimals}f}")
+            lines.append(f"| {' | '.join(cells)} | {len(seeds)} |")
+    texture = of(record, task, NEIGHBOURS, "loss").get(0, math.nan)
+    lines.append(f"| 20 neighbours, no text, no attention | | | {texture:.4f} | | |")
+    lines += ["", "| difference | loss | | digits right (points) | |", "|---|---:|---|---:|---|"]
+    verdicts = []
+    for first, second in PAIRS:
+        cells = [f"{VARIANTS[first][0]} − {VARIANTS[second][0]}"]
+        for key, (*_, unit, decimals) in QUANTITIES.items():
+            mean, half, word = difference(
+                found[first][key], found[second][key], key, second == "dense"
+            )
+            at, low, high = (
+                f"{unit * x:+.{decimals}f}" for x in (mean, mean - half, mean + half)
+            )
+            cells += [f"{at} ({low} to {high})", word]
+            verdicts.append(word)
+        lines.append(f"| {' | '.join(cells)} |")
+    dense = statistics.fmean(found["dense"]["loss"].values() or [math.nan])
+    below = "below" if dense < texture else "not below"
+    lines += ["", f"Dense ends {below} the 20 neighbours ({dense - texture:+.4f} nats). "]
+    lines[-1] += f"With pivots, the loss is {verdicts[-2]} and the digits are {verdicts[-1]}."
+    return "\n".join(lines)
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """For each task, every seed's held-out loss over steps, and every seed's digits right."""
+    figure = Figure(figsize=(12, 8), layout="constrained")
+    FigureCanvasAgg(figure)
+    for (losses, digits), (task, about) in zip(figure.subplots(2, 2).T, TASKS.items(), strict=True):
+        shown = list(of(record, task, NEIGHBOURS, "whole_loss").values())
+        for place, (variant, colour) in enumerate(STYLES.items()):
+            label, curves = VARIANTS[variant][0], of(record, task, variant, "curve")
+            for seed, curve in curves.items():
+                steps, values = zip(*curve, strict=True)
+                losses.plot(steps, values, color=colour, lw=1, label=label if not seed else None)
+                shown += values[len(values) // 4 :]
+            right = [100 * x for x in of(record, task, variant, "digits_right").values()]
+            offsets = place + 0.1 * (np.arange(len(right)) - (len(right) - 1) / 2)
+            digits.plot(offsets, right, "osD"[place], color=colour, ms=5)
+            digits.hlines(
+                [statistics.fmean(right)] if right else [], place - 0.35, place + 0.35, colour
+            )
+        for loss in of(record, task, NEIGHBOURS, "whole_loss").values():
+            losses.axhline(loss, color="grey", ls="--", label="20 neighbours, best")
+        losses.set_ylim(min(shown) - 0.02, max(shown) + 0.02) if shown else None
+        losses.set(
+            title=about.title, xlabel="step", ylabel="held-out loss of whole images (nats per code)"
+        )
+        losses.legend()
+        for level, name in (
+            (100 * record["read"]["reconstructed"], "reconstructions"),
+            (10, "chance"),
+        ):
+            digits.axhline(level, color="grey", ls=":")
+            digits.text(2.45, level - 1, name, color="grey", ha="right", va="top", fontsize=9)
+        digits.set_xticks(range(3), [VARIANTS[variant][0] for variant in STYLES])
+        digits.set(xlim=(-0.5, 2.5), ylim=(0, 104), ylabel="digits right (%): seeds, mean")
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def main() -> None:
@@ -392,6 +535,7 @@ def main() -> None:
         path = RESULTS / record_name("quality", *parts)
         save_record(record, path)
         print(f"{path.name}: {len(record['not_run'])} runs of this part to go", flush=True)
+    print(table(record))
 
 
 if __name__ == "__main__":
