@@ -80,10 +80,10 @@ SETTINGS = (  # on top of the preset `digits`
     "image_tokenizer.codebook_size=16",
     "model.num_layers=2",
     "model.max_positions=204",
-    "training.steps=1500",
+    "training.steps=1300",
     "training.batch_size=6",
     "training.precision=bfloat16",
-    "training.eval_every=150",
+    "training.eval_every=130",
     "training.eval_examples=64",
     "training.save_every=1000000",
 )
