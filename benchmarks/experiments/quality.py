@@ -83,7 +83,7 @@ SETTINGS = (  # on top of the preset `digits`
     "training.steps=1300",
     "training.batch_size=6",
     "training.precision=bfloat16",
-    "training.eval_every=130",
+    "training.eval_every=100",
     "training.eval_examples=64",
     "training.save_every=1000000",
 )
@@ -97,8 +97,9 @@ class Experiment:
 
     settings: tuple[str, ...] = SETTINGS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
-    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
     sweep_seed: int = 100
+    sweep_steps: int = 1000
     num_train: int = 8000
     num_test: int = 512
     neighbour_steps: int = 3000
@@ -107,6 +108,8 @@ class Experiment:
         layout = TASKS[run.task]._asdict().items()
         own = [f"model.{name}={value}" for name, value in layout if isinstance(value, int)]
         own += [f"seed={run.seed}", f"training.learning_rate={run.rate or 1e-3}"]
+        if not run.draws:
+            own.append(f"training.steps={self.sweep_steps}")
         variant = VARIANTS[run.model][1] if run.model in VARIANTS else ()
         return load_config("digits", [*self.settings, *own, *variant])
 
@@ -116,7 +119,7 @@ class Run(NamedTuple):
     model: str  # a variant, or the neighbours
     seed: int = 0
     rate: float = 0.0
-    draws: bool = True  # draws the held-out captions
+    draws: bool = True  # draws the held-out captions; the sweep does not
 
     def file(self, folder: Path) -> Path:
         return folder / f"{'-'.join(map(str, self))}.json"
@@ -394,7 +397,11 @@ QUANTITIES = {  # key of a run: sign of an improvement, margin, unit, decimals
     "loss": (-1, 0.005, 1, 4),
     "digits_right": (1, 0.01, 100, 1),
 }
-STYLES = {"dense": "#000000", "three_region": "#0072B2", "no_pivots": "#D55E00"}  # Okabe and Ito
+STYLES = {
+    "dense": ("#000000", "o"),
+    "three_region": ("#0072B2", "s"),
+    "no_pivots": ("#D55E00", "D"),
+}
 
 
 def of(record: dict[str, Any], task: str, model: str, key: str) -> dict[int, Any]:
@@ -404,85 +411,85 @@ def of(record: dict[str, Any], task: str, model: str, key: str) -> dict[int, Any
 
 
 def difference(
-    first: dict[int, float], second: dict[int, float], key: str, to_dense: bool
+    record: dict[str, Any], task: str, pair: tuple[str, str], key: str
 ) -> tuple[float, float, str]:
-    """Mean of `first - second` over the seeds in both, half its 95% interval, and the verdict."""
+    """Mean of `pair[0] - pair[1]` over the seeds of both, half its 95% interval, the verdict."""
     better, margin, *_ = QUANTITIES[key]
-    values = [first[seed] - second[seed] for seed in sorted(first.keys() & second.keys())]
+    first, second = (of(record, task, variant, key) for variant in pair)
+    values = [first[seed] - second[seed] for seed in first if seed in second]
     if len(values) < 2:
         return statistics.fmean(values or [math.nan]), math.nan, "not decided"
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    limit, words = (-margin, ("non-inferior", "inferior")) if to_dense else (0, ("better", "worse"))
+    words, limit = (("non-inferior", "inferior"), -margin)
+    if pair[1] != "dense":
+        words, limit = (("better", "worse"), 0.0)
     worst, best = better * mean - half, better * mean + half
     return mean, half, words[0] if worst > limit else words[1] if best < limit else "not decided"
 
 
 def table(record: dict[str, Any]) -> str:
     """What each variant reached, the differences with their verdicts, and the settings."""
-    parts = [_task_table(record, task) for task in TASKS]
     config, experiment, machine = record["config"], record["experiment"], record["machine_info"]
     image, model, training = (config[name] for name in ("image_tokenizer", "model", "training"))
-    side = image["image_size"] // 2 ** image["num_downsamples"]
+    real, reconstructed = record["read"]["real"], record["read"]["reconstructed"]
     tried = sorted((VARIANTS[o["model"]][0], o["rate"], o["loss"]) for o in record["sweep"])
     minutes = sum(one["core_seconds"] for one in record["sweep"] + record["runs"]) / 60
     notes = (
-        f"{side}x{side} codes, {image['codebook_size']} different ones; {model['num_layers']} "
-        f"layers of width {model['hidden_size']}; {training['steps']} steps of "
-        f"{training['batch_size']} scenes in {training['precision']}. Loss in nats per code of "
-        f"{experiment['num_test']} held-out scenes, whose handwriting and combinations of digits "
-        f"no training scene shows; mean ± standard deviation over seeds. Their captions are drawn "
-        f"at temperature {config['sampling']['temperature']} and read by a classifier, which reads "
-        f"{record['read']['real']:.1%} of real digits and {record['read']['reconstructed']:.1%} of "
-        f"what the image tokenizer makes of them; chance is 10%. In the second task, only the "
-        f"lower half counts, drawn below the true upper half. Held-out loss of the first task for "
-        f"each learning rate tried, with seed {experiment['sweep_seed']}: "
+        f"{image['image_size'] // 2 ** image['num_downsamples']} rows of codes, "
+        f"{image['codebook_size']} different codes; {model['num_layers']} layers of width "
+        f"{model['hidden_size']}; {training['steps']} steps of {training['batch_size']} scenes in "
+        f"{training['precision']}. Loss: nats per code of {experiment['num_test']} held-out "
+        "scenes; no training scene shows their handwriting or their combinations of digits. Mean ± "
+        "standard deviation over seeds. The captions of these scenes are drawn at temperature "
+        f"{config['sampling']['temperature']}; a classifier reads the drawings. It reads "
+        f"{real:.1%} of real digits and {reconstructed:.1%} of what the image tokenizer makes of "
+        "them; chance is 10%. In the second task the lower half alone counts, and is drawn below "
+        "the true upper half. Learning rates were chosen on the first task, with seed "
+        f"{experiment['sweep_seed']}, by the held-out loss after {experiment['sweep_steps']} steps: "
         + ", ".join(f"{label} {rate:g}: {loss:.4f}" for label, rate, loss in tried)
-        + f". {machine['device']}, torch {machine['torch']}, {minutes:.0f} core-minutes."
+        + f". {machine['device']}, torch {machine['torch']}; {minutes:.0f} core-minutes."
     )
     if record["not_run"]:
         notes += f" Not run: {', '.join(f'{r[0]} {r[1]} {r[2]}' for r in record['not_run'])}."
-    return "\n\n".join([*parts, notes])
+    return "\n\n".join([*(_task_table(record, task) for task in TASKS), notes])
 
 
 def _task_table(record: dict[str, Any], task: str) -> str:
+    title = TASKS[task].title
     lines = [
-        f"**{TASKS[task].title.capitalize()}**",
+        f"**{title[0].upper()}{title[1:]}**",
         "",
         "| variant | learning rate | keys a query attends to | loss | digits right | seeds |",
         "|---|" + "---:|" * 5,
     ]
-    found = {v: {k: of(record, task, v, k) for k in QUANTITIES} for v in VARIANTS}
     for variant, (label, _) in VARIANTS.items():
-        if seeds := list(found[variant]["loss"]):
-            names = ("rate", "keys", "causal_keys")
-            rate, keys, causal = (of(record, task, variant, k)[seeds[0]] for k in names)
-            cells = [label, f"{rate:g}", f"{keys:.1f} ({keys / causal:.0%})"]
+        if rates := [*of(record, task, variant, "rate").values()]:
+            keys, causal = (
+                of(record, task, variant, k).popitem()[1] for k in ("keys", "causal_keys")
+            )
+            cells = [label, f"{rates[0]:g}", f"{keys:.1f} ({keys / causal:.0%})"]
             for key, (*_, unit, decimals) in QUANTITIES.items():
-                values = [unit * value for value in found[variant][key].values()]
-                spread = statistics.stdev(values) if len(values) > 1 else math.nan
-                cells.append(f"{statistics.fmean(values):.{decimals}f} ± {spread:.{decimals}f}")
-            lines.append(f"| {' | '.join(cells)} | {len(seeds)} |")
+                values = [unit * value for value in of(record, task, variant, key).values()]
+                spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+                cells.append(f"{statistics.fmean(values):.{decimals}f}{spread}")
+            lines.append(f"| {' | '.join(cells)} | {len(rates)} |")
     texture = of(record, task, NEIGHBOURS, "loss").get(0, math.nan)
-    lines.append(f"| 20 neighbours, no text, no attention | | | {texture:.4f} | | |")
-    lines += ["", "| difference | loss | | digits right (points) | |", "|---|---:|---|---:|---|"]
-    verdicts = []
-    for first, second in PAIRS:
-        cells = [f"{VARIANTS[first][0]} − {VARIANTS[second][0]}"]
+    lines.append(f"| 20 neighbours, no text, no attention | | | {texture:.4f} | | 1 |")
+    lines += ["", "| difference | loss | | digits right | |", "|---|---:|---|---:|---|"]
+    for pair in PAIRS:
+        cells = [" − ".join(VARIANTS[variant][0] for variant in pair)]
         for key, (*_, unit, decimals) in QUANTITIES.items():
-            mean, half, word = difference(
-                found[first][key], found[second][key], key, second == "dense"
-            )
-            at, low, high = (
-                f"{unit * x:+.{decimals}f}" for x in (mean, mean - half, mean + half)
-            )
-            cells += [f"{at} ({low} to {high})", word]
-            verdicts.append(word)
+            mean, half, verdict = difference(record, task, pair, key)
+            at = [f"{unit * x:+.{decimals}f}" for x in (mean, mean - half, mean + half)]
+            cells += [f"{at[0]} ({at[1]} to {at[2]})", verdict]
         lines.append(f"| {' | '.join(cells)} |")
-    dense = statistics.fmean(found["dense"]["loss"].values() or [math.nan])
-    below = "below" if dense < texture else "not below"
-    lines += ["", f"Dense ends {below} the 20 neighbours ({dense - texture:+.4f} nats). "]
-    lines[-1] += f"With pivots, the loss is {verdicts[-2]} and the digits are {verdicts[-1]}."
+    dense = of(record, task, "dense", "loss").values()
+    loss, curves = statistics.fmean(dense or [math.nan]), of(record, task, "dense", "curve")
+    gains = [c[len(c) * 3 // 4 - 1][1] - c[-1][1] for c in curves.values()] or [math.nan]
+    side = "below" if loss < texture else "above"
+    lines += ["", f"Dense ends {abs(loss - texture):.4f} nats {side} the 20 neighbours, "]
+    lines[-1] += f"and gained {statistics.fmean(gains):.4f} in the last quarter of its steps."
     return "\n".join(lines)
 
 
@@ -492,33 +499,28 @@ def draw(record: dict[str, Any], path: Path) -> None:
     FigureCanvasAgg(figure)
     for (losses, digits), (task, about) in zip(figure.subplots(2, 2).T, TASKS.items(), strict=True):
         shown = list(of(record, task, NEIGHBOURS, "whole_loss").values())
-        for place, (variant, colour) in enumerate(STYLES.items()):
-            label, curves = VARIANTS[variant][0], of(record, task, variant, "curve")
-            for seed, curve in curves.items():
+        if shown:
+            losses.axhline(shown[0], color="grey", ls="--", label="20 neighbours, lowest loss")
+        for place, (variant, (colour, marker)) in enumerate(STYLES.items()):
+            label: str | None = VARIANTS[variant][0]
+            for curve in of(record, task, variant, "curve").values():
                 steps, values = zip(*curve, strict=True)
-                losses.plot(steps, values, color=colour, lw=1, label=label if not seed else None)
-                shown += values[len(values) // 4 :]
+                losses.plot(steps, values, color=colour, lw=1, label=label)
+                label, shown = None, shown + [*values[len(values) // 4 :]]
             right = [100 * x for x in of(record, task, variant, "digits_right").values()]
             offsets = place + 0.1 * (np.arange(len(right)) - (len(right) - 1) / 2)
-            digits.plot(offsets, right, "osD"[place], color=colour, ms=5)
-            digits.hlines(
-                [statistics.fmean(right)] if right else [], place - 0.35, place + 0.35, colour
-            )
-        for loss in of(record, task, NEIGHBOURS, "whole_loss").values():
-            losses.axhline(loss, color="grey", ls="--", label="20 neighbours, best")
-        losses.set_ylim(min(shown) - 0.02, max(shown) + 0.02) if shown else None
-        losses.set(
-            title=about.title, xlabel="step", ylabel="held-out loss of whole images (nats per code)"
-        )
-        losses.legend()
-        for level, name in (
-            (100 * record["read"]["reconstructed"], "reconstructions"),
-            (10, "chance"),
-        ):
-            digits.axhline(level, color="grey", ls=":")
-            digits.text(2.45, level - 1, name, color="grey", ha="right", va="top", fontsize=9)
-        digits.set_xticks(range(3), [VARIANTS[variant][0] for variant in STYLES])
-        digits.set(xlim=(-0.5, 2.5), ylim=(0, 104), ylabel="digits right (%): seeds, mean")
+            digits.plot(offsets, right, marker, color=colour, ms=5)
+            if right:
+                digits.hlines(statistics.fmean(right), place - 0.35, place + 0.35, colour)
+        if shown:
+            losses.set_ylim(min(shown) - 0.02, max(shown) + 0.02)
+            losses.legend()
+        losses.set(title=about.title, xlabel="step", ylabel="held-out loss (nats per code)")
+        for level, name in ((record["read"]["reconstructed"], "reconstructed"), (0.1, "chance")):
+            digits.axhline(100 * level, color="grey", ls=":")
+            digits.text(2.45, 100 * level - 1, name, color="grey", ha="right", va="top")
+        digits.set_xticks(range(len(STYLES)), [VARIANTS[variant][0] for variant in STYLES])
+        digits.set(xlim=(-0.5, 2.5), ylim=(0, 104), ylabel="digits right (%): seeds and their mean")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
