@@ -25,6 +25,7 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
@@ -372,15 +373,16 @@ def run_all(experiment: Experiment, jobs: int, out: Path) -> Iterator[dict[str, 
         for part in ("sweep", "runs"):
             wanted = sweep(experiment) if part == "sweep" else compared(experiment, record["sweep"])
             files = {run: run.file(folder) for run in wanted}
-            record[part] = [json.loads(f.read_text()) for f in files.values() if f.is_file()]
-            missing = {run: None for run, file in files.items() if not file.is_file()}
-            futures = {pool.submit(run_one, experiment, r, folder): r for r in missing}
-            yield record | {"not_run": list(missing)}
-            for future in as_completed(futures):
-                record[part].append(future.result())
+            done = {run: json.loads(f.read_text()) for run, f in files.items() if f.is_file()}
+            started = {
+                pool.submit(run_one, experiment, r, folder): r for r in wanted if r not in done
+            }
+            for finished in itertools.chain([None], as_completed(started)):
+                if finished is not None:
+                    done[started[finished]] = finished.result()
+                record[part] = [done[run] for run in wanted if run in done]
                 check_alike(record["runs"])
-                del missing[futures[future]]
-                yield record | {"not_run": list(missing)}
+                yield record | {"not_run": [run for run in wanted if run not in done]}
 
 
 # The record as a table and a plot.
@@ -446,7 +448,7 @@ def table(record: dict[str, Any]) -> str:
         f"{real:.1%} of real digits and {reconstructed:.1%} of what the image tokenizer makes of "
         "them; chance is 10%. In the second task the lower half alone counts, and is drawn below "
         "the true upper half. Learning rates were chosen on the first task, with seed "
-        f"{experiment['sweep_seed']}, by the held-out loss after {experiment['sweep_steps']} steps: "
+        f"{experiment['sweep_seed']}, by the loss after {experiment['sweep_steps']} steps: "
         + ", ".join(f"{label} {rate:g}: {loss:.4f}" for label, rate, loss in tried)
         + f". {machine['device']}, torch {machine['torch']}; {minutes:.0f} core-minutes."
     )
