@@ -67,8 +67,8 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "captions": Task("the caption names the digits", 7, 3, 6, given=0.0),
-    "repeats": Task("the lower half repeats the upper half", 4, 2, 30, given=0.5),
+    "captions": Task("The caption names the digits", 7, 3, 6, given=0.0),
+    "repeats": Task("The lower half repeats the upper half", 4, 2, 30, given=0.5),
 }
 VARIANTS = {
     "dense": ("dense causal", ("model.attention=dense",)),
@@ -77,16 +77,10 @@ VARIANTS = {
 }
 NEIGHBOURS = "20 neighbours"  # the network without text and attention
 SETTINGS = (  # on top of the preset `digits`
-    "image_tokenizer.image_size=56",
-    "image_tokenizer.codebook_size=16",
-    "model.num_layers=2",
-    "model.max_positions=204",
-    "training.steps=1300",
-    "training.batch_size=6",
-    "training.precision=bfloat16",
-    "training.eval_every=100",
-    "training.eval_examples=64",
-    "training.save_every=1000000",
+    *("image_tokenizer.image_size=56", "image_tokenizer.codebook_size=16"),
+    *("model.num_layers=2", "model.max_positions=204"),
+    *("training.steps=1300", "training.batch_size=6", "training.precision=bfloat16"),
+    *("training.eval_every=100", "training.eval_examples=64", "training.save_every=1000000"),
 )
 UNNAMED = "any any any any"  # as many words as the names of four digits
 TEXT_LEN = 7  # four words and three command tokens
@@ -147,9 +141,7 @@ def resized(images: torch.Tensor, size: int) -> torch.Tensor:
     return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-@functools.cache
-def digit_reader() -> DigitReader:
-    return DigitReader()
+digit_reader = functools.cache(DigitReader)
 
 
 def digits_right(images: torch.Tensor, labels: torch.Tensor, given: float = 0.0) -> float:
@@ -309,11 +301,9 @@ def train_neighbours(experiment: Experiment, run: Run, folder: Path) -> dict[str
 
 def run_one(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
     torch.set_num_threads(1)
-    started, work = time.process_time(), train_and_draw
-    if run.model == NEIGHBOURS:
-        work = train_neighbours
-    result = run._asdict() | work(experiment, run, folder)
-    result["core_seconds"] = time.process_time() - started
+    started, neighbours = time.process_time(), run.model == NEIGHBOURS
+    result = (train_neighbours if neighbours else train_and_draw)(experiment, run, folder)
+    result |= run._asdict() | {"core_seconds": time.process_time() - started}
     _save(run.file(folder), result)
     return result
 
@@ -395,10 +385,8 @@ lies beyond the margin, else **not decided**. A difference to no pivots is **bet
 if its interval excludes zero. The 20 neighbours are a network that sees neither text nor far codes;
 it counts with the lowest held-out loss of its training, the others with their last one."""
 PAIRS = (("three_region", "dense"), ("no_pivots", "dense"), ("three_region", "no_pivots"))
-QUANTITIES = {  # key of a run: sign of an improvement, margin, unit, decimals
-    "loss": (-1, 0.005, 1, 4),
-    "digits_right": (1, 0.01, 100, 1),
-}
+QUANTITIES = {"loss": (-1, 0.005, 1, 4), "digits_right": (1, 0.01, 100, 1)}
+# sign of an improvement, margin, unit, decimals
 STYLES = {
     "dense": ("#000000", "o"),
     "three_region": ("#0072B2", "s"),
@@ -406,10 +394,9 @@ STYLES = {
 }
 
 
-def of(record: dict[str, Any], task: str, model: str, key: str) -> dict[int, Any]:
-    """A value of each seed's run."""
+def of(record: dict[str, Any], task: str, model: str) -> list[dict[str, Any]]:
     runs = [one for one in record["runs"] if (one["task"], one["model"]) == (task, model)]
-    return {one["seed"]: one[key] for one in sorted(runs, key=lambda one: one["seed"])}
+    return sorted(runs, key=lambda one: one["seed"])
 
 
 def difference(
@@ -417,24 +404,24 @@ def difference(
 ) -> tuple[float, float, str]:
     """Mean of `pair[0] - pair[1]` over the seeds of both, half its 95% interval, the verdict."""
     better, margin, *_ = QUANTITIES[key]
-    first, second = (of(record, task, variant, key) for variant in pair)
+    first, second = ({one["seed"]: one[key] for one in of(record, task, v)} for v in pair)
     values = [first[seed] - second[seed] for seed in first if seed in second]
     if len(values) < 2:
         return statistics.fmean(values or [math.nan]), math.nan, "not decided"
     mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
     half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    words, limit = (("non-inferior", "inferior"), -margin)
-    if pair[1] != "dense":
-        words, limit = (("better", "worse"), 0.0)
-    worst, best = better * mean - half, better * mean + half
-    return mean, half, words[0] if worst > limit else words[1] if best < limit else "not decided"
+    against_dense = pair[1] == "dense"
+    good, bad = ("non-inferior", "inferior") if against_dense else ("better", "worse")
+    limit = -margin if against_dense else 0.0
+    if better * mean - half > limit:
+        return mean, half, good
+    return mean, half, bad if better * mean + half < limit else "not decided"
 
 
 def table(record: dict[str, Any]) -> str:
     """What each variant reached, the differences with their verdicts, and the settings."""
     config, experiment, machine = record["config"], record["experiment"], record["machine_info"]
     image, model, training = (config[name] for name in ("image_tokenizer", "model", "training"))
-    real, reconstructed = record["read"]["real"], record["read"]["reconstructed"]
     tried = sorted((VARIANTS[o["model"]][0], o["rate"], o["loss"]) for o in record["sweep"])
     minutes = sum(one["core_seconds"] for one in record["sweep"] + record["runs"]) / 60
     notes = (
@@ -445,10 +432,11 @@ def table(record: dict[str, Any]) -> str:
         "scenes; no training scene shows their handwriting or their combinations of digits. Mean ± "
         "standard deviation over seeds. The captions of these scenes are drawn at temperature "
         f"{config['sampling']['temperature']}; a classifier reads the drawings. It reads "
-        f"{real:.1%} of real digits and {reconstructed:.1%} of what the image tokenizer makes of "
-        "them; chance is 10%. In the second task the lower half alone counts, and is drawn below "
-        "the true upper half. Learning rates were chosen on the first task, with seed "
-        f"{experiment['sweep_seed']}, by the loss after {experiment['sweep_steps']} steps: "
+        f"{record['read']['real']:.1%} of real digits, {record['read']['reconstructed']:.1%} of "
+        "what the image tokenizer makes of them; chance is 10%. In the second task the lower half "
+        "alone counts, and is drawn below the true upper half. Learning rates were chosen on the "
+        f"first task, with seed {experiment['sweep_seed']}, by the loss after "
+        f"{experiment['sweep_steps']} steps: "
         + ", ".join(f"{label} {rate:g}: {loss:.4f}" for label, rate, loss in tried)
         + f". {machine['device']}, torch {machine['torch']}; {minutes:.0f} core-minutes."
     )
@@ -458,25 +446,22 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _task_table(record: dict[str, Any], task: str) -> str:
-    title = TASKS[task].title
     lines = [
-        f"**{title[0].upper()}{title[1:]}**",
+        f"**{TASKS[task].title}**",
         "",
         "| variant | learning rate | keys a query attends to | loss | digits right | seeds |",
         "|---|" + "---:|" * 5,
     ]
     for variant, (label, _) in VARIANTS.items():
-        if rates := [*of(record, task, variant, "rate").values()]:
-            keys, causal = (
-                of(record, task, variant, k).popitem()[1] for k in ("keys", "causal_keys")
-            )
-            cells = [label, f"{rates[0]:g}", f"{keys:.1f} ({keys / causal:.0%})"]
+        if runs := of(record, task, variant):
+            rate, keys, causal = (runs[0][name] for name in ("rate", "keys", "causal_keys"))
+            cells = [label, f"{rate:g}", f"{keys:.1f} ({keys / causal:.0%})"]
             for key, (*_, unit, decimals) in QUANTITIES.items():
-                values = [unit * value for value in of(record, task, variant, key).values()]
+                values = [unit * one[key] for one in runs]
                 spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
                 cells.append(f"{statistics.fmean(values):.{decimals}f}{spread}")
-            lines.append(f"| {' | '.join(cells)} | {len(rates)} |")
-    texture = of(record, task, NEIGHBOURS, "loss").get(0, math.nan)
+            lines.append(f"| {' | '.join(cells)} | {len(runs)} |")
+    texture = statistics.fmean([one["loss"] for one in of(record, task, NEIGHBOURS)] or [math.nan])
     lines.append(f"| 20 neighbours, no text, no attention | | | {texture:.4f} | | 1 |")
     lines += ["", "| difference | loss | | digits right | |", "|---|---:|---|---:|---|"]
     for pair in PAIRS:
@@ -486,12 +471,12 @@ def _task_table(record: dict[str, Any], task: str) -> str:
             at = [f"{unit * x:+.{decimals}f}" for x in (mean, mean - half, mean + half)]
             cells += [f"{at[0]} ({at[1]} to {at[2]})", verdict]
         lines.append(f"| {' | '.join(cells)} |")
-    dense = of(record, task, "dense", "loss").values()
-    loss, curves = statistics.fmean(dense or [math.nan]), of(record, task, "dense", "curve")
-    gains = [c[len(c) * 3 // 4 - 1][1] - c[-1][1] for c in curves.values()] or [math.nan]
-    side = "below" if loss < texture else "above"
-    lines += ["", f"Dense ends {abs(loss - texture):.4f} nats {side} the 20 neighbours, "]
-    lines[-1] += f"and gained {statistics.fmean(gains):.4f} in the last quarter of its steps."
+    if dense := of(record, task, "dense"):
+        loss, curves = statistics.fmean(one["loss"] for one in dense), [o["curve"] for o in dense]
+        gain = statistics.fmean(c[len(c) * 3 // 4 - 1][1] - c[-1][1] for c in curves)
+        side = "below" if loss < texture else "above"
+        lines += ["", f"Dense ends {abs(loss - texture):.4f} nats {side} the 20 neighbours; the "]
+        lines[-1] += f"last quarter of its steps lowered its loss by {gain:.4f}."
     return "\n".join(lines)
 
 
@@ -500,20 +485,20 @@ def draw(record: dict[str, Any], path: Path) -> None:
     figure = Figure(figsize=(12, 8), layout="constrained")
     FigureCanvasAgg(figure)
     for (losses, digits), (task, about) in zip(figure.subplots(2, 2).T, TASKS.items(), strict=True):
-        shown = list(of(record, task, NEIGHBOURS, "whole_loss").values())
-        if shown:
-            losses.axhline(shown[0], color="grey", ls="--", label="20 neighbours, lowest loss")
+        shown = [one["whole_loss"] for one in of(record, task, NEIGHBOURS)]
+        for loss in shown:
+            losses.axhline(loss, color="grey", ls="--", label="20 neighbours, lowest loss")
         for place, (variant, (colour, marker)) in enumerate(STYLES.items()):
-            label: str | None = VARIANTS[variant][0]
-            for curve in of(record, task, variant, "curve").values():
-                steps, values = zip(*curve, strict=True)
+            for number, one in enumerate(runs := of(record, task, variant)):
+                steps, values = zip(*one["curve"], strict=True)
+                label = None if number else VARIANTS[variant][0]
                 losses.plot(steps, values, color=colour, lw=1, label=label)
-                label, shown = None, shown + [*values[len(values) // 4 :]]
-            right = [100 * x for x in of(record, task, variant, "digits_right").values()]
+                shown += values[len(values) // 4 :]
+            right = [100 * one["digits_right"] for one in runs]
             offsets = place + 0.1 * (np.arange(len(right)) - (len(right) - 1) / 2)
             digits.plot(offsets, right, marker, color=colour, ms=5)
-            if right:
-                digits.hlines(statistics.fmean(right), place - 0.35, place + 0.35, colour)
+            for mean in [statistics.fmean(right)] if right else []:
+                digits.hlines(mean, place - 0.35, place + 0.35, colour)
         if shown:
             losses.set_ylim(min(shown) - 0.02, max(shown) + 0.02)
             losses.legend()
