@@ -85,20 +85,20 @@ bench: build
 	$(KEEP_FREED_MEMORY) $(BIN)/pytest benchmarks/suite/bench.py -q --benchmark-enable --benchmark-only --benchmark-sort=name \
 	  --benchmark-columns=min,median,iqr,rounds --benchmark-json=results/bench.json $(if $(FILTER),-k "$(FILTER)"); status=$$?; \
 	$(if $(COMPARE),$(BIN)/pytest-benchmark compare $(COMPARE) results/bench.json --group-by=fullname --columns=min$(comma)median$(comma)iqr;) \
-	$(if $(FILTER),,$(BIN)/python -m benchmarks.report.pages;) exit $$status
+	$(if $(FILTER),,$(BIN)/python -m benchmarks.report;) exit $$status
 
 report: $(VENV)/.installed
-	$(BIN)/python -m benchmarks.report.pages
+	$(BIN)/python -m benchmarks.report
 
 # quality takes about an hour on two cores, instability less; at the same commit they go on where
 # they were stopped.
 quality: build
 	$(BIN)/python -m benchmarks.experiments.quality
-	$(BIN)/python -m benchmarks.report.pages
+	$(BIN)/python -m benchmarks.report
 
 instability: build
 	$(BIN)/python -m benchmarks.experiments.instability --jobs 2
-	$(BIN)/python -m benchmarks.report.pages
+	$(BIN)/python -m benchmarks.report
 
 # After a change of a kernel; docs/kernels.* and docs/kernel_costs.* are committed with it.
 kernel-table: build

@@ -25,6 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 MESSAGE_CHARS = 3000
 BUILD_S = 150
+START_S = 60  # of a process, beyond the time that it may then be silent
 PACKAGES = ("triton", "flash-attn-4", "flash-attn-3", "liger-kernel", "quack-kernels", "numpy")
 
 
@@ -85,8 +86,7 @@ def smi(*fields: str) -> dict[str, str]:
 
 def clocks() -> dict[str, str]:
     """Of the GPU, at this moment."""
-    fields = "clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw"
-    return smi(*fields, "temperature.gpu")
+    return smi("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
@@ -94,37 +94,33 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     import torch
 
     cpuinfo = Path("/proc/cpuinfo")
-    text = cpuinfo.read_text() if cpuinfo.exists() else ""
-    brand = re.search(r"model name\s*: (.+)", text)
-    cpu = brand.group(1) if brand else platform.processor() or platform.machine()
-    versions = {"torch": torch.__version__}
+    brand = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    versions: dict[str, str] = {"torch": str(torch.__version__)}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
     if torch.version.cuda:
         versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
-    if nvcc := re.search(r"release \S+ (\S+)", output_of("nvcc", "--version") or ""):
-        versions["nvcc"] = nvcc.group(1).rstrip(",")
+    if nvcc := re.search(r"release \S+ ([^\s,]+)", output_of("nvcc", "--version") or ""):
+        versions["nvcc"] = nvcc.group(1)
     info: dict[str, Any] = {
-        "device": cpu,
+        "device": brand.group(1) if brand else platform.processor() or platform.machine(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
-        "cpu": {"brand_raw": cpu, "arch": platform.machine(), "count": os.cpu_count()},
+        "cpus": os.cpu_count(),
         "python": platform.python_version(),
-        "torch": torch.__version__,
+        "torch": versions["torch"],
         "versions": versions,
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
+        info |= smi("driver_version", "power.limit") | {"clocks": clocks()}
         info |= {
             "device": properties.name,
             "compute_capability": [properties.major, properties.minor],
             "multiprocessors": properties.multi_processor_count,
             "l2_bytes": properties.L2_cache_size,
             "memory_bytes": properties.total_memory,
-            "driver": smi("driver_version").get("driver_version"),
-            "power_limit": smi("power.limit").get("power.limit"),
-            "clocks": clocks(),
         }
     return info
 
@@ -207,7 +203,8 @@ def run_process(
         try:
             while process.poll() is None and killed is None:
                 time.sleep(0.1)
-                written = max(begin, watch.stat().st_mtime) if watch else time.time()
+                written = watch.stat().st_mtime if watch else time.time()
+                written = written if written > begin else begin + START_S
                 if time.time() > begin + seconds:
                     killed = f"killed: out of time after {seconds:.0f} s"
                 elif time.time() > written + stall_s and watch:

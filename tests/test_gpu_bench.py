@@ -11,11 +11,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from benchmarks import machine
 from benchmarks.suite import gpu
@@ -24,87 +25,58 @@ ROOT = Path(__file__).resolve().parents[1]
 
 # A suite without torch's kernels: the runner's outcomes do not depend on what is timed.
 SUITE = """
-import dataclasses, os, time
+import os, sys, time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 from benchmarks.suite import measure
 
-measure.ceilings = lambda device: {"matmul_flops": {"float32": 1e12}, "copy_bytes_per_s": 1e12}
-measure.CPU_FLUSH_BYTES = 1 << 10
-measure.BUDGET_S = {"cpu": 0.001}
-measure.peak_bytes = lambda call, device: 5 << 20
+def quick():
+    ceilings = {"matmul_flops": {"float32": 1e12}, "copy_bytes_per_s": 1e12}
+    measure.ceilings = lambda device: ceilings
+    measure.CPU_FLUSH_BYTES = 1 << 10
+    measure.BUDGET_S = {"cpu": 0.001}
+    measure.peak_bytes = lambda call, device: 5 << 20
+
+if "--end" in sys.argv:  # in a worker
+    quick()
 
 class NotMeasured(Exception):
-    def __init__(self, reason, failed=False):
+    def __init__(self, reason, failed):
         super().__init__(reason)
         self.failed = failed
 
-def breaks():
-    raise ValueError("of no use")
+def raises(error):
+    raise error
 
-def is_wrong():
-    raise NotMeasured("wrong: relative error 0.01", failed=True)
-
-def has_no_kernel():
-    raise NotMeasured("it has no kernel for CPU")
-
-@dataclasses.dataclass(frozen=True)
-class Method:
-    name: str
-    compiles: bool
-    graph: bool = False
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    op: str = "attention"
-    name: str = "tiny"
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    work: str
-    name: str
-    call: Any
-    stage: str
-    role: str = ""
-    seconds = 0.5
-    case = Case()
-
-    @property
-    def method(self):
-        return Method(self.name, self.name == "SDPA")
-
-    @property
-    def id(self):
-        return f"attention / tiny / {self.work} / {self.name}"
-
-    @property
-    def group(self):
-        return f"attention / tiny / {self.work}"
-
-    def info(self):
-        computes = "dense causal" if self.role == "dense" else "three-region"
-        case = dict(dtype="float32", seqlen=8, key_window_times=1, batch=1)
-        return dict(op="attention", work=self.work, case=case, case_name="tiny", sweeps=["fixed"],
-                    stage=self.stage, method=self.name, role=self.role, computes=computes,
-                    flops=1000, bytes=1000, attended_fraction=0.5)
+def hangs():
+    Path(__file__).with_name("mended").exists() or time.sleep(60)
 
 METHODS = (
     ("cogview_kernels", lambda: time.sleep(1e-3), "ours", "ours"),
     ("SDPA", lambda: time.sleep(2e-3), "rival and dense", "dense"),
     ("Flex", lambda: time.sleep(3e-3), "rival and dense", "rival"),
-    ("elsewhere", has_no_kernel, "rest"),
-    ("wrong", is_wrong, "rest"),
-    ("breaks", breaks, "rest"),
-    ("dies", os.abort, "rest"),
-    ("hangs", lambda: Path(__file__).with_name("mended").exists() or time.sleep(60), "rest"),
-    ("last", lambda: 0, "rest"),
+    ("elsewhere", lambda: raises(NotMeasured("it has no kernel for CPU", False)), "rest", ""),
+    ("wrong", lambda: raises(NotMeasured("wrong: relative error 0.01", True)), "rest", ""),
+    ("breaks", lambda: raises(ValueError("of no use")), "rest", ""),
+    ("dies", os.abort, "rest", ""),
+    ("hangs", hangs, "rest", ""),
+    ("last", lambda: 0, "rest", ""),
 )
+SHAPE = dict(dtype="float32", batch=1, seqlen=8, key_window_times=1)
+
+def entry(work, name, call, stage, role):
+    group = f"attention / tiny / {work}"
+    computes = "dense causal" if role == "dense" else "three-region"
+    info = dict(op="attention", work=work, case=SHAPE, case_name="tiny", sweeps=["fixed"],
+                method=name, role=role, graph=False, computes=computes, flops=1000, bytes=1000)
+    method = SimpleNamespace(name=name, compiles=name == "SDPA", graph=False)
+    return SimpleNamespace(id=f"{group} / {name}", group=group, method=method, stage=stage,
+                           case=SimpleNamespace(op="attention", name="tiny"), seconds=0.5,
+                           call=call, info=lambda: info)
 
 def entries(device_type):
-    works = "forward", "backward"
-    entries = [Entry(work, *rest) for rest in METHODS for work in works]
-    return [entry for entry in entries if entry.id != "attention / tiny / backward / dies"]
+    found = [entry(work, *rest) for rest in METHODS for work in ("forward", "backward")]
+    return [entry for entry in found if entry.id != "attention / tiny / backward / dies"]
 
 def ready(entry, device):
     entry.call()
@@ -113,84 +85,79 @@ def ready(entry, device):
 
 
 @pytest.fixture
-def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with the suite, the results and $OUT, for this process and its workers."""
     (tmp_path / "tiny_suite.py").write_text(SUITE)
-    for name, value in (
-        ("OUT", str(tmp_path / "out")),
-        ("PYTHONPATH", str(tmp_path)),
-        ("OMP_NUM_THREADS", "1"),
-        ("COMMIT", "1234567"),
-    ):
+    out = str(tmp_path / "out")
+    for name, value in {"OUT": out, "PYTHONPATH": str(tmp_path), "COMMIT": "1234567"}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.syspath_prepend(str(tmp_path))
     monkeypatch.setattr(machine, "output_of", lambda *command: None)  # as without git
     monkeypatch.setattr(machine, "RESULTS", tmp_path / "results")
     monkeypatch.setattr(gpu, "LOG", tmp_path / "gpu-bench.log")
-    monkeypatch.setattr(gpu, "ENTRY_S", 5)
-    return tmp_path
+    monkeypatch.setattr(gpu, "ENTRY_S", 6)
+    before = signal.getsignal(signal.SIGTERM)
+    yield tmp_path
+    signal.signal(signal.SIGTERM, before)
 
 
 def bench(*words: str) -> int:
     return gpu.main("--device", "cpu", "--suite", "tiny_suite", *words)
 
 
-def record_of(here: Path) -> dict[str, Any]:
+def path_of(here: Path) -> Path:
     (path,) = here.glob("results/*.json")
-    return json.loads(path.read_text())
+    return path
+
+
+def methods(rows: Iterable[Any]) -> list[str]:
+    """Without the work, of rows or names."""
+    return [(row if isinstance(row, str) else row["name"]).split(" / ")[-1] for row in rows]
 
 
 def test_outcomes(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert bench() == 1
-    printed = capsys.readouterr().out
-    record = record_of(here)
-    (path,) = here.glob("results/*.json")
+    lines = capsys.readouterr().out.splitlines()
+    path = path_of(here)
+    record = json.loads(path.read_text())
     assert path.name.startswith("suite-") and path.name.endswith("-1234567.json")
     assert record == json.loads((here / "out" / path.name).read_text())
     assert "forward / last" in (here / "out" / "gpu-bench.log").read_text()
     assert record["commit_info"]["dirty"] is None and "running" not in record
 
     rows = {row["name"].split(" / ", 2)[2]: row for row in record["rows"]}
-    methods = ("cogview_kernels", "SDPA", "Flex", "last")
     assert list(rows) == [
-        f"{work} / {name}" for name in methods for work in ("forward", "backward")
+        f"{work} / {name}"
+        for name in ("cogview_kernels", "SDPA", "Flex", "last")
+        for work in ("forward", "backward")
     ]
-    sdpa = rows["forward / SDPA"]
+    ours, sdpa = rows["forward / cogview_kernels"], rows["forward / SDPA"]
     assert set(sdpa["seconds"]) == {"minimum", "median", "iqr", "rounds"}
     assert 2e-3 <= sdpa["seconds"]["minimum"] <= sdpa["seconds"]["median"] < 1
     assert sdpa["extra_bytes"] == 5 << 20 and sdpa["graph"] is False
-
-    reasons = {(row["method"], row["reason"], row["failed"]) for row in record["not_measured"]}
-    assert reasons == {
+    assert {(row["method"], row["reason"], row["failed"]) for row in record["not_measured"]} == {
         ("elsewhere", "it has no kernel for CPU", False),
         ("wrong", "wrong: relative error 0.01", True),
         ("breaks", "ValueError: of no use", True),
         ("dies", "died with signal 6", True),
-        ("hangs", "killed: no word for 5 s", True),  # both kinds of work at the price of one
+        ("hangs", "killed: no word for 6 s", True),  # both kinds of work at the price of one
     }
-    assert len(record["not_measured"]) == 9 and record["not_reached"] == []
     assert [row["after_stage"] for row in record["drift"]] == ["ours", "rival and dense", "rest"]
-    assert (
-        record["drift"][0]["first_median"] == rows["forward / cogview_kernels"]["seconds"]["median"]
-    )
+    assert record["drift"][0]["first_median"] == ours["seconds"]["median"]
     (control,) = record["controls"]
     assert control["name"].startswith("A/A: attention / tiny") and control["difference"] >= 0
 
-    lines = printed.splitlines()
+    assert lines[-1] == f"record: {path}"
     assert lines[-2] == "8 measured, 2 cannot run here, 7 failed, 0 not reached"
-    assert (
-        lines[-1] == f"record: {path}" and "failed: attention / tiny / forward / wrong" in printed
-    )
-    ours = rows["forward / cogview_kernels"]["seconds"]["median"]
-    (line,) = [line for line in lines if line.startswith("forward ")]
-    assert line.split()[1] == f"{ours * 1e6:.1f}" and line.split()[5] == "5.0"  # MiB
+    (line,) = [line for line in lines if " | forward | " in line]
     for name in ("SDPA", "Flex"):
-        assert f"{rows[f'forward / {name}']['seconds']['median'] / ours:.2f}x" in line
-    assert len(line) < 160
+        factor = rows[f"forward / {name}"]["seconds"]["median"] / ours["seconds"]["median"]
+        assert f"{factor:.2f}x ({name})" in line
+    assert any("A/A" in line and 'ours again after "rest"' in line for line in lines)
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    end = time.time() + 30
+    end = time.time() + 60
     while not condition():
         assert time.time() < end
         time.sleep(0.05)
@@ -218,36 +185,32 @@ def test_a_terminated_run_prints_its_table_and_resumes(
         wait_for(lambda: hangs(here))
         os.kill(os.getpid(), signal.SIGTERM)
 
-    before = signal.getsignal(signal.SIGTERM)
     threading.Thread(target=terminate).start()
     assert bench() == 1
-    signal.signal(signal.SIGTERM, before)
     printed = capsys.readouterr().out
     assert "stopped: the process was told to end" in printed and "4 not reached" in printed
     assert not a_worker_lives(here)
-    first = record_of(here)
-    assert [name.split(" / ")[-1] for name in first["not_reached"]] == ["hangs"] * 2 + ["last"] * 2
+    first = json.loads(path_of(here).read_text())
+    assert methods(first["not_reached"]) == ["hangs"] * 2 + ["last"] * 2
 
     (here / "mended").touch()
-    (path,) = here.glob("results/*.json")
-    assert bench("--resume", str(path)) == 1
-    signal.signal(signal.SIGTERM, before)
-    second = record_of(here)
+    assert bench("--resume", str(path_of(here))) == 1
+    second = json.loads(path_of(here).read_text())
     assert second["rows"][:6] == first["rows"] and second["controls"] == first["controls"]
-    assert [row["method"] for row in second["rows"][6:]] == ["hangs"] * 2 + ["last"] * 2
-    tried_again = [row["method"] for row in second["not_measured"] if row["failed"]]
+    assert methods(second["rows"][6:]) == ["hangs"] * 2 + ["last"] * 2
+    tried_again = methods(row for row in second["not_measured"] if row["failed"])
     assert tried_again == ["wrong"] * 2 + ["breaks"] * 2 + ["dies"]
+    log = (here / "gpu-bench.log").read_text()
+    assert log.index("/ backward / last") < log.index("/ forward / wrong")  # last
 
 
 @pytest.mark.slow
 def test_a_hanging_worker_does_not_outlive_a_killed_run(here: Path) -> None:
     program = f"""
-import sys
 from pathlib import Path
 from benchmarks import machine
 from benchmarks.suite import gpu
-here = Path({str(here)!r})
-machine.RESULTS, gpu.LOG = here / "results", here / "log"
+machine.RESULTS, gpu.LOG = Path({str(here)!r}, "results"), Path({str(here)!r}, "log")
 gpu.main("--device", "cpu", "--suite", "tiny_suite")
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}"}
@@ -262,60 +225,53 @@ gpu.main("--device", "cpu", "--suite", "tiny_suite")
 def test_what_the_window_s_end_cuts_off_has_not_failed(
     here: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def cut_off(
-        command: list[str], seconds: float, log: Path, path: Path, *_: Any, **__: Any
-    ) -> Any:
-        record = json.loads(path.read_text())
-        record["ceilings"] = {"matmul_flops": {}, "copy_bytes_per_s": 1}
-        record["running"] = {"name": "attention / tiny / forward / SDPA"}
-        path.write_text(json.dumps(record))
+    def cut_off(command: Any, seconds: float, log: Path, path: Path, *_: Any, **__: Any) -> Any:
+        running = {"running": {"name": "attention / tiny / forward / SDPA"}}
+        rates = {"ceilings": {"matmul_flops": {}, "copy_bytes_per_s": 1}}
+        path.write_text(json.dumps(json.loads(path.read_text()) | running | rates))
         return -9, "killed: out of time"
 
     monkeypatch.setattr(machine, "run_process", cut_off)
     assert bench("--budget", "1") == 1
-    record = record_of(here)
+    record = json.loads(path_of(here).read_text())
     assert record["not_measured"] == [] and len(record["not_reached"]) == 17
 
 
 def test_a_record_of_something_else_is_not_resumed(
     here: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = here / "record.json"
-    commit = {"id": "7654321", "dirty": None}
+    path, commit = here / "record.json", {"id": "7654321", "dirty": None}
     known = {"commit_info": commit, "machine_info": {"device": "another"}, "only": ""}
     path.write_text(json.dumps(known))
-    for reason in ("of another commit, 7654321", "of another device, another"):
+    for reason in ("device another", "id 7654321"):
+        monkeypatch.setenv("COMMIT", "7654321" if "device" in reason else "1234567")
+        known["machine_info"]["device"] = machine.machine_info(torch.device("cpu"))["device"]
         assert bench("--resume", str(path)) == 2
-        assert reason in capsys.readouterr().out
-        monkeypatch.setenv("COMMIT", "7654321")
+        assert f"the record is of another machine or commit: {reason}" in capsys.readouterr().out
+        path.write_text(json.dumps(known))
     monkeypatch.delenv("COMMIT")
     assert bench() == 2 and "neither git nor $COMMIT" in capsys.readouterr().out
 
 
 def test_dry_run_on_a_bare_machine(here: Path) -> None:
     """Order, estimated seconds and their sum, without the packages that only tests need."""
-    blocked = (
-        "pytest pytest_benchmark hypothesis matplotlib omegaconf sentencepiece PIL sklearn tqdm"
-    )
+    blocked = "pytest pytest_benchmark hypothesis matplotlib omegaconf PIL sklearn tqdm".split()
     program = f"""
 import sys
-sys.modules.update(dict.fromkeys({blocked.split()}))  # cannot be imported
+sys.modules.update(dict.fromkeys({blocked}))  # cannot be imported
 from benchmarks.suite import gpu
-sys.exit(gpu.main("--dry-run", *sys.argv[1:]))
+for suite in ("tiny_suite", "benchmarks.suite.entries"):
+    assert gpu.main("--dry-run", "--suite", suite) == 0
 """
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{here}"}
-    for words, status in ((["--suite", "tiny_suite"], 0), ([], None)):
-        done = subprocess.run(
-            [sys.executable, "-c", program, *words], capture_output=True, text=True, env=environment
-        )
-        assert done.returncode == status or status is None, done.stderr
-        lines = done.stdout.splitlines()
-        assert lines[-1].endswith(f" of {gpu.WINDOW_S} s"), done.stderr
-        if status == 0:
-            assert lines[-1] == "17 entries, 1 compilations, 138 s of 540 s"
-            assert lines[1].split() == ["120", "s", "0.5", "s", *lines[1].split()[4:]]
-            assert lines[-4:-1] == [
-                "ours: 2 entries, 1 s",
-                "rival and dense: 4 entries, 2 s",
-                "rest: 11 entries, 6 s",
-            ]
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
+    lines = done.stdout.splitlines()
+    assert done.returncode == 0, [*lines[-1:], done.stderr]
+    assert lines[1].split(maxsplit=4)[:4] == ["120", "s", "0.5", "s"]
+    assert lines[18:22] == [
+        "ours: 2 entries, 1 s",
+        "rival and dense: 4 entries, 2 s",
+        "rest: 11 entries, 6 s",
+        "17 entries, 1 compilations, 138 s of 540 s",
+    ]

@@ -217,11 +217,13 @@ def allowed_roundings(
         roundings = dict(zip(names, terms, strict=True))
         roundings["y"] += abs(tensors.get("bias", tensors["x"].new_zeros(()))).double()
         return roundings
+    kept_scale = 1 / (1 - problem.dropout / 65536 or 1.0)
     f = tensors["f"].double()
     if problem.dropout:
-        f = torch.where(problem.dropped(), 0.0, f / (1 - problem.dropout / 65536 or 1.0))
+        f = torch.where(problem.dropped(), 0.0, f * kept_scale)
     terms = terms_of_norm(f, tensors.get("post_weight"), coming["h"], eps, relax)
     roundings = dict(zip(("h", "df", "dpost_weight", "dpost_bias"), terms, strict=True))
+    roundings["df"] = roundings["df"] * kept_scale
     roundings["h"] += tensors["residual"].double().abs()
     roundings["h"] += abs(tensors.get("post_bias", f.new_zeros(()))).double()
     roundings["dresidual"] = coming["h"].double().abs()
@@ -236,7 +238,7 @@ def allowed_roundings(
         weight = tensors.get("post_weight", f.new_ones(f.shape[1])).double().abs()
         xhat, rstd, condition, _ = parts(f, None, eps, relax)
         largest = (of_dresidual * weight).amax(-1, keepdim=True)
-        roundings["df"] = roundings["df"] + rstd * largest * (1 + xhat.abs())
+        roundings["df"] = roundings["df"] + kept_scale * rstd * largest * (1 + xhat.abs())
         roundings["dpost_bias"] = roundings["dpost_bias"] + of_dresidual.sum(0)
         of_columns = (of_dresidual * xhat.abs()).sum(0)
         roundings["dpost_weight"] = roundings["dpost_weight"] + of_columns

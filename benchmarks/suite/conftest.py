@@ -24,14 +24,12 @@ def not_measured() -> list[dict[str, Any]]:
 
 
 def add_control() -> None:
-    """The first entry, timed as if it were two methods."""
+    """The first entry timed as if it were two methods, at the start and once more at the end."""
     entry = suite.entries("cpu")[0]
     _controls.append(measure.a_a_control(entry.id, suite.ready(entry, CPU).call, CPU))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def control_at_the_start() -> None:
-    add_control()
+control_at_the_start = pytest.fixture(scope="session", autouse=True)(add_control)
 
 
 def why_refused(controls: list[dict[str, Any]]) -> str | None:
@@ -41,13 +39,13 @@ def why_refused(controls: list[dict[str, Any]]) -> str | None:
     # page faults of new ones depends on the calls before it.
     if "mmap_max=0" not in os.environ.get("GLIBC_TUNABLES", ""):
         return "the allocator does not keep freed memory (`make bench` sets GLIBC_TUNABLES)"
-    apart = max(row["difference"] for row in controls)
-    if apart > ALLOWED:
-        return f"the same call, timed as two methods, differs by {apart:.0%}"
     minima = [row["minimum"] for row in controls]
-    drift = max(minima) / min(minima) - 1
-    if drift > ALLOWED:
-        return f"the same call, timed at the start and at the end, differs by {drift:.0%}"
+    for how, difference in (
+        ("as two methods", max(row["difference"] for row in controls)),
+        ("at the start and at the end", max(minima) / min(minima) - 1),
+    ):
+        if difference > ALLOWED:
+            return f"the same call, timed {how}, differs by {difference:.0%}"
     return None
 
 
@@ -70,14 +68,12 @@ def pytest_benchmark_update_json(
         row["params"] = None  # an Entry, which JSON does not know; its name says the same
     add_control()
     first, last = _controls
-    drift = {"after_stage": "all", "name": first["name"], "median": last["median"]}
+    name = first["name"].removeprefix("A/A: ")
+    drift = {"after_stage": "all", "name": name, "median": last["median"]}
     output_json["controls"], output_json["not_measured"] = _controls, _not_measured
     output_json["drift"] = [{**drift, "first_median": first["median"]}]
     output_json["ceilings"] = measure.ceilings(CPU)
-    if host_time.why_not(CPU) is None:
-        times = host_time.host_times(CPU)
-        output_json["host_time"] = [row._asdict() for row in times]
-        print(f"\n{host_time.table(times)}")
+    output_json["host_time"] = host_time.rows(CPU)
     if len(benchmarks) + len(_not_measured) < len(suite.entries("cpu")):
         return
     if reason := why_refused(_controls):

@@ -24,7 +24,7 @@ from benchmarks.suite.measure import synchronize
 from cogview_kernels import extension
 
 CALLS, ROUNDS = 20, 60
-HIDDEN = 64
+BACKENDS = {"cpu": "host_model", "cuda": "cuda"}
 
 
 class HostTime(NamedTuple):
@@ -34,18 +34,10 @@ class HostTime(NamedTuple):
     ours: float
     torchs: float
 
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.torchs
-
-
-def backend_of(device: torch.device) -> str:
-    return "host_model" if device.type == "cpu" else "cuda"
-
 
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be timed here."""
-    return extension.why_no_kernel_on(device, backend_of(device))
+    return extension.why_no_kernel_on(device, BACKENDS[device.type])
 
 
 def host_times(device: torch.device, rounds: int = ROUNDS) -> list[HostTime]:
@@ -69,32 +61,31 @@ def host_times(device: torch.device, rounds: int = ROUNDS) -> list[HostTime]:
 @contextlib.contextmanager
 def no_launches(device: torch.device) -> Iterator[None]:
     """On the CPU one thread, and operators of the host model that launch nothing."""
-    if device.type == "cuda":
-        yield
-        return
-    host_model = importlib.import_module("cogview_kernels._host_model")
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    host_model.set_launches(False)
+    model = None
+    if device.type == "cpu":
+        model = importlib.import_module("cogview_kernels._host_model")
+        torch.set_num_threads(1)
+        model.set_launches(False)
     try:
         yield
     finally:
-        host_model.set_launches(True)
         torch.set_num_threads(num_threads)
+        if model is not None:
+            model.set_launches(True)
 
 
 def pairs(device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
     """Our call and torch's, without gradients and with the backward."""
-    backend = backend_of(device)
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).bfloat16().requires_grad_()
 
-    q, k, v = qkv = [random(1, 2, 4, 32) for _ in range(3)]
+    backend = BACKENDS[device.type]
+    q, k, v = (random(1, 2, 4, 32) for _ in range(3))
     pivots = ck.sample_pivots(1, 4, 2, device=device)
     layout = ck.ThreeRegionLayout(1, pivots)
-    x, residual = rows = [random(1, 4, HIDDEN) for _ in range(2)]
-    weight, bias, pre_weight, pre_bias = parameters = [random(HIDDEN) for _ in range(4)]
+    x, residual, (a, b, c, d) = random(1, 4, 64), random(1, 4, 64), (random(64) for _ in range(4))
 
     def attention(layout: ck.ThreeRegionLayout) -> Tensor:
         return ck.three_region_attention(q, k, v, layout, backend=backend)
@@ -103,40 +94,42 @@ def pairs(device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Callab
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
     def norm() -> Tensor:
-        return ck.pb_relax_layer_norm(x, weight, bias, backend=backend)
+        return ck.pb_relax_layer_norm(x, a, b, backend=backend)
 
-    def layer_norm() -> Tensor:
-        return F.layer_norm(x, (HIDDEN,), weight, bias)
+    def sandwich() -> tuple[Tensor, Tensor]:
+        return ck.sandwich_residual(x, residual, a, b, c, d, backend=backend)
 
-    def sandwich() -> Any:
-        return ck.sandwich_residual(x, residual, *parameters, backend=backend)
+    def two_norms() -> tuple[Tensor, Tensor]:
+        h = residual + F.layer_norm(x, (64,), a, b)
+        return h, F.layer_norm(h, (64,), c, d)
 
-    def two_layer_norms() -> tuple[Tensor, Tensor]:
-        h = residual + F.layer_norm(x, (HIDDEN,), weight, bias)
-        return h, F.layer_norm(h, (HIDDEN,), pre_weight, pre_bias)
-
-    def fresh() -> Tensor:
-        return attention(ck.ThreeRegionLayout(1, pivots))
-
-    def grad(call: Callable[[], Any], inputs: list[Tensor], douts: Any) -> Callable[[], Any]:
+    def with_backward(call: Callable[[], Any], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+        outs = call()
+        douts = [torch.ones_like(out) for out in (outs if isinstance(outs, tuple) else (outs,))]
         return lambda: torch.autograd.grad(call(), inputs, douts)
 
-    dout, dy = torch.ones_like(q), torch.ones_like(x)
-    for name, ours, torchs, inputs, douts in (
-        ("attention", lambda: attention(layout), sdpa, qkv, dout),
-        ("attention, a layout for each call", fresh, sdpa, qkv, dout),
-        ("norm", norm, layer_norm, [x, weight, bias], dy),
-        ("sandwich", sandwich, two_layer_norms, [*rows, *parameters], (dy, dy)),
-    ):
+    qkv, every_call = (q, k, v), "attention, a layout for each call"
+    calls: tuple[tuple[str, Callable[[], Any], Callable[[], Any], tuple[Tensor, ...]], ...] = (
+        ("attention", lambda: attention(layout), sdpa, qkv),
+        (every_call, lambda: attention(ck.ThreeRegionLayout(1, pivots)), sdpa, qkv),
+        ("norm", norm, lambda: F.layer_norm(x, (64,), a, b), (x, a, b)),
+        ("sandwich", sandwich, two_norms, (x, residual, a, b, c, d)),
+    )
+    for name, ours, torchs, inputs in calls:
         yield f"{name}, forward", torch.no_grad()(ours), torch.no_grad()(torchs)
-        grads = grad(ours, inputs, douts), grad(torchs, inputs, douts)
-        yield f"{name}, forward+backward", *grads
+        both = with_backward(ours, inputs), with_backward(torchs, inputs)
+        yield f"{name}, forward+backward", *both
+
+
+def rows(device: torch.device) -> list[dict[str, Any]]:
+    """For a record; empty where nothing can be timed."""
+    return [] if why_not(device) else [row._asdict() for row in host_times(device)]
 
 
 def table(times: list[HostTime]) -> str:
     lines = ["us on the host for one eager call", f"{'':50}{'ours':>8}{'torch':>8}{'ratio':>8}"]
-    for row in times:
-        lines.append(f"{row.name:50}{row.ours * 1e6:8.1f}{row.torchs * 1e6:8.1f}{row.ratio:8.2f}")
+    for name, ours, torchs in times:
+        lines.append(f"{name:50}{ours * 1e6:8.1f}{torchs * 1e6:8.1f}{ours / torchs:8.2f}")
     return "\n".join(lines)
 
 

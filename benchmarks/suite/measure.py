@@ -54,9 +54,10 @@ class Clock:
     """Times single calls with flushed caches."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, cuda = device, device.type == "cuda"
-        l2 = torch.cuda.get_device_properties(device).L2_cache_size if cuda else 0
-        size = max(4 * l2, 256 << 20) if cuda else CPU_FLUSH_BYTES
+        self.device, self.on_gpu = device, device.type == "cuda"
+        size = CPU_FLUSH_BYTES
+        if self.on_gpu:
+            size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 256 << 20)
         self.written, self.read = (torch.zeros(size // 4, device=device) for _ in range(2))
         self.sum = torch.zeros((), device=device)
         self.flush_seconds = min(elapsed(self.flush, device) for _ in range(3))
@@ -68,17 +69,16 @@ class Clock:
 
     def host_seconds(self, call: Call) -> float:
         """What the host needs to launch a call, while the device has nothing else to do."""
-
-        def launch() -> float:
-            synchronize(self.device)
+        seconds = []
+        for _ in range(5 if self.on_gpu else 0):
+            torch.cuda.synchronize(self.device)
             begin = time.perf_counter()
             call()
-            return time.perf_counter() - begin
-
-        return statistics.median(launch() for _ in range(5))
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds or [0.0])
 
     def seconds(self, call: Call, host_seconds: float) -> float:
-        if self.device.type == "cpu":
+        if not self.on_gpu:
             self.flush()
             begin = time.perf_counter()
             call()
@@ -92,9 +92,7 @@ class Clock:
         return first.elapsed_time(last) * 1e-3
 
 
-@functools.cache
-def clock_of(device: torch.device) -> Clock:
-    return Clock(device)
+clock_of = functools.cache(Clock)
 
 
 def measure(call: Call, device: torch.device, budget_s: float) -> Measurement:
@@ -112,14 +110,14 @@ def measure_interleaved(
     extra = [peak_bytes(call, device) for call in calls]
     estimate = sum(elapsed(call, device) + clock.flush_seconds for call in calls)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s * len(calls) / estimate)))
-    hosts = [clock.host_seconds(call) if device.type == "cuda" else 0.0 for call in calls]
+    hosts = [clock.host_seconds(call) for call in calls]
     seconds: list[list[float]] = [[] for _ in calls]
     for first in range(rounds):
         for index in range(len(calls)):
             at = (first + index) % len(calls)  # no call is always behind the same other
             seconds[at].append(clock.seconds(calls[at], hosts[at]))
-    host_seconds = [host if device.type == "cuda" else None for host in hosts]
-    return [Measurement(*parts) for parts in zip(seconds, host_seconds, extra, strict=True)]
+    rows = zip(seconds, (host or None for host in hosts), extra, strict=True)
+    return [Measurement(*row) for row in rows]
 
 
 def captured(make: Callable[[], Call]) -> Call:
@@ -171,17 +169,15 @@ def ceilings(device: torch.device) -> dict[str, Any]:
     def rate(work: float, call: Call) -> float:
         return work / statistics.median(measure(call, device, 0.2).seconds)
 
-    rates: dict[str, Any] = {"matmul_flops": {}}
-    for dtype in (torch.bfloat16, torch.float16, torch.float32)[:: 1 if cuda else 2]:
-        size = 8192 if cuda and dtype != torch.float32 else 2048
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        name = str(dtype).removeprefix("torch.")
-        rates["matmul_flops"][name] = rate(2 * size**3, functools.partial(torch.mm, a, b))
+    matmul = {}
+    for name in ("bfloat16", "float16", "float32")[:: 1 if cuda else 2]:
+        size = 8192 if cuda and name != "float32" else 2048
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
+        matmul[name] = rate(2 * size**3, functools.partial(torch.mm, a, b))
     source = torch.randn((1 << 30 if cuda else 1 << 27) // 4, device=device)
-    target = torch.empty_like(source)
-    copy = functools.partial(target.copy_, source)
-    rates["copy_bytes_per_s"] = rate(2 * source.nbytes, copy)
-    return rates | ({"clocks": clocks_under_load(device)} if cuda else {})
+    copy = rate(2 * source.nbytes, functools.partial(torch.empty_like(source).copy_, source))
+    found = {"matmul_flops": matmul, "copy_bytes_per_s": copy}
+    return found | ({"clocks": clocks_under_load(device)} if cuda else {})
 
 
 def clocks_under_load(device: torch.device) -> dict[str, str]:
@@ -193,11 +189,15 @@ def clocks_under_load(device: torch.device) -> dict[str, str]:
 
 def empty_kernels(device: torch.device) -> list[dict[str, Any]]:
     """What a kernel that does nothing takes on this clock; every time contains about as much."""
-    empty = functools.partial(torch.cuda._sleep, 0)
-    calls = {"empty kernel": empty, "empty kernel, graph replay": captured(lambda: empty)}
-    return [
-        {"name": name, **spread(measure(call, device, 0.1).seconds)} for name, call in calls.items()
-    ]
+
+    def empty() -> None:
+        torch.cuda._sleep(0)
+
+    def control(name: str, call: Call) -> dict[str, Any]:
+        return {"name": name, **spread(measure(call, device, 0.1).seconds)}
+
+    replay = captured(lambda: empty)
+    return [control("empty kernel", empty), control("empty kernel, graph replay", replay)]
 
 
 def a_a_control(name: str, call: Call, device: torch.device) -> dict[str, Any]:
