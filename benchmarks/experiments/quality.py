@@ -6,16 +6,12 @@ Two tasks on scenes of four handwritten digits:
     repeats     the lower half is a copy of the upper half; the caption names no digit, and no
                 window reaches from a digit back to the one that it repeats
 
-Three variants, which start from the same weights of a seed and read the same batches:
-
-    dense           every earlier position
-    three_region    text, pivots and window: about a quarter of the keys
-    no_pivots       text and window
+Three variants, which start from the same weights of a seed and read the same batches: dense;
+three_region (text, pivots and window: about a quarter of the keys); no_pivots (text and window).
 
 First, runs with a seed of their own choose the learning rates of dense and of three-region (no
 pivots takes the latter's) by the held-out loss of the first task. Then each seed trains all
 variants on both tasks. A network that sees 20 neighbouring codes shows what texture alone allows.
-
 A finished run is kept as a file in `--out`: the same command goes on where it was stopped.
 """
 
