@@ -168,8 +168,9 @@ def made_up(dense: list[float], three_region: list[float]) -> dict[str, Any]:
     one |= {"keys": 51.0, "causal_keys": 102.0, "curve": [(1, 2.0), (2, 1.5), (3, 1.2), (4, 1.1)]}
     for variant, values in (("dense", dense), ("three_region", three_region)):
         for seed, x in enumerate(values):
-            run = one | Run("captions", variant, seed, 2e-3)._asdict()
-            runs.append(run | {"digits_right": x, "loss": -x})
+            for task in TASKS:
+                run = one | Run(task, variant, seed, 2e-3)._asdict()
+                runs.append(run | {"digits_right": x, "loss": -x})
     return {"runs": runs}
 
 
@@ -185,7 +186,7 @@ def made_up(dense: list[float], three_region: list[float]) -> dict[str, Any]:
 )
 def test_verdicts(three_region: list[float], verdict: str) -> None:
     found, pair = made_up([0.50, 0.50, 0.50, 0.9], three_region), ("three_region", "dense")
-    mean, half, word = quality.difference(found, "captions", pair, "digits_right")
+    mean, half, word = quality.difference(found, "captions", pair, "digits right")
     assert mean == pytest.approx(np.mean(three_region) - 0.5) and word == verdict
     if len(three_region) > 1:  # Student's t for two degrees of freedom
         error = np.std(three_region, ddof=1) / math.sqrt(3)
@@ -196,8 +197,10 @@ def test_verdicts(three_region: list[float], verdict: str) -> None:
 def test_table_and_plot(record: dict[str, Any], tmp_path: Path) -> None:
     shown = record | made_up([0.8, 0.9, 0.7], [0.9, 0.9, 0.9])
     text = quality.table(shown)
-    assert "| dense causal | 0.002 | 51.0 (50%) | -0.8000 ± 0.1000 | 80.0 ± 10.0 | 3 |" in text
-    assert "| -0.1000 (-0.3484 to +0.1484) | not decided | +10.0 (-14.8 to +34.8) |" in text
+    assert "| dense causal | 3 | 0.002 | 51.0 (50%) | -0.8000 ± 0.1000 | 80.0 ± 10.0 |" in text
+    assert (
+        "-0.1000 (-0.3484 to +0.1484), not decided | +10.0 (-14.8 to +34.8), not decided |" in text
+    )
     assert "Dense ends 1.8000 nats below the 20 neighbours; the last quarter" in text
     for number, content in enumerate((record, shown)):
         quality.draw(content, tmp_path / f"{number}.png")

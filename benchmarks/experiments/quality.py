@@ -41,6 +41,7 @@ from matplotlib.figure import Figure
 from scipy import stats  # type: ignore[import-untyped]
 
 from benchmarks.machine import RESULTS, commit_info, machine_info, now, record_name, save_record
+from benchmarks.report.tables import table as markdown
 from cogview.config import Config, ModelConfig, RunFolder, load_config
 from cogview.digits import CANVAS_SIZE, compose_scenes, is_held_out, make_scenes
 from cogview.evaluate import DigitReader
@@ -381,8 +382,10 @@ lies beyond the margin, else **not decided**. A difference to no pivots is **bet
 if its interval excludes zero. The 20 neighbours are a network that sees neither text nor far codes;
 it counts with the lowest held-out loss of its training, the others with their last one."""
 PAIRS = (("three_region", "dense"), ("no_pivots", "dense"), ("three_region", "no_pivots"))
-QUANTITIES = {"loss": (-1, 0.005, 1, 4), "digits_right": (1, 0.01, 100, 1)}
-# sign of an improvement, margin, unit, decimals
+QUANTITIES = {  # key of a run, sign of an improvement, margin, unit, decimals
+    "loss": ("loss", -1, 0.005, 1, 4),
+    "digits right": ("digits_right", 1, 0.01, 100, 1),
+}
 STYLES = {
     "dense": ("#000000", "o"),
     "three_region": ("#0072B2", "s"),
@@ -396,10 +399,10 @@ def of(record: dict[str, Any], task: str, model: str) -> list[dict[str, Any]]:
 
 
 def difference(
-    record: dict[str, Any], task: str, pair: tuple[str, str], key: str
+    record: dict[str, Any], task: str, pair: tuple[str, str], quantity: str
 ) -> tuple[float, float, str]:
     """Mean of `pair[0] - pair[1]` over the seeds of both, half its 95% interval, the verdict."""
-    better, margin, *_ = QUANTITIES[key]
+    key, better, margin, *_ = QUANTITIES[quantity]
     first, second = ({one["seed"]: one[key] for one in of(record, task, v)} for v in pair)
     values = [first[seed] - second[seed] for seed in first if seed in second]
     if len(values) < 2:
@@ -442,38 +445,38 @@ def table(record: dict[str, Any]) -> str:
 
 
 def _task_table(record: dict[str, Any], task: str) -> str:
-    lines = [
-        f"**{TASKS[task].title}**",
-        "",
-        "| variant | learning rate | keys a query attends to | loss | digits right | seeds |",
-        "|---|" + "---:|" * 5,
-    ]
+    if not of(record, task, "dense"):
+        return f"**{TASKS[task].title}**\n\nNot run."
+    reached, differences = [], []
     for variant, (label, _) in VARIANTS.items():
         if runs := of(record, task, variant):
             rate, keys, causal = (runs[0][name] for name in ("rate", "keys", "causal_keys"))
-            cells = [label, f"{rate:g}", f"{keys:.1f} ({keys / causal:.0%})"]
-            for key, (*_, unit, decimals) in QUANTITIES.items():
+            cells = {"variant": label, "seeds": str(len(runs)), "learning rate": f"{rate:g}"}
+            cells["keys a query attends to"] = f"{keys:.1f} ({keys / causal:.0%})"
+            for name, (key, _, _, unit, decimals) in QUANTITIES.items():
                 values = [unit * one[key] for one in runs]
                 spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
-                cells.append(f"{statistics.fmean(values):.{decimals}f}{spread}")
-            lines.append(f"| {' | '.join(cells)} | {len(runs)} |")
+                cells[name] = f"{statistics.fmean(values):.{decimals}f}{spread}"
+            reached.append(cells)
     texture = statistics.fmean([one["loss"] for one in of(record, task, NEIGHBOURS)] or [math.nan])
-    lines.append(f"| 20 neighbours, no text, no attention | | | {texture:.4f} | | 1 |")
-    lines += ["", "| difference | loss | | digits right | |", "|---|---:|---|---:|---|"]
+    label = "20 neighbours, no text, no attention"
+    reached.append(dict.fromkeys(reached[0], "") | {"variant": label, "loss": f"{texture:.4f}"})
     for pair in PAIRS:
-        cells = [" − ".join(VARIANTS[variant][0] for variant in pair)]
-        for key, (*_, unit, decimals) in QUANTITIES.items():
-            mean, half, verdict = difference(record, task, pair, key)
+        cells = {"difference": " − ".join(VARIANTS[variant][0] for variant in pair)}
+        for name, (_, _, _, unit, decimals) in QUANTITIES.items():
+            mean, half, verdict = difference(record, task, pair, name)
             at = [f"{unit * x:+.{decimals}f}" for x in (mean, mean - half, mean + half)]
-            cells += [f"{at[0]} ({at[1]} to {at[2]})", verdict]
-        lines.append(f"| {' | '.join(cells)} |")
-    if dense := of(record, task, "dense"):
-        loss, curves = statistics.fmean(one["loss"] for one in dense), [o["curve"] for o in dense]
-        gain = statistics.fmean(c[len(c) * 3 // 4 - 1][1] - c[-1][1] for c in curves)
-        side = "below" if loss < texture else "above"
-        lines += ["", f"Dense ends {abs(loss - texture):.4f} nats {side} the 20 neighbours; the "]
-        lines[-1] += f"last quarter of its steps lowered its loss by {gain:.4f}."
-    return "\n".join(lines)
+            cells[name] = f"{at[0]} ({at[1]} to {at[2]}), {verdict}"
+        differences.append(cells)
+    dense = of(record, task, "dense")
+    loss, curves = statistics.fmean(one["loss"] for one in dense), [one["curve"] for one in dense]
+    gain = statistics.fmean(c[len(c) * 3 // 4 - 1][1] - c[-1][1] for c in curves)
+    side = "below" if loss < texture else "above"
+    end = (
+        f"Dense ends {abs(loss - texture):.4f} nats {side} the 20 neighbours; the last quarter of "
+    )
+    end += f"its steps lowered its loss by {gain:.4f}."
+    return "\n\n".join([f"**{TASKS[task].title}**", markdown(reached), markdown(differences), end])
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
