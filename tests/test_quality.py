@@ -186,7 +186,7 @@ def made_up(dense: list[float], three_region: list[float]) -> dict[str, Any]:
 )
 def test_verdicts(three_region: list[float], verdict: str) -> None:
     found, pair = made_up([0.50, 0.50, 0.50, 0.9], three_region), ("three_region", "dense")
-    mean, half, word = quality.difference(found, "captions", pair, "digits right")
+    mean, half, word = quality.difference(found, "captions", pair, "digits right (%)")
     assert mean == pytest.approx(np.mean(three_region) - 0.5) and word == verdict
     if len(three_region) > 1:  # Student's t for two degrees of freedom
         error = np.std(three_region, ddof=1) / math.sqrt(3)

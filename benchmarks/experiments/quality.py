@@ -384,7 +384,7 @@ it counts with the lowest held-out loss of its training, the others with their l
 PAIRS = (("three_region", "dense"), ("no_pivots", "dense"), ("three_region", "no_pivots"))
 QUANTITIES = {  # key of a run, sign of an improvement, margin, unit, decimals
     "loss": ("loss", -1, 0.005, 1, 4),
-    "digits right": ("digits_right", 1, 0.01, 100, 1),
+    "digits right (%)": ("digits_right", 1, 0.01, 100, 1),
 }
 STYLES = {
     "dense": ("#000000", "o"),
@@ -466,7 +466,7 @@ def _task_table(record: dict[str, Any], task: str) -> str:
         for name, (_, _, _, unit, decimals) in QUANTITIES.items():
             mean, half, verdict = difference(record, task, pair, name)
             at = [f"{unit * x:+.{decimals}f}" for x in (mean, mean - half, mean + half)]
-            cells[name] = f"{at[0]} ({at[1]} to {at[2]}), {verdict}"
+            cells[name] = f"{at[0]} ({at[1]} to {at[2]}), {verdict}" if half == half else verdict
         differences.append(cells)
     dense = of(record, task, "dense")
     loss, curves = statistics.fmean(one["loss"] for one in dense), [one["curve"] for one in dense]
@@ -480,33 +480,38 @@ def _task_table(record: dict[str, Any], task: str) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """For each task, every seed's held-out loss over steps, and every seed's digits right."""
-    figure = Figure(figsize=(12, 8), layout="constrained")
+    """For each task: the loss of every seed over steps, and what every seed reached."""
+    figure = Figure(figsize=(12, 11), layout="constrained")
     FigureCanvasAgg(figure)
-    for (losses, digits), (task, about) in zip(figure.subplots(2, 2).T, TASKS.items(), strict=True):
-        shown = [one["whole_loss"] for one in of(record, task, NEIGHBOURS)]
-        for loss in shown:
-            losses.axhline(loss, color="grey", ls="--", label="20 neighbours, lowest loss")
+    for (curves, *ends), (task, about) in zip(figure.subplots(3, 2).T, TASKS.items(), strict=True):
+        late: list[float] = []
         for place, (variant, (colour, marker)) in enumerate(STYLES.items()):
-            for number, one in enumerate(runs := of(record, task, variant)):
-                steps, values = zip(*one["curve"], strict=True)
-                label = None if number else VARIANTS[variant][0]
-                losses.plot(steps, values, color=colour, lw=1, label=label)
-                shown += values[len(values) // 4 :]
-            right = [100 * one["digits_right"] for one in runs]
-            offsets = place + 0.1 * (np.arange(len(right)) - (len(right) - 1) / 2)
-            digits.plot(offsets, right, marker, color=colour, ms=5)
-            for mean in [statistics.fmean(right)] if right else []:
-                digits.hlines(mean, place - 0.35, place + 0.35, colour)
-        if shown:
-            losses.set_ylim(min(shown) - 0.02, max(shown) + 0.02)
-            losses.legend()
-        losses.set(title=about.title, xlabel="step", ylabel="held-out loss (nats per code)")
-        for level, name in ((record["read"]["reconstructed"], "reconstructed"), (0.1, "chance")):
-            digits.axhline(100 * level, color="grey", ls=":")
-            digits.text(2.45, 100 * level - 1, name, color="grey", ha="right", va="top")
-        digits.set_xticks(range(len(STYLES)), [VARIANTS[variant][0] for variant in STYLES])
-        digits.set(xlim=(-0.5, 2.5), ylim=(0, 104), ylabel="digits right (%): seeds and their mean")
+            runs, label = of(record, task, variant), VARIANTS[variant][0]
+            for number, one in enumerate(runs):
+                steps, losses = zip(*one["curve"], strict=True)
+                curves.plot(steps, losses, color=colour, lw=1, label=None if number else label)
+                late += losses[len(losses) // 4 :]
+            for axis, (key, _, _, unit, _) in zip(ends, QUANTITIES.values(), strict=True):
+                values = [unit * one[key] for one in runs]
+                places = place + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2)
+                axis.plot(places, values, marker, color=colour, ms=5)
+                means = [statistics.fmean(values)] if values else []
+                axis.hlines(means, place - 0.35, place + 0.35, colour)
+        if late:
+            room = 0.05 * (max(late) - min(late))
+            curves.set_ylim(min(late) - room, max(late) + room)
+            curves.legend()
+        of_curves = f"loss of the first {record['config']['training']['eval_examples']} scenes"
+        curves.set(title=about.title, xlabel="step", ylabel=f"{of_curves}, whole images")
+        levels = {"20 neighbours": [one["loss"] for one in of(record, task, NEIGHBOURS)]}
+        levels["read from reconstructed scenes"] = [100 * record["read"]["reconstructed"]]
+        for axis, name, (label, level) in zip(ends, QUANTITIES, levels.items(), strict=True):
+            for value in level:
+                axis.axhline(value, color="grey", ls="--", label=label)
+                axis.legend()
+            axis.margins(y=0.2)
+            axis.set_xticks(range(len(STYLES)), [VARIANTS[variant][0] for variant in STYLES])
+            axis.set(xlim=(-0.5, len(STYLES) - 0.5), ylabel=f"{name}: every seed, and their mean")
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
