@@ -6,11 +6,12 @@ Two tasks on scenes of four handwritten digits:
     repeats     the lower half is a copy of the upper half; the caption names no digit, and no
                 window reaches from a digit back to the one that it repeats
 
-Three variants, which start from the same weights of a seed and read the same batches:
+Variants, which start from the same weights of a seed and read the same batches:
 
     dense           every earlier position
     three_region    text, pivots and window: about a quarter of the keys
     no_pivots       text and window
+    more_pivots     text, 90 pivots and window, on the second task
 
 First, runs with a seed of their own choose the learning rates of dense and of three-region (no
 pivots takes the latter's) by the held-out loss of the first task. Then each seed trains all
@@ -73,6 +74,7 @@ VARIANTS = {
     "dense": ("dense causal", ("model.attention=dense",)),
     "three_region": ("three-region", ()),
     "no_pivots": ("three-region, no pivots", ("model.num_pivots=0",)),
+    "more_pivots": ("three-region, 90 pivots", ("model.num_pivots=90",)),  # second task alone
 }
 NEIGHBOURS = "20 neighbours"  # the network without text and attention
 SETTINGS = (  # on top of the preset `digits`
@@ -97,6 +99,7 @@ class Experiment:
 
     settings: tuple[str, ...] = SETTINGS
     seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    repeats_seeds: tuple[int, ...] = (0, 1, 2)
     rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
     sweep_seed: int = 100
     sweep_steps: int = 1000
@@ -313,6 +316,7 @@ def run_one(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
         work = train_neighbours
     result = run._asdict() | work(experiment, run, folder)
     result["core_seconds"] = time.process_time() - started
+    result["commit"] = commit_info()["id"]
     _save(run.file(folder), result)
     return result
 
@@ -334,12 +338,16 @@ def compared(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list[
     """The runs that follow the sweep's results, at the rates with the lowest held-out losses; seed
     by seed, so that a part of the experiment compares all variants on both tasks."""
     best = {one["model"]: one["rate"] for one in sorted(results, key=lambda one: -one["loss"])}
-    best["no_pivots"] = best["three_region"]
+    best["no_pivots"] = best["more_pivots"] = best["three_region"]
     return [Run(task, NEIGHBOURS) for task in TASKS] + [
         Run(task, variant, seed, best[variant])
         for seed in experiment.seeds
         for task in TASKS
         for variant in VARIANTS
+        if task == "captions"
+        and variant != "more_pivots"
+        or task == "repeats"
+        and seed in experiment.repeats_seeds
     ]
 
 
