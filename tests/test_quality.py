@@ -24,7 +24,7 @@ TINY = (
     *("model.max_positions=72", "training.steps=3", "training.eval_every=2"),
 )
 EXPERIMENT = Experiment(
-    (*quality.SETTINGS, *SMALL, *TINY), (3,), (1e-3, 2e-3), 100, 2, 80, 6, neighbour_steps=20
+    (*quality.SETTINGS, *SMALL, *TINY), (3,), (3,), (1e-3, 2e-3), 100, 2, 80, 6, neighbour_steps=20
 )
 
 
@@ -63,18 +63,19 @@ def test_the_record_holds_every_run(record: dict[str, Any]) -> None:
     ]
     assert [(one["task"], one["model"]) for one in record["runs"]] == [
         *((task, NEIGHBOURS) for task in TASKS),
-        *((task, variant) for task in TASKS for variant in VARIANTS),
+        *(("captions", variant) for variant in VARIANTS if variant != "more_pivots"),
+        *(("repeats", variant) for variant in VARIANTS),
     ]
     for one in record["sweep"] + record["runs"][2:]:
         assert [step for step, _ in one["curve"]] == ([2, 3] if one["draws"] else [2])
         assert ("digits_right" in one) == one["draws"]
-    assert len({one["loss"] for one in record["runs"]}) == 8 and record["not_run"] == []
+    assert len({one["loss"] for one in record["runs"]}) == 9 and record["not_run"] == []
 
 
 def test_only_missing_runs_are_run_again(out: Path, record: dict[str, Any]) -> None:
     next(out.glob("*/repeats-dense-3-*.json")).unlink()
     *_, before, after = records(out)
-    assert len(before["runs"]) == 7 and "Not run: repeats dense 3." in quality.table(before)
+    assert len(before["runs"]) == 8 and "Not run: repeats dense 3." in quality.table(before)
     for name in ("model", "digest", "loss", "digits_right"):
         assert after["runs"][5][name] == record["runs"][5][name]
 
@@ -82,7 +83,7 @@ def test_only_missing_runs_are_run_again(out: Path, record: dict[str, Any]) -> N
 def test_unequal_runs_are_refused(record: dict[str, Any]) -> None:
     assert len({one["digest"] for one in record["runs"][2:]}) == len(TASKS)
     other = [*record["runs"][:-1], record["runs"][-1] | {"digest": "other"}]
-    with pytest.raises(RuntimeError, match="repeats.*no_pivots"):
+    with pytest.raises(RuntimeError, match="repeats.*more_pivots"):
         quality.check_alike(other)
 
 
@@ -92,10 +93,12 @@ def test_rates_with_the_lowest_loss_are_chosen() -> None:
         for model, losses in (("dense", (3, 1, 2)), ("three_region", (4, 6, 5)))
         for rate, loss in zip((1.0, 2.0, 3.0), losses, strict=True)
     ]
-    runs = quality.compared(Experiment(seeds=(0, 1)), results)[len(TASKS) :]
-    chosen = {"dense": 2.0, "three_region": 1.0, "no_pivots": 1.0}
+    runs = quality.compared(Experiment(seeds=(0, 1), repeats_seeds=(1,)), results)[len(TASKS) :]
+    chosen = {"dense": 2.0, "three_region": 1.0, "no_pivots": 1.0, "more_pivots": 1.0}
     assert {run.model: run.rate for run in runs} == chosen
-    assert [run.seed for run in runs] == [0] * 6 + [1] * 6
+    assert [(run.task, run.seed) for run in runs] == [
+        *([("captions", 0)] * 3 + [("captions", 1)] * 3 + [("repeats", 1)] * 4)
+    ]
 
 
 def test_repeats_can_be_known_from_the_upper_half_alone() -> None:
@@ -202,6 +205,7 @@ def test_table_and_plot(record: dict[str, Any], tmp_path: Path) -> None:
         "-0.1000 (-0.3484 to +0.1484), not decided | +10.0 (-14.8 to +34.8), not decided |" in text
     )
     assert "Dense ends 1.8000 nats below the 20 neighbours; the last quarter" in text
+    assert "loss not decided, digits right not decided." in text
     for number, content in enumerate((record, shown)):
         quality.draw(content, tmp_path / f"{number}.png")
         with Image.open(tmp_path / f"{number}.png") as image:
