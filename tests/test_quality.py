@@ -204,7 +204,7 @@ def test_table_and_plot(record: dict[str, Any], tmp_path: Path) -> None:
     assert (
         "-0.1000 (-0.3484 to +0.1484), not decided | +10.0 (-14.8 to +34.8), not decided |" in text
     )
-    assert "Dense ends 1.8000 nats below the 20 neighbours; the last quarter" in text
+    assert "3 of 3 dense runs end below the 20 neighbours; the last quarter" in text
     assert "loss not decided, digits right not decided." in text
     for number, content in enumerate((record, shown)):
         quality.draw(content, tmp_path / f"{number}.png")

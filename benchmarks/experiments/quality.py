@@ -481,15 +481,14 @@ def _task_table(record: dict[str, Any], task: str) -> str:
             cells[name] = f"{at[0]} ({at[1]} to {at[2]}), {verdict}" if half == half else verdict
         differences.append(cells)
     dense = of(record, task, "dense")
-    loss, curves = statistics.fmean(one["loss"] for one in dense), [one["curve"] for one in dense]
-    gain = statistics.fmean(c[len(c) * 3 // 4 - 1][1] - c[-1][1] for c in curves)
-    side = "below" if loss < texture else "above"
+    below = sum(one["loss"] < texture for one in dense)
+    gains = (c[len(c) * 3 // 4 - 1][1] - c[-1][1] for c in (one["curve"] for one in dense))
     pair = "three_region", "no_pivots"
     words = [difference(record, task, pair, name)[2] for name in QUANTITIES]
     end = (
-        f"Dense ends {abs(loss - texture):.4f} nats {side} the 20 neighbours; the last quarter of "
-        f"its steps lowered its loss by {gain:.4f}. With pivots instead of none: loss "
-        f"{words[0]}, digits right {words[1]}."
+        f"{below} of {len(dense)} dense runs end below the 20 neighbours; the last quarter of "
+        f"their steps lowered the loss by {statistics.fmean(gains):.4f}. Three-region with pivots "
+        f"instead of none: loss {words[0]}, digits right {words[1]}."
     )
     return "\n\n".join([f"**{TASKS[task].title}**", markdown(reached), markdown(differences), end])
 
@@ -516,7 +515,6 @@ def draw(record: dict[str, Any], path: Path) -> None:
         if late:
             room = 0.05 * (max(late) - min(late))
             curves.set_ylim(min(late) - room, max(late) + room)
-            curves.legend()
         of_curves = f"loss of the first {record['config']['training']['eval_examples']} scenes"
         curves.set(title=about.title, xlabel="step", ylabel=f"{of_curves}, whole images")
         levels = {"20 neighbours": [one["loss"] for one in of(record, task, NEIGHBOURS)]}
@@ -529,6 +527,8 @@ def draw(record: dict[str, Any], path: Path) -> None:
             labels = [VARIANTS[variant][0].replace(", ", "\n") for variant in variants]
             axis.set_xticks(range(len(variants)), labels)
             axis.set(xlim=(-0.5, len(variants) - 0.5), ylabel=f"{name}: every seed, and their mean")
+    # The last task has all variants.
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside upper center", ncols=4)
     with atomic_write(path) as temporary:
         figure.savefig(temporary, format="png", dpi=110)
 
