@@ -11,7 +11,6 @@ import cogview_kernels as ck
 from cogview_kernels.attention.layout import window_start
 
 WORKS = ("forward", "backward", "forward+backward")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,7 +47,8 @@ class AttentionCase:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def name(self) -> str:
@@ -91,7 +91,7 @@ class AttentionCase:
 
     def flops(self, work: str) -> int:
         """Products of visible pairs alone, two each: QK^T and PV forward, five backward."""
-        products = {"forward": 2, "backward": 5, "forward+backward": 7}[work]
+        products = sum({"forward": 2, "backward": 5}[part] for part in work.split("+"))
         return 2 * products * self.head_dim * self.num_heads * self.pairs
 
     def bytes(self, work: str) -> int:
@@ -104,8 +104,7 @@ class AttentionCase:
         keys = seen * self.kv_heads * self.head_dim * element
         forward = 2 * rows + 2 * keys + 4 * queries  # q, out; k, v; lse
         backward = 4 * rows + 4 * keys + 4 * queries  # q, out, dout, dq; k, v, dk, dv; lse
-        both = {"forward": forward, "backward": backward}
-        return both.get(work, forward + backward)
+        return sum({"forward": forward, "backward": backward}[part] for part in work.split("+"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +119,8 @@ class NormCase:
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
     @property
     def name(self) -> str:
@@ -133,10 +133,8 @@ class NormCase:
         """Each tensor once. LayerNorm: x, y; x, dy, dx. Sandwich: f, residual, h, z; f, h, dh, dz,
         df, dresidual. And the parameters and their gradients."""
         norms = {"layer_norm": 1, "sandwich_residual": 2}[self.op]
-        forward = 2 * norms * (self.rows + 1) * self.hidden
-        backward = 3 * norms * (self.rows + 1) * self.hidden
-        elements = {"forward": forward, "backward": backward}.get(work, forward + backward)
-        return elements * self.torch_dtype.itemsize
+        tensors = norms * sum({"forward": 2, "backward": 3}[part] for part in work.split("+"))
+        return tensors * (self.rows + 1) * self.hidden * self.torch_dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 import cogview_kernels as ck
 from benchmarks.suite import norms
-from benchmarks.suite.attention import cogview_formulation, why_no_kernel
+from benchmarks.suite.attention import cogview_formulation
 from benchmarks.suite.cases import StepCase
 from benchmarks.suite.methods import Method, Prepare, kernels_on
 from cogview.config import ModelConfig
 from cogview.model import GPT, Operators
-
-# The model's setting, by what is computed.
-ATTENTION: dict[str, Any] = {"three-region": "three_region", "dense causal": "dense"}
 
 MakeOperators = Callable[[StepCase, torch.device], Operators]
 
@@ -82,7 +79,7 @@ class Training:
             query_window=shape.query_window,
             key_window_times=shape.key_window_times,
             num_pivots=shape.num_pivots,
-            attention=ATTENTION[computes],
+            attention="dense" if computes == "dense causal" else "three_region",
         )
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), device:
@@ -130,15 +127,9 @@ def training(computes: str, operators: MakeOperators) -> Prepare:
     return lambda case, layout, device: Training(case, computes, operators, device)
 
 
-def no_kernels(case: StepCase, device: torch.device) -> str | None:
-    """Of the attention, the norms and the sandwich."""
-    return why_no_kernel(case.attention, device)
-
-
-OURS, DENSE = training("three-region", ours), training("dense causal", ours)  # with our norms
-COGVIEW = training("three-region", as_cogview_computes)
 STEP_METHODS: tuple[Method, ...] = (
-    Method("cogview_kernels", "three-region", OURS, no_kernels, "ours"),
-    Method("dense SDPA", "dense causal", DENSE, norms.no_kernel, "dense"),
-    Method("CogView's formulation", "three-region", COGVIEW),
+    Method("cogview_kernels", "three-region", training("three-region", ours), "ours"),
+    # With our norms.
+    Method("dense SDPA", "dense causal", training("dense causal", ours), "dense"),
+    Method("CogView's formulation", "three-region", training("three-region", as_cogview_computes)),
 )
