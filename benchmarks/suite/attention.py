@@ -3,10 +3,9 @@
 The rival is FlexAttention over ``far keys ++ keys`` (text and pivots gathered into one list, then
 all keys): exact, differentiable and block-sparse. It gets what its experts would give it: compiled
 for each case's static shapes, block masks ready before the clock starts, tables in place of
-searches in its masks, and blocks of three sizes with tiles to match. At their defaults are
-``ROWS_GUARANTEED_SAFE`` (where windows begin inside of blocks, a row's first block may be hidden
-from it) and ``PRESCALE_QK`` (less accurate). The row "TMA" loads by TMA, where torch takes the
-tensors; for "autotuned" torch searches tiles, warps and stages, timed on block masks of its own.
+searches in its masks, and blocks of three sizes with tiles to match. ``ROWS_GUARANTEED_SAFE`` is
+not set (a row's first block may be hidden from it), nor ``PRESCALE_QK`` (less accurate). "TMA"
+loads by TMA, where torch takes the tensors; for "autotuned" torch searches tiles, warps and stages.
 """
 
 from __future__ import annotations
@@ -49,12 +48,11 @@ def sdpa(backend: SDPBackend | None) -> Prepare:
     """By one of its kernels; ``None``: its own choice."""
 
     def prepare(case: AttentionCase, layout: Layout, device: torch.device) -> Attention:
-        is_causal = not case.q_len  # a single query, the last one, sees every key
-        grouped = case.kv_heads != case.num_heads
-
-        def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v, is_causal=is_causal, enable_gqa=grouped)
-
+        attention = functools.partial(
+            F.scaled_dot_product_attention,
+            is_causal=not case.q_len,  # a single query, the last one, sees every key
+            enable_gqa=case.kv_heads != case.num_heads,
+        )
         return attention if backend is None else sdpa_kernel(backend)(attention)
 
     return prepare

@@ -156,17 +156,14 @@ class StepCase:
         return f"L{self.num_layers} V{self.vocab_size} {self.attention.name}"
 
     @property
-    def tokens(self) -> int:
-        return self.attention.batch * self.attention.seqlen
-
-    @property
     def matrix_parameters(self) -> int:
         """Weights that every token is multiplied with: 12 hidden^2 a layer, and the tied head."""
         return 12 * self.num_layers * self.hidden_size**2 + self.vocab_size * self.hidden_size
 
     def flops(self, work: str) -> int:
+        tokens = self.attention.batch * self.attention.seqlen
         attention = self.num_layers * self.attention.flops("forward+backward")
-        return 6 * self.matrix_parameters * self.tokens + attention
+        return 6 * self.matrix_parameters * tokens + attention
 
     def bytes(self, work: str) -> int:
         """AdamW's: parameter, gradient and two moments read, three of them written, float32."""

@@ -43,29 +43,6 @@ def liger() -> Norm:
     return lambda x, weight, bias: functional.liger_layer_norm(x, weight, bias, EPS)
 
 
-def quack() -> Norm:
-    """Takes float32 parameters alone: who uses it keeps them so, hence they are cast once for all
-    calls. It has no autograd of its own for LayerNorm."""
-    kernels = importlib.import_module("quack.rmsnorm")
-    as_float32 = functools.cache(Tensor.float)
-
-    class QuackLayerNorm(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Any:
-            parameters = as_float32(weight), as_float32(bias)
-            keep = {"return_rstd": True, "return_mean": True}
-            y, rstd, mean = kernels.layernorm_fwd(x, *parameters, EPS, **keep)
-            ctx.save_for_backward(x, parameters[0], rstd, mean)
-            return y
-
-        @staticmethod
-        def backward(ctx: Any, dy: Tensor) -> Any:
-            x, weight, *statistics = ctx.saved_tensors
-            return kernels.layernorm_bwd(x, weight, dy, *statistics, has_bias=True)
-
-    return lambda x, weight, bias: QuackLayerNorm.apply(x, weight, bias)
-
-
 def sandwich_of(norm: Norm) -> Sandwich:
     """Two norms of a kind and an addition."""
 
@@ -101,7 +78,6 @@ def methods(
         *with_replay(peer("F.layer_norm", PLAIN, plain)),
         *with_replay(peer("F.layer_norm, compiled", PLAIN, plain, 3.0)),
         peer("liger-kernel", PLAIN, liger, only_on="cuda", module="liger_kernel"),
-        peer("quack-kernels", PLAIN, quack, only_on="cuda", module="quack"),
     )
 
 

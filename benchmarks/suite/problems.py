@@ -3,7 +3,6 @@ the float64 definition on the same inputs: what is wrong is not timed."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import math
 from collections.abc import Callable
@@ -15,7 +14,6 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from benchmarks.suite.cases import AttentionCase, Case, NormCase, StepCase
-from benchmarks.suite.measure import elapsed
 from benchmarks.suite.methods import Method, Prepare
 from benchmarks.suite.steps import reference_losses
 
@@ -45,7 +43,7 @@ class Problem:
 
     # What a forward gives, the inputs that have gradients, and the gradients of the former.
     results: Callable[[Call], tuple[tuple[Tensor, ...], Any, Any]]
-    errors: Callable[[Method, Call], dict[str, float]]  # relative, of each result
+    errors: Callable[[str, Call], dict[str, float]]  # relative, of what ``computes`` names
 
     def prepared(self, method: Method) -> Prepared:
         """
@@ -66,25 +64,14 @@ class Problem:
     def _prepare(self, method: Method) -> Prepared:
         if not method.installed:
             raise NotMeasured(f"{method.module} is not installed")
-        calls: list[Call] = []
-
-        def prepare() -> None:
-            calls.append(method.prepare(self.case, self.layout, self.device))
-
-        prepare_seconds = elapsed(prepare, self.device)
-        first_call_seconds = elapsed(lambda: self.first_call(*calls), self.device)
-        errors = self.errors(method, *calls)
+        call = method.prepare(self.case, self.layout, self.device)
+        errors = self.errors(method.computes, call)
         allowed = {name: self.allowed(name) for name in errors}
         if wrong := [f"{name}: {e:.2g}" for name, e in errors.items() if e > allowed[name]]:
             text = f"wrong: relative error against float64, {', '.join(wrong)}"
             raise NotMeasured(text, failed=True)
-        facts = {
-            "errors": errors,
-            "errors_allowed": allowed,
-            "prepare_seconds": prepare_seconds,
-            "first_call_seconds": first_call_seconds,
-        }
-        return calls[0], facts | method.facts(self.case, self.layout)
+        facts = method.facts(self.case, self.layout)
+        return call, {"errors": errors, "errors_allowed": allowed, **facts}
 
     def random(self, *shape: int) -> Tensor:
         """Normal, in the case's dtype."""
@@ -98,10 +85,6 @@ class Problem:
         roundings = 1.5 if name in ("out", "y", "h", "z") else 2
         roundings = 4 if name.endswith(("weight", "bias")) else roundings
         return roundings * torch.finfo(self.case.torch_dtype).eps + 1e-5
-
-    def first_call(self, call: Call) -> None:
-        """What a method does once before it is timed: forward and backward, compiled if need be."""
-        self.timed(call, self.case.works[-1])()
 
     def timed(self, call: Call, work: str) -> Callable[[], Any]:
         """In a forward what the backward needs is kept, as in training."""
@@ -138,20 +121,7 @@ class AttentionProblem(Problem):
     def results(self, call: Call) -> tuple[tuple[Tensor, ...], Any, Any]:
         return (call(*self.qkv),), self.qkv, self.dout
 
-    def visible(self, computes: str) -> Tensor:
-        """By the last sample's queries, bool ``(Sq, Sk)``."""
-        case, layout = self.case, self.layout
-        if computes == "dense causal":
-            return torch.ones(case.queries, case.seqlen, device=self.device, dtype=torch.bool).tril(
-                case.seqlen - case.queries
-            )
-        assert layout is not None and layout.pivot_idx is not None
-        assert isinstance(layout.text_len, Tensor)
-        own = {"text_len": layout.text_len[-1:], "pivot_idx": layout.pivot_idx[-1:]}
-        layout = dataclasses.replace(layout, **own)
-        return layout.dense_mask(1, case.queries, case.seqlen)[0]
-
-    def errors(self, method: Method, call: Call) -> dict[str, float]:
+    def errors(self, computes: str, call: Call) -> dict[str, float]:
         """||x - exact|| / ||exact|| for the last sample, one head of keys and its heads of queries,
         and three stretches of rows: dout is zero elsewhere. Of out and dq the stretch with the
         largest error: the first rows see few keys and are large."""
@@ -171,7 +141,12 @@ class AttentionProblem(Problem):
             x.detach()[place].double().requires_grad_(x.requires_grad)
             for x, place in zip(self.qkv, places[1:], strict=True)
         ]
-        mask = self.visible(method.computes)[rows]
+        if computes == "dense causal":
+            position = rows[:, None] + case.seqlen - case.queries
+            mask = torch.arange(case.seqlen, device=self.device) <= position
+        else:
+            assert computes == "three-region" and self.layout is not None
+            mask = self.layout.dense_mask(case.batch, case.queries, case.seqlen)[-1, rows]
         exact = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True)
         expected = outs_and_gradients([exact], inputs, [dout[of_queries].double()])
         errors = {}
@@ -208,7 +183,7 @@ class NormProblem(Problem):
         outs = call(*self.inputs)
         return outs if isinstance(outs, tuple) else (outs,), self.inputs, self.douts
 
-    def errors(self, method: Method, call: Call) -> dict[str, float]:
+    def errors(self, computes: str, call: Call) -> dict[str, float]:
         """Of some rows, the first and the last among them: the gradient of the others is zero."""
         case = self.case
         rows = torch.linspace(0, case.rows - 1, min(case.rows, 4 * CHECKED_ROWS)).long()
@@ -220,7 +195,7 @@ class NormProblem(Problem):
             return x.detach()[rows] if x.ndim == 2 else x.detach()
 
         inputs = [of_rows(x).double().requires_grad_() for x in self.inputs]
-        relax = "row" if method.computes.startswith("PB-relax") else None
+        relax = "row" if computes.startswith("PB-relax") else None
         exact = self.function(*inputs, relax=relax, backend="reference")
         exact = exact if isinstance(exact, tuple) else (exact,)
         expected = outs_and_gradients(exact, inputs, [dout[rows].double() for dout in douts])
@@ -233,10 +208,11 @@ class StepProblem(Problem):
     def timed(self, call: Call, work: str) -> Callable[[], Any]:
         return call
 
-    def errors(self, method: Method, call: Any) -> dict[str, float]:
+    def errors(self, computes: str, call: Any) -> dict[str, float]:
         """The first step's losses, token by token, against those of the definitions on the same
         weights and tokens: their mean would hide another attention."""
-        expected = reference_losses(self.case, method.computes, self.device)
+        call()
+        expected = reference_losses(self.case, computes, self.device)
         return {"losses": relative_error(call.losses, expected)}
 
     def allowed(self, name: str) -> float:
