@@ -16,11 +16,9 @@ from helpers import layouts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch._inductor.choices import InductorChoices
-from torch._inductor.template_heuristics.triton import FlexBwDConfig
 
 import cogview_kernels as ck
-from benchmarks.suite.attention import ATTENTION_METHODS, DECODE_METHODS, far_keys, flex_gathered
+from benchmarks.suite.attention import ATTENTION_METHODS, flex_gathered
 from benchmarks.suite.cases import AttentionCase
 from benchmarks.suite.methods import Choices, Method, compiled
 
@@ -34,22 +32,16 @@ SMALL = AttentionCase(
 
 @pytest.fixture(scope="module", autouse=True)
 def uncompiled() -> Iterator[None]:
-    """FlexAttention as torch defines it, dense, from the same masks; float64 is a dtype."""
+    """FlexAttention as torch defines it, dense, from the same masks."""
     with torch.compiler.set_stance("force_eager"):
         yield
 
 
 def assert_computes(method: Method, case: AttentionCase, layout: ck.ThreeRegionLayout) -> None:
     """``out``, by the definition of the method's function."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(case.batch, heads, length, case.head_dim, generator=generator).double()
-        for heads, length in (
-            (case.num_heads, case.queries),
-            (case.kv_heads, case.seqlen),
-            (case.kv_heads, case.seqlen),
-        )
-    )
+    torch.manual_seed(0)
+    q = torch.randn(case.batch, case.num_heads, case.queries, case.head_dim).double()
+    k, v = torch.randn(2, case.batch, case.kv_heads, case.seqlen, case.head_dim).double()
     out = method.prepare(case, layout, CPU)(q, k, v)
     if method.role == "dense":
         layout = ck.ThreeRegionLayout(0, None, case.seqlen, 1)
@@ -58,7 +50,7 @@ def assert_computes(method: Method, case: AttentionCase, layout: ck.ThreeRegionL
 
 
 @given(st.data())
-@settings(max_examples=60)
+@settings(max_examples=30)
 def test_gathered_keys_give_three_regions(data: st.DataObject) -> None:
     """Any layout: ragged text and pivots, padding of every kind, windows that cover everything."""
     batch, seqlen = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 100))
@@ -81,18 +73,6 @@ def test_gathered_keys_give_three_regions(data: st.DataObject) -> None:
         assert_computes(NAMED["CogView's formulation"], case, layout)
 
 
-def test_the_gradient_of_gathered_keys() -> None:
-    case = AttentionCase(40, 8, 2, 12, batch=2, num_heads=1, text_len=5)
-    x = torch.randn(2, 2, 40, 3, dtype=torch.float64, requires_grad=True)
-    far = far_keys(case.layout(CPU), case, multiple=16)
-    assert far.index.shape[1] == 16 < 5 + 12
-    for sample in range(2):  # what follows a sample's last key is never seen, and has no gradient
-        number = int((far.place[sample] >= 0).sum())
-        assert torch.autograd.gradcheck(
-            lambda x, number=number, sample=sample: far.gather(x)[sample, :, :number], x
-        )
-
-
 def test_the_rival_s_issued_products_on_cogview_s_codes() -> None:
     """Random pivots move the third digit."""
     case = AttentionCase(1088, 64, 4, 192, batch=16)
@@ -110,16 +90,11 @@ def test_hopper_has_a_backward_for_every_block(
     """Inductor leaves out configurations that do not divide a block mask's blocks."""
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (9, 0))
 
-    def fitting(choices: InductorChoices) -> list[FlexBwDConfig]:
-        return [
-            config
-            for config in choices.get_flex_attention_bwd_configs(head_dim, torch.bfloat16, "cuda")
-            if not block[0] % config.block_m1 + block[0] % config.block_m2
-            and not block[1] % config.block_n1 + block[1] % config.block_n2
-        ]
-
-    assert fitting(Choices())
-    assert fitting(InductorChoices()) or block[1] == 64, "torch's own would do"
+    assert any(
+        block[0] % config.block_m1 == block[0] % config.block_m2 == 0
+        and block[1] % config.block_n1 == block[1] % config.block_n2 == 0
+        for config in Choices().get_flex_attention_bwd_configs(head_dim, torch.bfloat16, "cuda")
+    )
 
 
 def test_the_rival_s_tiles_are_its_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,17 +117,6 @@ def test_the_rival_s_tiles_are_its_blocks(monkeypatch: pytest.MonkeyPatch) -> No
     assert seen == [*tiles[:3], tiles[3] | tma, fa4, {}, {}, {}, {}, tma, fa4, {}]
 
 
-@pytest.mark.slow
-def test_compiled_on_a_cpu() -> None:
-    case = dataclasses.replace(SMALL, seqlen=700, q_len=1, num_pivots=200)
-    (method,) = (m for m in DECODE_METHODS if m.role == "rival" and not m.graph)
-    q, k = torch.randn(2, 4, 1, 16), torch.randn(2, 2, 700, 16)
-    with torch.compiler.set_stance("default"):
-        out = method.prepare(case, case.layout(CPU), CPU)(q, k, k)
-    expected = ck.three_region_attention(q, k, k, case.layout(CPU), backend="reference")
-    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
-
-
 @pytest.mark.parametrize("q_len", [0, 1])
 def test_dense_attention_asks_for_the_kernel_that_it_names(
     monkeypatch: pytest.MonkeyPatch, q_len: int
@@ -167,7 +131,7 @@ def test_dense_attention_asks_for_the_kernel_that_it_names(
     for module in ("flash_attn_interface", "flash_attn.cute"):
         monkeypatch.setitem(sys.modules, module, stub)
     case = dataclasses.replace(SMALL, q_len=q_len)
-    for lse in (False, True):
+    for lse in (False, True):  # noqa: B007 (flash_attn_func's)
         for name in ("SDPA", "SDPA flash", "FlashAttention-3", "FlashAttention-4"):
             assert_computes(NAMED[name], case, case.layout(CPU))
     with pytest.raises(RuntimeError, match="No viable backend"):  # none on a CPU

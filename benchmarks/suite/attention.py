@@ -29,14 +29,12 @@ from cogview_kernels.attention.layout import window_start
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]  # (B, H, Sq, D), 2x (B, G, Sk, D)
 Layout = ck.ThreeRegionLayout
+Block = tuple[int, int]  # queries and keys of a block of a mask
 
 RIVAL = "FlexAttention, gathered pivots"
 OF_SWEEPS = f"{RIVAL}, 128x64"  # the rival where one size of blocks must do
 ON_FA4, AUTOTUNED = f"{RIVAL} on FA4", f"{RIVAL}, autotuned"
 FA3_MODULE, FA4_MODULE = "flash_attn_interface", "flash_attn.cute"
-
-
-# Ours, and dense causal attention
 
 
 def ours(case: AttentionCase, layout: Layout, device: torch.device) -> Attention:
@@ -73,9 +71,6 @@ def flash_attention(module: str) -> Prepare:
         return attention
 
     return prepare
-
-
-# Text and pivots, gathered
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,12 +118,7 @@ class _Gather(torch.autograd.Function):
         return grad.gather(2, rows).masked_fill(place < 0, 0.0), None, None
 
 
-# FlexAttention
-
-
-def staircase(
-    case: AttentionCase, layout: Layout, far: FarKeys, block: tuple[int, int]
-) -> BlockMask:
+def staircase(case: AttentionCase, layout: Layout, far: FarKeys, block: Block) -> BlockMask:
     """Of the list each query sees a prefix, of the keys its window."""
     w, n, offset = layout.query_window, layout.key_window_times, case.seqlen - case.queries
     count, length, first_key = far.count, far.index.shape[1], far.first_key
@@ -144,15 +134,14 @@ def staircase(
 
 def flex_gathered(
     name: str,
-    block: tuple[int, int],
+    block: Block,
     compile_s: float = 7.0,
     module: str = "",
     autotuned: bool = False,
     **kernel_options: Any,
 ) -> Method:
-    """``block``: queries and keys of a block of the mask. Tiles are as large, unless torch searches
-    them; those of the backward are narrower (see ``Choices``), and a single query's are torch's.
-    On a CPU FlexAttention has no backward."""
+    """Tiles are as large as blocks, unless torch searches them; those of the backward may be
+    smaller (see ``Choices``), and a single query's are torch's. On a CPU there is no backward."""
 
     def prepare(case: AttentionCase, layout: Layout, device: torch.device) -> Attention:
         far = far_keys(layout, case, block[1])
@@ -183,9 +172,6 @@ def flex_gathered(
     return Method(
         name, "three-region", prepare, "rival", compile_s, "cuda", module, facts=issued_products
     )
-
-
-# As CogView computes it
 
 
 def cogview_formulation(case: AttentionCase, layout: Layout, device: torch.device) -> Attention:

@@ -13,8 +13,17 @@ from cogview_kernels.attention.layout import window_start
 WORKS = ("forward", "backward", "forward+backward")
 
 
+class Typed:
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
+
+
 @dataclasses.dataclass(frozen=True)
-class AttentionCase:
+class AttentionCase(Typed):
     """One call of the attention. All samples have the same text length, each its own pivots."""
 
     seqlen: int
@@ -44,11 +53,6 @@ class AttentionCase:
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
 
     @property
     def name(self) -> str:
@@ -108,7 +112,7 @@ class AttentionCase:
 
 
 @dataclasses.dataclass(frozen=True)
-class NormCase:
+class NormCase(Typed):
     """One call of a norm or of the sandwich, everything in one dtype."""
 
     op: str  # layer_norm, sandwich_residual
@@ -116,11 +120,6 @@ class NormCase:
     hidden: int
     dtype: str = "bfloat16"
     works = WORKS
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        dtype: torch.dtype = getattr(torch, self.dtype)
-        return dtype
 
     @property
     def name(self) -> str:

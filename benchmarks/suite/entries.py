@@ -84,20 +84,10 @@ class Entry:
         case, work, method = self.case, self.work, self.method
         shape = dataclasses.asdict(case)
         shape |= shape.pop("attention", {})
-        info = {
-            "op": case.op,
-            "work": work,
-            "case": shape,
-            "case_name": case.name,
-            "sweeps": list(self.sweeps),
-            "stage": self.stage,
-            "method": method.name,
-            "role": method.role,
-            "graph": method.graph,
-            "computes": method.computes,
-            "flops": case.flops(work),
-            "bytes": case.bytes(work),
-        }
+        info = {"op": case.op, "work": work, "case": shape, "case_name": case.name}
+        info |= {"sweeps": list(self.sweeps), "stage": self.stage}
+        info |= {name: getattr(method, name) for name in ("role", "computes", "graph")}
+        info |= {"method": method.name, "flops": case.flops(work), "bytes": case.bytes(work)}
         if isinstance(case, AttentionCase):
             info["attended_fraction"] = case.attended_fraction
         return info
@@ -215,8 +205,7 @@ class Ready:
 
 
 def ready(entry: Entry, device: torch.device) -> Ready:
-    """Prepares and compiles an entry's method and checks its results. Entries of one case can be
-    ready at once.
+    """Prepares, compiles and checks an entry's method; those of one case can be ready at once.
 
     Raises:
         NotMeasured: the method cannot run here, breaks, or does not compute what it says.

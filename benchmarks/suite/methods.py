@@ -20,30 +20,19 @@ Prepare = Callable[[Any, Any, torch.device], Callable[..., Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One implementation.
-
-    Attributes:
-        computes: the function, by whose float64 definition results are checked: three-region or
-            dense causal; PB-relax LayerNorm or plain LayerNorm.
-        prepare: called with ``(case, layout, device)``; does what depends on shapes and layout
-            alone (block masks, indices), outside of the clock, and returns what is timed.
-        role: in the comparison: "ours", "rival" (the best of them is the rival), "dense" or "".
-        compile_s: estimated seconds of compiling it for one more case on 16 cores.
-        only_on: the one type of device on which it is timed.
-        module: what must be installed.
-        graph: timed as the replay of a CUDA graph.
-        facts: of ``(case, layout)``, for the record's row.
-    """
+    """One implementation, by whose function (``computes``) its results are checked."""
 
     name: str
-    computes: str
+    computes: str  # three-region, dense causal; PB-relax LayerNorm, plain LayerNorm
+    # Called with (case, layout, device); does outside of the clock what depends on shapes and
+    # layout alone (block masks, indices), and returns what is timed.
     prepare: Prepare
-    role: str = ""
-    compile_s: float = 0.0
-    only_on: str = ""
-    module: str = ""
-    graph: bool = False
-    facts: Callable[[Any, Any], dict[str, Any]] = lambda case, layout: {}
+    role: str = ""  # "ours", "rival" (the best of them is the rival), "dense"
+    compile_s: float = 0.0  # estimated, for one more case on 16 cores
+    only_on: str = ""  # the one type of device on which it is timed
+    module: str = ""  # what must be installed
+    graph: bool = False  # timed as the replay of a CUDA graph
+    facts: Callable[[Any, Any], dict[str, Any]] = lambda case, layout: {}  # for the record's row
 
     @property
     def compiles(self) -> bool:
@@ -78,9 +67,7 @@ class Choices(InductorChoices):
     def get_flex_attention_bwd_configs(self, *args: Any, **options: Any) -> list[Any]:
         configs = super().get_flex_attention_bwd_configs(*args, **options)
         sides = {
-            name: min(64, side)
-            for name, side in vars(configs[0]).items()
-            if name.startswith("block_")
+            name: min(64, value) for name, value in vars(configs[0]).items() if "block" in name
         }
         narrow = dataclasses.replace(configs[0], **sides, num_warps=4)
         return configs if narrow in configs else [*configs, narrow]

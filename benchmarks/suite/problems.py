@@ -35,31 +35,30 @@ class NotMeasured(Exception):
 class Problem:
     """A case's inputs. Methods that were prepared, or why they cannot be, are kept as long."""
 
+    inputs: list[Tensor]
+    douts: list[Tensor]  # gradients of what a forward gives
+    errors: Callable[[str, Call], dict[str, float]]  # relative, of what ``computes`` names
+    layout: ck.ThreeRegionLayout | None = None
+
     def __init__(self, case: Any, device: torch.device) -> None:
         self.case, self.device = case, device
         self.generator = torch.Generator(device).manual_seed(0)
-        self.layout = case.layout(device) if isinstance(case, AttentionCase) else None
-        self.kept: dict[tuple[Prepare, str], Prepared | NotMeasured] = {}
-
-    # What a forward gives, the inputs that have gradients, and the gradients of the former.
-    results: Callable[[Call], tuple[tuple[Tensor, ...], Any, Any]]
-    errors: Callable[[str, Call], dict[str, float]]  # relative, of what ``computes`` names
+        self.kept: dict[tuple[Prepare, str], Prepared] = {}
+        self.refused: dict[tuple[Prepare, str], tuple[str, bool]] = {}
 
     def prepared(self, method: Method) -> Prepared:
-        """
-        Raises:
-            NotMeasured: the method cannot run here, breaks, or does not compute what it says.
-        """
+        """Raises NotMeasured where a method cannot run here, breaks or is wrong."""
         key = method.prepare, method.computes
+        if key in self.refused:
+            raise NotMeasured(*self.refused[key])
         if key not in self.kept:
             try:
                 self.kept[key] = self._prepare(method)
             except Exception as error:  # whatever a peer raises; the other methods go on
-                self.kept[key] = reason_of(error)
-        found = self.kept[key]
-        if isinstance(found, NotMeasured):
-            raise NotMeasured(str(found), found.failed)
-        return found
+                reason = reason_of(error)
+                self.refused[key] = str(reason), reason.failed
+                raise reason from error
+        return self.kept[key]
 
     def _prepare(self, method: Method) -> Prepared:
         if not method.installed:
@@ -89,13 +88,18 @@ class Problem:
     def timed(self, call: Call, work: str) -> Callable[[], Any]:
         """In a forward what the backward needs is kept, as in training."""
 
-        def forward_backward() -> Any:
-            return torch.autograd.grad(*self.results(call))
+        def backward(outs: Any, retain_graph: bool = False) -> Any:
+            return torch.autograd.grad(outs, self.inputs, self.douts, retain_graph)
 
-        if work != "backward":
-            return forward_backward if "backward" in work else lambda: self.results(call)[0]
-        outs, inputs, douts = self.results(call)
-        return lambda: torch.autograd.grad(outs, inputs, douts, retain_graph=True)
+        if work == "backward":
+            return functools.partial(backward, self.outs(call), retain_graph=True)
+        if work == "forward+backward":
+            return lambda: backward(self.outs(call))
+        return lambda: self.outs(call)
+
+    def outs(self, call: Call) -> tuple[Tensor, ...]:
+        outs = call(*self.inputs)
+        return outs if isinstance(outs, tuple) else (outs,)
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
@@ -112,14 +116,12 @@ def outs_and_gradients(outs: Any, inputs: Any, douts: Any) -> list[Tensor]:
 class AttentionProblem(Problem):
     def __init__(self, case: AttentionCase, device: torch.device) -> None:
         super().__init__(case, device)
+        self.layout = case.layout(device)
         queries = case.batch, case.num_heads, case.queries, case.head_dim
         keys = case.batch, case.kv_heads, case.seqlen, case.head_dim
-        training = case.op == "attention"
-        self.qkv = [self.random(*shape).requires_grad_(training) for shape in (queries, keys, keys)]
-        self.dout = self.random(*queries)
-
-    def results(self, call: Call) -> tuple[tuple[Tensor, ...], Any, Any]:
-        return (call(*self.qkv),), self.qkv, self.dout
+        training, shapes = case.op == "attention", (queries, keys, keys)
+        self.inputs = [self.random(*shape).requires_grad_(training) for shape in shapes]
+        self.douts = [self.random(*queries)]
 
     def errors(self, computes: str, call: Call) -> dict[str, float]:
         """||x - exact|| / ||exact|| for the last sample, one head of keys and its heads of queries,
@@ -134,21 +136,21 @@ class AttentionProblem(Problem):
         of_queries = slice(-1, None), slice(kv_head * group, (kv_head + 1) * group), rows
         of_keys = slice(-1, None), slice(kv_head, kv_head + 1)
         places = of_queries, of_queries, of_keys, of_keys
-        dout = torch.zeros_like(self.dout)
-        dout[of_queries] = self.dout[of_queries]
-        found = outs_and_gradients([call(*self.qkv)], self.qkv, [dout])
-        inputs = [
+        dout = torch.zeros_like(self.douts[0])
+        dout[of_queries] = self.douts[0][of_queries]
+        found = outs_and_gradients(self.outs(call), self.inputs, [dout])
+        q, k, v = (
             x.detach()[place].double().requires_grad_(x.requires_grad)
-            for x, place in zip(self.qkv, places[1:], strict=True)
-        ]
+            for x, place in zip(self.inputs, places[1:], strict=True)
+        )
         if computes == "dense causal":
             position = rows[:, None] + case.seqlen - case.queries
             mask = torch.arange(case.seqlen, device=self.device) <= position
         else:
             assert computes == "three-region" and self.layout is not None
             mask = self.layout.dense_mask(case.batch, case.queries, case.seqlen)[-1, rows]
-        exact = F.scaled_dot_product_attention(*inputs, attn_mask=mask, enable_gqa=True)
-        expected = outs_and_gradients([exact], inputs, [dout[of_queries].double()])
+        exact = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, enable_gqa=True)
+        expected = outs_and_gradients([exact], (q, k, v), [dout[of_queries].double()])
         errors = {}
         for name, place, x, right in zip(RESULTS, places, found, expected, strict=False):
             stretches = 3 if place is of_queries else 1
@@ -170,38 +172,22 @@ class NormProblem(Problem):
     def __init__(self, case: NormCase, device: torch.device) -> None:
         super().__init__(case, device)
         self.function, self.names, self.out_names = self.OF_OPS[case.op]
-        self.inputs = [self._draw(name).requires_grad_() for name in self.names]
         self.douts = [self.random(case.rows, case.hidden) for _ in self.out_names]
-
-    def _draw(self, name: str) -> Tensor:
-        if "weight" in name:
-            return 1 + 0.1 * self.random(self.case.hidden)
-        rows = () if "bias" in name else (self.case.rows,)
-        return self.random(*rows, self.case.hidden)
-
-    def results(self, call: Call) -> tuple[tuple[Tensor, ...], Any, Any]:
-        outs = call(*self.inputs)
-        return outs if isinstance(outs, tuple) else (outs,), self.inputs, self.douts
+        self.inputs = []
+        for name in self.names:
+            parameter = name.endswith(("weight", "bias"))
+            x = self.random(case.hidden) if parameter else self.random(case.rows, case.hidden)
+            self.inputs.append((1 + 0.1 * x if "weight" in name else x).requires_grad_())
 
     def errors(self, computes: str, call: Call) -> dict[str, float]:
-        """Of some rows, the first and the last among them: the gradient of the others is zero."""
-        case = self.case
-        rows = torch.linspace(0, case.rows - 1, min(case.rows, 4 * CHECKED_ROWS)).long()
-        rows = rows.unique().to(self.device)
-        douts = [torch.zeros_like(dout).index_copy_(0, rows, dout[rows]) for dout in self.douts]
-        found = outs_and_gradients(self.results(call)[0], self.inputs, douts)
-
-        def of_rows(x: Tensor) -> Tensor:
-            return x.detach()[rows] if x.ndim == 2 else x.detach()
-
-        inputs = [of_rows(x).double().requires_grad_() for x in self.inputs]
+        inputs = [x.detach().double().requires_grad_() for x in self.inputs]
         relax = "row" if computes.startswith("PB-relax") else None
         exact = self.function(*inputs, relax=relax, backend="reference")
         exact = exact if isinstance(exact, tuple) else (exact,)
-        expected = outs_and_gradients(exact, inputs, [dout[rows].double() for dout in douts])
+        expected = outs_and_gradients(exact, inputs, [dout.double() for dout in self.douts])
+        found = outs_and_gradients(self.outs(call), self.inputs, self.douts)
         names = [*self.out_names, *(f"d{name}" for name in self.names)]
-        triples = zip(names, found, expected, strict=True)
-        return {name: relative_error(of_rows(x), right) for name, x, right in triples}
+        return dict(zip(names, map(relative_error, found, expected), strict=True))
 
 
 class StepProblem(Problem):

@@ -18,7 +18,7 @@ import cogview_kernels as ck
 from benchmarks.suite import norms
 from benchmarks.suite.attention import cogview_formulation
 from benchmarks.suite.cases import StepCase
-from benchmarks.suite.methods import Method, Prepare, kernels_on
+from benchmarks.suite.methods import Method, kernels_on
 from cogview.config import ModelConfig
 from cogview.model import GPT, Operators
 
@@ -35,10 +35,6 @@ def on_backend(backend: str) -> Operators:
 
 def ours(case: StepCase, device: torch.device) -> Operators:
     return on_backend(kernels_on(device))
-
-
-def definitions(case: StepCase, device: torch.device) -> Operators:
-    return on_backend("reference")
 
 
 def as_cogview_computes(case: StepCase, device: torch.device) -> Operators:
@@ -58,11 +54,7 @@ def as_cogview_computes(case: StepCase, device: torch.device) -> Operators:
 
 class Training:
     """A model, the tokens it learns and its optimizer, the same for a case and a device; a call is
-    one step and returns its loss.
-
-    Attributes:
-        losses: of each target token, in the last step.
-    """
+    one step, which returns its loss and keeps ``losses``, those of each target token."""
 
     def __init__(
         self, case: StepCase, computes: str, make: MakeOperators, device: torch.device
@@ -117,19 +109,21 @@ class Training:
 @functools.cache
 def reference_losses(case: StepCase, computes: str, device: torch.device) -> Tensor:
     """What ``losses`` of the first step must be, by the definitions in float64."""
-    training = Training(case, computes, definitions, device)
+    training = Training(case, computes, lambda *_: on_backend("reference"), device)
     training.model.double()
     with torch.no_grad():
         return training.forward()
 
 
-def training(computes: str, operators: MakeOperators) -> Prepare:
-    return lambda case, layout, device: Training(case, computes, operators, device)
+def method(name: str, computes: str, operators: MakeOperators, role: str = "") -> Method:
+    def prepare(case: StepCase, layout: None, device: torch.device) -> Training:
+        return Training(case, computes, operators, device)
+
+    return Method(name, computes, prepare, role)
 
 
 STEP_METHODS: tuple[Method, ...] = (
-    Method("cogview_kernels", "three-region", training("three-region", ours), "ours"),
-    # With our norms.
-    Method("dense SDPA", "dense causal", training("dense causal", ours), "dense"),
-    Method("CogView's formulation", "three-region", training("three-region", as_cogview_computes)),
+    method("cogview_kernels", "three-region", ours, "ours"),
+    method("dense SDPA", "dense causal", ours, "dense"),  # with our norms
+    method("CogView's formulation", "three-region", as_cogview_computes),
 )

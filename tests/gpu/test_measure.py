@@ -14,7 +14,7 @@ import torch
 
 from benchmarks import machine
 from benchmarks.suite import measure
-from benchmarks.suite.cases import StepCase
+from benchmarks.suite.cases import AttentionCase, StepCase
 from benchmarks.suite.steps import STEP_METHODS
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="torch finds no CUDA device")
@@ -177,7 +177,8 @@ def test_memory_is_the_peak_beyond_what_was_there() -> None:
         return b + megabyte  # 2
 
     assert measure.peak_bytes(run, CUDA) == 2 << 20
-    case = StepCase(2, 128, 2, 2, 60, 8, 2, 8, text_len=8, vocab_size=5000)
+    layer = AttentionCase(60, 8, 2, 8, batch=2, num_heads=2, text_len=8)
+    case = StepCase(2, layer, 5000)
     method = next(method for method in STEP_METHODS if method.computes == "dense causal")
     step = method.prepare(case, None, CUDA)
     step()  # a step's memory has its gradients
