@@ -118,6 +118,9 @@ def test_entries_are_unique_and_keep_a_case_together(device_type: str) -> None:
     assert len({e.id for e in plan}) == len(plan)
     assert {e.case.op for e in plan} == set(suite.METHODS)
     assert {e.method.only_on for e in plan} == {"", device_type}
+    assert (device_type == "cpu") == any(
+        e.method.name.startswith("SDPA,") or e.method.name == "SDPA" for e in plan
+    )
     runs = itertools.groupby((e.stage if device_type == "cuda" else "", e.case) for e in plan)
     assert max(Counter(key for key, _ in runs).values()) == 1
     replayed = {e.case.op for e in plan if e.method.graph}

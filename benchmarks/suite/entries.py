@@ -84,8 +84,8 @@ class Entry:
         case, work, method = self.case, self.work, self.method
         shape = dataclasses.asdict(case)
         shape |= shape.pop("attention", {})
-        info = {"op": case.op, "work": work, "case": shape, "case_name": case.name}
-        info |= {"sweeps": list(self.sweeps), "stage": self.stage}
+        info: dict[str, Any] = {"op": case.op, "work": work, "case": shape}
+        info |= {"case_name": case.name, "sweeps": list(self.sweeps), "stage": self.stage}
         info |= {name: getattr(method, name) for name in ("role", "computes", "graph")}
         info |= {"method": method.name, "flops": case.flops(work), "bytes": case.bytes(work)}
         if isinstance(case, AttentionCase):
