@@ -39,7 +39,7 @@ import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from scipy import stats  # type: ignore[import-untyped]
+from scipy import stats
 
 from benchmarks.machine import RESULTS, commit_info, machine_info, now, record_name, save_record
 from benchmarks.report.tables import table as markdown
