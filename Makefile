@@ -90,7 +90,7 @@ bench: build
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report
 
-# quality takes about two hours on two cores, instability one; at the same commit they go on where
+# each takes about an hour on two cores; at the same commit they go on where
 # they were stopped.
 quality: build
 	$(BIN)/python -m benchmarks.experiments.quality
