@@ -7,7 +7,7 @@ import math
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
@@ -31,11 +31,10 @@ def series(group: Group, ceilings: dict[str, Any]) -> dict[str, Row | None]:
     ours, seconds = group.ours, group.ours.floor(ceilings) or math.nan
     floor = dataclasses.replace(ours, median=seconds, method="measured ceilings")
     other = group.best(lambda row: not row.role and row.computes == ours.computes)
-    return dict(zip(STYLES, (ours, group.rival, other, group.dense, floor), strict=True))
+    return dict(zip(STYLES, (ours, group.rival, other, group.other, floor), strict=True))
 
 
-@dataclasses.dataclass(frozen=True)
-class Plot:
+class Plot(NamedTuple):
     """``panels`` are (operation, sweep) by title."""
 
     caption: str
@@ -55,14 +54,13 @@ class Plot:
         return {title: dict(sorted(by.items())) for title, by in found.items() if len(by) > 1}
 
 
-def microseconds_per_token(row: Row) -> float:
-    return 1e6 * row.median / (row.case["batch"] * row.case["seqlen"])
-
-
 SEQLEN = "sequence length (tokens)", lambda row: row.case["seqlen"]
 SHARE = "keys attended (% of dense causal)", lambda row: 100 * (row.attended_fraction or 0)
 HIDDEN = "hidden size (columns)", lambda row: row.case["hidden"]
-PER_TOKEN = "time per token (us)", microseconds_per_token
+PER_TOKEN = (
+    "time per token (us)",
+    lambda row: 1e6 * row.median / (row.case["batch"] * row.case["seqlen"]),
+)
 BANDWIDTH = "bytes that must move (GB/s)", lambda row: row.bytes / row.median / 1e9
 LENGTHS = {"attention": ("attention", "seqlen")}
 SHARES = {"window varies": ("attention", "window"), "pivots vary": ("attention", "pivots")}
@@ -80,12 +78,10 @@ def draw(plot: Plot, record: Record, path: Path) -> None:
     rows = math.ceil(len(panels) / 2)
     figure = Figure(figsize=(9.6, 3.1 * rows + 1.9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, 2, squeeze=False, sharey=True)
     handles: dict[str, Any] = {}
     methods = defaultdict[str, dict[str, None]](dict)
-    for axis in axes.flat[len(panels) :]:
-        axis.set_axis_off()
-    for axis, (title, by_x) in zip(axes.flat, panels.items(), strict=False):
+    for at, (title, by_x) in enumerate(panels.items()):
+        axis = figure.add_subplot(rows, 2, at + 1, sharey=figure.axes[0] if at else None)
         found = [series(group, record.content["ceilings"]) for group in by_x.values()]
         for name, style in STYLES.items():
             ys = [plot.y(row) if (row := each[name]) else math.nan for each in found]
@@ -96,19 +92,18 @@ def draw(plot: Plot, record: Record, path: Path) -> None:
                 handles.setdefault(name, line)
         axis.set_title(title, fontsize=10)
         axis.set_xlabel(plot.x_label, fontsize=9)
+        axis.set_ylabel(plot.y_label, fontsize=9)
         axis.set_xscale("log", base=2)
         axis.set_xticks([*by_x], [f"{x:.0f}" for x in by_x])
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-        if plot.y is not microseconds_per_token:
+        if plot.y_label == BANDWIDTH[0]:
             axis.set_ylim(bottom=0)
             continue
         axis.set_yscale("log")
         axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:g}")
         axis.yaxis.set_minor_formatter(NullFormatter())
-    for axis in axes[:, 0]:
-        axis.set_ylabel(plot.y_label, fontsize=9)
     labels = [f"{name}: {' / '.join(methods[name])}" for name in handles]
     figure.legend(handles.values(), labels, loc="outside lower center", fontsize=8, frameon=False)
     cases = common(group.ours for by_x in panels.values() for group in by_x.values())
