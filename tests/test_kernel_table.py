@@ -33,16 +33,6 @@ for (_kernel, _architecture), _row in ROWS.items():
     _launches[_kernel] = _row["threads"], _row["dynamic_shared"]
 
 
-@pytest.fixture(scope="module")
-def ptxas() -> dict[tuple[str, str], Row]:
-    """What ptxas reported for the built kernels, on the committed architectures."""
-    known = {architecture for _, architecture in ROWS}
-    rows = [row for row in extension.kernel_resources() if row["architecture"] in known]
-    if not rows:
-        pytest.skip(f"no kernels were built for {', '.join(sorted(known))}, or with DEBUG=1")
-    return {(table.source_name(row["kernel"]), row["architecture"]): row for row in rows}
-
-
 @pytest.mark.parametrize(
     ("architecture", "threads", "registers", "shared_bytes", "expected"),
     [
@@ -166,28 +156,20 @@ def test_launches_of_the_host_model() -> None:
     assert table.launches() == LAUNCHES, STALE
 
 
-def test_built_kernels_are_the_committed_ones(ptxas: dict[tuple[str, str], Row]) -> None:
-    """Needs no disassembler: names, spills, shared memory, CTAs per SM."""
-    architectures = {architecture for _, architecture in ptxas}
-    assert set(ptxas) == {key for key in ROWS if key[1] in architectures}, STALE
-    for key, row in ptxas.items():
-        expected = ROWS[key]
-        assert row["spill_store_bytes"] == row["spill_load_bytes"] == 0, key
-        assert row["static_smem_bytes"] == expected["static_shared"], f"{key} {STALE}"
-        shared = expected["static_shared"] + expected["dynamic_shared"]
-        ctas, _ = table.ctas_per_sm(key[1], expected["threads"], row["registers"], shared)
-        assert ctas >= expected["ctas_per_sm"], f"{key}: {ctas} CTAs on an SM; {STALE}"
-
-
-def test_built_machine_code(ptxas: dict[tuple[str, str], Row]) -> None:
+def test_built_kernels_are_the_committed_ones() -> None:
     """With the recorded nvcc every figure is equal; with another, the important ones are."""
+    if not extension.kernel_resources():
+        pytest.skip("no kernels were built, or with DEBUG=1")
     if table.cuobjdump() is None or shutil.which("c++filt") is None:
         pytest.skip("no cuobjdump (the dev extra has it) or no c++filt")
     built = table.record([table.MODULE], LAUNCHES)
-    rows = {(row["kernel"], row["architecture"]): row for row in built["kernels"]}
-    for key, row in ptxas.items():
-        assert rows[key]["registers"] == row["registers"], key
-        assert rows[key]["static_shared"] == row["static_smem_bytes"], key
-        if built["nvcc"] == COMMITTED["nvcc"]:
-            assert rows[key] == ROWS[key], f"{key} {STALE}"
-    assert_sound([rows[key] for key in ptxas])
+    known = {architecture for _, architecture in ROWS}
+    rows = [row for row in built["kernels"] if row["architecture"] in known]
+    assert {row["kernel"] for row in rows} <= KERNELS, STALE
+    for architecture in {row["architecture"] for row in rows}:
+        assert len(KERNELS) == sum(row["architecture"] == architecture for row in rows), STALE
+    for row in rows:
+        committed = ROWS[row["kernel"], row["architecture"]]
+        assert row["ctas_per_sm"] >= committed["ctas_per_sm"], f"{row} {STALE}"
+        assert row == committed or built["nvcc"] != COMMITTED["nvcc"], f"{row} {STALE}"
+    assert_sound(rows)

@@ -51,17 +51,15 @@ def report(root: Path) -> tuple[Pages, Pictures]:
     for record in records:
         page += [f"## {record.device}", tables.conditions(record)]
         page += [tables.case_table(record, op, "fixed") for op in OPS]
-        plotted = {panel for plot in plots.PLOTS.values() for panel in plot.panels.values()}
-        swept = dict.fromkeys((row.op, sweep) for row in record.rows for sweep in row.sweeps)
-        for op, sweep in swept:
-            if sweep != "fixed" and (op, sweep) not in plotted:
+        if drawn := plots.can_draw(record):
+            caption = "Time of attention for each token, against the sequence length"
+            draw = partial(plots.draw, record)
+            page.append(picture(record.path, f"-{plots.SWEEP}", caption, draw))
+            readme += [page[-1].replace("(", "(docs/")] if record is records[0] else []
+        sweeps = dict.fromkeys((row.op, sweep) for row in record.rows for sweep in row.sweeps)
+        for op, sweep in sweeps:
+            if sweep != "fixed" and not (drawn and (op, sweep) == (plots.OP, plots.SWEEP)):
                 page.append(tables.case_table(record, op, sweep))
-        for name, plot in plots.PLOTS.items():
-            if plot.groups(record):
-                drawn = partial(plots.draw, plot, record)
-                page.append(picture(record.path, f"-{name}", plot.caption, drawn))
-                if name == "seqlen" and record is records[0]:
-                    readme.append(page[-1].replace("(", "(docs/"))
         page.append(tables.not_measured(record))
     put(PAGE, "measured", page)
     links = []

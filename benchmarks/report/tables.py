@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from benchmarks.report.records import OPS, OURS, Group, Record, Row, groups
@@ -64,16 +64,6 @@ def label(row: Row) -> str:
         return f"{op}, {case['rows']}x{case['hidden']}"
     letter = LETTERS.get((case["seqlen"], case["key_window_times"]))
     return f"{letter if letter and op == 'attention' else op}, {case['batch']}x{case['seqlen']}"
-
-
-def common(rows: Iterable[Row]) -> str:
-    """What the cases have in common."""
-    first, *others = [row.case for row in rows]
-    return ", ".join(
-        f"{name} {value}"
-        for name, value in first.items()
-        if value and name != "op" and all(case.get(name) == value for case in others)
-    )
 
 
 # docs/benchmarks.md.
@@ -173,7 +163,7 @@ def readme_groups(record: Record) -> list[Group]:
 def readme_table(record: Record) -> str:
     found = readme_groups(record)
     peers = {
-        "rival": [group.rival for group in found],
+        "fastest that computes the same": [group.same for group in found],
         "dense, plain LayerNorm †": [group.other for group in found],
     }
     lines = [
