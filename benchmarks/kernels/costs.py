@@ -273,25 +273,33 @@ def backward(rows: list[Row]) -> Row:
 
 def tables(record: dict[str, list[Row]]) -> dict[str, str]:
     """By mark in the page."""
-    attention, norms = [], []
+    attention = []
     for case, group in groupby(record["attention"], lambda row: row["case"]):
         rows = list(group)
         for row in (*rows, backward(rows)):
             useful = row["useful_products"]
-            cells = {"case": case, "kernel": row["kernel"], "blocks": f"{row['blocks']:,}"}
-            cells["issued / useful"] = f"{row['products'] / useful:.3f}" if useful else ""
-            cells["must touch"] = f"{row['must_touch']:,}"
-            cells["moved / must touch"] = f"{moved(row) / row['must_touch']:.3f}"
-            attention.append(cells | {"bank conflicts": f"{row['bank_conflicts']:,}"})
-    for row in record["norms"]:
-        text = "{kernel} {blocks} x {threads}, {shared}"
-        cells = {"case": row["case"], "operator": row["operator"]}
-        cells["launches"] = "; ".join(map(text.format_map, row["launches"]))
-        cells |= {"floor": f"{row['floor']:,}"}
-        cells["moved / floor"] = f"{row['activations'] / row['floor']:.3f}"
-        norms.append(
-            cells | {"others / floor": f"{sum(row[kind] for kind in OTHERS) / row['floor']:.3f}"}
-        )
+            cells = {
+                "case": case,
+                "kernel": row["kernel"],
+                "blocks": f"{row['blocks']:,}",
+                "issued / useful": f"{row['products'] / useful:.3f}" if useful else "",
+                "must touch": f"{row['must_touch']:,}",
+                "moved / must touch": f"{moved(row) / row['must_touch']:.3f}",
+                "bank conflicts": f"{row['bank_conflicts']:,}",
+            }
+            attention.append(cells)
+    launch = "{kernel} {blocks} x {threads}, {shared}"
+    norms = [
+        {
+            "case": row["case"],
+            "operator": row["operator"],
+            "launches": "; ".join(map(launch.format_map, row["launches"])),
+            "floor": f"{row['floor']:,}",
+            "moved / floor": f"{row['activations'] / row['floor']:.3f}",
+            "others / floor": f"{sum(row[kind] for kind in OTHERS) / row['floor']:.3f}",
+        }
+        for row in record["norms"]
+    ]
     return {"attention costs": table(attention, left=2), "norms costs": table(norms, left=3)}
 
 

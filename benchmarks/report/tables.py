@@ -45,7 +45,9 @@ def times(row: Row, ours: Row) -> str:
 def table(lines: Sequence[dict[str, str]], left: int = 1) -> str:
     """Cells by the heads of their columns, of which the first ``left`` are text. Columns where no
     line has anything are left out."""
-    heads = [head for head in dict(*lines[:1]) if any(line[head] for line in lines)]
+    if not lines:
+        return ""
+    heads = [head for head in lines[0] if any(line[head] for line in lines)]
     rule = ["---" if i < left else "---:" for i in range(len(heads))]
     shown = [heads, rule, *([line[head] for head in heads] for line in lines)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in shown)
