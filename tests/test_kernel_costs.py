@@ -10,11 +10,12 @@ import pytest
 from helpers import region_of
 
 from benchmarks.kernels import costs
+from benchmarks.kernels.counting import DOCS, between
 from benchmarks.suite.cases import AttentionCase
 from cogview_kernels import extension
 
 STALE = "differs from docs/kernel_costs.json: run `make kernel-costs` and commit what it writes"
-COMMITTED = json.loads((costs.DOCS / "kernel_costs.json").read_text())
+COMMITTED = json.loads((DOCS / "kernel_costs.json").read_text())
 BY_CASE = {
     case: list(rows) for case, rows in groupby(COMMITTED["attention"], lambda row: row["case"])
 }
@@ -39,9 +40,9 @@ needs_host_model = pytest.mark.skipif(
 
 
 def test_the_page_shows_the_record() -> None:
-    page = (costs.DOCS / "kernel_costs.md").read_text()
+    page = (DOCS / "kernel_costs.md").read_text()
     for mark, table in costs.tables(COMMITTED).items():
-        assert costs.between(page, mark) == table
+        assert between(page, mark) == table
 
 
 @pytest.mark.parametrize("case", costs.ATTENTION_CASES, ids=costs.describe)

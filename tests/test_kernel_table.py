@@ -9,7 +9,7 @@ import shutil
 import pytest
 
 from benchmarks.kernels import table
-from benchmarks.kernels.costs import DOCS, Row, between
+from benchmarks.kernels.counting import DOCS, Row, between
 from cogview_kernels import extension
 
 STALE = "differs from docs/kernels.json: run `make kernel-table` and commit what it writes"

@@ -7,26 +7,21 @@ and move, counted, against what the attention and the norms cannot do without.
 from __future__ import annotations
 
 import importlib
-import json
+import math
 import re
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from itertools import groupby, product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 import cogview_kernels as ck
-from benchmarks.report.tables import table
+from benchmarks.kernels.counting import Row, markdown, write
 from benchmarks.suite.cases import AttentionCase
-from cogview.files import atomic_write
 from cogview_kernels import extension
 
-Row = dict[str, Any]
-
-DOCS = Path(__file__).resolve().parents[2] / "docs"
 NUM_SMS = 132  # of an H200
 MMA_PRODUCTS = 16 * 8 * 16
 KERNEL = re.compile(r"three_region_attention_(\w+)_kernel")
@@ -276,49 +271,31 @@ def tables(record: dict[str, list[Row]]) -> dict[str, str]:
     attention = []
     for case, group in groupby(record["attention"], lambda row: row["case"]):
         rows = list(group)
-        for row in (*rows, backward(rows)):
-            useful = row["useful_products"]
-            cells = {
+        attention += [
+            {
                 "case": case,
                 "kernel": row["kernel"],
-                "blocks": f"{row['blocks']:,}",
-                "issued / useful": f"{row['products'] / useful:.3f}" if useful else "",
-                "must touch": f"{row['must_touch']:,}",
-                "moved / must touch": f"{moved(row) / row['must_touch']:.3f}",
-                "bank conflicts": f"{row['bank_conflicts']:,}",
+                "blocks": row["blocks"],
+                "issued / useful": row["products"] / (row["useful_products"] or math.nan),
+                "must touch": row["must_touch"],
+                "moved / must touch": moved(row) / row["must_touch"],
+                "bank conflicts": row["bank_conflicts"],
             }
-            attention.append(cells)
+            for row in (*rows, backward(rows))
+        ]
     launch = "{kernel} {blocks} x {threads}, {shared}"
     norms = [
         {
             "case": row["case"],
             "operator": row["operator"],
             "launches": "; ".join(map(launch.format_map, row["launches"])),
-            "floor": f"{row['floor']:,}",
-            "moved / floor": f"{row['activations'] / row['floor']:.3f}",
-            "others / floor": f"{sum(row[kind] for kind in OTHERS) / row['floor']:.3f}",
+            "floor": row["floor"],
+            "moved / floor": row["activations"] / row["floor"],
+            "others / floor": sum(row[kind] for kind in OTHERS) / row["floor"],
         }
         for row in record["norms"]
     ]
-    return {"attention costs": table(attention, left=2), "norms costs": table(norms, left=3)}
-
-
-def between(page: str, mark: str) -> str:
-    return page.split(f"<!-- {mark}: begin -->\n")[1].split(f"\n<!-- {mark}: end -->")[0]
-
-
-def write(name: str, record: dict[str, Any], tables: dict[str, str]) -> None:
-    """docs/NAME.json, a line for each row, and in docs/NAME.md the tables between their marks."""
-    page = (DOCS / f"{name}.md").read_text()
-    for mark, text in tables.items():
-        page = page.replace(between(page, mark), text)
-    parts = []
-    for key, part in record.items():
-        lines = "[\n" + ",\n".join(map(json.dumps, part)) + "\n]"
-        parts.append(f'"{key}": {lines if isinstance(part, list) else json.dumps(part)}')
-    for file, content in ((f"{name}.json", "{" + ",\n".join(parts) + "}\n"), (f"{name}.md", page)):
-        with atomic_write(DOCS / file) as partial_file:
-            partial_file.write_text(content)
+    return {"attention costs": markdown(attention), "norms costs": markdown(norms)}
 
 
 def main() -> None:

@@ -24,8 +24,8 @@ from typing import Any
 import torch
 
 from benchmarks.kernels import costs
-from benchmarks.kernels.costs import DOCS, NormCase, Row
-from benchmarks.report.tables import table
+from benchmarks.kernels.costs import NormCase
+from benchmarks.kernels.counting import DOCS, Row, markdown, write
 from benchmarks.suite.cases import AttentionCase
 from cogview.files import atomic_write
 from cogview_kernels import extension
@@ -255,9 +255,9 @@ def tables(facts: dict[str, Any]) -> str:
             for column in SHOWN:
                 values = [str(row[column]) for row in rows]
                 text = values[0] if len(set(values)) == 1 else ", ".join(values)
-                line[column.replace("_", " ")] = text
+                line[column] = text
             lines.append(line)
-        parts += [f"### {kernel}", table(lines)]
+        parts += [f"### {kernel}", markdown(lines)]
     return "\n\n".join(parts)
 
 
@@ -265,7 +265,7 @@ def main() -> None:
     if reason := extension.why_not_built():
         raise SystemExit(reason)
     facts = record([MODULE, *missing_architectures()], launches())
-    costs.write("kernels", facts, {"kernels": tables(facts)})
+    write("kernels", facts, {"kernels": tables(facts)})
 
 
 if __name__ == "__main__":
