@@ -131,7 +131,7 @@ def test_the_readme_says_where_ours_loses() -> None:
     for raw in content["rows"]:
         if raw["method"] == FORMULATION and raw["op"] == "training_step":
             raw["seconds"]["median"] /= 4
-    steps = "training step step, training step step"
+    steps = "training step, training step"
     assert f"; to {FORMULATION} on {steps}." in tables.losses(records.Record("x", content))
     content["rows"] = [raw for raw in content["rows"] if raw["role"] == "ours"]
     assert "no method is faster than ours" in tables.losses(records.Record("x", content))

@@ -163,23 +163,16 @@ def readme_groups(record: Record) -> list[Group]:
 
 
 def readme_table(record: Record) -> str:
-    found = readme_groups(record)
-    peers = {
-        "fastest that computes the same": [group.same for group in found],
-        "dense, plain LayerNorm †": [group.other for group in found],
-    }
-    lines = [
-        {"case": label(group.ours), "work": group.work, OURS: time_text(group.ours.median)}
-        | {
-            head: times(row, group.ours) if (row := rows[at]) else "-"
-            for head, rows in peers.items()
-        }
-        for at, group in enumerate(found)
-    ]
-    notes = []
-    for head, rows in peers.items():
-        names = dict.fromkeys(row.method for row in rows if row)
-        notes += [f"{head}: {'; '.join(names)}."] if names else []
+    heads = "fastest that computes the same", "dense, plain LayerNorm †"
+    names: dict[str, dict[str, None]] = {head: {} for head in heads}
+    lines = []
+    for group in readme_groups(record):
+        cells = {"case": label(group.ours), "work": group.work, OURS: time_text(group.ours.median)}
+        for head, peer in zip(heads, (group.same, group.other), strict=True):
+            cells[head] = times(peer, group.ours) if peer else "-"
+            names[head] |= {peer.method: None} if peer else {}
+        lines.append(cells)
+    notes = [f"{head}: {'; '.join(methods)}." for head, methods in names.items() if methods]
     notes += [] if record.on_cuda else [f"On a CPU {OURS} is the portable path."]
     sources = f"<sub>{' '.join(notes)}</sub> {record.source}"
     return f"{table(lines, left=2)}\n\n{sources}\n\n{losses(record)}"
@@ -194,8 +187,8 @@ def losses(record: Record) -> str:
     for group in found:
         for winner, mark in ((group.same, ""), (group.other, " †")):
             if winner and winner.median < group.ours.median:
-                where = f"{label(winner).partition(',')[0]} {group.work}"
-                lost[winner.method + mark].append(where)
+                where = f"{label(winner).partition(',')[0]} {group.work.removeprefix('step')}"
+                lost[winner.method + mark].append(where.strip())
     parts = "; ".join(f"to {method} on {', '.join(where)}" for method, where in lost.items())
     nothing = f"On {record.device} no method is faster than ours in these cases."
     return f"**Ours loses on {record.device}** {parts}." if lost else nothing
