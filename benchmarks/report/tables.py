@@ -124,7 +124,7 @@ def conditions(record: Record) -> str:
     for dtype, rate in content["ceilings"]["matmul_flops"].items():
         parts.append(f"matrix product in {dtype} {rate_text(rate)}")
     parts.append(f"copy {digits(content['ceilings']['copy_bytes_per_s'] / 1e9)} GB/s")
-    for name, value in content["ceilings"].get("clocks", {}).items():
+    for name, value in (content["ceilings"].get("clocks") or {}).items():
         parts.append(f"{name} under load {value}")
     for control in content["controls"]:
         other = control.get("other_median")

@@ -289,7 +289,9 @@ def report(record: Json, path: Path) -> str:
     """The tables of the fixed cases, as in docs/benchmarks.md; what a terminal may cut off, first.
     Below them ceilings and controls, and how many entries came to what."""
     shown = records.Record(path.name, record)
-    cases = [tables.fixed_table(shown, op) for op in reversed(records.OPS)]  # attention last
+    cases = [
+        tables.case_table(shown, op, "fixed") for op in reversed(records.OPS)
+    ]  # attention last
     clocks = (f"{row.get('clocks.sm')} ({row['after_stage']})" for row in record["clocks"])
     pairs = (f"{row['name']} {row['ours'] / row['torchs']:.2f}" for row in record["host_time"])
     failed = sum(row["failed"] for row in record["not_measured"])
