@@ -22,7 +22,7 @@ README, PAGE = "README.md", "docs/benchmarks.md"
 PICTURES = "docs/benchmarks"
 # By module: the anchors of their parts of the page.
 EXPERIMENTS = {"quality": "the-same-performance", "instability": "why-the-norm-is-a-sandwich"}
-NO_GPU = "No GPU has run the suite yet: there are no GPU figures."
+NO_GPU = "No GPU figures have been measured yet."
 
 Pages = dict[str, str]  # whole texts, by path
 Pictures = dict[str, Callable[[Path], None]]  # by path, named after their records: draws it

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter, defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -163,32 +164,37 @@ def readme_groups(record: Record) -> list[Group]:
 
 
 def readme_table(record: Record) -> str:
+    """A line for each case; where it has two kinds of work, forward, backward."""
     heads = "fastest that computes the same", "dense, plain LayerNorm †"
     names: dict[str, dict[str, None]] = {head: {} for head in heads}
-    lines = []
+    cases: dict[str, dict[str, list[str]]] = {}
     for group in readme_groups(record):
-        cells = {"case": label(group.ours), "work": group.work, OURS: time_text(group.ours.median)}
+        cells = cases.setdefault(label(group.ours), defaultdict(list))
+        cells[OURS].append(time_text(group.ours.median))
         for head, peer in zip(heads, (group.same, group.other), strict=True):
-            cells[head] = times(peer, group.ours) if peer else "-"
+            cells[head].append(times(peer, group.ours) if peer else "-")
             names[head] |= {peer.method: None} if peer else {}
-        lines.append(cells)
-    notes = [f"{head}: {'; '.join(methods)}." for head, methods in names.items() if methods]
+    lines = [
+        {"case": case, **{head: ", ".join(cells[head]) for head in (OURS, *heads)}}
+        for case, cells in cases.items()
+    ]
+    short = dict(zip(heads, ("The same", "Dense, plain †"), strict=True))
+    notes = [f"{short[head]}: {'; '.join(found)}." for head, found in names.items() if found]
     notes += [] if record.on_cuda else [f"On a CPU {OURS} is the portable path."]
-    sources = f"<sub>{' '.join(notes)}</sub> {record.source}"
-    return f"{table(lines, left=2)}\n\n{sources}\n\n{losses(record)}"
+    sources = f"<sub>Forward, backward. {' '.join(notes)}</sub> {record.source}"
+    return f"{table(lines)}\n\n{sources}\n\n{losses(record)}"
 
 
 def losses(record: Record) -> str:
-    """Where a method is faster than ours: the fastest that computes the same, and the fastest that
-    computes another function (†)."""
-    lost, found = defaultdict[str, list[str]](list), readme_groups(record)
+    """The cases in which a method is faster than ours, whether it computes the same or not."""
+    found = readme_groups(record)
     if not found:
         return f"None of the fixed cases has been measured on {record.device}."
+    lost: dict[str, None] = {}
     for group in found:
-        for winner, mark in ((group.same, ""), (group.other, " †")):
-            if winner and winner.median < group.ours.median:
-                where = f"{label(winner).partition(',')[0]} {group.work.removeprefix('step')}"
-                lost[winner.method + mark].append(where.strip())
-    parts = "; ".join(f"to {method} on {', '.join(where)}" for method, where in lost.items())
-    nothing = f"On {record.device} no method is faster than ours in these cases."
-    return f"**Ours loses on {record.device}** {parts}." if lost else nothing
+        peers = [peer.median for peer in (group.same, group.other) if peer]
+        if min(peers, default=math.inf) < group.ours.median:
+            lost[label(group.ours).partition(",")[0]] = None
+    if not lost:
+        return f"On {record.device} no method is faster than ours in these cases."
+    return f"**Ours loses on {record.device}** where a ratio is bold: {', '.join(lost)}."
