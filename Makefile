@@ -22,7 +22,7 @@ help:
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
 	@echo "make mutations      break the kernels on purpose, nearly two hundred times: a test must fail each time"
 	@echo "make quality        train a small CogView dense and three-region, and compare what they learn"
-	@echo "make instability    train deep float16 models with Pre-LN, Sandwich-LN and PB-relax: which survive"
+	@echo "make instability    train deep float16 models with Pre-LN, Sandwich-LN and PB-relax: what each changes"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make kernel-times   predict the times of the attention kernels on one H200 (a model; needs nvcc, no GPU)"
@@ -91,7 +91,7 @@ bench: build
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report
 
-# quality takes about an hour on two cores, instability less; at the same commit they go on where
+# each takes about an hour on two cores; at the same commit they go on where
 # they were stopped.
 quality: build
 	$(BIN)/python -m benchmarks.experiments.quality

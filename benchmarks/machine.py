@@ -47,25 +47,27 @@ def new_path(path: Path) -> Path:
     return path
 
 
+def copy_out(path: Path) -> None:
+    """To ``$OUT``, where it is set."""
+    if (out := os.environ.get("OUT")) and path.exists():
+        Path(out).mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, out)
+
+
 def save_record(record: dict[str, Any], path: Path) -> None:
-    """Writes a complete file or none, and a copy to ``$OUT``. Each element of a list has a line of
-    its own, so that a difference of two records can be read."""
+    """Writes a complete file or none; a copy to ``$OUT``. Each element of a list has a line of its
+    own, so that a difference of two records can be read."""
     fields = []
     for name, value in record.items():
         text = json.dumps(value, indent=1).replace("\n", "\n ")
         if isinstance(value, list) and value:
             text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
         fields.append(f" {json.dumps(name)}: {text}")
-    for folder in (path.parent, *map(Path, filter(None, [os.environ.get("OUT")]))):
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = (folder / path.name).with_suffix(".partial")
-        partial.write_text("{\n" + ",\n".join(fields) + "\n}\n")
-        partial.replace(folder / path.name)
-
-
-def save_log(log: Path) -> None:
-    if os.environ.get("OUT") and log.exists():
-        shutil.copy(log, os.environ["OUT"])
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".partial")
+    partial.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+    partial.replace(path)
+    copy_out(path)
 
 
 def output_of(*command: str) -> str | None:
@@ -73,20 +75,15 @@ def output_of(*command: str) -> str | None:
         done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=20)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
+    return done.stdout.strip() or None if done.returncode == 0 else None
 
 
 def smi(*fields: str) -> dict[str, str]:
-    """What nvidia-smi answers about the GPU that this process uses; empty without nvidia-smi."""
+    """What nvidia-smi says now of the GPU that this process uses; empty without nvidia-smi."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
     query = f"--query-gpu={','.join(fields)}"
     answer = output_of("nvidia-smi", f"--id={visible}", query, "--format=csv,noheader")
     return dict(zip(fields, answer.split(", "), strict=False)) if answer else {}
-
-
-def clocks() -> dict[str, str]:
-    """Of the GPU, at this moment."""
-    return smi("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
 
 
 def machine_info(device: torch.device) -> dict[str, Any]:
@@ -95,7 +92,7 @@ def machine_info(device: torch.device) -> dict[str, Any]:
 
     cpuinfo = Path("/proc/cpuinfo")
     brand = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
-    versions: dict[str, str] = {"torch": str(torch.__version__)}
+    versions = {"torch": str(torch.__version__)}
     for name in PACKAGES:
         with contextlib.suppress(metadata.PackageNotFoundError):
             versions[name] = metadata.version(name)
@@ -104,7 +101,7 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     if nvcc := re.search(r"release \S+ ([^\s,]+)", output_of("nvcc", "--version") or ""):
         versions["nvcc"] = nvcc.group(1)
     info: dict[str, Any] = {
-        "device": brand.group(1) if brand else platform.processor() or platform.machine(),
+        "device": brand.group(1) if brand else platform.machine(),
         "device_type": device.type,
         "threads": torch.get_num_threads(),
         "cpus": os.cpu_count(),
@@ -114,8 +111,7 @@ def machine_info(device: torch.device) -> dict[str, Any]:
     }
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        info |= smi("driver_version", "power.limit") | {"clocks": clocks()}
-        info |= {
+        info |= smi("driver_version", "power.limit", "clocks.max.sm") | {
             "device": properties.name,
             "compute_capability": [properties.major, properties.minor],
             "multiprocessors": properties.multi_processor_count,
@@ -143,9 +139,7 @@ def why_nothing_runs() -> str | None:
         return f"torch cannot be imported ({error})"
     if not torch.backends.cuda.is_built():
         return f"torch {torch.__version__} is a build without CUDA"
-    if not torch.cuda.is_available():
-        return "torch finds no CUDA device that it can use"
-    return None
+    return None if torch.cuda.is_available() else "torch finds no CUDA device that it can use"
 
 
 def architecture_here() -> str:
@@ -181,7 +175,7 @@ def run_process(
     seconds: float,
     log: Path,
     watch: Path | None = None,
-    stall_s: float = 0,
+    stall_s: float = 0.0,
     **variables: str,
 ) -> tuple[int, str | None]:
     """Runs a command on this tree, installed or not. Its output goes to the log. It is killed after
@@ -207,7 +201,7 @@ def run_process(
                 written = written if written > begin else begin + START_S
                 if time.time() > begin + seconds:
                     killed = f"killed: out of time after {seconds:.0f} s"
-                elif time.time() > written + stall_s and watch:
+                elif watch and time.time() > written + stall_s:
                     killed = f"killed: no word for {stall_s} s"
         finally:
             kill_session(process.pid)

@@ -49,28 +49,44 @@ def is_held_out(digits: tuple[int, ...] | list[int] | np.ndarray) -> bool:
 
 
 def make_scenes(split: str, num: int, seed: int, jitter: int = 2) -> Scenes:
-    """Compose scenes; a pure function of its arguments.
+    """Compose scenes of random digits; a pure function of its arguments.
 
     Args:
         split: `train`, `reader` or `test`, see the table above.
         num: number of scenes.
         seed: for the choice of digits, handwriting and jitter.
-        jitter: largest shift of a digit from the middle of its cell, in pixels in each direction
-            (at most 2, so that the largest digits stay inside their cell).
+        jitter: as for `compose_scenes`.
 
     Raises:
         ValueError: unknown split, negative `num`, or jitter out of range.
     """
     if num < 0:
         raise ValueError(f"num: expected 0 or more scenes, got {num}")
+    _check_split(split)
+    rng = np.random.default_rng([seed, SPLITS.index(split)])
+    return compose_scenes(split, _draw_combinations(split, num, rng), rng, jitter)
+
+
+def compose_scenes(
+    split: str, labels: np.ndarray, rng: np.random.Generator, jitter: int = 2
+) -> Scenes:
+    """Compose scenes of given digits, held-out combinations or not.
+
+    Args:
+        split: whose handwriting.
+        labels: (N, 4) int64, the digits in reading order.
+        rng: for the choice of handwriting and jitter.
+        jitter: largest shift of a digit from the middle of its cell, in pixels in each direction
+            (at most 2, so that the largest digits stay inside their cell).
+
+    Raises:
+        ValueError: unknown split, or jitter out of range.
+    """
     spare = (CELL_SIZE - max(DIGIT_SIZES)) // 2
     if not 0 <= jitter <= spare:
         raise ValueError(f"jitter: expected 0 to {spare} pixels, got {jitter}")
     handwriting = _handwriting(split)
-    rng = np.random.default_rng([seed, SPLITS.index(split)])
-    labels = _draw_combinations(split, num, rng)
-
-    images = np.zeros((num, CANVAS_SIZE, CANVAS_SIZE), dtype=np.float32)
+    images = np.zeros((len(labels), CANVAS_SIZE, CANVAS_SIZE), dtype=np.float32)
     for image, digits in zip(images, labels, strict=True):
         for (cell_top, cell_left), digit in zip(CELLS, digits, strict=True):
             size_idx = int(rng.integers(len(DIGIT_SIZES)))
@@ -104,8 +120,7 @@ def _held_out_combinations() -> np.ndarray:
 @functools.cache
 def _handwriting(split: str) -> tuple[tuple[np.ndarray, ...], ...]:
     """A split's glyphs, by digit and size: each (num_glyphs, size, size) float32 in [0, 1]."""
-    if split not in SPLITS:
-        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
+    _check_split(split)
     originals, labels = load_digits(return_X_y=True)
     originals = originals.reshape(-1, 8, 8).astype(np.float32) / 16
     bounds = np.cumsum((0.0, *_SHARES))
@@ -117,6 +132,11 @@ def _handwriting(split: str) -> tuple[tuple[np.ndarray, ...], ...]:
         start, stop = (np.round(bounds[split_idx : split_idx + 2] * len(order))).astype(int)
         glyphs.append(tuple(_scaled(originals[order[start:stop]], size) for size in DIGIT_SIZES))
     return tuple(glyphs)
+
+
+def _check_split(split: str) -> None:
+    if split not in SPLITS:
+        raise ValueError(f"split: expected one of {', '.join(SPLITS)}, got {split!r}")
 
 
 def _scaled(images: np.ndarray, size: int) -> np.ndarray:

@@ -43,8 +43,6 @@ def test_figures_have_a_record(page: Path) -> None:
             assert records, f"{page.name}, {name}: a table without a record"
         for record in records:
             content = json.loads((ROOT / record).read_text())
-            if name == "counted":  # the host model counts the kernels of this commit
-                continue
             assert (content.get("commit") or content["commit_info"]["id"])[:7] in block
 
 

@@ -5,18 +5,17 @@ from __future__ import annotations
 import dataclasses
 import json
 from itertools import groupby
-from typing import Any
 
 import pytest
 from helpers import region_of
 
-from benchmarks.kernels import attention_costs, costs, norm_costs
+from benchmarks.kernels import costs
 from benchmarks.kernels.counting import DOCS, between
 from benchmarks.suite.cases import AttentionCase
 from cogview_kernels import extension
 
 STALE = "differs from docs/kernel_costs.json: run `make kernel-costs` and commit what it writes"
-COMMITTED = json.loads((DOCS / f"{costs.NAME}.json").read_text())
+COMMITTED = json.loads((DOCS / "kernel_costs.json").read_text())
 BY_CASE = {
     case: list(rows) for case, rows in groupby(COMMITTED["attention"], lambda row: row["case"])
 }
@@ -35,25 +34,24 @@ BACKWARD_OF_FIVE = 1.6
 # Compilers may merge two loads of the same value, and only rows use special load instructions.
 TOLERANCE = {"moved_far_keys": 0.05, "shared_accesses": 0.05, "bank_conflicts": 0.1}
 
-cases = pytest.mark.parametrize("case", attention_costs.CASES, ids=attention_costs.describe)
 needs_host_model = pytest.mark.skipif(
     extension.why_not_host_model() is not None, reason=str(extension.why_not_host_model())
 )
 
 
 def test_the_page_shows_the_record() -> None:
-    page = (DOCS / f"{costs.NAME}.md").read_text()
+    page = (DOCS / "kernel_costs.md").read_text()
     for mark, table in costs.tables(COMMITTED).items():
-        assert between(page, mark).strip() == table
+        assert between(page, mark) == table
 
 
-@cases
+@pytest.mark.parametrize("case", costs.ATTENTION_CASES, ids=costs.describe)
 def test_committed_counts_are_within_bounds(case: AttentionCase) -> None:
     """And not below the minimum; tiles are as high as ``must_touch`` assumes."""
-    rows = BY_CASE[attention_costs.describe(case)]
-    for row in [*rows, attention_costs.backward(rows)]:
+    rows = BY_CASE[costs.describe(case)]
+    for row in [*rows, costs.backward(rows)]:
         products, moved = BOUNDS[row["kernel"]]
-        assert row["must_touch"] <= attention_costs.moved(row) <= moved * row["must_touch"], row
+        assert row["must_touch"] <= costs.moved(row) <= moved * row["must_touch"], row
         assert row["products"] >= row["useful_products"]
         # One query leaves most of a tile empty; only its bytes matter.
         if case.queries > 1:
@@ -62,10 +60,10 @@ def test_committed_counts_are_within_bounds(case: AttentionCase) -> None:
                 assert row["products"] <= BACKWARD_OF_FIVE * row["useful_products"] * 5 / 7
     blocks = {row["kernel"]: row["blocks"] for row in rows}
     for kernel in ("forward", "backward_dq"):
-        height = attention_costs.tile_rows(kernel, case.head_dim)
+        height = costs.tile_rows(kernel, case.head_dim)
         first = (case.seqlen - case.queries) // height
         assert blocks[kernel] == case.num_heads * (-(-case.seqlen // height) - first)
-    height = attention_costs.tile_rows("backward_dkdv", case.head_dim)
+    height = costs.tile_rows("backward_dkdv", case.head_dim)
     tiles = -(-case.seqlen // height) + -(-case.num_pivots // height)
     assert blocks["backward_dkdv"] == case.kv_heads * tiles
 
@@ -75,13 +73,13 @@ def test_committed_counts_are_within_bounds(case: AttentionCase) -> None:
     "case",
     [
         pytest.param(case, marks=[pytest.mark.slow] * (case.pairs > 2e6))
-        for case in attention_costs.CASES
+        for case in costs.ATTENTION_CASES
     ],
-    ids=attention_costs.describe,
+    ids=costs.describe,
 )
 def test_counts_equal_the_committed_ones(case: AttentionCase) -> None:
-    rows = attention_costs.count(case)
-    for row, committed in zip(rows, BY_CASE[attention_costs.describe(case)], strict=True):
+    rows = costs.attention_rows(case)
+    for row, committed in zip(rows, BY_CASE[costs.describe(case)], strict=True):
         assert row.keys() == committed.keys()
         for name, value in committed.items():
             tolerance = value * TOLERANCE.get(name, 0)
@@ -89,7 +87,7 @@ def test_counts_equal_the_committed_ones(case: AttentionCase) -> None:
     # Bank conflicts occur where a dkdv block looks up its keys, not in the main loops: one query
     # gives as many as all queries.
     conflicts = {row["kernel"]: row["bank_conflicts"] for row in rows}
-    one_query = attention_costs.launches(dataclasses.replace(case, q_len=1))
+    one_query = costs.attention_launches(dataclasses.replace(case, q_len=1))
     assert conflicts["backward_dkdv"] == one_query["backward_dkdv"]["bank_conflicts"]
     assert conflicts["forward"] == conflicts["backward_dq"] == 0
 
@@ -116,7 +114,7 @@ def test_needs_by_hand(q_len: int) -> None:
         for seen in seen_by.values()
     )
     row = 2 * 64
-    assert attention_costs.needs(case) == {
+    assert costs.needs(case) == {
         "forward": (2 * 64 * pairs, 4 * case.queries * (2 * row + 4) + keys * 2 * row),
         "backward_row": (0, 4 * case.queries * (2 * row + 4)),
         "backward_dkdv": (4 * 64 * pairs, 2 * 300 * 4 * row + queries * (2 * row + 8)),
@@ -124,16 +122,18 @@ def test_needs_by_hand(q_len: int) -> None:
     }
 
 
-@pytest.mark.parametrize("case", norm_costs.CASES, ids=str)
-def test_committed_norms_move_each_activation_once(case: norm_costs.Case) -> None:
+@pytest.mark.parametrize("case", costs.NORM_CASES, ids=str)
+def test_committed_norms_move_each_activation_once(case: costs.NormCase) -> None:
     """But for the widest rows: those that do not fit a block of the sandwich run as two norms,
     those that do not fit a block of one norm are read two or three times."""
-    rows = [row for (name, _), row in NORMS.items() if name == str(case)]
-    assert [row["operator"] for row in rows] == list(norm_costs.PASSES)
-    for row in rows:
+    # In tensors of two bytes an element, by the bytes of an element of the residual stream.
+    floors = {2: (2, 3, 3, 4, 6, 3, 6, 3), 4: (2, 3, 3, 7, 10, 5, 10, 4)}[case.residual.itemsize]
+    for operator, tensors in zip(costs.PASSES, floors, strict=True):
+        row = NORMS[str(case), operator]
+        assert row["floor"] == tensors * case.rows * case.hidden * 2
         assert row["bank_conflicts"] == 0 and row["activations"] >= row["floor"], row
         if case.hidden < 16384:
-            assert row["passes"] == norm_costs.PASSES[row["operator"]]
+            assert row["passes"] == costs.PASSES[operator]
             assert row["activations"] == row["floor"]
         if case.rows == 8192:  # with fewer rows the blocks' own bytes weigh more
             bound = {2: 0.05, 4: 0.06}[case.residual.itemsize]
@@ -141,24 +141,14 @@ def test_committed_norms_move_each_activation_once(case: norm_costs.Case) -> Non
 
 
 @needs_host_model
-@pytest.mark.parametrize("case", norm_costs.CASES[:2], ids=str)
-def test_norm_counts_equal_the_committed_ones(case: norm_costs.Case) -> None:
+@pytest.mark.parametrize("case", costs.NORM_CASES[:2], ids=str)
+def test_norm_counts_equal_the_committed_ones(case: costs.NormCase) -> None:
     """Counts fewer rows: activations and statistics scale with the rows; parameters and
     partial sums scale with the blocks, whose number and size stay."""
-    fewer = case._replace(rows=6 * norm_costs.NUM_SMS)
-    for row in norm_costs.count(fewer):
-        committed: dict[str, Any] = NORMS[str(case), row["operator"]]
+    fewer = case._replace(rows=6 * costs.NUM_SMS)
+    for row in costs.norm_rows(fewer):
+        committed = NORMS[str(case), row["operator"]]
         for name in ("launches", "passes", "parameters", "partial_sums", "bank_conflicts"):
             assert row[name] == committed[name], f"{name} {STALE}"
         for name in ("floor", "activations", "statistics"):
             assert row[name] * case.rows == committed[name] * fewer.rows, f"{name} {STALE}"
-
-
-def test_floors_by_hand() -> None:
-    """Bytes of 8192 x 2560 activations: with a float16 residual stream, and with a float32 one."""
-    floors = {2: (2, 3, 3, 4, 6, 3, 6, 3), 4: (2, 3, 3, 7, 10, 5, 10, 4)}
-    for case in norm_costs.CASES[:2]:
-        for operator, tensors in zip(
-            norm_costs.PASSES, floors[case.residual.itemsize], strict=True
-        ):
-            assert NORMS[str(case), operator]["floor"] == tensors * 8192 * 2560 * 2

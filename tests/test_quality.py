@@ -1,11 +1,9 @@
-"""The quality experiment: variants are treated alike, runs resume, the table is the record's."""
+"""The quality experiment: what its tasks ask, what it measures, what the record decides."""
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
-import tempfile
+import math
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -16,35 +14,37 @@ import pytest
 import torch
 from PIL import Image
 
-import cogview_kernels as ck
 from benchmarks.experiments import quality
-from cogview.config import load_config
+from benchmarks.experiments.quality import NEIGHBOURS, TASKS, VARIANTS, Experiment, Run
+from cogview.tokens import TokenDataset
 
-SEEDS = (3, 4)
+SMALL = ("device=cpu", "model.num_layers=1", "model.hidden_size=32")
 TINY = (
-    "device=cpu",
-    "image_tokenizer.image_size=16",
-    "image_tokenizer.num_downsamples=1",
-    "image_tokenizer.hidden=8",
-    "image_training.steps=2",
-    "model.num_layers=2",
-    "model.hidden_size=16",
-    "model.num_heads=2",
-    "model.max_positions=96",
-    "model.query_window=8",
-    "model.key_window_times=2",
-    "model.num_pivots=6",
-    "training.steps=5",
-    "training.batch_size=2",
-    "training.eval_every=2",
-    "training.eval_examples=4",
-    "training.warmup_steps=1",
+    *("image_tokenizer.image_size=32", "image_tokenizer.hidden=8", "image_training.steps=2"),
+    *("model.max_positions=72", "training.steps=3", "training.eval_every=2"),
+)
+EXPERIMENT = Experiment(
+    (*quality.SETTINGS, *SMALL, *TINY), (3,), (3,), (1e-3, 2e-3), 100, 2, 80, 6, neighbour_steps=20
 )
 
 
-@pytest.fixture(scope="module")
-def experiment() -> quality.Experiment:
-    return quality.Experiment(load_config("digits", TINY), num_train=60, num_test=4)
+class InThisProcess:
+    """Stands in for the process pool."""
+
+    def __init__(self, *args: Any) -> None: ...
+    def __enter__(self) -> InThisProcess:
+        return self
+
+    def __exit__(self, *args: Any) -> None: ...
+    def submit(self, function: Callable[..., Any], *args: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        future.set_result(function(*args))
+        return future
+
+
+def records(out: Path) -> list[dict[str, Any]]:
+    with mock.patch.object(quality, "ProcessPoolExecutor", InThisProcess):
+        return list(quality.run_all(EXPERIMENT, 1, out))
 
 
 @pytest.fixture(scope="module")
@@ -53,221 +53,160 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def record(experiment: quality.Experiment, out: Path) -> dict[str, Any]:
-    """The record of all variants, run end to end."""
-    *_, last = quality.run(experiment, list(quality.VARIANTS), SEEDS, jobs=2, out=out)
-    return last
+def record(out: Path) -> dict[str, Any]:
+    return records(out)[-1]
 
 
-def trainer_of(
-    experiment: quality.Experiment, out: Path, variant: str, seed: int = 3
-) -> quality.ObservedTrainer:
-    data = quality.load_data(experiment, experiment.folder(out))
-    with tempfile.TemporaryDirectory() as folder:
-        return quality.make_trainer(variant, experiment.of(variant, seed), folder, data)
+def test_the_record_holds_every_run(record: dict[str, Any]) -> None:
+    assert [(one["model"], one["rate"]) for one in record["sweep"]] == [
+        (variant, rate) for rate in (1e-3, 2e-3) for variant in ("dense", "three_region")
+    ]
+    assert [(one["task"], one["model"]) for one in record["runs"]] == [
+        *((task, NEIGHBOURS) for task in TASKS),
+        *(("captions", variant) for variant in VARIANTS if variant != "more_pivots"),
+        *(("repeats", variant) for variant in VARIANTS),
+    ]
+    for one in record["sweep"] + record["runs"][2:]:
+        assert [step for step, _ in one["curve"]] == ([2, 3] if one["draws"] else [2])
+        assert ("digits_right" in one) == one["draws"]
+    assert len({one["loss"] for one in record["runs"]}) == 9 and record["not_run"] == []
 
 
-def test_every_variant_runs(record: dict[str, Any]) -> None:
-    names = [(run["variant"], run["seed"]) for run in record["runs"]]
-    assert names == [(variant, seed) for variant in quality.VARIANTS for seed in SEEDS]
-    assert record["not_run"] == []
-    for run in record["runs"]:
-        assert [point["step"] for point in run["training"]] == [1, 2, 3, 4, 5]
-        assert [point["step"] for point in run["held_out"]] == [2, 4, 5]
-        assert 0 <= run["accuracy"]["digit_accuracy"] <= 1
-
-
-def test_weights_and_batches_depend_on_the_seed_only(record: dict[str, Any]) -> None:
-    for name in ("initial_weights", "batches"):
-        by_seed = {
-            seed: {run[name] for run in record["runs"] if run["seed"] == seed} for seed in SEEDS
-        }
-        assert [len(digests) for digests in by_seed.values()] == [1, 1]
-        assert by_seed[3] != by_seed[4]
-
-
-def test_variants_learn_different_things(record: dict[str, Any]) -> None:
-    losses = {run["held_out"][-1]["image_loss"] for run in record["runs"] if run["seed"] == 3}
-    assert len(losses) == len(quality.VARIANTS)
-
-
-def test_the_digest_covers_every_batch_that_is_read(
-    experiment: quality.Experiment, out: Path, record: dict[str, Any]
-) -> None:
-    trainer = trainer_of(experiment, out, "dense")
-    trainer.evaluate()
-    before = trainer.batches.hexdigest()
-    assert before == hashlib.sha256().hexdigest()
-    trainer._train_step()
-    assert trainer.batches.hexdigest() != before
+def test_only_missing_runs_are_run_again(out: Path, record: dict[str, Any]) -> None:
+    next(out.glob("*/repeats-dense-3-*.json")).unlink()
+    _, before, after = records(out)  # a record for each part, and one for the run
+    assert len(before["runs"]) == 8 and "Not run: repeats dense 3." in quality.table(before)
+    for name in ("model", "digest", "loss", "digits_right"):
+        assert after["runs"][5][name] == record["runs"][5][name]
 
 
 def test_unequal_runs_are_refused(record: dict[str, Any]) -> None:
-    for name in ("initial_weights", "batches"):
-        runs = {(run["variant"], run["seed"]): dict(run) for run in record["runs"]}
-        runs["without_text", 4][name] = "other"
-        with pytest.raises(RuntimeError, match=f"seed 4.*{name}"):
-            quality._ordered(runs, list(quality.VARIANTS), SEEDS)
+    assert len({one["digest"] for one in record["runs"][2:]}) == len(TASKS)
+    other = [*record["runs"][:-1], record["runs"][-1] | {"digest": "other"}]
+    with pytest.raises(RuntimeError, match="repeats.*more_pivots"):
+        quality.check_alike(other)
 
 
-@pytest.mark.parametrize("variant", quality.VARIANTS)
-def test_keys_are_counted_exactly(
-    experiment: quality.Experiment, out: Path, record: dict[str, Any], variant: str
-) -> None:
-    trainer = trainer_of(experiment, out, variant)
-    config = trainer.config.model
-    batch = trainer._batch(trainer.held_out_data, np.arange(4))
-    length = batch.tokens.shape[1] - 1
-    generator = torch.Generator().manual_seed(trainer.config.seed)
-    layouts = trainer.model.sample_layouts(batch.text_len, length, generator)
-    counts = {"window": 0, "text": 0, "pivots": 0}
-    for layout in layouts:
-        for sample in range(4):
-            text_len = 0 if variant == "without_text" else int(batch.text_len[sample])
-            pivots = layout.pivot_idx[sample].tolist() if layout else []
-            for i in range(length):
-                start = max(0, (i // 8 - 1) * 8) if layout else 0
-                counts["window"] += i + 1 - start
-                counts["text"] += min(text_len, start)
-                counts["pivots"] += sum(text_len <= pivot < start for pivot in pivots)
-    means = {name: count / (4 * length * config.num_layers) for name, count in counts.items()}
-    found = quality.keys_attended(trainer)
-    assert found["causal"] == (length + 1) / 2
-    assert found["mean"] == pytest.approx(sum(means.values()))
-    for name in counts if variant != "dense" else ():
-        assert found[name] == pytest.approx(means[name])
-    assert ("pivots" in found and found["pivots"] > 0) == (
-        variant in ("three_region", "without_text")
-    )
-    assert ("text" in found and found["text"] > 0) == (
-        variant in ("three_region", "without_pivots")
-    )
-
-
-def test_the_defaults_attend_to_at_most_a_quarter_of_the_keys() -> None:
-    """With the full experiment's settings, for the shortest and the longest possible caption."""
-    config = load_config("digits", quality.SETTINGS)
-    for text_len in (14, config.model.max_positions - config.num_codes - 1):
-        length = text_len + config.num_codes
-        lengths = torch.full((8,), text_len, dtype=torch.int32)
-        generator = torch.Generator().manual_seed(0)
-        pivots = ck.sample_pivots(lengths, length, config.model.num_pivots, generator)
-        layout = ck.ThreeRegionLayout(
-            lengths, pivots, config.model.query_window, config.model.key_window_times
-        )
-        keys = layout.dense_mask(8, length, length).count_nonzero().item() / (8 * length)
-        assert (length + 1) / 2 >= 4 * keys
-
-
-def test_only_missing_runs_are_run_again(
-    experiment: quality.Experiment, out: Path, record: dict[str, Any]
-) -> None:
-    folder, variants = experiment.folder(out), list(quality.VARIANTS)
-    with mock.patch.object(quality, "ProcessPoolExecutor", InThisProcess):
-        (again,) = quality.run(experiment, variants, SEEDS, jobs=1, out=out)
-        assert again["runs"] == record["runs"]
-        (folder / "without_text-4.json").unlink()
-        before, after = quality.run(experiment, variants, SEEDS, jobs=1, out=out)
-    assert before["not_run"] == [["without_text", 4]] and len(before["runs"]) == 7
-    assert "without_text with seed 4" in quality.table(before)
-    assert after["not_run"] == []
-    assert after["runs"] == record["runs"]
-
-
-def test_other_settings_are_other_runs(experiment: quality.Experiment, out: Path) -> None:
-    training = dataclasses.replace(experiment.config.training, steps=6)
-    config = dataclasses.replace(experiment.config, training=training)
-    others = (
-        dataclasses.replace(experiment, config=config),
-        dataclasses.replace(experiment, num_train=61),
-    )
-    assert len({one.folder(out) for one in (experiment, *others)}) == 3
-
-
-class InThisProcess:
-    """Stands in for the process pool."""
-
-    def __init__(self, *args: Any) -> None: ...
-
-    def __enter__(self) -> InThisProcess:
-        return self
-
-    def __exit__(self, *args: Any) -> None: ...
-
-    def submit(self, function: Any, *args: Any) -> Future[Any]:
-        future: Future[Any] = Future()
-        future.set_result(function(*args))
-        return future
-
-
-def made_up(digits: dict[str, tuple[float, ...]]) -> dict[str, Any]:
-    runs = [
-        {
-            "variant": variant,
-            "seed": seed,
-            "keys": {"sequence": 590, "causal": 295.5, "mean": 295.5 if variant == "dense" else 60},
-            "parameters": 123456,
-            "initial_weights": "",
-            "batches": "",
-            "training": [{"step": s, "image_loss": 3 / s + value} for s in (10, 20, 30)],
-            "held_out": [{"step": s, "image_loss": 4 / s + value} for s in (15, 30)],
-            "accuracy": {"digit_accuracy": value, "whole_caption_accuracy": value / 2},
-        }
-        for variant, values in digits.items()
-        for seed, value in enumerate(values)
+def test_rates_with_the_lowest_loss_are_chosen() -> None:
+    results = [
+        {"model": model, "rate": rate, "loss": loss}
+        for model, losses in (("dense", (3, 1, 2)), ("three_region", (4, 6, 5)))
+        for rate, loss in zip((1.0, 2.0, 3.0), losses, strict=True)
     ]
-    accuracy = {"digit_accuracy": 0.99, "whole_caption_accuracy": 0.96}
-    return {
-        "machine_info": {"device": "a CPU", "torch": "2.13"},
-        "commit_info": {"id": "0" * 40},
-        "datetime": "2026-11-25T00:00:00+00:00",
-        "settings": json.loads(
-            json.dumps(
-                dataclasses.asdict(quality.Experiment(load_config("digits", quality.SETTINGS)))
-            )
-        ),
-        "jobs": 2,
-        "threads_per_job": 1,
-        "can_be_read": {"real": accuracy, "reconstructed": accuracy},
-        "runs": runs,
-        "not_run": [],
-    }
+    runs = quality.compared(Experiment(seeds=(0, 1), repeats_seeds=(1,)), results)[len(TASKS) :]
+    chosen = {"dense": 2.0, "three_region": 1.0, "no_pivots": 1.0, "more_pivots": 1.0}
+    assert {run.model: run.rate for run in runs} == chosen
+    assert [(run.task, run.seed) for run in runs] == [
+        *([("captions", 0)] * 3 + [("captions", 1)] * 3 + [("repeats", 1)] * 4)
+    ]
 
 
-def test_table() -> None:
-    text = quality.table(made_up({"dense": (0.8, 0.9, 0.7), "three_region": (0.9, 0.9, 0.9)}))
-    rows = {line.split("|")[1].strip(): line for line in text.splitlines() if line.startswith("| ")}
+def test_repeats_can_be_known_from_the_upper_half_alone() -> None:
+    train, test = (quality.scenes_of("repeats", split, 60) for split in ("train", "test"))
+    assert set(train[2] + test[2]) == {quality.UNNAMED}
+    for images, digits, _ in (train, test):
+        assert torch.equal(images[:, :, :32], images[:, :, 32:])
+        assert torch.equal(digits[:, :2], digits[:, 2:])
+    assert not {tuple(row) for row in train[1].tolist()} & {tuple(r) for r in test[1].tolist()}
+    assert quality.digits_right(test[0], test[1], given=0.5) > 0.9
+    # Through all layers, windows reach back one row of codes at most.
+    config = Experiment().config(Run("repeats", "no_pivots"))
+    reach = config.model.query_window * config.model.key_window_times - 1
+    assert config.model.num_layers * reach <= config.image_tokenizer.code_size
+
+
+def test_captions_name_the_digits() -> None:
+    names = "zero one two three four five six seven eight nine".split()
+    _, digits, captions = quality.scenes_of("captions", "test", 20)
+    assert captions == [" ".join(names[digit] for digit in row) for row in digits.tolist()]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_losses_and_keys_are_measured(task: str) -> None:
+    """With the experiment's layouts, which allow about a quarter of the keys of dense attention."""
+    codes = np.random.default_rng(0).integers(0, 16, (4, 14, 14), dtype=np.int16)
+    codes[:, 7:] = 0
+    data = TokenDataset(np.zeros(16, np.int32), np.arange(5) * 4, codes, 64, 16)
+    config = Experiment((*quality.SETTINGS, *SMALL)).config(Run(task, "three_region"))
+    model = quality.model_with_waves(config.model, config.vocabulary.padded_size)
+    with torch.no_grad():  # code 0 is likely, whatever came before
+        model.word_embeddings.weight[0] = 5 * model.transformer.final_layernorm.weight
+        model.transformer.final_layernorm.bias.fill_(0.1)
+    whole, lower = (quality.measure(model, config, data, given) for given in (0.0, 0.5))
+    assert lower["loss"] < 0.1 and whole["loss"] > 1
+    text_len = torch.full((4,), 7, dtype=torch.int32)
+    (layout,) = model.sample_layouts(text_len, 203, torch.Generator().manual_seed(0))
+    assert layout is not None
+    assert whole["keys"] == pytest.approx(layout.dense_mask(4, 203, 203).sum().item() / (4 * 203))
+    assert whole["causal_keys"] == 102 and 0.22 < whole["keys"] / 102 < 0.28
+
+
+def test_waves_tell_rows_and_columns() -> None:
+    """The product of two positions depends on how many rows and columns lie between them."""
+    config = Experiment().config(Run("captions", "dense"))
+    model = quality.model_with_waves(config.model, config.vocabulary.padded_size)
+    codes = model.transformer.position_embeddings.weight.detach()[6 : 6 + 196].view(14, 14, 128)
+    products = torch.einsum("yxd,ijd->yxij", codes, codes)
+    torch.testing.assert_close(products[:-2, :-3, :-2, :-3], products[2:, 3:, 2:, 3:])
+    assert (products.flatten(2).argmax(2) == torch.arange(196).view(14, 14)).all()
+
+
+@pytest.mark.parametrize(("rows_back", "known"), [(1, True), (7, False)])
+def test_the_neighbours_see_nothing_else(tmp_path: Path, rows_back: int, known: bool) -> None:
+    for split, num in (("train", 300), ("test", 30)):
+        codes = np.random.default_rng(num).integers(0, 4, (num, 14, 6)).astype(np.int16)
+        for row in range(rows_back, 14):
+            codes[:, row] = codes[:, row - rows_back]
+        tokens = TokenDataset(np.zeros(num, np.int32), np.arange(num + 1), codes, 64, 4)
+        tokens.save(tmp_path / f"repeats-{split}.npz")
+    run = Run("repeats", NEIGHBOURS)
+    loss = quality.train_neighbours(Experiment(neighbour_steps=60), run, tmp_path)["loss"]
+    assert loss < 0.4 if known else loss == pytest.approx(math.log(4), abs=0.1)
+
+
+def made_up(dense: list[float], three_region: list[float]) -> dict[str, Any]:
+    """Runs with these `digits_right`, and their negative as loss."""
+    one = {"core_seconds": 60.0, "whole_loss": 1.0, "loss": 1.0}
+    runs = [one | Run(task, NEIGHBOURS)._asdict() for task in TASKS]
+    one |= {"keys": 51.0, "causal_keys": 102.0, "curve": [(1, 2.0), (2, 1.5), (3, 1.2), (4, 1.1)]}
+    for variant, values in (("dense", dense), ("three_region", three_region)):
+        for seed, x in enumerate(values):
+            for task in TASKS:
+                run = one | Run(task, variant, seed, 2e-3)._asdict()
+                runs.append(run | {"digits_right": x, "loss": -x})
+    return {"runs": runs}
+
+
+@pytest.mark.parametrize(
+    ("three_region", "verdict"),
+    [
+        ([0.512, 0.501, 0.505], "non-inferior"),
+        ([0.42, 0.43, 0.44], "inferior"),
+        ([0.40, 0.52, 0.61], "not decided"),
+        ([0.485, 0.49, 0.495], "not decided"),  # around the margin
+        ([0.40], "not decided"),
+    ],
+)
+def test_verdicts(three_region: list[float], verdict: str) -> None:
+    found, pair = made_up([0.50, 0.50, 0.50, 0.9], three_region), ("three_region", "dense")
+    mean, half, word = quality.difference(found, "captions", pair, "digits right (%)")
+    assert mean == pytest.approx(np.mean(three_region) - 0.5) and word == verdict
+    if len(three_region) > 1:  # Student's t for two degrees of freedom
+        error = np.std(three_region, ddof=1) / math.sqrt(3)
+        assert half == pytest.approx(4.30265 * error, rel=1e-4)
+    assert quality.difference(found, "captions", pair, "loss")[0] == pytest.approx(-mean)
+
+
+def test_table_and_plot(record: dict[str, Any], tmp_path: Path) -> None:
+    shown = record | made_up([0.8, 0.9, 0.7], [0.9, 0.9, 0.9])
+    text = quality.table(shown)
+    assert "| dense causal | 3 | 0.002 | 51.0 (50%) | -0.8000 ± 0.1000 | 80.0 ± 10.0 |" in text
     assert (
-        "295.5 | 1.00x | 0.9333 ± 0.1000 | 80.0% ± 10.0% | 40.0% ± 5.0% | 3 |"
-        in (rows["dense causal"])
+        "-0.1000 (-0.3484 to +0.1484), not decided | +10.0 (-14.8 to +34.8), not decided |" in text
     )
-    assert "| 60.0 | 4.92x |" in rows["three-region"]
-    # 0.1, 0 and 0.2: standard deviation 0.1, standard error 0.1 / sqrt(3)
-    assert (
-        "| +0.1000 ± 0.0577 | +10.0% ± 5.8% | +5.0% ± 2.9% | 3 |"
-        in (rows["three-region − dense causal"])
-    )
-    assert not any("without" in name for name in rows)
-    assert "24x24 codes, 590 tokens" in text
-
-
-def test_differences_use_the_seeds_that_both_variants_ran() -> None:
-    record = made_up({"dense": (0.8, 0.9, 0.1), "three_region": (0.5, 0.7)})
-    mean, error, seeds = quality.paired_difference(record, "three_region", "dense", "digits right")
-    assert (mean, error, seeds) == (pytest.approx(-0.25), pytest.approx(0.05), 2)
-    record = made_up({"dense": (0.8,), "three_region": (0.5,)})
-    assert quality.paired_difference(record, "three_region", "dense", "digits right")[1:] == (
-        None,
-        1,
-    )
-    assert "| -30.0% |" in quality.table(record)
-
-
-@pytest.mark.parametrize("seeds", (1, 3))
-def test_draw(tmp_path: Path, seeds: int) -> None:
-    values = (0.8, 0.9, 0.7)[:seeds]
-    record = made_up(dict.fromkeys(quality.VARIANTS, values))
-    quality.draw(record, tmp_path / "quality.png")
-    with Image.open(tmp_path / "quality.png") as image:
-        assert image.width > 1000
-        assert len(set(image.convert("RGB").resize((200, 100)).getdata())) > 20
+    assert "3 of 3 dense runs end below the 20 neighbours; the last quarter" in text
+    assert "loss not decided, digits right not decided." in text
+    for number, content in enumerate((record, shown)):
+        quality.draw(content, tmp_path / f"{number}.png")
+        with Image.open(tmp_path / f"{number}.png") as image:
+            assert image.width > 1000 and len(image.convert("RGB").getcolors(10**6) or []) > 100

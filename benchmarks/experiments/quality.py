@@ -1,15 +1,19 @@
-"""The same performance?  One small CogView, trained dense and three-region on the same batches.
+"""The same performance?  One small CogView, trained with dense and with three-region attention.
 
-    dense            every earlier position
-    three_region     text, pivots and window: at most a quarter of the keys
-    without_pivots   text and window
-    without_text     pivots and window: text is seen where the window still holds it
+Two tasks on scenes of four handwritten digits:
 
-Every variant starts from the same weights of a seed and reads the same scenes of handwritten digits
-in the same order. What is compared: the losses on training and held-out scenes, and how many digits
-of held-out captions a classifier reads back from the drawings.
+    captions    the caption names the four digits
+    repeats     the lower half is a copy of the upper half; the caption names no digit, and no
+                window reaches from a digit back to the one that it repeats
 
-A finished run is kept as a file in `--out`, so that the same command goes on where it was stopped.
+Variants, which start from the same weights of a seed and read the same batches: dense; three_region
+(text, pivots and window: about a quarter of the keys); no_pivots (text and window); and, on the
+second task, more_pivots (about half of the keys).
+
+First, runs with a seed of their own choose the learning rates of dense and of three-region (no
+pivots takes the latter's) by the held-out loss of the first task. Then each seed trains all
+variants on both tasks. A network that sees 20 neighbouring codes shows what texture alone allows.
+A finished run is kept as a file in `--out`: the same command goes on where it was stopped.
 """
 
 from __future__ import annotations
@@ -18,31 +22,30 @@ import argparse
 import dataclasses
 import functools
 import hashlib
+import itertools
 import json
 import math
 import multiprocessing
-import os
 import statistics
 import tempfile
-import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, NamedTuple
-from unittest import mock
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from scipy import stats
 
-import cogview.train
-import cogview_kernels as ck
-from benchmarks.suite.measure import commit_info, machine_info, now, record_name
-from cogview.config import Config, RunFolder, load_config
-from cogview.digits import CANVAS_SIZE, make_scenes
-from cogview.evaluate import DigitReader, caption_accuracy
+from benchmarks.machine import RESULTS, commit_info, machine_info, now, record_name, save_record
+from benchmarks.report.tables import table as markdown
+from cogview.config import Config, ModelConfig, RunFolder, load_config
+from cogview.digits import CANVAS_SIZE, compose_scenes, is_held_out, make_scenes
+from cogview.evaluate import DigitReader
 from cogview.files import atomic_write
 from cogview.image_tokenizer import ImageTokenizer, train_image_tokenizer
 from cogview.model import GPT
@@ -50,504 +53,499 @@ from cogview.sample import draw_images
 from cogview.sequence import Batch
 from cogview.text_tokenizer import TextTokenizer
 from cogview.tokens import TokenDataset
-from cogview.train import Trainer, choose_device, read_metrics
-
-ROOT = Path(__file__).resolve().parents[2]
-RECORDS = ROOT / "benchmarks" / "results"
-CURVE_POINTS = 60
-
-# Of the demonstration's preset: its scenes as 24x24 codes, few of them different, so that more of
-# the loss is what the caption says. So fine a code is mostly what its neighbours are: a lower
-# temperature draws blank paper.
-SETTINGS = (
-    "image_tokenizer.image_size=96",
-    "image_tokenizer.codebook_size=8",
-    "image_training.steps=200",
-    "model.max_positions=592",
-    "model.query_window=24",  # one row of codes
-    "model.key_window_times=2",
-    "model.num_pivots=40",
-    "training.precision=bfloat16",
-    "training.eval_every=160",
-    "training.eval_examples=128",
-    "training.save_every=1000000",
-    "sampling.temperature=0.6",
-)
+from cogview.train import Trainer, choose_device, make_batch, read_metrics
 
 
-class WithoutText(GPT):
-    """The text's region is taken away; pivots stand behind the text as before."""
-
-    def sample_layouts(self, *args: Any, **kwargs: Any) -> list[ck.ThreeRegionLayout | None]:
-        layouts = super().sample_layouts(*args, **kwargs)
-        return [layout and dataclasses.replace(layout, text_len=0) for layout in layouts]
-
-
-class Variant(NamedTuple):
-    label: str
-    settings: dict[str, Any]  # of the model
-    model: type[GPT] = GPT
+class Task(NamedTuple):
+    title: str
+    query_window: int
+    key_window_times: int
+    num_pivots: int
+    given: float  # share of the image that is not counted, and is given when the rest is drawn
 
 
-VARIANTS = {
-    "dense": Variant("dense causal", {"attention": "dense"}),
-    "three_region": Variant("three-region", {}),
-    "without_pivots": Variant("three-region without pivots", {"num_pivots": 0}),
-    "without_text": Variant("three-region without text", {}, WithoutText),
+TASKS = {
+    "captions": Task("The caption names the digits", 7, 3, 6, given=0.0),
+    "repeats": Task("The lower half repeats the upper half", 4, 2, 30, given=0.5),
 }
+VARIANTS = {
+    "dense": ("dense causal", ("model.attention=dense",)),
+    "three_region": ("three-region", ()),
+    "no_pivots": ("three-region, no pivots", ("model.num_pivots=0",)),
+    "more_pivots": ("three-region, 90 pivots", ("model.num_pivots=90",)),  # second task alone
+}
+NEIGHBOURS = "20 neighbours"  # the network without text and attention
+SETTINGS = (  # on top of the preset `digits`
+    *("image_tokenizer.image_size=56", "image_tokenizer.codebook_size=16"),
+    *("model.num_layers=2", "model.max_positions=204"),
+    *("training.steps=1300", "training.batch_size=6", "training.precision=bfloat16"),
+    *("training.eval_every=100", "training.eval_examples=64", "training.save_every=1000000"),
+)
+UNNAMED = "any any any any"  # as many words as the names of four digits
+TEXT_LEN = 7  # four words and three command tokens
 
 
 @dataclasses.dataclass(frozen=True)
 class Experiment:
     """What all runs share."""
 
-    config: Config  # of the three-region variant, with the first seed
+    settings: tuple[str, ...] = SETTINGS
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    repeats_seeds: tuple[int, ...] = (0, 1, 2)
+    rates: tuple[float, ...] = (1e-3, 2e-3, 4e-3, 8e-3, 16e-3)
+    sweep_seed: int = 100
+    sweep_steps: int = 1000
     num_train: int = 8000
-    num_test: int = 128
+    num_test: int = 512
+    neighbour_steps: int = 3000
 
-    def of(self, variant: str, seed: int) -> Config:
-        model = dataclasses.replace(self.config.model, **VARIANTS[variant].settings)
-        return dataclasses.replace(self.config, model=model, seed=seed)
-
-    def folder(self, out: Path) -> Path:
-        """Other settings, another commit or machine: other runs."""
-        machine = machine_info(choose_device(self.config.device))
-        what = dataclasses.asdict(self), commit_info(), machine["device"], machine["torch"]
-        return out / hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:8]
-
-
-class Data(NamedTuple):
-    text_tokenizer: TextTokenizer
-    image_tokenizer: ImageTokenizer
-    train: TokenDataset
-    test: TokenDataset
-    captions: list[str]
-    labels: torch.Tensor
+    def config(self, run: Run) -> Config:
+        layout = TASKS[run.task]._asdict().items()
+        own = [f"model.{name}={value}" for name, value in layout if isinstance(value, int)]
+        own += [f"seed={run.seed}", f"training.learning_rate={run.rate or 1e-3}"]
+        if not run.draws:
+            own.append(f"training.steps={self.sweep_steps}")
+        variant = VARIANTS[run.model][1] if run.model in VARIANTS else ()
+        return load_config("digits", [*self.settings, *own, *variant])
 
 
-class ObservedTrainer(Trainer):
-    """Also keeps a digest of every batch that it trains on."""
+class Run(NamedTuple):
+    task: str
+    model: str  # a variant, or the neighbours
+    seed: int = 0
+    rate: float = 0.0
+    draws: bool = True  # draws the held-out captions; the sweep does not
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.batches = hashlib.sha256()
-
-    def _batch(self, data: TokenDataset, indices: np.ndarray) -> Batch:
-        batch = super()._batch(data, indices)
-        if data is self.train_data:
-            self.batches.update(batch.tokens.cpu().numpy().tobytes())
-        return batch
+    def file(self, folder: Path) -> Path:
+        return folder / f"{'-'.join(map(str, self))}.json"
 
 
-def enlarged(images: torch.Tensor, size: int) -> torch.Tensor:
-    resized = F.interpolate(images, size=(size, size), mode="bicubic", antialias=True)
-    return resized.clamp(0, 1)
+def scenes_of(task: str, split: str, num: int) -> tuple[torch.Tensor, torch.Tensor, list[str]]:
+    """Images, digits and captions. Test scenes show combinations of digits, and handwriting, that
+    no training scene shows; digits stand in the middle of their cells."""
+    if task == "captions":
+        scenes = make_scenes(split, num, seed=0, jitter=0)
+        fillers = ("a", "an", "and", "above")
+        words = ([w for w in caption.split() if w not in fillers] for caption in scenes.captions)
+        return scenes.images, scenes.labels, [" ".join(names) for names in words]
+    rng = np.random.default_rng([split == "test"])
+    pairs = np.array([(a, b, a, b) for a in range(10) for b in range(10)])
+    held_out = np.array([is_held_out(digits) for digits in pairs])
+    digits = rng.choice(pairs[held_out == (split == "test")], num)
+    scenes = compose_scenes(split, digits, rng, jitter=0)
+    upper = scenes.images[:, :, : CANVAS_SIZE // 2]
+    return torch.cat([upper, upper], 2), scenes.labels, [UNNAMED] * num
 
 
-def load_data(experiment: Experiment, folder: Path) -> Data:
-    run = RunFolder(folder)
-    scenes = make_scenes("test", experiment.num_test, experiment.config.seed)
-    return Data(
-        TextTokenizer.load(run.text_tokenizer),
-        ImageTokenizer.load(run.image_tokenizer),
-        TokenDataset.load(folder / "train.npz"),
-        TokenDataset.load(folder / "test.npz"),
-        scenes.captions,
-        scenes.labels,
-    )
+def resized(images: torch.Tensor, size: int) -> torch.Tensor:
+    return F.interpolate(images, size=(size, size), mode="bicubic", antialias=True).clamp(0, 1)
 
 
-def make_data(experiment: Experiment, folder: Path) -> dict[str, Any]:
-    """Tokenizers and tokens of all runs.
+digit_reader = functools.cache(DigitReader)
 
-    Returns:
-        how well real scenes, and those that went through the image tokenizer, are read back: what
-        drawings can reach.
-    """
-    done = folder / "data.json"
+
+def digits_right(images: torch.Tensor, labels: torch.Tensor, given: float = 0.0) -> float:
+    """Share of digits that a classifier reads as they should be, after the given ones."""
+    read = digit_reader().read(resized(images.cpu(), CANVAS_SIZE))
+    return (read == labels)[:, round(4 * given) :].float().mean().item()
+
+
+def make_data(experiment: Experiment, folder: Path) -> dict[str, float]:
+    """Makes the tokenizers and tokens of all runs; what share of digits is read right from real
+    test scenes (`real`) and from what the image tokenizer makes of them (`reconstructed`)."""
+    done, files = folder / "data.json", RunFolder(folder)
+    config = experiment.config(Run("captions", "three_region"))
     if done.is_file():
         return json.loads(done.read_text())
     folder.mkdir(parents=True, exist_ok=True)
-    config, run = experiment.config, RunFolder(folder)
-    train = make_scenes("train", experiment.num_train, config.seed)
-    test = make_scenes("test", experiment.num_test, config.seed)
-    images, test_images = (
-        enlarged(scenes.images, config.image_tokenizer.image_size) for scenes in (train, test)
+    sizes = {"train": experiment.num_train, "test": experiment.num_test}
+    parts = {(t, split): scenes_of(t, split, num) for t in TASKS for split, num in sizes.items()}
+    texts = TextTokenizer.train(
+        [caption for task in TASKS for caption in parts[task, "train"][2]],
+        files.text_tokenizer,
+        **dataclasses.asdict(config.text_tokenizer),
     )
-    text_tokenizer = TextTokenizer.train(
-        train.captions, run.text_tokenizer, **dataclasses.asdict(config.text_tokenizer)
-    )
-    image_tokenizer, _ = train_image_tokenizer(
+    size = config.image_tokenizer.image_size
+    images, _ = train_image_tokenizer(
         config.image_tokenizer,
-        images,
+        resized(parts["captions", "train"][0], size),
         **dataclasses.asdict(config.image_training),
-        seed=config.seed,
         device=choose_device(config.device),
         progress=False,
     )
-    image_tokenizer.save(run.image_tokenizer)
-    parts = {"train": (train.captions, images), "test": (test.captions, test_images)}
-    for name, (captions, pictures) in parts.items():
+    images.save(files.image_tokenizer)
+    for (task, split), (scenes, labels, captions) in parts.items():
         tokens = TokenDataset.tokenize(
-            captions, pictures, text_tokenizer, image_tokenizer, progress=False
+            captions, resized(scenes, size), texts, images, progress=False
         )
-        tokens.save(folder / f"{name}.npz")
-    decoded = image_tokenizer.decode(torch.from_numpy(tokens.codes))
-    accuracy = {
-        "real": read_back(test_images, test.labels, config.seed),
-        "reconstructed": read_back(decoded, test.labels, config.seed),
-    }
-    _save(done, accuracy)
-    return accuracy
+        if (np.diff(tokens.text_offsets) != TEXT_LEN - 3).any():
+            raise ValueError("captions: expected a piece for each of four words")
+        tokens.save(folder / f"{task}-{split}.npz")
+        if (task, split) == ("captions", "test"):
+            decoded = images.decode(torch.from_numpy(tokens.codes))
+            real, reconstructed = (digits_right(x, labels) for x in (scenes, decoded))
+    _save(done, {"real": real, "reconstructed": reconstructed})
+    return {"real": real, "reconstructed": reconstructed}
 
 
-def read_back(images: torch.Tensor, labels: torch.Tensor, seed: int) -> dict[str, float]:
-    size = (CANVAS_SIZE, CANVAS_SIZE)
-    scenes = F.interpolate(images.cpu(), size=size, mode="bilinear", antialias=True)
-    return caption_accuracy(digit_reader(seed).read(scenes), labels)
+def model_with_waves(config: ModelConfig, vocab_size: int) -> GPT:
+    """The positions of codes start as sines and cosines of their row and column, so that finding
+    neighbours takes fewer steps; alike for all variants."""
+    model = GPT(config, vocab_size)
+    side = math.isqrt(config.max_positions - TEXT_LEN)
+    row_and_column = torch.cartesian_prod(torch.arange(side), torch.arange(side))
+    frequencies = torch.arange(1, config.hidden_size // 8 + 1) * math.pi / side
+    angles = (row_and_column[:, :, None] * frequencies).flatten(1)
+    waves = torch.cat([angles.sin(), angles.cos()], 1) * 2 * config.init_std
+    with torch.no_grad():  # a code is predicted at the position before its own
+        codes = model.transformer.position_embeddings.weight[TEXT_LEN - 1 :][: len(waves)]
+        codes.zero_()[:, : waves.shape[1]] = waves
+    return model
 
 
-@functools.cache
-def digit_reader(seed: int) -> DigitReader:
-    return DigitReader(seed=seed)
+@torch.no_grad()
+def measure(model: GPT, config: Config, data: TokenDataset, given: float) -> dict[str, float]:
+    """Held-out `loss` after the given share of the image, in nats per code; `keys` that a query
+    attends to on average, and those of dense causal attention (`causal_keys`)."""
+    device, size = model.word_embeddings.weight.device, 32
+    generator = torch.Generator(device).manual_seed(config.seed)
+    losses, keys = [], []
+    for start in range(0, len(data), size):
+        batch = make_batch(config, data, np.arange(start, min(start + size, len(data)))).to(device)
+        inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
+        count, length = inputs.shape
+        layouts = model.sample_layouts(batch.text_len, length, generator)
+        logits = model.logits(model(inputs, batch.positions[:, :-1], layouts))
+        image = targets < config.vocabulary.codebook_size
+        loss = F.cross_entropy(logits[image].float(), targets[image], reduction="none")
+        losses.append(loss.view(count, -1)[:, round(given * config.num_codes) :])
+        for layout in layouts:
+            regions = layout.regions(count, length, length) if layout else ()
+            seen = sum(int(region.count_nonzero()) for region in regions)
+            keys.append(seen / inputs.numel() if layout else (length + 1) / 2)
+    mean = torch.cat(losses).mean().item()
+    return {"loss": mean, "keys": statistics.fmean(keys), "causal_keys": (length + 1) / 2}
 
 
-def make_trainer(
-    variant: str, config: Config, folder: str | os.PathLike[str], data: Data
-) -> ObservedTrainer:
-    with mock.patch.object(cogview.train, "GPT", VARIANTS[variant].model):
-        return ObservedTrainer(config, folder, data.train, data.test, progress=False)
+def train_and_draw(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
+    """Trains a variant, measures it, draws the held-out captions and reads the digits."""
+    config, given = experiment.config(run), TASKS[run.task].given
+    train, test = (TokenDataset.load(folder / f"{run.task}-{s}.npz") for s in ("train", "test"))
+    digest = hashlib.sha256()  # of the weights at the start and of all batches
 
+    def observe(batch: Batch) -> None:
+        digest.update(batch.tokens.cpu().numpy().tobytes())
 
-def keys_attended(trainer: Trainer, count: int = 16) -> dict[str, float]:
-    """Keys that a query attends to, counted over the first held-out scenes and all layers.
-
-    Returns:
-        the mean over queries (`mean`); its parts `window`, `text` and `pivots` where there are
-        regions; the mean of dense causal attention (`causal`); and `sequence`, its length.
-    """
-    data, config, model = trainer.held_out_data, trainer.config, trainer.model
-    batch = trainer._batch(data, np.arange(min(count, len(data))))
-    size, length = batch.tokens.shape[0], batch.tokens.shape[1] - 1  # the last is a target alone
-    generator = torch.Generator(trainer.device).manual_seed(config.seed)
-    causal = {"sequence": length, "causal": (length + 1) / 2, "mean": (length + 1) / 2}
-    parts = torch.zeros(3, dtype=torch.int64)
-    for layout in model.sample_layouts(batch.text_len, length, generator):
-        if layout is None:
-            return causal
-        regions = layout.regions(size, length, length)
-        parts += torch.stack([region.count_nonzero().cpu() for region in regions])
-    window, text, pivots = (parts / (size * length * config.model.num_layers)).tolist()
-    return causal | {
-        "mean": window + text + pivots,
-        "window": window,
-        "text": text,
-        "pivots": pivots,
-    }
-
-
-def weights_digest(model: GPT) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
-def run_one(
-    experiment: Experiment, variant: str, seed: int, folder: Path, threads: int
-) -> dict[str, Any]:
-    """Trains one variant from one seed, draws the held-out captions and reads them back."""
-    torch.set_num_threads(threads)
-    data, config = load_data(experiment, folder), experiment.of(variant, seed)
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = make_trainer(variant, config, scratch, data)
-        result = {
-            "variant": variant,
-            "seed": seed,
-            "keys": keys_attended(trainer),
-            "parameters": sum(parameter.numel() for parameter in trainer.model.parameters()),
-            "initial_weights": weights_digest(trainer.model),
-        }
-        model = trainer.run()
-        rows = read_metrics(trainer.metrics_path)
-    texts = [data.text_tokenizer.encode(caption) for caption in data.captions]
-    codes = draw_images(model, config, texts, seed=seed, progress=False)
-    drawings = data.image_tokenizer.decode(codes)
-    result |= {
-        "batches": trainer.batches.hexdigest(),
-        "training": smoothed(rows),
-        "held_out": [
-            {"step": row["step"], "image_loss": row["held_out_image_loss"]}
-            for row in rows
-            if "held_out_image_loss" in row
-        ],
-        "accuracy": read_back(drawings, data.labels, experiment.config.seed),
-    }
-    _save(folder / f"{variant}-{seed}.json", result)
+        trainer = Trainer(config, scratch, train, test, False, model_with_waves, observe)
+        for tensor in trainer.model.state_dict().values():
+            digest.update(tensor.cpu().numpy().tobytes())
+        model, name = trainer.run(), "held_out_image_loss"
+        curve = [(m["step"], m[name]) for m in read_metrics(trainer.metrics_path) if name in m]
+    result = {"digest": digest.hexdigest(), "curve": curve} | measure(model, config, test, given)
+    if run.draws:
+        texts = [test[i][0].tolist() for i in range(len(test))]
+        beginnings = test.codes.reshape(len(test), -1)[:, : round(given * config.num_codes)]
+        codes = draw_images(model, config, texts, run.seed, beginnings.tolist(), progress=False)
+        images = ImageTokenizer.load(RunFolder(folder).image_tokenizer).decode(codes)
+        labels = scenes_of(run.task, "test", experiment.num_test)[1]
+        result["digits_right"] = digits_right(images, labels, given)
     return result
 
 
-def smoothed(rows: Sequence[dict[str, float]]) -> list[dict[str, float]]:
-    """Means over stretches of steps; each stands at its last step."""
-    size = math.ceil(len(rows) / CURVE_POINTS)
-    stretches = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [
-        {
-            "step": stretch[-1]["step"],
-            "image_loss": statistics.fmean(row["image_loss"] for row in stretch),
-        }
-        for stretch in stretches
-    ]
+def train_neighbours(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
+    """Predicts a code from its 20 nearest earlier codes and its position. The lowest held-out
+    losses in training count, not the last ones."""
+    torch.manual_seed(run.seed)
+    train, test = (TokenDataset.load(folder / f"{run.task}-{s}.npz") for s in ("train", "test"))
+    around = [(y, x) for y in range(-3, 1) for x in range(-3, 4) if (y, x) < (0, 0)]
+    nearest = sorted(around, key=lambda at: at[0] ** 2 + at[1] ** 2)[:20]
+    words = train.codebook_size + 1  # for each neighbour: the codes, and none
 
-
-def run(
-    experiment: Experiment, variants: Sequence[str], seeds: Sequence[int], jobs: int, out: Path
-) -> Iterator[dict[str, Any]]:
-    """Runs what is not finished yet, `jobs` at a time.
-
-    Yields:
-        the record, each time that another run is in it; the last one holds all.
-
-    Raises:
-        RuntimeError: variants of one seed started from different weights or read different batches.
-    """
-    threads = max(1, torch.get_num_threads() // jobs)
-    record: dict[str, Any] = {
-        "machine_info": machine_info(choose_device(experiment.config.device)),
-        "commit_info": commit_info(),
-        "datetime": now(),
-        "settings": dataclasses.asdict(experiment),
-        "jobs": jobs,
-        "threads_per_job": threads,
-    }
-    folder = experiment.folder(out)
-    record["can_be_read"] = make_data(experiment, folder)
-    runs: dict[tuple[str, int], dict[str, Any]] = {}
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        waiting = []
-        for seed in seeds:  # so that a part of the experiment compares all variants
-            for variant in variants:
-                finished = folder / f"{variant}-{seed}.json"
-                if finished.is_file():
-                    runs[variant, seed] = json.loads(finished.read_text())
-                else:
-                    waiting.append(pool.submit(run_one, experiment, variant, seed, folder, threads))
-        if runs:
-            yield record | _ordered(runs, variants, seeds)
-        for future in as_completed(waiting):
-            result = future.result()
-            runs[result["variant"], result["seed"]] = result
-            yield record | _ordered(runs, variants, seeds)
-
-
-def _ordered(
-    runs: dict[tuple[str, int], dict[str, Any]], variants: Sequence[str], seeds: Sequence[int]
-) -> dict[str, Any]:
-    wanted = [(variant, seed) for variant in variants for seed in seeds]
-    for seed in seeds:
-        for name in ("initial_weights", "batches"):
-            seen = {runs[key][name] for key in wanted if key in runs and key[1] == seed}
-            if len(seen) > 1:
-                raise RuntimeError(f"seed {seed}: the variants differ in their {name}")
-    return {
-        "runs": [runs[key] for key in wanted if key in runs],
-        "not_run": [list(key) for key in wanted if key not in runs],
-    }
-
-
-QUANTITIES = {
-    "held-out image loss": (lambda run: run["held_out"][-1]["image_loss"], "{:.4f}", "{:+.4f}"),
-    "digits right": (lambda run: run["accuracy"]["digit_accuracy"], "{:.1%}", "{:+.1%}"),
-    "captions right": (lambda run: run["accuracy"]["whole_caption_accuracy"], "{:.1%}", "{:+.1%}"),
-}
-DIFFERENCES = (
-    ("three_region", "dense"),
-    ("without_pivots", "three_region"),
-    ("without_text", "three_region"),
-)
-
-
-def paired_difference(
-    record: dict[str, Any], variant: str, other: str, quantity: str
-) -> tuple[float, float | None, int]:
-    """Mean of `variant - other` over the seeds that ran both, its standard error (none of a single
-    seed), and how many seeds those are."""
-    value = QUANTITIES[quantity][0]
-    by_seed: dict[str, dict[int, float]] = {variant: {}, other: {}}
-    for one in record["runs"]:
-        if one["variant"] in by_seed:
-            by_seed[one["variant"]][one["seed"]] = value(one)
-    both = by_seed[variant].keys() & by_seed[other].keys()
-    differences = [by_seed[variant][seed] - by_seed[other][seed] for seed in both]
-    if not differences:
-        return math.nan, None, 0
-    error = statistics.stdev(differences) / math.sqrt(len(both)) if len(both) > 1 else None
-    return statistics.fmean(differences), error, len(both)
-
-
-def table(record: dict[str, Any]) -> str:
-    """What came of the variants, and their differences, seed by seed."""
-    lines = [
-        "| variant | keys a query attends to | fewer than dense | held-out image loss "
-        "| digits right | captions right | seeds |",
-        "|---|" + "---:|" * 6,
-    ]
-    for name, runs in _by_variant(record).items():
-        keys = runs[0]["keys"]
-        cells = [
-            VARIANTS[name].label,
-            f"{keys['mean']:.1f}",
-            f"{keys['causal'] / keys['mean']:.2f}x",
+    def examples(data: TokenDataset) -> tuple[torch.Tensor, torch.Tensor]:
+        codes = torch.from_numpy(data.codes.astype(np.int64))
+        _, height, width = codes.shape
+        padded = F.pad(codes, (3, 3, 3, 0), value=words - 1)
+        seen = [
+            padded[:, 3 + y : 3 + y + height, 3 + x : 3 + x + width] + i * words
+            for i, (y, x) in enumerate(nearest)
         ]
-        for value, form, _ in QUANTITIES.values():
-            cells.append(_with_spread([value(one) for one in runs], form))
-        cells.append(str(len(runs)))
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += [
-        "",
-        f"| difference, by seed | {' | '.join(QUANTITIES)} | seeds |",
-        "|---|" + "---:|" * 4,
-    ]
-    for variant, other in DIFFERENCES:
-        cells = [f"{VARIANTS[variant].label} − {VARIANTS[other].label}"]
-        for quantity, (_, form, signed) in QUANTITIES.items():
-            mean, error, seeds = paired_difference(record, variant, other, quantity)
-            cells.append(
-                signed.format(mean) + ("" if error is None else f" ± {form.format(error)}")
-            )
-        if seeds:
-            lines.append(f"| {' | '.join(cells)} | {seeds} |")
-    lines += ["", _settings(record)]
-    if record["not_run"]:
-        missing = ", ".join(f"{variant} with seed {seed}" for variant, seed in record["not_run"])
-        lines += ["", f"Not run: {missing}."]
-    return "\n".join(lines)
+        position = 20 * words + torch.arange(height * width).view(1, height, width)
+        return torch.stack([*seen, position.expand_as(codes)], -1).view(-1, 21), codes.view(-1)
 
-
-def _settings(record: dict[str, Any]) -> str:
-    config, first, machine = record["settings"]["config"], record["runs"][0], record["machine_info"]
-    model, training, image = config["model"], config["training"], config["image_tokenizer"]
-    side = image["image_size"] // 2 ** image["num_downsamples"]
-    real, reconstructed = (
-        f"{record['can_be_read'][name]['digit_accuracy']:.1%}" for name in ("real", "reconstructed")
+    model = torch.nn.Sequential(
+        torch.nn.EmbeddingBag(20 * words + train.codes[0].size, 256, mode="sum"),
+        *(torch.nn.GELU(), torch.nn.Dropout(0.2), torch.nn.Linear(256, 256)),
+        *(torch.nn.GELU(), torch.nn.Dropout(0.2), torch.nn.Linear(256, words - 1)),
     )
-    return (
-        f"Means over seeds ± their standard deviation; differences ± their standard error. Scenes "
-        f"of four handwritten digits as {side}x{side} codes, {first['keys']['sequence']} tokens "
-        f"with the caption; {model['num_layers']} layers of width {model['hidden_size']}, "
-        f"{first['parameters']:,} parameters; window {model['key_window_times']} x "
-        f"{model['query_window']}, {model['num_pivots']} pivots; {training['steps']} steps of "
-        f"{training['batch_size']} scenes in {training['precision']}; loss in nats per code. The "
-        f"variants without pivots or text attend to nothing in their place. "
-        f"{record['settings']['num_test']} captions, of combinations of digits that no training "
-        f"scene shows, are drawn at temperature {config['sampling']['temperature']} and read by a "
-        f"classifier. It reads {real} of the digits of real scenes, {reconstructed} of what the "
-        f"image tokenizer makes of them; chance is 10%. By their digests, weights at the start and "
-        f"batches of a seed are the same for all variants. Trained on {machine['device']}, torch "
-        f"{machine['torch']}."
-    )
+    torch.nn.init.normal_(model[0].weight, std=0.05)  # type: ignore[arg-type]
+    optimizer, steps = torch.optim.AdamW(model.parameters()), experiment.neighbour_steps
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, max_lr=3e-3, total_steps=steps)
+    (seen, codes), (test_seen, test_codes) = examples(train), examples(test)
+    given = round(TASKS[run.task].given * test.codes[0].size)
+    best = {"loss": math.inf, "whole_loss": math.inf}
+    for step in range(1, steps + 1):
+        index = torch.randint(len(codes), (1024,))
+        optimizer.zero_grad()
+        F.cross_entropy(model.train()(seen[index]), codes[index]).backward()
+        optimizer.step()
+        schedule.step()
+        if step % max(1, steps // 10) == 0:
+            with torch.no_grad():
+                logits = torch.cat([model.eval()(part) for part in test_seen.split(4096)])
+            losses = F.cross_entropy(logits, test_codes, reduction="none").view(len(test), -1)
+            now_at = {"loss": losses[:, given:].mean().item(), "whole_loss": losses.mean().item()}
+            best = {name: min(best[name], value) for name, value in now_at.items()}
+    return best
 
 
-def _by_variant(record: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    grouped = {name: [one for one in record["runs"] if one["variant"] == name] for name in VARIANTS}
-    return {name: runs for name, runs in grouped.items() if runs}
-
-
-def _with_spread(values: Sequence[float], form: str) -> str:
-    spread = f" ± {form.format(statistics.stdev(values))}" if len(values) > 1 else ""
-    return form.format(statistics.fmean(values)) + spread
-
-
-COLOURS = {  # Okabe and Ito's, told apart by the colour-blind
-    "dense": "#000000",
-    "three_region": "#0072B2",
-    "without_pivots": "#E69F00",
-    "without_text": "#D55E00",
-}
-
-
-def draw(record: dict[str, Any], path: str | os.PathLike[str]) -> None:
-    """Losses over steps (mean and standard deviation over seeds), and each seed's accuracies."""
-    grouped = _by_variant(record)
-    figure = Figure(figsize=(12, 7.5), layout="constrained")
-    training, held_out, digits, captions = figure.subplots(2, 2).ravel()
-    for axis, curve, title in (
-        (training, "training", "training scenes"),
-        (held_out, "held_out", "held-out scenes"),
-    ):
-        settled = []
-        for name, runs in grouped.items():
-            steps = [point["step"] for point in runs[0][curve]]
-            losses = np.array([[point["image_loss"] for point in one[curve]] for one in runs])
-            mean, spread = losses.mean(0), losses.std(0, ddof=min(1, len(runs) - 1))
-            axis.plot(steps, mean, color=COLOURS[name], label=VARIANTS[name].label, linewidth=1.4)
-            axis.fill_between(steps, mean - spread, mean + spread, color=COLOURS[name], alpha=0.2)
-            settled.append(losses[:, len(steps) // 10 :])  # the first steps would flatten the rest
-        low, high = min(x.min() for x in settled), max(x.max() for x in settled)
-        axis.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-        axis.set_title(f"image loss on {title}", fontsize=11)
-        axis.set_xlabel("step")
-        axis.set_ylabel("image loss (nats per code)")
-        axis.grid(alpha=0.3)
-    training.legend(fontsize=9)
-    for axis, name, title in (
-        (digits, "digit_accuracy", "digits drawn right, in the right place"),
-        (captions, "whole_caption_accuracy", "captions with all four digits right"),
-    ):
-        for place, (variant, runs) in enumerate(grouped.items()):
-            values = [100 * one["accuracy"][name] for one in runs]
-            offsets = place + 0.08 * (np.arange(len(values)) - (len(values) - 1) / 2)
-            axis.plot(offsets, values, "o", color=COLOURS[variant], markersize=6)
-            axis.hlines(statistics.fmean(values), place - 0.3, place + 0.3, COLOURS[variant])
-        ceiling = 100 * record["can_be_read"]["reconstructed"][name]
-        axis.axhline(ceiling, color="grey", linestyle="--", linewidth=1)
-        axis.annotate(
-            "read from reconstructions",
-            (0, ceiling),
-            (0, -11),
-            fontsize=8,
-            color="grey",
-            xycoords=("axes fraction", "data"),
-            textcoords="offset points",
-        )
-        labels = [VARIANTS[variant].label for variant in grouped]
-        axis.set_xticks(range(len(labels)), [textwrap.fill(label, 16) for label in labels])
-        axis.set_ylim(0, 102)
-        axis.set_title(title, fontsize=11)
-        axis.set_ylabel("held-out captions (%)" if axis is captions else "digits (%)")
-        axis.grid(alpha=0.3, axis="y")
-    FigureCanvasAgg(figure)
-    with atomic_write(path) as temporary:
-        figure.savefig(temporary, format="png", dpi=110)
+def run_one(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    started, neighbours = time.process_time(), run.model == NEIGHBOURS
+    result = (train_neighbours if neighbours else train_and_draw)(experiment, run, folder)
+    result |= run._asdict() | {"commit": commit_info()["id"]}
+    result["core_seconds"] = time.process_time() - started
+    _save(run.file(folder), result)
+    return result
 
 
 def _save(path: Path, content: dict[str, Any]) -> None:
     with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        temporary.write_text(json.dumps(content) + "\n", encoding="utf-8")
+
+
+def sweep(experiment: Experiment) -> list[Run]:
+    return [
+        Run("captions", variant, experiment.sweep_seed, rate, draws=False)
+        for rate in experiment.rates
+        for variant in ("dense", "three_region")
+    ]
+
+
+def compared(experiment: Experiment, results: Sequence[dict[str, Any]]) -> list[Run]:
+    """The runs that follow the sweep's results, at the rates with the lowest held-out losses; seed
+    by seed, so that a part of the experiment compares all variants on both tasks."""
+    best = {one["model"]: one["rate"] for one in sorted(results, key=lambda one: -one["loss"])}
+    best["no_pivots"] = best["more_pivots"] = best["three_region"]
+    return [Run(task, NEIGHBOURS) for task in TASKS] + [
+        Run(task, variant, seed, best[variant])
+        for seed in experiment.seeds
+        for task in TASKS
+        for variant in VARIANTS
+        if task == "captions"
+        and variant != "more_pivots"
+        or task == "repeats"
+        and seed in experiment.repeats_seeds
+    ]
+
+
+def check_alike(runs: Sequence[dict[str, Any]]) -> None:
+    """Raises RuntimeError where variants had other weights at the start or read other batches."""
+    digests: dict[tuple[str, int], str] = {}
+    for one in runs:
+        key = one["task"], one["seed"]
+        if one["model"] in VARIANTS and digests.setdefault(key, one["digest"]) != one["digest"]:
+            raise RuntimeError(f"{key}: {one['model']} had other weights or read other batches")
+
+
+def run_all(experiment: Experiment, jobs: int, out: Path) -> Iterator[dict[str, Any]]:
+    """Runs what is not finished yet, `jobs` at a time; yields the record each time that another run
+    is in it. Other settings, another commit or device are other runs."""
+    config = experiment.config(Run("captions", "three_region"))
+    record: dict[str, Any] = {
+        "machine_info": machine_info(choose_device(config.device)),
+        "commit_info": commit_info(),
+        "datetime": now(),
+        "experiment": dataclasses.asdict(experiment),
+        "config": dataclasses.asdict(config),
+        "jobs": jobs,
+    }
+    same = [record[name] for name in ("commit_info", "experiment", "config")]
+    same += [TASKS, VARIANTS, record["machine_info"]["device"], torch.__version__]
+    folder = out / hashlib.sha256(json.dumps(same).encode()).hexdigest()[:8]
+    record |= {"read": make_data(experiment, folder), "sweep": [], "runs": [], "not_run": []}
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for part in ("sweep", "runs"):
+            wanted = sweep(experiment) if part == "sweep" else compared(experiment, record["sweep"])
+            files = {run: run.file(folder) for run in wanted}
+            done = {run: json.loads(f.read_text()) for run, f in files.items() if f.is_file()}
+            started = {
+                pool.submit(run_one, experiment, r, folder): r for r in wanted if r not in done
+            }
+            for finished in itertools.chain([None], as_completed(started)):
+                if finished is not None:
+                    done[started[finished]] = finished.result()
+                record[part] = [done[run] for run in wanted if run in done]
+                check_alike(record["runs"])
+                yield record | {"not_run": [run for run in wanted if run not in done]}
+
+
+# The record as a table and a plot.
+
+HOW_TO_READ = """\
+Differences are paired: same seed, same weights at the start, same batches; in brackets their
+two-sided 95% t-interval over the seeds that both ran. A difference to dense is **non-inferior** if
+its interval ends before the margin (0.005 nats of loss, one point of digits right), **inferior** if
+all of it lies beyond the margin, else **not decided**. A difference to no pivots is **better** or
+**worse** if its interval excludes zero, else **not decided**. The 20 neighbours are a network that
+sees neither text nor far codes; it counts with the lowest held-out loss of its training, the others
+with their last one."""
+PAIRS = (
+    *(("three_region", "dense"), ("no_pivots", "dense"), ("more_pivots", "dense")),
+    *(("three_region", "no_pivots"), ("more_pivots", "no_pivots")),
+)
+QUANTITIES = {  # key of a run, sign of an improvement, margin, unit, decimals
+    "loss": ("loss", -1, 0.005, 1, 4),
+    "digits right (%)": ("digits_right", 1, 0.01, 100, 1),
+}
+STYLES = {  # Okabe and Ito's colours
+    **{"dense": ("#000000", "o"), "three_region": ("#0072B2", "s")},
+    **{"no_pivots": ("#D55E00", "D"), "more_pivots": ("#56B4E9", "^")},
+}
+
+
+def of(record: dict[str, Any], task: str, model: str) -> list[dict[str, Any]]:
+    runs = [one for one in record["runs"] if (one["task"], one["model"]) == (task, model)]
+    return sorted(runs, key=lambda one: one["seed"])
+
+
+def difference(
+    record: dict[str, Any], task: str, pair: tuple[str, str], quantity: str
+) -> tuple[float, float, str]:
+    """Mean of `pair[0] - pair[1]` over the seeds of both, half its 95% interval, the verdict."""
+    key, better, margin, *_ = QUANTITIES[quantity]
+    first, second = ({one["seed"]: one[key] for one in of(record, task, v)} for v in pair)
+    values = [first[seed] - second[seed] for seed in first if seed in second]
+    if len(values) < 2:
+        return statistics.fmean(values or [math.nan]), math.nan, "not decided"
+    mean, error = statistics.fmean(values), statistics.stdev(values) / math.sqrt(len(values))
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    against_dense = pair[1] == "dense"
+    good, bad = ("non-inferior", "inferior") if against_dense else ("better", "worse")
+    limit = -margin if against_dense else 0.0
+    if better * mean - half > limit:
+        return mean, half, good
+    return mean, half, bad if better * mean + half < limit else "not decided"
+
+
+def table(record: dict[str, Any]) -> str:
+    """What each variant reached, the differences with their verdicts, and the settings."""
+    config, experiment, machine = record["config"], record["experiment"], record["machine_info"]
+    image, model, training = (config[name] for name in ("image_tokenizer", "model", "training"))
+    tried = sorted((VARIANTS[o["model"]][0], o["rate"], o["loss"]) for o in record["sweep"])
+    minutes = sum(one["core_seconds"] for one in record["sweep"] + record["runs"]) / 60
+    notes = (
+        f"{image['image_size'] // 2 ** image['num_downsamples']} rows of codes, "
+        f"{image['codebook_size']} different codes; {model['num_layers']} layers of width "
+        f"{model['hidden_size']}; {training['steps']} steps of {training['batch_size']} scenes in "
+        f"{training['precision']}. Loss: nats per code of {experiment['num_test']} held-out "
+        "scenes; no training scene shows their handwriting or their combinations of digits. Mean ± "
+        "standard deviation over seeds. The captions of these scenes are drawn at temperature "
+        f"{config['sampling']['temperature']}; a classifier reads the drawings. It reads "
+        f"{record['read']['real']:.1%} of real digits, {record['read']['reconstructed']:.1%} of "
+        "what the image tokenizer makes of them; chance is 10%. In the second task the lower half "
+        "alone counts, and is drawn below the true upper half. Learning rates were chosen on the "
+        f"first task, with seed {experiment['sweep_seed']}, by the loss after "
+        f"{experiment['sweep_steps']} steps: "
+        + ", ".join(f"{label} {rate:g}: {loss:.4f}" for label, rate, loss in tried)
+        + f". {machine['device']}, torch {machine['torch']}; {minutes:.0f} core-minutes."
+    )
+    if record["not_run"]:
+        notes += f" Not run: {', '.join(f'{r[0]} {r[1]} {r[2]}' for r in record['not_run'])}."
+    notes += f" {record['note']}" if "note" in record else ""
+    return "\n\n".join([*(_task_table(record, task) for task in TASKS), notes])
+
+
+def _task_table(record: dict[str, Any], task: str) -> str:
+    if not of(record, task, "dense") or not of(record, task, "three_region"):
+        return f"**{TASKS[task].title}**\n\nNot run."
+    reached, differences = [], []
+    for variant, (label, _) in VARIANTS.items():
+        if runs := of(record, task, variant):
+            rate, keys, causal = (runs[0][name] for name in ("rate", "keys", "causal_keys"))
+            cells = {"variant": label, "seeds": str(len(runs)), "learning rate": f"{rate:g}"}
+            cells["keys a query attends to"] = f"{keys:.1f} ({keys / causal:.0%})"
+            for name, (key, _, _, unit, decimals) in QUANTITIES.items():
+                values = [unit * one[key] for one in runs]
+                spread = f" ± {statistics.stdev(values):.{decimals}f}" if len(values) > 1 else ""
+                cells[name] = f"{statistics.fmean(values):.{decimals}f}{spread}"
+            reached.append(cells)
+    texture = statistics.fmean([one["loss"] for one in of(record, task, NEIGHBOURS)] or [math.nan])
+    label = "20 neighbours, no text, no attention"
+    reached.append(dict.fromkeys(reached[0], "") | {"variant": label, "loss": f"{texture:.4f}"})
+    for pair in (pair for pair in PAIRS if of(record, task, pair[0])):
+        cells = {"difference": " − ".join(VARIANTS[variant][0] for variant in pair)}
+        for name, (_, _, _, unit, decimals) in QUANTITIES.items():
+            mean, half, verdict = difference(record, task, pair, name)
+            at = [f"{unit * x:+.{decimals}f}" for x in (mean, mean - half, mean + half)]
+            cells[name] = f"{at[0]} ({at[1]} to {at[2]}), {verdict}" if half == half else verdict
+        differences.append(cells)
+    dense = of(record, task, "dense")
+    below = sum(one["loss"] < texture for one in dense)
+    gains = (c[len(c) * 3 // 4 - 1][1] - c[-1][1] for c in (one["curve"] for one in dense))
+    pair = "three_region", "no_pivots"
+    words = [difference(record, task, pair, name)[2] for name in QUANTITIES]
+    end = (
+        f"{below} of {len(dense)} dense runs end below the 20 neighbours; the last quarter of "
+        f"their steps lowered the loss by {statistics.fmean(gains):.4f}. Three-region with pivots "
+        f"instead of none: loss {words[0]}, digits right {words[1]}."
+    )
+    return "\n\n".join([f"**{TASKS[task].title}**", markdown(reached), markdown(differences), end])
+
+
+def draw(record: dict[str, Any], path: Path) -> None:
+    """For each task: the loss of every seed over steps, and what every seed reached."""
+    figure = Figure(figsize=(12, 11), layout="constrained")
+    FigureCanvasAgg(figure)
+    for (curves, *ends), (task, about) in zip(figure.subplots(3, 2).T, TASKS.items(), strict=True):
+        late: list[float] = []
+        variants = [variant for variant in STYLES if of(record, task, variant)]
+        for place, variant in enumerate(variants):
+            runs, label = of(record, task, variant), VARIANTS[variant][0]
+            colour, marker = STYLES[variant]
+            for number, one in enumerate(runs):
+                steps, losses = zip(*one["curve"], strict=True)
+                curves.plot(steps, losses, color=colour, lw=1, label=None if number else label)
+                late += losses[len(losses) // 4 :]
+            for axis, (key, _, _, unit, _) in zip(ends, QUANTITIES.values(), strict=True):
+                values = [unit * one[key] for one in runs]
+                places = place + 0.1 * (np.arange(len(values)) - (len(values) - 1) / 2)
+                axis.plot(places, values, marker, color=colour, ms=5)
+                axis.hlines(statistics.fmean(values), place - 0.35, place + 0.35, colour)
+        if late:
+            room = 0.05 * (max(late) - min(late))
+            curves.set_ylim(min(late) - room, max(late) + room)
+        of_curves = f"loss of the first {record['config']['training']['eval_examples']} scenes"
+        curves.set(title=about.title, xlabel="step", ylabel=f"{of_curves}, whole images")
+        levels = {"20 neighbours": [one["loss"] for one in of(record, task, NEIGHBOURS)]}
+        levels["read from reconstructed scenes"] = [100 * record["read"]["reconstructed"]]
+        for axis, name, (label, level) in zip(ends, QUANTITIES, levels.items(), strict=True):
+            for value in level:
+                axis.axhline(value, color="grey", ls="--", label=label)
+                axis.legend()
+            axis.margins(y=0.2)
+            labels = [VARIANTS[variant][0].replace(", ", "\n") for variant in variants]
+            axis.set_xticks(range(len(variants)), labels)
+            axis.set(xlim=(-0.5, len(variants) - 0.5), ylabel=f"{name}: every seed, and their mean")
+    # The last task has all variants.
+    figure.legend(*curves.get_legend_handles_labels(), loc="outside upper center", ncols=4)
+    with atomic_write(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=110)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=list(VARIANTS))
-    parser.add_argument("--jobs", type=int, default=2, help="runs side by side")
-    parser.add_argument("--steps", type=int, help="of each run")
+    parser.add_argument("--jobs", type=int, default=2, help="runs side by side, a thread each")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda, ...")
     parser.add_argument("--out", type=Path, default=Path("results/quality"))
     arguments = parser.parse_args()
-    config = load_config("digits", [*SETTINGS, f"device={arguments.device}"])
-    config.training.steps = arguments.steps or config.training.steps
-    path = None
-    for record in run(
-        Experiment(config), arguments.variants, arguments.seeds, arguments.jobs, arguments.out
-    ):
-        name = record_name(
-            "quality", *(record[k] for k in ("machine_info", "commit_info", "datetime"))
-        )
-        path = RECORDS / name
-        _save(path, record)
-        print(f"{len(record['runs'])} runs finished, {len(record['not_run'])} to go", flush=True)
-    print(f"\n{table(record)}\n\nrecord: {path}")
+    experiment = Experiment((*SETTINGS, f"device={arguments.device}"))
+    for record in run_all(experiment, arguments.jobs, arguments.out):
+        parts = (record[name] for name in ("machine_info", "commit_info", "datetime"))
+        path = RESULTS / record_name("quality", *parts)
+        save_record(record, path)
+        print(f"{path.name}: {len(record['not_run'])} runs of this part to go", flush=True)
+    print(table(record))
 
 
 if __name__ == "__main__":

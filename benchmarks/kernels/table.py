@@ -23,9 +23,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.kernels import attention_costs, norm_costs
+from benchmarks.kernels import costs
+from benchmarks.kernels.costs import NormCase
 from benchmarks.kernels.counting import DOCS, Row, markdown, write
-from benchmarks.kernels.norm_costs import Case
 from benchmarks.suite.cases import AttentionCase
 from cogview.files import atomic_write
 from cogview_kernels import extension
@@ -49,8 +49,6 @@ SM_LIMITS = {
 }
 SM_REGISTERS, SM_PARTITIONS = 65536, 4
 REGISTER_UNIT, SHARED_UNIT, SHARED_RESERVED = 256, 128, 1024  # per warp; per CTA; per CTA
-
-LAUNCH = ("threads", "registers", "static_shared", "dynamic_shared", "ctas_per_sm", "limit")
 
 # Mnemonics of SASS: the first pattern that fits is the column.
 INSTRUCTIONS = {
@@ -112,8 +110,7 @@ def cuobjdump() -> str | None:
     return str(found[0].locate()) if found else shutil.which("cuobjdump")
 
 
-def module() -> Path:
-    return Path(extension._C.__file__)
+MODULE = Path(extension._C.__file__ if extension._C is not None else "")
 
 
 def disassemble(path: Path) -> dict[str, Any]:
@@ -129,7 +126,6 @@ def disassemble(path: Path) -> dict[str, Any]:
     program = cuobjdump()
     if program is None:
         raise SystemExit("cuobjdump is not installed: pip install -e '.[dev]'")
-
     rows: dict[tuple[str, str], Row] = {}
     architecture = kernel = nvcc = ""
     for what in ("-res-usage", "-elf", "-sass"):
@@ -157,9 +153,10 @@ def disassemble(path: Path) -> dict[str, Any]:
         {"kernel": source_name(name), "architecture": architecture, **row}
         for name, ((_, architecture), row) in zip(names, rows.items(), strict=True)
     ]
+    found = {"nvcc": nvcc, "kernels": kernels}
     with atomic_write(cache) as partial:
-        partial.write_text(json.dumps({"nvcc": nvcc, "kernels": kernels}))
-    return {"nvcc": nvcc, "kernels": kernels}
+        partial.write_text(json.dumps(found))
+    return found
 
 
 def _output(command: list[str], given: str = "") -> str:
@@ -183,18 +180,18 @@ def launches() -> Launches:
     attention = [
         launch
         for dtype, dim in product(("float16", "bfloat16"), (32, 64, 96, 128))
-        for launch in attention_costs.launches(
+        for launch in costs.attention_launches(
             AttentionCase(65, 8, 1, 2, num_heads=1, head_dim=dim, text_len=4, dtype=dtype), 132
         ).values()
     ]
     cases = [
-        Case(-(-16384 // hidden), hidden, residual, f)  # rows enough to fill a block
+        NormCase(-(-16384 // hidden), hidden, residual, f)  # rows enough to fill a block
         for hidden, f in product(NORM_WIDTHS, (torch.float32, torch.float16, torch.bfloat16))
         for residual in dict.fromkeys((f, torch.float32))
     ]
     found: Launches = {}
     for kib in sizes:
-        norms = [item for case in cases for item in norm_costs.launches(case, 1, kib - 1).items()]
+        norms = [item for case in cases for item in costs.norm_launches(case, 1, kib - 1).items()]
         # The plain norm last: the sandwich launches its kernels too, with a residual.
         norms.sort(key=lambda item: item[0].startswith("plain"))
         found[kib] = {
@@ -216,7 +213,7 @@ def missing_architectures() -> list[Path]:
     wish = {"COGVIEW_KERNELS_CUDA": "1", "TORCH_CUDA_ARCH_LIST": missing}
     wish |= {"COGVIEW_KERNELS_HOST_MODEL": "0", "DEBUG": "0"}
     subprocess.run(command, cwd=DOCS.parent, env=os.environ | wish, check=True)
-    return [CACHE / "lib" / "cogview_kernels" / module().name]
+    return [CACHE / "lib" / "cogview_kernels" / MODULE.name]
 
 
 def record(modules: list[Path], launched: Launches) -> dict[str, Any]:
@@ -242,6 +239,10 @@ def _order(row: Row) -> tuple[Any, ...]:
     return name.partition("<")[0], len(name), name, int(architecture)
 
 
+# Columns of the page: of the record's row, what a reader decides by.
+SHOWN = ("threads", "registers", "dynamic_shared", "ctas_per_sm", "limit", *INSTRUCTIONS)
+
+
 def tables(facts: dict[str, Any]) -> str:
     """A table per kernel with a row per instantiation; as many values as architectures where they
     differ."""
@@ -249,10 +250,12 @@ def tables(facts: dict[str, Any]) -> str:
     for kernel, of_kernel in groupby(facts["kernels"], lambda row: row["kernel"].partition("<")[0]):
         lines = []
         for name, group in groupby(of_kernel, lambda row: row["kernel"]):
-            rows, line = list(group), {"instantiation": f"`{name.removeprefix(kernel)}`"}
-            for column in (*LAUNCH, *INSTRUCTIONS):
+            rows = list(group)
+            line = {"instantiation": f"`{name.removeprefix(kernel)}`"}
+            for column in SHOWN:
                 values = [str(row[column]) for row in rows]
-                line[column] = values[0] if len(set(values)) == 1 else ", ".join(values)
+                text = values[0] if len(set(values)) == 1 else ", ".join(values)
+                line[column] = text
             lines.append(line)
         parts += [f"### {kernel}", markdown(lines)]
     return "\n\n".join(parts)
@@ -261,7 +264,7 @@ def tables(facts: dict[str, Any]) -> str:
 def main() -> None:
     if reason := extension.why_not_built():
         raise SystemExit(reason)
-    facts = record([module(), *missing_architectures()], launches())
+    facts = record([MODULE, *missing_architectures()], launches())
     write("kernels", facts, {"kernels": tables(facts)})
 
 

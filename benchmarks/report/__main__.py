@@ -2,23 +2,17 @@
 device and experiment, and from nothing else.
 
     python -m benchmarks.report          # write them
-    python -m benchmarks.report --check  # exit status 1 and the lines, if a page differs
+    python -m benchmarks.report --check  # exit status 1 and a list, if pages differ
 """
 
 from __future__ import annotations
 
-import argparse
-import difflib
 import importlib
-import json
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import groupby
 from pathlib import Path
 
-from benchmarks.kernels import attention_costs
 from benchmarks.report import plots, tables
 from benchmarks.report.records import OPS, newest
 from cogview.files import atomic_write
@@ -26,17 +20,23 @@ from cogview.files import atomic_write
 ROOT = Path(__file__).resolve().parents[2]
 README, PAGE = "README.md", "docs/benchmarks.md"
 PICTURES = "docs/benchmarks"
-COUNTED = "docs/kernel_costs.json"
 # By module: the anchors of their parts of the page.
 EXPERIMENTS = {"quality": "the-same-performance", "instability": "why-the-norm-is-a-sandwich"}
-NO_GPU = "No GPU has run the suite yet: there are no GPU figures."
+NO_GPU = "No GPU figures have been measured yet."
 
-Blocks = dict[tuple[str, str], str]  # by page and mark
+Pages = dict[str, str]  # whole texts, by path
 Pictures = dict[str, Callable[[Path], None]]  # by path, named after their records: draws it
 
 
-def report(root: Path) -> tuple[Blocks, Pictures]:
+def report(root: Path) -> tuple[Pages, Pictures]:
+    pages = {name: (root / name).read_text() for name in (README, PAGE)}
     pictures: Pictures = {}
+
+    def put(page: str, name: str, parts: list[str]) -> None:
+        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
+        before, rest = pages[page].split(begin)
+        text = "\n\n".join(filter(None, parts))
+        pages[page] = f"{before}{begin}{text}\n{end}{rest.split(end)[1]}"
 
     def picture(record_path: str, name: str, caption: str, draw: Callable[[Path], None]) -> str:
         file = f"{Path(record_path).stem}{name}.png"
@@ -50,15 +50,18 @@ def report(root: Path) -> tuple[Blocks, Pictures]:
     readme += [f"{tables.losses(record)} {record.source}" for record in records[1:]]
     for record in records:
         page += [f"## {record.device}", tables.conditions(record)]
-        page += [tables.fixed_table(record, op) for op in OPS]
-        for name, plot in plots.PLOTS.items():
-            if plot.groups(record):
-                drawn = partial(plots.draw, plot, record)
-                page.append(picture(record.path, f"-{name}", plot.caption, drawn))
-                if name == "seqlen" and record is records[0]:
-                    readme.append(page[-1].replace("(", "(docs/"))
+        page += [tables.case_table(record, op, "fixed") for op in OPS]
+        if drawn := plots.can_draw(record):
+            caption = "Time of attention for each token, against the sequence length"
+            draw = partial(plots.draw, record)
+            page.append(picture(record.path, f"-{plots.SWEEP}", caption, draw))
+            readme += [page[-1].replace("(", "(docs/")] if record is records[0] else []
+        sweeps = dict.fromkeys((row.op, sweep) for row in record.rows for sweep in row.sweeps)
+        for op, sweep in sweeps:
+            if sweep != "fixed" and not (drawn and (op, sweep) == (plots.OP, plots.SWEEP)):
+                page.append(tables.case_table(record, op, sweep))
         page.append(tables.not_measured(record))
-    blocks = {(PAGE, "counted"): counted(root), (PAGE, "measured"): joined(page)}
+    put(PAGE, "measured", page)
     links = []
     for name, anchor in EXPERIMENTS.items():
         module, parts = importlib.import_module(f"benchmarks.experiments.{name}"), []
@@ -67,61 +70,31 @@ def report(root: Path) -> tuple[Blocks, Pictures]:
             link = picture(record.path, "", title, partial(module.draw, record.content))
             parts += [module.table(record.content).strip(), link]
             parts += [getattr(module, "HOW_TO_READ", ""), record.source]
-        blocks[PAGE, name] = joined(parts) or f"No record yet: `make {name}` makes one."
+        put(PAGE, name, parts or [f"No record yet: `make {name}` makes one."])
         links += [f"[{title}]({PAGE}#{anchor})"] if parts else []
     readme += [f"Experiments: {', '.join(links)}"] if links else []
-    blocks[README, "measured"] = joined(readme)
-    return blocks, pictures
-
-
-def joined(parts: list[str]) -> str:
-    return "\n\n".join(filter(None, parts))
-
-
-def counted(root: Path) -> str:
-    """What the host model counted, in short."""
-    record = json.loads((root / COUNTED).read_text())
-    lines, norms = [], defaultdict[str, dict[str, str]](dict)
-    for case, group in groupby(record["attention"], lambda row: row["case"]):
-        rows = list(group)
-        for row in (rows[0], attention_costs.backward(rows)):
-            products = f"{row['products'] / row['useful_products']:.2f}"
-            moved = f"{attention_costs.moved(row) / row['must_touch']:.2f}"
-            cells = {"attention": case, "kernels": row["kernel"]}
-            cells |= {"products issued / useful": products, "bytes moved / needed": moved}
-            lines.append(cells)
-    for row in record["norms"]:
-        norms[row["operator"]]["activations moved / needed"] = row["operator"]
-        norms[row["operator"]][row["case"]] = f"{row['activations'] / row['floor']:.2f}"
-    source = f"<sub>record: `{COUNTED}`</sub>"
-    return joined([tables.table(lines, left=2), source, tables.table([*norms.values()]), source])
-
-
-def page_texts(root: Path, blocks: Blocks) -> dict[str, str]:
-    """The pages with the blocks between their marks."""
-    texts = {page: (root / page).read_text() for page, _ in blocks}
-    for (page, name), content in blocks.items():
-        begin, end = f"<!-- {name}: begin -->\n", f"<!-- {name}: end -->"
-        before, _, rest = texts[page].partition(begin)
-        texts[page] = f"{before}{begin}{content}\n{end}{rest.partition(end)[2]}"
-    return texts
+    put(README, "measured", readme)
+    return pages, pictures
 
 
 def pictures_of(root: Path) -> set[str]:
     return {path.relative_to(root).as_posix() for path in (root / PICTURES).glob("*.png")}
 
 
-def differences(root: Path, blocks: Blocks, pictures: Pictures) -> Iterator[str]:
+def differences(root: Path, pages: Pages, pictures: Pictures) -> list[str]:
     """Where pages and pictures are not what the records give."""
-    for page, text in page_texts(root, blocks).items():
-        shown = (root / page).read_text().splitlines()
-        yield from difflib.unified_diff(shown, text.splitlines(), page, "records", n=0, lineterm="")
+    found = [
+        f"{page}: differs from the records"
+        for page, text in pages.items()
+        if (root / page).read_text() != text
+    ]
     for path in sorted(pictures_of(root) ^ {*pictures}):
-        yield f"{path}: {'not drawn yet' if path in pictures else 'no record gives it'}"
+        found.append(f"{path}: {'not drawn yet' if path in pictures else 'no record gives it'}")
+    return found
 
 
-def write(root: Path, blocks: Blocks, pictures: Pictures) -> None:
-    for page, text in page_texts(root, blocks).items():
+def write(root: Path, pages: Pages, pictures: Pictures) -> None:
+    for page, text in pages.items():
         with atomic_write(root / page) as temporary:
             temporary.write_text(text)
     for path, draw in pictures.items():
@@ -132,14 +105,10 @@ def write(root: Path, blocks: Blocks, pictures: Pictures) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n\n")[0])
-    parser.add_argument("--check", action="store_true", help="only say whether pages differ")
-    check = parser.parse_args().check
-    blocks, pictures = report(ROOT)
-    if check:
-        sys.exit("\n".join(differences(ROOT, blocks, pictures)))
-    write(ROOT, blocks, pictures)
-    print(blocks[README, "measured"])
+    made = report(ROOT)
+    if "--check" in sys.argv:
+        sys.exit("\n".join(differences(ROOT, *made)))
+    write(ROOT, *made)
 
 
 if __name__ == "__main__":

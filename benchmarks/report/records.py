@@ -6,6 +6,7 @@ Needs the standard library alone, like tables.py: machines with a GPU may have l
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -37,18 +38,11 @@ class Row:
     attended_fraction: float | None = None  # of the keys of dense causal attention
     extra_bytes: int | None = None
     host_seconds: float | None = None
-    predicted_seconds: float | None = None
-
-    @property
-    def own_tflops(self) -> float:
-        """Of a dense attention: TFLOP/s of all the products that it computes."""
-        return self.flops / (self.attended_fraction or 1) / self.median / 1e12
 
     def floor(self, ceilings: dict[str, Any]) -> float | None:
         """Seconds that no method can be faster than: the useful products or the necessary bytes at
         the measured ceilings, whichever take longer. None where a ceiling is missing."""
-        shape = self.case.get("attention", self.case)  # a training step's is its attention's
-        rate = ceilings["matmul_flops"].get(shape["dtype"])
+        rate = ceilings["matmul_flops"].get(self.case["dtype"])
         if self.flops and not rate:
             return None
         products = self.flops / rate if self.flops else 0.0
@@ -57,9 +51,8 @@ class Row:
 
 def row_of(raw: dict[str, Any]) -> Row:
     """Times are ``seconds`` in a record of ``make gpu-bench``, ``stats`` in pytest-benchmark's."""
-    timed = raw.get("seconds") or raw["stats"]
-    facts = timed | raw | raw.get("extra_info", {})
-    facts["minimum"] = timed.get("minimum") or timed["min"]
+    timed = raw.get("seconds") or {**raw["stats"], "minimum": raw["stats"]["min"]}
+    facts = raw | raw.get("extra_info", {}) | timed
     names = {field.name for field in dataclasses.fields(Row)}
     return Row(**{name: value for name, value in facts.items() if name in names})
 
@@ -75,33 +68,34 @@ class Group:
     def best(self, chosen: Callable[[Row], bool]) -> Row | None:
         return min(filter(chosen, self.rows), key=lambda row: row.median, default=None)
 
-    def peer(self, same: bool) -> Row | None:
-        """The fastest that is not ours and computes the same as ours, or something else."""
-        computed = self.ours.computes
-        return self.best(lambda row: row.role != "ours" and (row.computes == computed) == same)
-
     @property
     def rival(self) -> Row | None:
         return self.best(lambda row: row.role == "rival")
 
     @property
-    def dense(self) -> Row | None:
-        """The fastest dense attention; of norms, which have none, the fastest plain LayerNorm."""
-        return self.best(lambda row: row.role == "dense") or self.peer(same=False)
+    def same(self) -> Row | None:
+        """The fastest that computes the same as ours."""
+        computed = self.ours.computes
+        return self.best(lambda row: row.computes == computed and row.role != "ours")
+
+    @property
+    def other(self) -> Row | None:
+        """The fastest that computes another function: a dense attention, a plain LayerNorm."""
+        return self.best(lambda row: row.computes != self.ours.computes)
 
 
 def groups(rows: Iterable[Row], sweep: str, op: str) -> list[Group]:
     """Those that have a time of ours, case by case, in the record's order."""
-    found: dict[tuple[str, str], list[Row]] = {}
+    found: dict[str, dict[str, list[Row]]] = {}
     for row in rows:
         if sweep in row.sweeps and row.op == op:
             work = row.work + REPLAY * row.method.endswith(REPLAY)
-            found.setdefault((row.case_name, work), []).append(row)
-    cases = list(dict.fromkeys(case for case, _ in found))
+            found.setdefault(row.case_name, {}).setdefault(work, []).append(row)
     return [
-        Group(work, row, found[case, work])
-        for case, work in sorted(found, key=lambda key: cases.index(key[0]))
-        for row in found[case, work]
+        Group(work, row, of_work)
+        for of_case in found.values()
+        for work, of_work in of_case.items()
+        for row in of_work
         if row.method in (OURS, OURS + REPLAY)
     ]
 
@@ -119,13 +113,10 @@ class Record:
     def on_cuda(self) -> bool:
         return self.content["machine_info"]["device_type"] == "cuda"
 
-    @property
+    @functools.cached_property
     def rows(self) -> list[Row]:
         raw = self.content["rows" if "rows" in self.content else "benchmarks"]
-        try:
-            return [row_of(each) for each in raw]
-        except (KeyError, TypeError) as error:
-            raise ValueError(f"{self.path}: not a record of this suite ({error})") from error
+        return [row_of(each) for each in raw]
 
     @property
     def machine(self) -> str:
@@ -150,16 +141,10 @@ class Record:
 
 
 def newest(root: Path, kind: str) -> list[Record]:
-    """The newest record of each device, CUDA devices first.
-
-    Raises:
-        ValueError: it is not known at which commit a record was made.
-    """
+    """The newest record of each device, CUDA devices first."""
     found: dict[str, Record] = {}
-    for path in sorted((root / RESULTS).glob(f"{kind}-*.json")):
+    for path in (root / RESULTS).glob(f"{kind}-*.json"):
         record = Record(path.relative_to(root).as_posix(), json.loads(path.read_text()))
-        if record.content.get("commit_info", {}).get("id", "unknown") == "unknown":
-            raise ValueError(f"{record.path}: commit unknown")
         other = found.setdefault(record.device, record)
         found[record.device] = max(other, record, key=lambda each: each.content["datetime"])
     return sorted(found.values(), key=lambda record: (not record.on_cuda, record.device))

@@ -11,11 +11,19 @@ import cogview_kernels as ck
 from cogview_kernels.attention.layout import window_start
 
 WORKS = ("forward", "backward", "forward+backward")
-DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+class Typed:
+    dtype: str
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        dtype: torch.dtype = getattr(torch, self.dtype)
+        return dtype
 
 
 @dataclasses.dataclass(frozen=True)
-class AttentionCase:
+class AttentionCase(Typed):
     """One call of the attention. All samples have the same text length, each its own pivots."""
 
     seqlen: int
@@ -45,10 +53,6 @@ class AttentionCase:
     @property
     def kv_heads(self) -> int:
         return self.num_kv_heads or self.num_heads
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     @property
     def name(self) -> str:
@@ -91,7 +95,7 @@ class AttentionCase:
 
     def flops(self, work: str) -> int:
         """Products of visible pairs alone, two each: QK^T and PV forward, five backward."""
-        products = {"forward": 2, "backward": 5, "forward+backward": 7}[work]
+        products = sum({"forward": 2, "backward": 5}[part] for part in work.split("+"))
         return 2 * products * self.head_dim * self.num_heads * self.pairs
 
     def bytes(self, work: str) -> int:
@@ -104,12 +108,11 @@ class AttentionCase:
         keys = seen * self.kv_heads * self.head_dim * element
         forward = 2 * rows + 2 * keys + 4 * queries  # q, out; k, v; lse
         backward = 4 * rows + 4 * keys + 4 * queries  # q, out, dout, dq; k, v, dk, dv; lse
-        both = {"forward": forward, "backward": backward}
-        return both.get(work, forward + backward)
+        return sum({"forward": forward, "backward": backward}[part] for part in work.split("+"))
 
 
 @dataclasses.dataclass(frozen=True)
-class NormCase:
+class NormCase(Typed):
     """One call of a norm or of the sandwich, everything in one dtype."""
 
     op: str  # layer_norm, sandwich_residual
@@ -117,10 +120,6 @@ class NormCase:
     hidden: int
     dtype: str = "bfloat16"
     works = WORKS
-
-    @property
-    def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
 
     @property
     def name(self) -> str:
@@ -133,10 +132,8 @@ class NormCase:
         """Each tensor once. LayerNorm: x, y; x, dy, dx. Sandwich: f, residual, h, z; f, h, dh, dz,
         df, dresidual. And the parameters and their gradients."""
         norms = {"layer_norm": 1, "sandwich_residual": 2}[self.op]
-        forward = 2 * norms * (self.rows + 1) * self.hidden
-        backward = 3 * norms * (self.rows + 1) * self.hidden
-        elements = {"forward": forward, "backward": backward}.get(work, forward + backward)
-        return elements * self.torch_dtype.itemsize
+        tensors = norms * sum({"forward": 2, "backward": 3}[part] for part in work.split("+"))
+        return tensors * (self.rows + 1) * self.hidden * self.torch_dtype.itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,17 +155,14 @@ class StepCase:
         return f"L{self.num_layers} V{self.vocab_size} {self.attention.name}"
 
     @property
-    def tokens(self) -> int:
-        return self.attention.batch * self.attention.seqlen
-
-    @property
     def matrix_parameters(self) -> int:
         """Weights that every token is multiplied with: 12 hidden^2 a layer, and the tied head."""
         return 12 * self.num_layers * self.hidden_size**2 + self.vocab_size * self.hidden_size
 
     def flops(self, work: str) -> int:
+        tokens = self.attention.batch * self.attention.seqlen
         attention = self.num_layers * self.attention.flops("forward+backward")
-        return 6 * self.matrix_parameters * self.tokens + attention
+        return 6 * self.matrix_parameters * tokens + attention
 
     def bytes(self, work: str) -> int:
         """AdamW's: parameter, gradient and two moments read, three of them written, float32."""

@@ -14,19 +14,14 @@ from benchmarks.suite import host_time, measure
 
 CPU = torch.device("cpu")
 ALLOWED = 0.1  # difference between two timings of one call
-_not_measured: list[dict[str, Any]] = []
-_controls: list[dict[str, Any]] = []
-
-
-@pytest.fixture
-def not_measured() -> list[dict[str, Any]]:
-    return _not_measured
+NOT_MEASURED: list[dict[str, Any]] = []
+CONTROLS: list[dict[str, Any]] = []
 
 
 def add_control() -> None:
     """The first entry timed as if it were two methods, at the start and once more at the end."""
     entry = suite.entries("cpu")[0]
-    _controls.append(measure.a_a_control(entry.id, suite.ready(entry, CPU).call, CPU))
+    CONTROLS.append(measure.a_a_control(entry.id, suite.ready(entry, CPU).call, CPU))
 
 
 control_at_the_start = pytest.fixture(scope="session", autouse=True)(add_control)
@@ -49,16 +44,6 @@ def why_refused(controls: list[dict[str, Any]]) -> str | None:
     return None
 
 
-def pytest_benchmark_update_machine_info(config: Any, machine_info: dict[str, Any]) -> None:
-    machine_info.clear()  # it names the host
-    machine_info.update(machine.machine_info(CPU))
-
-
-def pytest_benchmark_update_commit_info(config: Any, commit_info: dict[str, Any]) -> None:
-    commit_info.clear()
-    commit_info.update(machine.commit_info())
-
-
 def pytest_benchmark_update_json(
     config: Any, benchmarks: list[Any], output_json: dict[str, Any]
 ) -> None:
@@ -67,16 +52,21 @@ def pytest_benchmark_update_json(
     for row in output_json["benchmarks"]:
         row["params"] = None  # an Entry, which JSON does not know; its name says the same
     add_control()
-    first, last = _controls
+    first, last = CONTROLS
     name = first["name"].removeprefix("A/A: ")
     drift = {"after_stage": "all", "name": name, "median": last["median"]}
-    output_json["controls"], output_json["not_measured"] = _controls, _not_measured
-    output_json["drift"] = [{**drift, "first_median": first["median"]}]
-    output_json["ceilings"] = measure.ceilings(CPU)
-    output_json["host_time"] = host_time.rows(CPU)
-    if len(benchmarks) + len(_not_measured) < len(suite.entries("cpu")):
+    output_json |= {
+        "machine_info": machine.machine_info(CPU),  # pytest-benchmark's names the host
+        "commit_info": machine.commit_info(),
+        "controls": CONTROLS,
+        "drift": [{**drift, "first_median": first["median"]}],
+        "not_measured": NOT_MEASURED,
+        "ceilings": measure.ceilings(CPU),
+        "host_time": host_time.rows(CPU),
+    }
+    if len(benchmarks) + len(NOT_MEASURED) < len(suite.entries("cpu")):
         return
-    if reason := why_refused(_controls):
+    if reason := why_refused(CONTROLS):
         print(f"\nno record is kept: {reason}; repeat the run on a quiet machine")
         return
     info = output_json["machine_info"], output_json["commit_info"], output_json["datetime"]

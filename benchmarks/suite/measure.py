@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import clocks
+from benchmarks.machine import smi
 
 Call = Callable[[], Any]
 
@@ -36,17 +36,13 @@ class Measurement:
     extra_bytes: int  # peak above what was allocated before the call
 
 
-def synchronize(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
 def elapsed(call: Call, device: torch.device) -> float:
     """Seconds of one call on the host's clock, the device's work included."""
-    synchronize(device)
+    finish = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    finish()
     begin = time.perf_counter()
     call()
-    synchronize(device)
+    finish()
     return time.perf_counter() - begin
 
 
@@ -54,7 +50,7 @@ class Clock:
     """Times single calls with flushed caches."""
 
     def __init__(self, device: torch.device) -> None:
-        self.device, self.on_gpu = device, device.type == "cuda"
+        self.on_gpu = device.type == "cuda"
         size = CPU_FLUSH_BYTES
         if self.on_gpu:
             size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 256 << 20)
@@ -62,29 +58,29 @@ class Clock:
         self.sum = torch.zeros((), device=device)
         self.flush_seconds = min(elapsed(self.flush, device) for _ in range(3))
 
-    def flush(self, times: int = 1) -> None:
-        for _ in range(times):
-            self.written.zero_()
-            torch.sum(self.read, 0, out=self.sum)  # replaces the written lines by clean ones
+    def flush(self) -> None:
+        self.written.zero_()
+        torch.sum(self.read, 0, out=self.sum)  # replaces the written lines by clean ones
 
     def host_seconds(self, call: Call) -> float:
         """What the host needs to launch a call, while the device has nothing else to do."""
         seconds = []
-        for _ in range(5 if self.on_gpu else 0):
-            torch.cuda.synchronize(self.device)
+        for _ in range(5):
+            torch.cuda.synchronize()
             begin = time.perf_counter()
             call()
             seconds.append(time.perf_counter() - begin)
-        return statistics.median(seconds or [0.0])
+        return statistics.median(seconds)
 
-    def seconds(self, call: Call, host_seconds: float) -> float:
-        if not self.on_gpu:
+    def seconds(self, call: Call, host_seconds: float | None) -> float:
+        if host_seconds is None:
             self.flush()
             begin = time.perf_counter()
             call()
             return time.perf_counter() - begin
         first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        self.flush(1 + int(2 * host_seconds / self.flush_seconds))
+        for _ in range(1 + int(2 * host_seconds / self.flush_seconds)):
+            self.flush()
         first.record()
         call()
         last.record()
@@ -102,22 +98,20 @@ def measure(call: Call, device: torch.device, budget_s: float) -> Measurement:
 def measure_interleaved(
     calls: Sequence[Call], device: torch.device, budget_s: float
 ) -> list[Measurement]:
-    """Times the calls in turns, on average for about ``budget_s`` seconds each: at least MIN_ROUNDS
-    and at most MAX_ROUNDS rounds."""
+    """Times the calls in turns, on average for about ``budget_s`` seconds each."""
     clock = clock_of(device)
     for call in calls:
         call()  # warm
     extra = [peak_bytes(call, device) for call in calls]
     estimate = sum(elapsed(call, device) + clock.flush_seconds for call in calls)
     rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s * len(calls) / estimate)))
-    hosts = [clock.host_seconds(call) for call in calls]
+    hosts = [clock.host_seconds(call) if clock.on_gpu else None for call in calls]
     seconds: list[list[float]] = [[] for _ in calls]
     for first in range(rounds):
         for index in range(len(calls)):
             at = (first + index) % len(calls)  # no call is always behind the same other
             seconds[at].append(clock.seconds(calls[at], hosts[at]))
-    rows = zip(seconds, (host or None for host in hosts), extra, strict=True)
-    return [Measurement(*row) for row in rows]
+    return [Measurement(*row) for row in zip(seconds, hosts, extra, strict=True)]
 
 
 def captured(make: Callable[[], Call]) -> Call:
@@ -139,12 +133,12 @@ def captured(make: Callable[[], Call]) -> Call:
 def peak_bytes(call: Call, device: torch.device) -> int:
     """The most that was allocated during a call beyond what was before it, results included."""
     if device.type == "cuda":
-        torch.cuda.synchronize(device)
-        before = torch.cuda.memory_allocated(device)
-        torch.cuda.reset_peak_memory_stats(device)
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
         call()
-        torch.cuda.synchronize(device)
-        return torch.cuda.max_memory_allocated(device) - before
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
         call()
@@ -170,7 +164,7 @@ def ceilings(device: torch.device) -> dict[str, Any]:
         return work / statistics.median(measure(call, device, 0.2).seconds)
 
     matmul = {}
-    for name in ("bfloat16", "float16", "float32")[:: 1 if cuda else 2]:
+    for name in ("bfloat16", "float16", "float32") if cuda else ("bfloat16", "float32"):
         size = 8192 if cuda and name != "float32" else 2048
         a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
         matmul[name] = rate(2 * size**3, functools.partial(torch.mm, a, b))
@@ -184,20 +178,14 @@ def clocks_under_load(device: torch.device) -> dict[str, str]:
     a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
     for _ in range(1000):  # longer than the question takes
         a @ a
-    return clocks()
+    return smi("clocks.sm", "clocks.mem", "power.draw", "temperature.gpu")
 
 
 def empty_kernels(device: torch.device) -> list[dict[str, Any]]:
     """What a kernel that does nothing takes on this clock; every time contains about as much."""
-
-    def empty() -> None:
-        torch.cuda._sleep(0)
-
-    def control(name: str, call: Call) -> dict[str, Any]:
-        return {"name": name, **spread(measure(call, device, 0.1).seconds)}
-
-    replay = captured(lambda: empty)
-    return [control("empty kernel", empty), control("empty kernel, graph replay", replay)]
+    empty = functools.partial(torch.cuda._sleep, 0)
+    calls = ("empty kernel", empty), ("empty kernel, graph replay", captured(lambda: empty))
+    return [{"name": name, **spread(measure(call, device, 0.1).seconds)} for name, call in calls]
 
 
 def a_a_control(name: str, call: Call, device: torch.device) -> dict[str, Any]:

@@ -16,40 +16,34 @@ from torch._inductor.choices import InductorChoices
 torch._functorch.config.donated_buffer = False
 
 Prepare = Callable[[Any, Any, torch.device], Callable[..., Any]]
-WhyNot = Callable[[Any, torch.device], str | None]
-
-
-def anywhere(case: Any, device: torch.device) -> str | None:
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
 class Method:
-    """One implementation.
-
-    ``computes`` names its function, by whose float64 definition its results are checked:
-    three-region or dense causal; PB-relax LayerNorm or plain LayerNorm. ``role`` is what it is in
-    the comparison: "ours", "rival" (the best of them is the rival), "dense" (likewise) or "".
-
-    ``prepare(case, layout, device)`` does what depends on shapes and layout alone (block masks,
-    indices) and is timed apart; it returns the call that is timed. ``why_not(case, device)`` is a
-    sentence where the method cannot run. ``facts(case, layout)`` joins the row of a record.
-    ``compile_s`` estimates what compiling it for one more case takes on 16 cores; ``graph``: timed
-    as the replay of a CUDA graph.
-    """
+    """One implementation, by whose function (``computes``) its results are checked."""
 
     name: str
-    computes: str
+    computes: str  # three-region, dense causal; PB-relax LayerNorm, plain LayerNorm
+    # Called with (case, layout, device); does outside of the clock what depends on shapes and
+    # layout alone (block masks, indices), and returns what is timed.
     prepare: Prepare
-    why_not: WhyNot = anywhere
-    role: str = ""
-    compile_s: float = 0.0
-    graph: bool = False
-    facts: Callable[[Any, Any], dict[str, Any]] = lambda case, layout: {}
+    role: str = ""  # "ours", "rival" (the best of them is the rival), "dense"
+    compile_s: float = 0.0  # estimated, for one more case on 16 cores
+    only_on: str = ""  # the one type of device on which it is timed
+    module: str = ""  # what must be installed
+    graph: bool = False  # timed as the replay of a CUDA graph
+    facts: Callable[[Any, Any], dict[str, Any]] = lambda case, layout: {}  # for the record's row
 
     @property
     def compiles(self) -> bool:
         return self.compile_s > 0
+
+    @property
+    def installed(self) -> bool:
+        try:
+            return not self.module or importlib.util.find_spec(self.module) is not None
+        except ImportError:  # the package around a submodule is missing
+            return False
 
 
 def kernels_on(device: torch.device) -> str:
@@ -57,50 +51,26 @@ def kernels_on(device: torch.device) -> str:
     return "cuda" if device.type == "cuda" else "auto"
 
 
-def replayed(method: Method) -> tuple[Method, Method]:
-    """The method and its twin, which shares what is prepared; its graphs are CUDA's."""
+def with_replay(method: Method) -> tuple[Method, ...]:
+    """The method and, on a GPU, its twin, which shares what is prepared."""
+    if method.only_on == "cpu":
+        return (method,)
     name = f"{method.name}, graph replay"
-    why_not = first_reason(only_on_cuda, method.why_not)
-    return method, dataclasses.replace(method, name=name, why_not=why_not, graph=True)
-
-
-def first_reason(*reasons: WhyNot) -> WhyNot:
-    """The first of these that says something."""
-
-    def why_not(case: Any, device: torch.device) -> str | None:
-        return next(filter(None, (reason(case, device) for reason in reasons)), None)
-
-    return why_not
-
-
-def only_on_cuda(case: Any, device: torch.device) -> str | None:
-    return None if device.type == "cuda" else f"it has no kernel for {device.type.upper()}"
-
-
-def installed(module: str, package: str) -> WhyNot:
-    def why_not(case: Any, device: torch.device) -> str | None:
-        try:
-            found = importlib.util.find_spec(module) is not None
-        except ImportError:  # a package around it is missing
-            found = False
-        return None if found else f"{package} is not installed"
-
-    return why_not
+    return method, dataclasses.replace(method, name=name, only_on="cuda", graph=True)
 
 
 class Choices(InductorChoices):
-    """Inductor's choices, and for FlexAttention's backward a second configuration without any side
-    above 64: the only one that Inductor has for Hopper takes 128 keys at once, so that nothing
-    would be left for a block mask with blocks of 64. Where both fit, torch times both."""
+    """Inductor's, and for FlexAttention's backward a second configuration without any side above
+    64: the only one that Inductor has for Hopper takes 128 keys at once, which no block mask with
+    blocks of 64 allows. Where both fit, torch times both."""
 
     def get_flex_attention_bwd_configs(self, *args: Any, **options: Any) -> list[Any]:
         configs = super().get_flex_attention_bwd_configs(*args, **options)
-        narrow = []
-        for config in configs[:1]:
-            sides = [f.name for f in dataclasses.fields(config) if f.name.startswith("block_")]
-            changes = {side: min(64, getattr(config, side)) for side in sides}
-            narrow = [dataclasses.replace(config, **changes, num_warps=4)]
-        return configs + [config for config in narrow if config not in configs]
+        sides = {
+            name: min(64, value) for name, value in vars(configs[0]).items() if "block" in name
+        }
+        narrow = dataclasses.replace(configs[0], **sides, num_warps=4)
+        return configs if narrow in configs else [*configs, narrow]
 
     def uuid(self) -> str:
         """For Inductor's cache."""
@@ -116,10 +86,8 @@ def compiled(function: Callable[..., Any], autotuned: bool = False) -> Callable[
         return function(*args, **options)
 
     call.__code__ = call.__code__.replace()
-    options: dict[str, Any] = {}
-    if hasattr(torch._inductor.config, "inductor_choices_class"):
-        # Always: a thread of autograd keeps the choices of the first backward it compiles.
-        options["inductor_choices_class"] = Choices
+    # Always: a thread of autograd keeps the choices of the first backward it compiles.
+    options: dict[str, Any] = {"inductor_choices_class": Choices}
     if autotuned:
         options |= torch._inductor.list_mode_options("max-autotune-no-cudagraphs")
     return torch.compile(call, fullgraph=True, dynamic=False, options=options)

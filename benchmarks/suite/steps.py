@@ -16,14 +16,11 @@ from torch import Tensor, nn
 
 import cogview_kernels as ck
 from benchmarks.suite import norms
-from benchmarks.suite.attention import cogview_formulation, why_no_kernel
+from benchmarks.suite.attention import cogview_formulation
 from benchmarks.suite.cases import StepCase
-from benchmarks.suite.methods import Method, Prepare, kernels_on
+from benchmarks.suite.methods import Method, kernels_on
 from cogview.config import ModelConfig
 from cogview.model import GPT, Operators
-
-# The model's setting, by what is computed.
-ATTENTION: dict[str, Any] = {"three-region": "three_region", "dense causal": "dense"}
 
 MakeOperators = Callable[[StepCase, torch.device], Operators]
 
@@ -38,10 +35,6 @@ def on_backend(backend: str) -> Operators:
 
 def ours(case: StepCase, device: torch.device) -> Operators:
     return on_backend(kernels_on(device))
-
-
-def definitions(case: StepCase, device: torch.device) -> Operators:
-    return on_backend("reference")
 
 
 def as_cogview_computes(case: StepCase, device: torch.device) -> Operators:
@@ -61,11 +54,7 @@ def as_cogview_computes(case: StepCase, device: torch.device) -> Operators:
 
 class Training:
     """A model, the tokens it learns and its optimizer, the same for a case and a device; a call is
-    one step and returns its loss.
-
-    Attributes:
-        losses: of each target token, in the last step.
-    """
+    one step, which returns its loss and keeps ``losses``, those of each target token."""
 
     def __init__(
         self, case: StepCase, computes: str, make: MakeOperators, device: torch.device
@@ -82,7 +71,7 @@ class Training:
             query_window=shape.query_window,
             key_window_times=shape.key_window_times,
             num_pivots=shape.num_pivots,
-            attention=ATTENTION[computes],
+            attention="dense" if computes == "dense causal" else "three_region",
         )
         devices = [device] if device.type == "cuda" else []
         with torch.random.fork_rng(devices), device:
@@ -120,25 +109,21 @@ class Training:
 @functools.cache
 def reference_losses(case: StepCase, computes: str, device: torch.device) -> Tensor:
     """What ``losses`` of the first step must be, by the definitions in float64."""
-    training = Training(case, computes, definitions, device)
+    training = Training(case, computes, lambda *_: on_backend("reference"), device)
     training.model.double()
     with torch.no_grad():
         return training.forward()
 
 
-def training(computes: str, operators: MakeOperators) -> Prepare:
-    return lambda case, layout, device: Training(case, computes, operators, device)
+def method(name: str, computes: str, operators: MakeOperators, role: str = "") -> Method:
+    def prepare(case: StepCase, layout: None, device: torch.device) -> Training:
+        return Training(case, computes, operators, device)
+
+    return Method(name, computes, prepare, role)
 
 
-def no_kernels(case: StepCase, device: torch.device) -> str | None:
-    """Of the attention, the norms and the sandwich."""
-    return why_no_kernel(case.attention, device)
-
-
-OURS, DENSE = training("three-region", ours), training("dense causal", ours)  # with our norms
-COGVIEW = training("three-region", as_cogview_computes)
 STEP_METHODS: tuple[Method, ...] = (
-    Method("cogview_kernels", "three-region", OURS, no_kernels, "ours"),
-    Method("dense SDPA", "dense causal", DENSE, norms.no_kernel, "dense"),
-    Method("CogView's formulation", "three-region", COGVIEW),
+    method("cogview_kernels", "three-region", ours, "ours"),
+    method("dense SDPA", "dense causal", ours, "dense"),  # with our norms
+    method("CogView's formulation", "three-region", as_cogview_computes),
 )

@@ -31,11 +31,11 @@ from benchmarks.machine import (
     build,
     commit_info,
     context_lives,
+    copy_out,
     machine_info,
     now,
     record_name,
     run_process,
-    save_log,
     save_record,
     why_nothing_runs,
 )
@@ -236,7 +236,7 @@ def check(groups: tuple[Group, ...], path: Path | None, architecture: str | None
         status, lost = run_process(command, VERIFY_S, LOG)
         passed = status == 0
         text += f"\nself-check: {'recorded' if passed else lost or 'failed'}"
-    save_log(LOG)
+    copy_out(LOG)
     print(f"\n{text}\nrecord: {path}")
     if missing:
         print(f"not run: {', '.join(missing)}")

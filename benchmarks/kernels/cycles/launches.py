@@ -144,6 +144,7 @@ def recorded(case: AttentionCase) -> list[Launch]:
     def calls() -> None:
         operators._pack_far_keys(text_len, pivots, case.seqlen)
         out, *_ = operators._forward(q, k, v, far_keys, *window, *biases_and_scale)
+        out.zero_()  # it holds what memory held
         if case.q_len == 0:
             statistics = rows, torch.full_like(rows, 8.0)
             operators._backward(
@@ -160,8 +161,9 @@ def _host_model() -> Any:
 
 
 def record(calls: Callable[[], Any], bound: float = 0.0) -> list[Launch]:
-    """The launches of ``calls()``, which are not run. Workspaces are set to zero; bounds of float16
-    gradients, where not all blocks will run that find them, to ``bound``."""
+    """The launches of ``calls()``, which are not run. What the backward's row kernel leaves for the
+    others is made up, in case that not all its blocks will run: delta is zero, the bounds of
+    float16 gradients are ``bound``."""
     model = _host_model()
     names = ("_far_keys_out", "_forward_out", "_backward_out")
     kept: list[Any] = []
@@ -172,7 +174,8 @@ def record(calls: Callable[[], Any], bound: float = 0.0) -> list[Launch]:
         def call(*arguments: Any) -> None:
             kept.extend(arguments)
             if name == "_backward_out":
-                *_, bounds, _, _ = arguments
+                *_, delta, bounds, _, _ = arguments
+                delta.zero_()
                 if bounds is not None:
                     bounds.view(torch.float32).fill_(bound)
             operator(*arguments)
@@ -189,9 +192,6 @@ def record(calls: Callable[[], Any], bound: float = 0.0) -> list[Launch]:
     finally:
         model.record_launches(False)
     tensors = [argument for argument in kept if isinstance(argument, Tensor)]
-    for tensor in tensors:
-        if tensor.dtype == torch.float32:
-            tensor.nan_to_num_(0.0, 0.0, 0.0)
     sizes = {tensor.data_ptr(): _extent(tensor) for tensor in tensors}
     ranges = [(start, start + size) for start, size in sorted(sizes.items())]
     return [
