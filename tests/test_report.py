@@ -99,6 +99,7 @@ def test_a_line_of_a_table_worked_by_hand() -> None:
         "median": tables.time_text(useful / 1e14),
         "minimum": tables.time_text(0.9 * useful / 1e14),
         "spread": "10%",
+        "predicted": cells(attention, 1)["predicted"],
         "of the floor": "50%",
         "useful rate": "100 TFLOP/s",
         "GB/s": cells(attention, 1)["GB/s"],

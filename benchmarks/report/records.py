@@ -38,6 +38,7 @@ class Row:
     attended_fraction: float | None = None  # of the keys of dense causal attention
     extra_bytes: int | None = None
     host_seconds: float | None = None
+    predicted_seconds: float | None = None  # by the cycle model, on one H200
 
     def floor(self, ceilings: dict[str, Any]) -> float | None:
         """Seconds that no method can be faster than: the useful products or the necessary bytes at

@@ -90,6 +90,7 @@ def line(group: Group, ceilings: dict[str, Any]) -> dict[str, str]:
         "median": time_text(ours.median),
         "minimum": time_text(ours.minimum),
         "spread": percent(ours.iqr / ours.median),
+        "predicted": ours.predicted_seconds and time_text(ours.predicted_seconds),
         "of the floor": floor and percent(floor / ours.median),
         "useful rate": ours.flops and rate_text(ours.flops / ours.median),
         "GB/s": digits(ours.bytes / ours.median / 1e9),

@@ -15,7 +15,7 @@ namespace py = pybind11;
 
 namespace {
 
-std::atomic<bool> run{true}, recorded{false};
+std::atomic<bool> run{true};
 
 py::list take_report() {
   using namespace py::literals;
@@ -55,7 +55,6 @@ py::list take_recorded_launches() {
 }  // namespace
 
 bool host_model::launches_run() { return run; }
-bool host_model::launches_recorded() { return recorded; }
 
 PYBIND11_MODULE(_host_model, m) {
   m.def("take_report", &take_report,
@@ -72,7 +71,7 @@ PYBIND11_MODULE(_host_model, m) {
       "record_launches",
       [](bool launches) {
         run = !launches;
-        recorded = launches;
+        host_model::record_launches(launches);
       },
       py::arg("launches"), "True: launches are recorded and not run, as outputs show.");
   m.def("take_recorded_launches", &take_recorded_launches,

@@ -374,10 +374,15 @@ std::string kernel_name(std::string_view signature) {
   return name;
 }
 
+std::atomic<bool> recording{false};
 std::mutex recorded_mutex;
 std::vector<RecordedLaunch> recorded;
 
 }  // namespace
+
+void record_launches(bool record) { recording = record; }
+
+bool launches_recorded() { return recording; }
 
 std::vector<RecordedLaunch> take_recorded_launches() {
   const std::lock_guard lock(recorded_mutex);

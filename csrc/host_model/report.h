@@ -38,7 +38,10 @@ struct RecordedLaunch {
   int threads = 0, dynamic_shared = 0;
 };
 
-// Those since the last call.
+// Whether launches are recorded and not run; at first they are run.
+void record_launches(bool record);
+
+// Those recorded since the last call.
 std::vector<RecordedLaunch> take_recorded_launches();
 
 // How many threads of the CPU run blocks, at least 1.
