@@ -147,6 +147,10 @@ __forceinline__ uint32_t float_as_uint(float value) { return std::bit_cast<uint3
 
 __forceinline__ int popc(uint32_t bits) { return std::popcount(bits); }
 
+__forceinline__ uint32_t shl(uint32_t bits, uint32_t count) {
+  return count < 32 ? bits << count : 0;
+}
+
 __forceinline__ float to_float(float value) { return value; }
 __forceinline__ float to_float(BFloat16 value) {
   return std::bit_cast<float>(uint32_t(value.bits) << 16);

@@ -42,7 +42,8 @@ struct DqShape {
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of dq
     unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
-    KeyStage<kHeadDim, kBlockN> stages[2];
+    KeyBuffers<kHeadDim, kBlockN> keys;
+    WarpContext contexts[kWarps];
   };
 };
 
@@ -85,7 +86,9 @@ struct DqWarp {
   const KeyList& list;
   const WarpView& view;
   const unsigned char *sQ, *sDout;
-  int warp_row;    // the warp's first row in the tiles of queries
+  const KeyStage<kHeadDim, Shape::kBlockN>* stages;
+  LaneRow<kHeadDim> q_row, key_row, ds_row;
+  int far_end;     // of the lane's row of the warp, see find_context
   int position;    // of the lane's first row
   float scale;     // from a product to a logit in bits
   float ds_scale;  // of ds before it is rounded
@@ -95,12 +98,11 @@ struct DqWarp {
   __device__ __forceinline__ void initialize(const ThreeRegionBackwardParams& params,
                                              const QueryTile<Shape::kBlockM>& tile) {
     const ThreeRegionProblem& problem = params.problem;
-    const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = tile.row(warp_row + 16 * rt + 8 * half + lane / 4);
+        const int row = tile.row(position - tile.origin + 16 * rt + 8 * half);
         const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
         row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
         row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
@@ -113,34 +115,24 @@ struct DqWarp {
     }
   }
 
-  // Takes up entries [entry, entry + kStep), which are rows `row`.. of the tile of keys. kMasked:
-  // some query does not see some entry, or biases differ.
-  template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
-                                       const KeyStage<kHeadDim, Shape::kBlockN>& keys, int row,
-                                       int entry) {
-    const int lane = threadIdx.x % kWarpSize, t = lane % 4;
-    uint32_t live = 0;  // groups of sixteen entries that some query sees
-#pragma unroll
-    for (int n = 0; n < kStep / 16; ++n) {
-      if (!kMasked || view.any(list, entry + 16 * n, entry + 16 * n + 16)) live |= 1u << n;
-    }
-
+  // Takes up entries [entry, entry + kStep), whose rows begin `tile` bytes behind the first stage.
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
+    const int lane = threadIdx.x % kWarpSize;
     float s[kRowTiles][kStep / 8][4] = {}, ds[kRowTiles][kStep / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t q[kRowTiles][4], dout[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
-        load_a<kHeadDim>(q[rt], sQ, warp_row + 16 * rt, d);
-        load_a<kHeadDim>(dout[rt], sDout, warp_row + 16 * rt, d);
+        ldmatrix_x4(q[rt], sQ + q_row.at(rt, d));
+        ldmatrix_x4(dout[rt], sDout + q_row.at(rt, d));
       }
 #pragma unroll
       for (int n = 0; n < kStep / 16; ++n) {
-        if (kMasked && !(live >> n & 1)) continue;
         uint32_t k[4], v[4];
-        load_b_transposed<kHeadDim>(k, keys.k, row + 16 * n, d);
-        load_b_transposed<kHeadDim>(v, keys.v, row + 16 * n, d);
+        const LaneRow<kHeadDim> key{key_row.offset + tile};
+        ldmatrix_x4(k, stages[0].k + key.at(n, d));
+        ldmatrix_x4(v, stages[0].v + key.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(s[rt][2 * n], q[rt], k[0], k[1]);
@@ -151,37 +143,42 @@ struct DqWarp {
       }
     }
 
+    const auto to_gradients = [&](auto bias_of_column) {
 #pragma unroll
-    for (int n = 0; n < kStep / 8; ++n) {
+      for (int n = 0; n < kStep / 8; ++n) {
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const int at = entry + 8 * n + 2 * t + column;
-        const int key = kMasked ? list.key(at) : 0;
-        const bool is_far = at < list.num_far;
-        const float bias = view.bias(list, kMasked ? at : entry);
+        for (int column = 0; column < 2; ++column) {
+          const float bias = bias_of_column(8 * n + column);
 #pragma unroll
-        for (int rt = 0; rt < kRowTiles; ++rt) {
+          for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int c = 2 * half + column;
-            const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias) - row_max[rt][half] -
-                                       row_log_sum[rt][half]);
-            float gradient = p * ((ds[rt][n][c] - delta[rt][half]) * ds_scale);
-            if constexpr (kMasked) {
-              const int i = position + 16 * rt + 8 * half;
-              const int start = window_start(i, problem);
-              const bool visible = is_far ? at >= 0 && key < start : key >= start && key <= i;
-              gradient = visible ? gradient : 0.f;
+            for (int half = 0; half < 2; ++half) {
+              const int c = 2 * half + column;
+              const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias) - row_max[rt][half] -
+                                         row_log_sum[rt][half]);
+              ds[rt][n][c] = p * ((ds[rt][n][c] - delta[rt][half]) * ds_scale);
             }
-            ds[rt][n][c] = gradient;
           }
         }
       }
+    };
+    const EntryBiases biases(list, view);
+    if (view.has_one_bias(entry, entry + kStep)) {
+      const float bias = biases(entry);
+      to_gradients([=](int) { return bias; });
+    } else {
+      const int column = entry + lane % 4 * 2;
+      to_gradients([&](int at) { return biases(column + at); });
+    }
+    if (!view.all(entry, entry + kStep)) {
+      const VisibleEntries<kRowTiles, kStep> visible(problem, list, view, far_end, position, entry);
+      visible.for_each([&](bool sees, int rt, int n, int c) {
+        if (!sees) ds[rt][n][c] = 0.f;
+      });
     }
 
 #pragma unroll
     for (int n = 0; n < kStep / 16; ++n) {
-      if (kMasked && !(live >> n & 1)) continue;
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -190,7 +187,7 @@ struct DqWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t k[4];
-        load_b<kHeadDim>(k, keys.k, row + 16 * n, d);
+        ldmatrix_x4_trans(k, stages[0].k + LaneRow<kHeadDim>{ds_row.offset + tile}.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(dq[rt][2 * d], a[rt], k[0], k[1]);
@@ -211,36 +208,46 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   const QueryTile<kBlockM> tile(problem);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
-  copy_rows<kHeadDim, kBlockM, kThreads>(shared.q, head_of(params.q, tile.batch, tile.head),
-                                         params.q.stride.row, row_of);
-  copy_rows<kHeadDim, kBlockM, kThreads>(shared.dout, head_of(params.dout, tile.batch, tile.head),
-                                         params.dout.stride.row, row_of);
-  const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
-  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.stages, params.k, params.v, tile.batch,
+  const auto near_row = [&](int tile_row) { return tile.near_row(tile_row); };
+  copy_tile<kHeadDim, kBlockM, kThreads>(shared.q, head_of(params.q, tile.batch, tile.head),
+                                         params.q.stride.row, near_row);
+  copy_tile<kHeadDim, kBlockM, kThreads>(shared.dout, head_of(params.dout, tile.batch, tile.head),
+                                         params.dout.stride.row, near_row);
+  WarpContext& context = shared.contexts[kept(threadIdx.x / kWarpSize)];
+  const auto& [list, view] = context;
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
                                                 tile.kv_head);
-  stages.start();
+  const bool has_started =
+      stages.start_in_window(tile.end - window_start(tile.begin, problem), tile.end);
+  int far_end;
+  find_context<16 * kRowTiles>(problem, tile, context, far_end);
+  stages.start(has_started);
 
   const float scale = problem.softmax_scale * kLog2e;
   const int exponent = ds_exponent<T>(params, tile.batch, tile.head);
   const float ds_scale = exp2f(float(exponent));
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  DqWarp<T, Shape> state{list,        view,     shared.q,
-                         shared.dout, warp_row, tile.origin + warp_row + lane / 4,
-                         scale,       ds_scale};
+  DqWarp<T, Shape> state{list,
+                         view,
+                         shared.q,
+                         shared.dout,
+                         shared.keys.stages,
+                         {kept(lane_row<kHeadDim>(warp_row).offset)},
+                         {kept(lane_row_transposed<kHeadDim>().offset)},
+                         {kept(lane_row<kHeadDim>(0).offset)},
+                         far_end,
+                         tile.origin + warp_row + lane / 4,
+                         scale,
+                         ds_scale};
   state.initialize(params, tile);
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const auto& stage = stages.wait(entry);
+    const int stage = stages.wait(entry);
 #pragma unroll 1
     for (int row = 0; row < kBlockN; row += Shape::kStep) {
       const int at = entry + row;
-      if (!view.any(list, at, at + Shape::kStep)) continue;
-      if (view.plain(list, at, at + Shape::kStep)) {
-        state.template step<false>(problem, stage, row, at);
-      } else {
-        state.template step<true>(problem, stage, row, at);
-      }
+      if (view.any(at, at + Shape::kStep)) state.step(problem, stage + row * kHeadDim * 2, at);
     }
   }
 

@@ -49,7 +49,8 @@ struct ForwardShape {
   static constexpr int kMinBlocks = 2;
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of out
-    KeyStage<kHeadDim, kBlockN> stages[2];
+    KeyBuffers<kHeadDim, kBlockN> keys;
+    WarpContext contexts[kWarps];
   };
 };
 
@@ -101,7 +102,9 @@ struct ForwardWarp {
   const KeyList& list;
   const WarpView& view;
   const unsigned char* sQ;
-  int warp_row;                            // the warp's first row in the tile of queries
+  const KeyStage<kHeadDim, kBlockN>* stages;
+  LaneRow<kHeadDim> q_row, k_row, v_row;
+  int far_end;                             // of the lane's row of the warp, see find_context
   int position;                            // of the lane's first row
   float scale;                             // from a product to a logit in bits
   float m[kRowTiles][2], l[kRowTiles][2];  // l: of the lane's columns until the end
@@ -122,31 +125,21 @@ struct ForwardWarp {
     }
   }
 
-  // Takes up the tile of keys that begins at `entry`. kMasked: some row does not see some entry, or
-  // biases differ.
-  template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
-                                       const KeyStage<kHeadDim, kBlockN>& keys, int entry) {
-    const int lane = threadIdx.x % kWarpSize, t = lane % 4;
-    uint32_t live = 0;  // groups of sixteen entries that some row sees
-#pragma unroll
-    for (int n = 0; n < kBlockN / 16; ++n) {
-      if (!kMasked || view.any(list, entry + 16 * n, entry + 16 * n + 16)) live |= 1u << n;
-    }
-
+  // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
+    const int lane = threadIdx.x % kWarpSize;
     float s[kRowTiles][kBlockN / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
-        load_a<kHeadDim>(a[rt], sQ, warp_row + 16 * rt, d);
+        ldmatrix_x4(a[rt], sQ + q_row.at(rt, d));
       }
 #pragma unroll
       for (int n = 0; n < kBlockN / 16; ++n) {
-        if (kMasked && !(live >> n & 1)) continue;
         uint32_t b[4];
-        load_b_transposed<kHeadDim>(b, keys.k, 16 * n, d);
+        ldmatrix_x4(b, stages[0].k + LaneRow<kHeadDim>{k_row.offset + tile}.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(s[rt][2 * n], a[rt], b[0], b[1]);
@@ -157,46 +150,37 @@ struct ForwardWarp {
 
     // Logits in bits. They are rounded here, so that the largest weight is exactly one, however
     // large the logits are, in every tile and in the backward.
-    if constexpr (kMasked) {
-      int start[kRowTiles][2];
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          start[rt][half] = window_start(position + 16 * rt + 8 * half, problem);
-        }
-      }
+    const auto to_logits = [&](auto bias_of_column) {
 #pragma unroll
       for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          const int at = entry + 8 * n + 2 * t + column;
-          const int key = list.key(at);
-          const bool is_far = at < list.num_far;
-          const float bias = view.bias(list, at);
+          const float bias = bias_of_column(8 * n + column);
 #pragma unroll
           for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int row = position + 16 * rt + 8 * half;
-              const bool visible =
-                  is_far ? at >= 0 && key < start[rt][half] : key >= start[rt][half] && key <= row;
               float& logit = s[rt][n][2 * half + column];
-              logit = visible ? fmaf(logit, scale, bias) : -INFINITY;
+              logit = fmaf(logit, scale, bias);
             }
           }
         }
       }
+    };
+    const EntryBiases biases(list, view);
+    if (view.has_one_bias(entry, entry + kBlockN)) {
+      const float bias = biases(entry);
+      to_logits([=](int) { return bias; });
     } else {
-      const float bias = view.bias(list, entry);
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) s[rt][n][c] = fmaf(s[rt][n][c], scale, bias);
-        }
-      }
+      const int column = entry + lane % 4 * 2;
+      to_logits([&](int at) { return biases(column + at); });
+    }
+    if (!view.all(entry, entry + kBlockN)) {
+      const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
+                                                       entry);
+      visible.for_each([&](bool sees, int rt, int n, int c) {
+        if (!sees) s[rt][n][c] = -INFINITY;
+      });
     }
 
 #pragma unroll
@@ -234,7 +218,6 @@ struct ForwardWarp {
 
 #pragma unroll
     for (int n = 0; n < kBlockN / 16; ++n) {
-      if (kMasked && !(live >> n & 1)) continue;
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -243,7 +226,7 @@ struct ForwardWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t b[4];
-        load_b<kHeadDim>(b, keys.v, 16 * n, d);
+        ldmatrix_x4_trans(b, stages[0].v + LaneRow<kHeadDim>{v_row.offset + tile}.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(o[rt][2 * d], a[rt], b[0], b[1]);
@@ -264,12 +247,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   unsigned char* sQ = shared.q;
   const QueryTile<kBlockM> tile(problem);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
-  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
-                                         params.q.stride.row, row_of);
-  const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
-  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.stages, params.k, params.v, tile.batch,
+  copy_tile<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
+                                         params.q.stride.row,
+                                         [&](int tile_row) { return tile.near_row(tile_row); });
+  WarpContext& context = shared.contexts[kept(threadIdx.x / kWarpSize)];
+  const auto& [list, view] = context;
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
                                                 tile.kv_head);
-  stages.start();
+  const bool has_started =
+      stages.start_in_window(tile.end - window_start(tile.begin, problem), tile.end);
+  int far_end;
+  find_context<16 * kRowTiles>(problem, tile, context, far_end);
+  stages.start(has_started);
 
   const float scale = fabsf(problem.softmax_scale) * kLog2e;
   if (problem.softmax_scale < 0.f) {
@@ -283,17 +272,21 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  ForwardWarp<T, Shape> state{list, view, sQ, warp_row, tile.origin + warp_row + lane / 4, scale};
+  ForwardWarp<T, Shape> state{list,
+                              view,
+                              sQ,
+                              shared.keys.stages,
+                              {kept(lane_row<kHeadDim>(warp_row).offset)},
+                              {kept(lane_row_transposed<kHeadDim>().offset)},
+                              {kept(lane_row<kHeadDim>(0).offset)},
+                              far_end,
+                              tile.origin + warp_row + lane / 4,
+                              scale};
   state.initialize();
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const auto& stage = stages.wait(entry);
-    if (!view.any(list, entry, entry + kBlockN)) continue;
-    if (view.plain(list, entry, entry + kBlockN)) {
-      state.template step<false>(problem, stage, entry);
-    } else {
-      state.template step<true>(problem, stage, entry);
-    }
+    const int stage = stages.wait(entry);
+    if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
   }
 
   bool has_nan[kRowTiles][2];
