@@ -37,6 +37,9 @@ __device__ __forceinline__ uint32_t shfl_bfly(uint32_t value, int lane_mask) {
 __device__ __forceinline__ int shfl_idx(int value, int source_lane) {
   return __shfl_sync(0xffffffffu, value, source_lane);
 }
+__device__ __forceinline__ float shfl_idx(float value, int source_lane) {
+  return __shfl_sync(0xffffffffu, value, source_lane);
+}
 
 // Bit l is set if the predicate of lane l holds (vote.sync.ballot.b32).
 __device__ __forceinline__ uint32_t vote_ballot(bool predicate) {

@@ -21,35 +21,60 @@ namespace cogview {
 
 constexpr float kLog2e = 1.44269504f;
 
+__device__ __forceinline__ int divide(int n, const Divisor& divisor) {
+  return int(uint64_t(uint32_t(n)) * divisor.multiplier >> divisor.shift);
+}
+
 // First key of the window of the query at `position`.
 __device__ __forceinline__ int window_start(int position, const ThreeRegionProblem& problem) {
-  const int block = problem.window_divisor.quotient(position);
+  const int block = divide(position, problem.window_divisor);
   return max(0, block - problem.num_windows + 1) * problem.query_window;
 }
 
 // First query position whose window begins after `key`; k_len if there is none.
 __device__ __forceinline__ int first_far_query(int key, const ThreeRegionProblem& problem) {
-  const int block = problem.window_divisor.quotient(key);
+  const int block = divide(key, problem.window_divisor);
   const int64_t query = (int64_t(block) + problem.num_windows) * problem.query_window;
   return int(min(query, int64_t(problem.k_len)));
 }
 
-// How many of `size` ascending numbers lie below `bound`. All lanes of the warp must call it.
-__device__ __forceinline__ int count_below(const int32_t* sorted, int size, int bound) {
+// How many of `size` ascending numbers lie below each bound. All lanes of the warp must call it.
+template <int kBounds>
+__device__ __forceinline__ void count_below(const int32_t* sorted, int size,
+                                            const int (&bounds)[kBounds], int (&counts)[kBounds]) {
   const int lane = threadIdx.x % kWarpSize;
-  int begin = 0, end = size;  // the answer lies in [begin, end]
-  while (begin < end) {
-    // 32 segments, one to a lane: the segments whose last number lies below come first.
-    const int step = (end - begin + kWarpSize - 1) / kWarpSize;
-    const int segment = begin + lane * step;
-    const bool below = segment < end && sorted[min(segment + step, end) - 1] < bound;
-    begin = min(begin + popc(vote_ballot(below)) * step, end);
-    end = min(begin + step, end) - (begin < end ? 1 : 0);
+  int ends[kBounds];  // the answer lies in [counts, ends]
+#pragma unroll
+  for (int i = 0; i < kBounds; ++i) {
+    counts[i] = 0;
+    ends[i] = size;
   }
-  return begin;
+  // The ranges of all bounds have one length, but for the last one of the table.
+  for (int length = size; length > 0;) {
+    // 32 segments, one to a lane: the segments whose last number lies below come first.
+    const int step = (length + kWarpSize - 1) / kWarpSize;
+    bool below[kBounds];
+#pragma unroll
+    for (int i = 0; i < kBounds; ++i) {
+      const int segment = counts[i] + lane * step;
+      below[i] = segment < ends[i] && sorted[min(segment + step, ends[i]) - 1] < bounds[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kBounds; ++i) {
+      counts[i] = min(counts[i] + popc(vote_ballot(below[i])) * step, ends[i]);
+      ends[i] = min(counts[i] + step - 1, ends[i]);
+    }
+    length = step - 1;
+  }
 }
 
-// The same for the lane's own numbers, one step of the search at a time.
+__device__ __forceinline__ int count_below(const int32_t* sorted, int size, int bound) {
+  int counts[1];
+  count_below(sorted, size, {bound}, counts);
+  return counts[0];
+}
+
+// The same for a bound of the lane's own.
 __device__ __forceinline__ int count_below_alone(const int32_t* sorted, int size, int bound) {
   int begin = 0, end = size;
   while (begin < end) {
@@ -101,17 +126,27 @@ struct KeyList {
   __device__ __forceinline__ int entry_of(int key) const { return num_far - first_window + key; }
 };
 
-// The list of the queries at positions [begin, end), at least one. Whole warps must call it.
-__device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem, int batch,
-                                               int begin, int end) {
+// The list of the queries at positions [begin, end), at least one. far_pivots: how many pivots lie in
+// front of the window of the last one.
+__device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem,
+                                               const FarKeys& far, int begin, int end,
+                                               int far_pivots) {
   KeyList list;
-  list.far = far_keys_of(problem, batch);
+  list.far = far;
   list.last_start = window_start(end - 1, problem);
-  list.num_text = min(list.far.text_len, list.last_start);
-  list.num_far = list.num_text + count_below(list.far.pivots, list.far.num_pivots, list.last_start);
+  list.num_text = min(far.text_len, list.last_start);
+  list.num_far = list.num_text + min(far_pivots, far.num_pivots);
   list.first_window = window_start(begin, problem);
   list.size = list.num_far + end - list.first_window;
   return list;
+}
+
+// The same, with a search for the pivots. Whole warps must call it.
+__device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem, int batch,
+                                               int begin, int end) {
+  const FarKeys far = far_keys_of(problem, batch);
+  const int start = window_start(end - 1, problem);
+  return key_list_of(problem, far, begin, end, count_below(far.pivots, problem.num_pivots, start));
 }
 
 // What the queries of one warp see of a key list: entries that some and that all of them see.
@@ -161,35 +196,28 @@ struct EntryBiases {
 };
 
 // A warp's own copy of list and view.
-struct WarpContext {
+struct alignas(16) WarpContext {
   KeyList list;
   WarpView view;
 };
 
 // The view of the list's queries at positions [first, last]; they see nothing if first > last.
-// far_end: receives how many far keys the query nearest to the lane's `position` sees; positions are
-// those of consecutive queries from `first` or before to `last` or behind. Whole warps must call it.
+// far_pivots: how many pivots lie in front of the window of `last`. far_end: receives how many far
+// keys the query nearest to the lane's `position` sees; positions are those of consecutive queries
+// from `first` or before to `last` or behind. Whole warps must call it.
 __device__ __forceinline__ WarpView warp_view_of(const ThreeRegionProblem& problem,
                                                  const KeyList& list, int first, int last,
-                                                 int position, int& far_end) {
+                                                 int far_pivots, int position, int& far_end) {
   const int first_start = window_start(first, problem), last_start = window_start(last, problem);
   WarpView view;
   view.is_uniform = first_start == last_start;
-  const int num_pivots = list.num_far - list.num_text;
-  if (first > last) {
-    far_end = 0;
-  } else if (!view.is_uniform) {
-    const int start = window_start(min(max(position, first), last), problem);
-    far_end = min(start, list.num_text) + count_below_alone(list.far.pivots, num_pivots, start);
-  } else if (last_start == list.last_start) {
-    far_end = list.num_far;
-  } else {
-    far_end = min(last_start, list.num_text) + count_below(list.far.pivots, num_pivots, last_start);
-  }
+  far_end = min(last_start, list.num_text) + min(far_pivots, list.num_far - list.num_text);
   view.far_some = view.far_all = far_end;
-  if (!view.is_uniform) {
+  if (!view.is_uniform && first <= last) {
+    const int start = window_start(min(max(position, first), last), problem);
+    far_end = min(start, list.num_text) +
+              count_below_alone(list.far.pivots, list.num_far - list.num_text, start);
     view.far_all = shfl_idx(far_end, 0);
-    view.far_some = shfl_idx(far_end, kWarpSize - 1);
   }
   view.window_some_begin = list.entry_of(first_start);
   view.window_some_end = list.entry_of(last + 1);

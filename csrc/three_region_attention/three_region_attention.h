@@ -25,7 +25,8 @@ struct Heads {
   HeadStrides stride;
 };
 
-// Division of numbers in [0, 2^31) by a positive number that the host knows: a product and a shift.
+// Divides numbers in [0, 2^31) by a positive number that the host knows, with a product and a shift
+// (divide() in key_list.cuh).
 struct Divisor {
   uint32_t multiplier;
   int shift;
@@ -37,13 +38,6 @@ struct Divisor {
     while (int64_t{1} << bits < divisor) ++bits;
     const uint64_t power = uint64_t{1} << (31 + bits);
     return {uint32_t((power + divisor - 1) / divisor), 31 + bits};
-  }
-
-#ifdef __CUDACC__
-  __host__ __device__
-#endif
-      int quotient(int n) const {
-    return int(uint64_t(uint32_t(n)) * multiplier >> shift);
   }
 };
 
@@ -58,8 +52,10 @@ struct ThreeRegionProblem {
   DType dtype;       // of q, k, v, out and their gradients: float16 or bfloat16
   int num_pivots;    // columns of the pivot table, the largest number of pivots in a sample
   int query_window;  // w, at most max(k_len, 1)
-  Divisor window_divisor;
-  int num_windows;  // n, key_window_times, at most k_len / w + 1
+  Divisor window_divisor, head_divisor;  // of query_window, num_heads
+  Divisor group_divisor;                 // of num_heads / num_kv_heads
+  Divisor tile_divisor;  // of a head's tiles: set by the launch of kernels that own query rows
+  int num_windows;       // n, key_window_times, at most k_len / w + 1
   float softmax_scale;
   float text_bias;   // nats
   float pivot_bias;  // nats

@@ -1,19 +1,22 @@
 // Three-region attention, backward: dq. The math stands in backward.cuh.
 //
-// Phases     1. Copy the q and dout tiles; build the key list, and each warp's view of it.
+// Phases     1. Copy the q and dout tiles and, where they are keys of the window, the first tile of
+//               keys; find the key list, and each warp's view of it.
 //            2. For each tile of the list, from its end: wait for k and v, start the copy of the
 //               next tile, then in steps of kStep entries: logits, p, ds, dq += ds k.
 //            3. Scale dq and write it through the q tile.
 //            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers. What a warp
+//            skips and masks is as in the forward, by steps.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  12288  16384
 //            dout                           8192  16384  12288  16384
 //            stages: 2 x (k, v)            16384  32768  24576  32768
-//            total, dynamic                32768  65536  49152  65536
-//            static: as the forward
+//            keys of the stages              512    512    256    256
+//            key lists and views of warps    384    384    384    384
+//            total, dynamic                33664  66432  49792  66176
 // Barriers   those of KeyStages, as the forward; bar_warp_sync: a warp's key list, its rows of dq
 // Writers    one thread writes each element of dq: deterministic.
 // Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
@@ -207,27 +210,28 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const ThreeRegionProblem& problem = params.problem;
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   const QueryTile<kBlockM> tile(problem);
+  const FarKeys far = far_keys_of(problem, tile.batch);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   const auto near_row = [&](int tile_row) { return tile.near_row(tile_row); };
   copy_tile<kHeadDim, kBlockM, kThreads>(shared.q, head_of(params.q, tile.batch, tile.head),
                                          params.q.stride.row, near_row);
   copy_tile<kHeadDim, kBlockM, kThreads>(shared.dout, head_of(params.dout, tile.batch, tile.head),
                                          params.dout.stride.row, near_row);
-  WarpContext& context = shared.contexts[kept(threadIdx.x / kWarpSize)];
+  WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
                                                 tile.kv_head);
   const bool has_started =
       stages.start_in_window(tile.end - window_start(tile.begin, problem), tile.end);
   int far_end;
-  find_context<16 * kRowTiles>(problem, tile, context, far_end);
+  find_context<16 * kRowTiles>(problem, tile, far, context, far_end);
   stages.start(has_started);
 
   const float scale = problem.softmax_scale * kLog2e;
   const int exponent = ds_exponent<T>(params, tile.batch, tile.head);
   const float ds_scale = exp2f(float(exponent));
   const int lane = threadIdx.x % kWarpSize;
-  const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
+  const int warp_row = int(threadIdx.x / kWarpSize) * 16 * kRowTiles;
   DqWarp<T, Shape> state{list,
                          view,
                          shared.q,
@@ -280,11 +284,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 }
 
 template <typename T, int kHeadDim>
-cudaError_t launch_dq(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_dq(ThreeRegionBackwardParams params, cudaStream_t stream) {
   using Shape = DqShape<kHeadDim>;
+  const int64_t num_blocks = QueryTile<Shape::kBlockM>::plan(params.problem);
   return launch<three_region_attention_backward_dq_kernel<T, Shape>>(
-      QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
-      sizeof(typename Shape::SharedMemoryPlan), stream, params);
+      num_blocks, 1, Shape::kThreads, sizeof(typename Shape::SharedMemoryPlan), stream, params);
 }
 
 template <typename T>

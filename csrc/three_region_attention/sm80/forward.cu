@@ -5,7 +5,8 @@
 //              m' = max(m, max s);  p = 2^(s - m');  l = l 2^(m - m') + sum p
 //              o = o 2^(m - m') + p v
 //            At the end out = o / l;  row_max = m;  row_log_sum = log2(l).
-// Phases     1. Copy the q tile; build the key list, and each warp's view of it.
+// Phases     1. Copy the q tile and, where they are keys of the window, the first tile of keys; find
+//               the key list, and each warp's view of it.
 //            2. For each tile of the list, from its end: wait for k and v, start the copy of the
 //               next tile, then per warp: logits, online softmax, o += p v.
 //            3. Divide by l; write the statistics, and out through the q tile.
@@ -14,16 +15,17 @@
 //            head_dim); any strides, rows contiguous and aligned to 16 bytes.
 // Grid       one block per head and tile of kBlockM query positions (query_tile.cuh).
 // Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers. A warp skips
-//            groups of sixteen entries that none of its rows sees. It masks elements only where
-//            some row does not see some entry, or where two biases meet.
+//            tiles that none of its rows sees; all others take the same step, in which hidden
+//            entries are masked where some row does not see some entry.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  24576  16384
 //            stages: 2 x (k, v)            16384  32768  24576  32768
-//            total, dynamic                24576  49152  49152  49152
-//            static: key lists and views of the warps, keys of the stages
+//            keys of the stages              512    512    256    256
+//            key lists and views of warps    384    384    384    384
+//            total, dynamic                25472  50048  49792  49792
 // Barriers   bar_sync in KeyStages::start    the keys of the first tile are looked up
-//            bar_sync in KeyStages::wait     the tile has arrived for all threads, and all warps
-//                                            have left the stage that is filled next
+//            bar_sync in KeyStages::wait     the tile has arrived for all threads, and the keys of
+//                                            the next; all warps have left the stage that is filled
 //            bar_sync, negative scale only   the q tile has arrived, before its sign changes
 //            bar_warp_sync                   a warp's key list; its rows of the out tile
 // Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
@@ -246,18 +248,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   unsigned char* sQ = shared.q;
   const QueryTile<kBlockM> tile(problem);
+  const FarKeys far = far_keys_of(problem, tile.batch);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   copy_tile<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
                                          params.q.stride.row,
                                          [&](int tile_row) { return tile.near_row(tile_row); });
-  WarpContext& context = shared.contexts[kept(threadIdx.x / kWarpSize)];
+  WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
                                                 tile.kv_head);
   const bool has_started =
       stages.start_in_window(tile.end - window_start(tile.begin, problem), tile.end);
   int far_end;
-  find_context<16 * kRowTiles>(problem, tile, context, far_end);
+  find_context<16 * kRowTiles>(problem, tile, far, context, far_end);
   stages.start(has_started);
 
   const float scale = fabsf(problem.softmax_scale) * kLog2e;
@@ -271,7 +274,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   }
 
   const int lane = threadIdx.x % kWarpSize;
-  const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
+  const int warp_row = int(threadIdx.x / kWarpSize) * 16 * kRowTiles;
   ForwardWarp<T, Shape> state{list,
                               view,
                               sQ,
@@ -289,37 +292,40 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
   }
 
+  // Each of the four lanes that share rows finishes the sum of one of them, for all four.
+  const int own = lane % (2 * kRowTiles);
+  float own_l = 0.f, own_m = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const float l = quad_sum(state.l[i / 2][i % 2]);
+    if (own == i) own_l = l, own_m = state.m[i / 2][i % 2];
+  }
+  const float own_factor = 1.f / own_l;
+  if (const int row = row_of(warp_row + 8 * own + lane / 4); row >= 0 && lane % 4 == own) {
+    const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
+    params.row_max[at] = own_m;
+    params.row_log_sum[at] = log2f(own_l);
+  }
   bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float l = quad_sum(state.l[rt][half]);
-      const float factor = 1.f / l;
-      const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
-      bool is_nan = !(l > 0.f);
+      const float factor = shfl_idx(own_factor, lane / 4 * 4 + 2 * rt + half);
+      // NaN where a number of the row is not finite, or l is 0: sums of bfloat16 may overflow.
+      float zero = 0.f * factor;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
         for (int c = 2 * half; c < 2 * half + 2; ++c) {
           float& o = state.o[rt][n][c];
           o *= factor;
-          if constexpr (kIsFloat16<T>) {
-            // Infinite only if v is. The mean of finite values may exceed float16, because p is
-            // rounded in o but not in l: clamp it.
-            is_nan = is_nan || o != o;
-            if (fabsf(o) <= kLargestFloat) o = fminf(fmaxf(o, -65504.f), 65504.f);
-          } else {
-            is_nan = is_nan || !(fabsf(o) <= kLargestFloat);  // sums of bfloat16 may overflow
-          }
+          zero += 0.f * o;
+          // The mean of finite values may exceed float16, because p is rounded in o but not in l.
+          if constexpr (kIsFloat16<T>) o = fminf(fmaxf(o, -65504.f), 65504.f);
         }
       }
-      has_nan[rt][half] = row >= 0 && is_nan;
-      if (row >= 0 && lane % 4 == 0) {
-        const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
-        params.row_max[at] = state.m[rt][half];
-        params.row_log_sum[at] = log2f(l);
-      }
+      has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 && zero != 0.f;
     }
   }
   store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.o,
@@ -332,11 +338,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 }
 
 template <typename T, int kHeadDim>
-cudaError_t launch_forward(const ThreeRegionForwardParams& params, cudaStream_t stream) {
+cudaError_t launch_forward(ThreeRegionForwardParams params, cudaStream_t stream) {
   using Shape = ForwardShape<kHeadDim>;
+  const int64_t num_blocks = QueryTile<Shape::kBlockM>::plan(params.problem);
   return launch<three_region_attention_forward_kernel<T, Shape>>(
-      QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
-      sizeof(typename Shape::SharedMemoryPlan), stream, params);
+      num_blocks, 1, Shape::kThreads, sizeof(typename Shape::SharedMemoryPlan), stream, params);
 }
 
 template <typename T>

@@ -15,23 +15,25 @@ struct QueryTile {
   int origin, begin, end;
   int head_idx, batch, head, kv_head;
 
-  static int64_t num_blocks(const ThreeRegionProblem& problem) {
+  // Blocks of a launch; and sets what the kernel divides its block's number by.
+  static int64_t plan(ThreeRegionProblem& problem) {
     const int first_tile = (problem.k_len - problem.q_len) / kBlockM;
     const int num_tiles = (problem.k_len - 1) / kBlockM - first_tile + 1;
+    problem.tile_divisor = Divisor::of(num_tiles);
     return int64_t(problem.batch) * problem.num_heads * num_tiles;
   }
 
   __device__ __forceinline__ explicit QueryTile(const ThreeRegionProblem& problem) {
     first = problem.k_len - problem.q_len;
     const int last_tile = (problem.k_len - 1) / kBlockM;
-    const unsigned num_tiles = last_tile - first / kBlockM + 1;
-    origin = (last_tile - int(blockIdx.x % num_tiles)) * kBlockM;
+    const int num_tiles = last_tile - first / kBlockM + 1;
+    head_idx = divide(int(blockIdx.x), problem.tile_divisor);
+    origin = (last_tile - int(blockIdx.x) + head_idx * num_tiles) * kBlockM;
     begin = max(origin, first);
     end = min(origin + kBlockM, problem.k_len);
-    head_idx = int(blockIdx.x / num_tiles);
-    batch = head_idx / problem.num_heads;
-    head = head_idx % problem.num_heads;
-    kv_head = head / (problem.num_heads / problem.num_kv_heads);
+    batch = divide(head_idx, problem.head_divisor);
+    head = head_idx - batch * problem.num_heads;
+    kv_head = divide(head, problem.group_divisor);
   }
 
   // Row of q and out; -1 where the tile's row holds no query.
@@ -50,14 +52,18 @@ struct QueryTile {
 // far_end: of the lane's row of the warp, see warp_view_of.
 template <int kWarpRows, int kBlockM>
 __device__ __forceinline__ void find_context(const ThreeRegionProblem& problem,
-                                             const QueryTile<kBlockM>& tile, WarpContext& context,
-                                             int& far_end) {
+                                             const QueryTile<kBlockM>& tile, const FarKeys& far,
+                                             WarpContext& context, int& far_end) {
   static_assert(kWarpRows <= kWarpSize);
   const int lane = threadIdx.x % kWarpSize;
-  const int row = tile.origin + int(threadIdx.x) / kWarpSize * kWarpRows;
-  const KeyList list = key_list_of(problem, tile.batch, tile.begin, tile.end);
-  const WarpView view = warp_view_of(problem, list, max(row, tile.begin),
-                                     min(row + kWarpRows, tile.end) - 1, row + lane, far_end);
+  const int row = tile.origin + int(threadIdx.x / kWarpSize) * kWarpRows;
+  const int first = max(row, tile.begin), last = min(row + kWarpRows, tile.end) - 1;
+  const int starts[] = {window_start(tile.end - 1, problem), window_start(last, problem)};
+  int far_pivots[2];
+  count_below(far.pivots, problem.num_pivots, starts, far_pivots);
+  const KeyList list = key_list_of(problem, far, tile.begin, tile.end, far_pivots[0]);
+  const WarpView view =
+      warp_view_of(problem, list, first, last, far_pivots[1], row + lane, far_end);
   if (lane == 0) context = {list, view};
   bar_warp_sync();
 }
@@ -151,7 +157,7 @@ struct KeyStages {
   Buffers& shared;
   const unsigned char *k, *v;  // the thread's first chunk of row 0
   int64_t k_bytes, v_bytes;    // from row to row
-  int thread, first_row;       // in the block; of the tile, of those that the thread copies
+  int thread;                  // in the block
   int offset;                  // of the thread's first chunk in a tile
   int stage = 0;               // of the next tile
   int next_key;                // the thread's key of the tile behind that
@@ -166,7 +172,6 @@ struct KeyStages {
         k_bytes(gK.stride.row * 2),
         v_bytes(gV.stride.row * 2),
         thread(kept(int(threadIdx.x))),
-        first_row(kept(int(threadIdx.x) / Items::kLanes)),
         offset(kept(Items::offset_of(threadIdx.x, 0))) {
     static_assert(Items::kPeriod == 1);
   }
@@ -186,7 +191,7 @@ struct KeyStages {
     int keys[Items::kSteps];
 #pragma unroll
     for (int step = 0; step < Items::kSteps; ++step) {
-      keys[step] = key_of(first_row + step * Items::kStepRows);
+      keys[step] = key_of(int(unsigned(thread) / Items::kLanes) + step * Items::kStepRows);
     }
     auto& to = shared.stages[of_stage];
     const auto first = [&](int) { return offset; };

@@ -27,7 +27,7 @@ __device__ __forceinline__ Plan& shared_memory() {
 
 template <int kHeadDim>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
-  const int swizzle = kHeadDim % 64 == 0 ? row % 8 : row / 2 % 4;
+  const int swizzle = kHeadDim % 64 == 0 ? row & 7 : row >> 1 & 3;
   return row * (kHeadDim * 2) + (chunk ^ swizzle) * 16;
 }
 
@@ -73,16 +73,16 @@ struct TileItems {
   }
 
   // Where the thread's chunk of a step lies in the tile, for the steps of a period.
-  static __device__ __forceinline__ int offset_of(int thread, int step) {
-    return tile_offset<kHeadDim>(thread / kLanes + step * kStepRows, thread % kLanes);
+  static __device__ __forceinline__ int offset_of(unsigned thread, int step) {
+    return tile_offset<kHeadDim>(int(thread / kLanes) + step * kStepRows, int(thread % kLanes));
   }
 
-  // Calls f(offset in the tile, step, chunk) for the items of a thread in [0, kThreads).
+  // Calls f(offset in the tile, step, chunk) for the items of a thread in [0, kThreads). The second
+  // form takes what offset_of gives.
   template <typename Function>
-  static __device__ __forceinline__ void for_each(int thread, Function f) {
+  static __device__ __forceinline__ void for_each(unsigned thread, Function f) {
     for_each_from([=](int step) { return offset_of(thread, step); }, f);
   }
-
   template <typename OffsetOf, typename Function>
   static __device__ __forceinline__ void for_each_from(OffsetOf offset_of_step, Function f) {
 #pragma unroll
@@ -100,10 +100,10 @@ template <int kHeadDim, int kRows, int kThreads, typename RowOf>
 __device__ __forceinline__ void copy_tile(unsigned char* tile, const uint16_t* head,
                                           int64_t row_stride, RowOf row_of) {
   using Items = TileItems<kHeadDim, kRows, kThreads>;
-  const int thread = threadIdx.x;
+  const unsigned thread = threadIdx.x;
   const unsigned char* rows = Items::first_chunk(head);
   Items::for_each(thread, [&](int offset, int step, int chunk) {
-    const int row = row_of(thread / Items::kLanes + step * Items::kStepRows);
+    const int row = row_of(int(thread / Items::kLanes) + step * Items::kStepRows);
     cp_async_16(tile + offset, row_at(rows, row_stride * 2, row) + chunk * 16, true);
   });
 }
