@@ -3,13 +3,13 @@
 // Phases     1. Copy the q and dout tiles and, where they are keys of the window, the first tile of
 //               keys; find the key list, and each warp's view of it.
 //            2. For each tile of the list, from its end: wait for k and v, start the copy of the
-//               next tile, then in steps of kStep entries: logits, p, ds, dq += ds k.
+//               next tile, then per warp: logits, p, ds, dq += ds k.
 //            3. Scale dq and write it through the q tile.
 //            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
 // Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers. What a warp
-//            skips and masks is as in the forward, by steps.
+//            skips and masks is as in the forward.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  12288  16384
 //            dout                           8192  16384  12288  16384
@@ -39,7 +39,6 @@ struct DqShape {
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
   // Beyond 64, tiles of 32 keys let two blocks fit sm_86 at 96, and sm_80 at 128.
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = 32;  // logits and ds of more entries do not fit the registers
   // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
   static constexpr int kMinBlocks = 2;
   struct SharedMemoryPlan {
@@ -84,12 +83,12 @@ __device__ __noinline__ void dq_row(const ThreeRegionBackwardParams& params, int
 template <typename T, typename Shape>
 struct DqWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
-  static constexpr int kStep = Shape::kStep;
+  static constexpr int kBlockN = Shape::kBlockN;
 
   const KeyList& list;
   const WarpView& view;
   const unsigned char *sQ, *sDout;
-  const KeyStage<kHeadDim, Shape::kBlockN>* stages;
+  const KeyStage<kHeadDim, kBlockN>* stages;
   LaneRow<kHeadDim> q_row, key_row, ds_row;
   int far_end;     // of the lane's row of the warp, see find_context
   int position;    // of the lane's first row
@@ -118,10 +117,10 @@ struct DqWarp {
     }
   }
 
-  // Takes up entries [entry, entry + kStep), whose rows begin `tile` bytes behind the first stage.
+  // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
   __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
     const int lane = threadIdx.x % kWarpSize;
-    float s[kRowTiles][kStep / 8][4] = {}, ds[kRowTiles][kStep / 8][4] = {};
+    float s[kRowTiles][kBlockN / 8][4] = {}, ds[kRowTiles][kBlockN / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t q[kRowTiles][4], dout[kRowTiles][4];
@@ -131,7 +130,7 @@ struct DqWarp {
         ldmatrix_x4(dout[rt], sDout + q_row.at(rt, d));
       }
 #pragma unroll
-      for (int n = 0; n < kStep / 16; ++n) {
+      for (int n = 0; n < kBlockN / 16; ++n) {
         uint32_t k[4], v[4];
         const LaneRow<kHeadDim> key{key_row.offset + tile};
         ldmatrix_x4(k, stages[0].k + key.at(n, d));
@@ -148,7 +147,7 @@ struct DqWarp {
 
     const auto to_gradients = [&](auto bias_of_column) {
 #pragma unroll
-      for (int n = 0; n < kStep / 8; ++n) {
+      for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
           const float bias = bias_of_column(8 * n + column);
@@ -166,22 +165,23 @@ struct DqWarp {
       }
     };
     const EntryBiases biases(list, view);
-    if (view.has_one_bias(entry, entry + kStep)) {
+    if (view.has_one_bias(entry, entry + kBlockN)) {
       const float bias = biases(entry);
       to_gradients([=](int) { return bias; });
     } else {
       const int column = entry + lane % 4 * 2;
       to_gradients([&](int at) { return biases(column + at); });
     }
-    if (!view.all(entry, entry + kStep)) {
-      const VisibleEntries<kRowTiles, kStep> visible(problem, list, view, far_end, position, entry);
+    if (!view.all(entry, entry + kBlockN)) {
+      const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
+                                                       entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
         if (!sees) ds[rt][n][c] = 0.f;
       });
     }
 
 #pragma unroll
-    for (int n = 0; n < kStep / 16; ++n) {
+    for (int n = 0; n < kBlockN / 16; ++n) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -248,11 +248,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
     const int stage = stages.wait(entry);
-#pragma unroll 1
-    for (int row = 0; row < kBlockN; row += Shape::kStep) {
-      const int at = entry + row;
-      if (view.any(at, at + Shape::kStep)) state.step(problem, stage + row * kHeadDim * 2, at);
-    }
+    if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
   }
 
   const float factor = problem.softmax_scale * exp2f(float(-exponent));

@@ -18,11 +18,11 @@
 //            tiles that none of its rows sees; all others take the same step, in which hidden
 //            entries are masked where some row does not see some entry.
 // Smem       head_dim                         32     64     96    128
-//            q                              8192  16384  24576  16384
+//            q                              8192  16384  24576  32768
 //            stages: 2 x (k, v)            16384  32768  24576  32768
 //            keys of the stages              512    512    256    256
 //            key lists and views of warps    384    384    384    384
-//            total, dynamic                25472  50048  49792  49792
+//            total, dynamic                25472  50048  49792  66176
 // Barriers   bar_sync in KeyStages::start    the keys of the first tile are looked up
 //            bar_sync in KeyStages::wait     the tile has arrived for all threads, and the keys of
 //                                            the next; all warps have left the stage that is filled
@@ -40,12 +40,12 @@ namespace {
 template <int kHeadDim_>
 struct ForwardShape {
   static constexpr int kHeadDim = kHeadDim_;
-  // Two row tiles halve a warp's reads of k and v; at 128 they do not fit the registers.
-  static constexpr int kRowTiles = kHeadDim <= 96 ? 2 : 1;
+  static constexpr int kRowTiles = 2;  // they halve a warp's reads of k and v
   // One warp for each quarter of a multiprocessor.
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
-  // Beyond 64, tiles of 32 keys let two blocks fit the 100 KB of sm_86 and sm_120.
+  // Beyond 64, tiles of 32 keys: two blocks fit the 100 KB of sm_86 and sm_120 at 96, and logits of
+  // more keys do not fit the registers at 128.
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
   static constexpr int kMinBlocks = 2;
