@@ -1,40 +1,66 @@
-"""What ``make gpu-check`` and ``make gpu-bench`` share: the build for the GPU that is here, a
-process under time limits, and records that outlive a hang or a kill."""
+"""The machine, the commit and the versions that a record is of; records that survive a hang or a
+kill; processes under a time limit. ``make gpu-check`` uses it before torch is known to work."""
 
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 import os
+import platform
 import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from importlib import metadata
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
 MESSAGE_CHARS = 3000
 BUILD_S = 150
+START_S = 60  # of a process, beyond the time that it may then be silent
+PACKAGES = ("triton", "flash-attn-4", "flash-attn-3", "liger-kernel", "quack-kernels", "numpy")
 
 
-def places(path: Path) -> list[Path]:
-    """Where a record is kept: here, and under $OUT."""
-    folders = [path.parent, *map(Path, filter(None, [os.environ.get("OUT")]))]
-    for folder in folders:
+def now() -> str:
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+
+
+def record_name(stem: str, machine: dict[str, Any], commit: dict[str, Any], date: str) -> str:
+    """``<stem>-<device>-<date>-<commit>.json``"""
+    device = re.sub(r"\W+", "-", machine["device"]).strip("-").lower()
+    return f"{stem}-{device}-{date[:10]}-{commit['id'][:7]}.json"
+
+
+def new_path(path: Path) -> Path:
+    """``path``, numbered if there is a file already."""
+    first, number = path, 2
+    while path.exists():
+        path, number = first.with_stem(f"{first.stem}-{number}"), number + 1
+    return path
+
+
+def save_record(record: dict[str, Any], path: Path) -> None:
+    """Writes a complete file or none, and a copy to ``$OUT``. Each element of a list has a line of
+    its own, so that a difference of two records can be read."""
+    fields = []
+    for name, value in record.items():
+        text = json.dumps(value, indent=1).replace("\n", "\n ")
+        if isinstance(value, list) and value:
+            text = "[\n  " + ",\n  ".join(map(json.dumps, value)) + "\n ]"
+        fields.append(f" {json.dumps(name)}: {text}")
+    for folder in (path.parent, *map(Path, filter(None, [os.environ.get("OUT")]))):
         folder.mkdir(parents=True, exist_ok=True)
-    return [folder / path.name for folder in folders]
-
-
-def save(record: dict[str, Any], path: Path) -> None:
-    """Whole or not at all."""
-    text = json.dumps(record, indent=1)
-    for target in places(path):
-        partial = target.with_suffix(".partial")
-        partial.write_text(text)
-        partial.replace(target)
+        partial = (folder / path.name).with_suffix(".partial")
+        partial.write_text("{\n" + ",\n".join(fields) + "\n}\n")
+        partial.replace(folder / path.name)
 
 
 def save_log(log: Path) -> None:
@@ -50,10 +76,64 @@ def output_of(*command: str) -> str | None:
     return done.stdout.strip() if done.returncode == 0 and done.stdout.strip() else None
 
 
-def smi(query: str) -> str | None:
-    """What nvidia-smi answers of the GPU that this process uses."""
+def smi(*fields: str) -> dict[str, str]:
+    """What nvidia-smi answers about the GPU that this process uses; empty without nvidia-smi."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")[0] or "0"
-    return output_of("nvidia-smi", f"--id={visible}", query, "--format=csv,noheader")
+    query = f"--query-gpu={','.join(fields)}"
+    answer = output_of("nvidia-smi", f"--id={visible}", query, "--format=csv,noheader")
+    return dict(zip(fields, answer.split(", "), strict=False)) if answer else {}
+
+
+def clocks() -> dict[str, str]:
+    """Of the GPU, at this moment."""
+    return smi("clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "temperature.gpu")
+
+
+def machine_info(device: torch.device) -> dict[str, Any]:
+    """The machine and its software; nothing that names the host."""
+    import torch
+
+    cpuinfo = Path("/proc/cpuinfo")
+    brand = cpuinfo.exists() and re.search(r"model name\s*: (.+)", cpuinfo.read_text())
+    versions: dict[str, str] = {"torch": str(torch.__version__)}
+    for name in PACKAGES:
+        with contextlib.suppress(metadata.PackageNotFoundError):
+            versions[name] = metadata.version(name)
+    if torch.version.cuda:
+        versions |= {"cuda": torch.version.cuda, "cudnn": str(torch.backends.cudnn.version())}
+    if nvcc := re.search(r"release \S+ ([^\s,]+)", output_of("nvcc", "--version") or ""):
+        versions["nvcc"] = nvcc.group(1)
+    info: dict[str, Any] = {
+        "device": brand.group(1) if brand else platform.processor() or platform.machine(),
+        "device_type": device.type,
+        "threads": torch.get_num_threads(),
+        "cpus": os.cpu_count(),
+        "python": platform.python_version(),
+        "torch": versions["torch"],
+        "versions": versions,
+    }
+    if device.type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        info |= smi("driver_version", "power.limit") | {"clocks": clocks()}
+        info |= {
+            "device": properties.name,
+            "compute_capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count,
+            "l2_bytes": properties.L2_cache_size,
+            "memory_bytes": properties.total_memory,
+        }
+    return info
+
+
+def commit_info() -> dict[str, Any]:
+    """Git's, else ``$COMMIT`` for a copy of the sources without their history."""
+    commit = output_of("git", "rev-parse", "HEAD")
+    changes = output_of("git", "status", "--porcelain", "-uno", "--", ":!benchmarks/results")
+    return {
+        "id": commit or os.environ.get("COMMIT") or "unknown",
+        "time": output_of("git", "show", "-s", "--format=%cI"),
+        "dirty": bool(changes) if commit else None,  # None: working-tree state unknown
+    }
 
 
 def why_nothing_runs() -> str | None:
@@ -77,6 +157,7 @@ def architecture_here() -> str:
 
 
 def context_lives() -> bool:
+    """Whether this process can still use the GPU."""
     import torch
 
     try:
@@ -87,19 +168,11 @@ def context_lives() -> bool:
     return True
 
 
-def environment(**variables: str) -> dict[str, str]:
-    """A process's own that works on this tree, installed or not."""
-    path = filter(None, (str(ROOT), os.environ.get("PYTHONPATH")))
-    here = {"PYTHONUNBUFFERED": "1", "PYTHONPATH": os.pathsep.join(path)}
-    return {**os.environ, **here, **variables}
-
-
 def kill_session(leader: int) -> None:
-    """Kill every process of the session that ``leader`` began, whatever process group it is in."""
+    """Kills every process of the session that ``leader`` began, in whatever process group."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):  # it has ended
-            session = int(path.read_text().rpartition(")")[2].split()[3])
-            if session == leader:
+            if int(path.read_text().rpartition(")")[2].split()[3]) == leader:
                 os.kill(int(path.parent.name), signal.SIGKILL)
 
 
@@ -111,39 +184,43 @@ def run_process(
     stall_s: float = 0,
     **variables: str,
 ) -> tuple[int, str | None]:
-    """Run to the log; the exit status, and why it was killed or died, if it did not exit. Killed
-    after ``seconds``, and where ``watch`` stays as it is for ``stall_s``. What the process started
-    ends with it."""
+    """Runs a command on this tree, installed or not. Its output goes to the log. It is killed after
+    ``seconds``, or when ``watch`` was not written for ``stall_s``, with all that it started.
+
+    Returns:
+        The exit status, and why it was killed or died, if it did not exit.
+    """
     log.parent.mkdir(exist_ok=True)
     begin = time.time()
-    with log.open("a") as output:
-        print(f"\n$ {' '.join(command)}", file=output, flush=True)
+    path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
+    env = {**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONPATH": path, **variables}
+    killed = None
+    with log.open("a") as out:
+        print(f"\n$ {' '.join(command)}", file=out, flush=True)
         process = subprocess.Popen(
-            command,
-            cwd=ROOT,
-            env=environment(**variables),
-            stdout=output,
-            stderr=output,
-            start_new_session=True,
+            command, cwd=ROOT, env=env, stdout=out, stderr=out, start_new_session=True
         )
-        killed = None
-        while process.poll() is None and killed is None:
-            time.sleep(0.1)
-            last_word = max(begin, watch.stat().st_mtime if watch else time.time())
-            if time.time() - begin > seconds:
-                killed = f"killed: out of time after {seconds:.0f} s"
-            elif watch and time.time() - last_word > stall_s:
-                killed = f"killed: no word for {stall_s} s"
-        kill_session(process.pid)
+        try:
+            while process.poll() is None and killed is None:
+                time.sleep(0.1)
+                written = watch.stat().st_mtime if watch else time.time()
+                written = written if written > begin else begin + START_S
+                if time.time() > begin + seconds:
+                    killed = f"killed: out of time after {seconds:.0f} s"
+                elif time.time() > written + stall_s and watch:
+                    killed = f"killed: no word for {stall_s} s"
+        finally:
+            kill_session(process.pid)
     status = process.wait()
-    if killed is not None:
-        return status, killed
-    return status, f"died with signal {-status}" if status < 0 else None
+    return status, killed or (f"died with signal {-status}" if status < 0 else None)
 
 
 def build(architecture: str, log: Path, host_model: bool = False) -> dict[str, Any]:
-    """Build the kernels, or the host model beside them, as far as their sources are newer: the
-    outcome, and where it failed the compiler's words."""
+    """Builds the kernels, or the host model beside them, as far as their sources are newer.
+
+    Returns:
+        The outcome, and the compiler's words if it failed.
+    """
     begin = time.time()
     status, killed = run_process(
         [sys.executable, "setup.py", "-q", "build_ext", "--inplace"],

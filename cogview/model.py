@@ -12,11 +12,14 @@ Features:
   the residual stream
 - decoding with a preallocated key/value cache
 - parameter names and shapes of the released CogView checkpoints
+- other operators in the place of the fused ones, for comparison: `Operators`
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +28,36 @@ from torch.utils.checkpoint import checkpoint
 
 import cogview_kernels as ck
 from cogview.config import ModelConfig
+
+
+def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Dense attention of (B, H, Sq, D) queries, the last positions, to (B, H, Sk, D) keys."""
+    if q.shape[2] == k.shape[2]:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.tril(k.shape[2] - q.shape[2]))
+
+
+@dataclasses.dataclass(frozen=True)
+class Operators:
+    """The functions that the model's layers call; by default those of cogview_kernels.
+
+    Others may stand in for them, to compare implementations or to look inside. Parameters,
+    initial weights and checkpoints stay the same.
+
+    Attributes:
+        three_region_attention: called with `(q, k, v, layout)`.
+        causal_attention: called with `(q, k, v)`, where the model's attention is dense.
+        layer_norm: called with `(x, weight, bias, eps, relax)`. Computes the first norm, and with
+            Pre-LN all others.
+        sandwich_residual: called with `(f, residual, post_weight, post_bias, pre_weight, pre_bias,
+            eps=, relax=, dropout_p=)`. Computes all norms of Sandwich-LN but the first.
+    """
+
+    three_region_attention: Callable[..., torch.Tensor] = ck.three_region_attention
+    causal_attention: Callable[..., torch.Tensor] = causal_attention
+    layer_norm: Callable[..., torch.Tensor] = ck.pb_relax_layer_norm
+    sandwich_residual: Callable[..., tuple[torch.Tensor, torch.Tensor]] = ck.sandwich_residual
 
 
 class KVCache:
@@ -63,8 +96,9 @@ class KVCache:
 
 
 class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, operators: Operators) -> None:
         super().__init__()
+        self.operators = operators
         self.num_heads = config.num_heads
         # Rows of the weight: those of Q, then K, then V.
         self.query_key_value = nn.Linear(config.hidden_size, 3 * config.hidden_size)
@@ -86,14 +120,9 @@ class SelfAttention(nn.Module):
         if cache is not None:
             k, v = cache.extend(layer, k, v)
         if layout is not None:
-            out = ck.three_region_attention(q, k, v, layout)
-        elif q.shape[2] == k.shape[2]:
-            out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        else:  # with a cache the queries are the last positions
-            mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device)
-            out = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask.tril(k.shape[2] - q.shape[2])
-            )
+            out = self.operators.three_region_attention(q, k, v, layout)
+        else:
+            out = self.operators.causal_attention(q, k, v)
         return self.dense(out.transpose(1, 2).reshape(batch, length, hidden))
 
 
@@ -107,6 +136,16 @@ class MLP(nn.Module):
         return self.dense_4h_to_h(F.gelu(self.dense_h_to_4h(z), approximate="tanh"))
 
 
+class Norm(ck.PBRelaxLayerNorm):
+    def __init__(self, config: ModelConfig, operators: Operators) -> None:
+        relax = None if config.relax == "none" else config.relax
+        super().__init__(config.hidden_size, config.layernorm_eps, relax)
+        self.operators = operators
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.operators.layer_norm(x, self.weight, self.bias, self.eps, self.relax)
+
+
 class Layer(nn.Module):
     """Attention and MLP.
 
@@ -115,78 +154,75 @@ class Layer(nn.Module):
     first norm of the next layer.
     """
 
-    def __init__(self, config: ModelConfig, index: int) -> None:
+    def __init__(self, config: ModelConfig, index: int, operators: Operators) -> None:
         super().__init__()
         self.index = index
         self.dropout = config.dropout
-        self.input_layernorm = _layer_norm(config)
-        self.attention = SelfAttention(config)
-        self.post_attention_layernorm = _layer_norm(config)
+        self.operators = operators
+        self.input_layernorm = Norm(config, operators)
+        self.attention = SelfAttention(config, operators)
+        self.post_attention_layernorm = Norm(config, operators)
         self.mlp = MLP(config)
         sandwich = config.norm == "sandwich"
-        self.third_layernorm = _layer_norm(config) if sandwich else None  # after attention
-        self.fourth_layernorm = _layer_norm(config) if sandwich else None  # after the MLP
+        self.third_layernorm = Norm(config, operators) if sandwich else None  # after attention
+        self.fourth_layernorm = Norm(config, operators) if sandwich else None  # after the MLP
 
     def forward(
         self,
         h: torch.Tensor,
         z: torch.Tensor,
-        next_norm: ck.PBRelaxLayerNorm,
+        next_norm: Norm,
         layout: ck.ThreeRegionLayout | None,
         cache: KVCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        p = self.dropout if self.training else 0.0
         f = self.attention(z, layout, cache, self.index)
-        h, z = _add_and_norm(f, h, self.third_layernorm, self.post_attention_layernorm, p)
-        return _add_and_norm(self.mlp(z), h, self.fourth_layernorm, next_norm, p)
+        h, z = self._add_and_norm(f, h, self.third_layernorm, self.post_attention_layernorm)
+        return self._add_and_norm(self.mlp(z), h, self.fourth_layernorm, next_norm)
 
+    def _add_and_norm(
+        self, f: torch.Tensor, h: torch.Tensor, post: Norm | None, pre: Norm
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The new `h` and `pre(h)`: Sandwich-LN `h + post(dropout(f))`, or Pre-LN `h + dropout(f)`
+        where `post` is None.
 
-def _layer_norm(config: ModelConfig) -> ck.PBRelaxLayerNorm:
-    relax = None if config.relax == "none" else config.relax
-    return ck.PBRelaxLayerNorm(config.hidden_size, eps=config.layernorm_eps, relax=relax)
-
-
-def _add_and_norm(
-    f: torch.Tensor,
-    h: torch.Tensor,
-    post: ck.PBRelaxLayerNorm | None,
-    pre: ck.PBRelaxLayerNorm,
-    dropout_p: float,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """The new `h` and `pre(h)`: Sandwich-LN `h + post(dropout(f))`, or Pre-LN `h + dropout(f)`
-    where `post` is None.
-
-    Under autocast f has half precision, while the residual stream stays float32.
-    """
-    if post is None:
-        h = h + F.dropout(f, dropout_p)
-        return h, pre(h)
-    parameters = post.weight, post.bias, pre.weight, pre.bias
-    return ck.sandwich_residual(
-        f, h, *parameters, eps=pre.eps, relax=pre.relax, dropout_p=dropout_p
-    )
+        Under autocast f has half precision, while the residual stream stays float32.
+        """
+        p = self.dropout if self.training else 0.0
+        if post is None:
+            h = h + F.dropout(f, p)
+            return h, pre(h)
+        parameters = post.weight, post.bias, pre.weight, pre.bias
+        return self.operators.sandwich_residual(
+            f, h, *parameters, eps=pre.eps, relax=pre.relax, dropout_p=p
+        )
 
 
 class Transformer(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, operators: Operators) -> None:
         super().__init__()
         self.position_embeddings = nn.Embedding(config.max_positions, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, index) for index in range(config.num_layers))
-        self.final_layernorm = _layer_norm(config)
+        self.layers = nn.ModuleList(
+            Layer(config, index, operators) for index in range(config.num_layers)
+        )
+        self.final_layernorm = Norm(config, operators)
 
 
 class GPT(nn.Module):
     """The model: the top of this file lists its features, `ModelConfig` its settings.
 
-    Raises:
-        ValueError: settings that contradict each other (from `ModelConfig`).
+    Args:
+        config: settings that contradict each other are a ValueError of `ModelConfig`.
+        vocab_size: number of token ids.
+        operators: what the layers call.
     """
 
-    def __init__(self, config: ModelConfig, vocab_size: int) -> None:
+    def __init__(
+        self, config: ModelConfig, vocab_size: int, operators: Operators = Operators()
+    ) -> None:
         super().__init__()
         self.config = config
         self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
-        self.transformer = Transformer(config)
+        self.transformer = Transformer(config, operators)
         self.dropout = nn.Dropout(config.dropout)
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")):

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,12 @@ def learning_rate(config: Config, step: int) -> float:
     )
 
 
+def make_batch(config: Config, data: TokenDataset, indices: Sequence[int] | np.ndarray) -> Batch:
+    """The training sequences of these pairs, padded to one length; on the CPU."""
+    sequences = [build_sequence(config, *data[int(index)]) for index in indices]
+    return collate(config.vocabulary, sequences)
+
+
 def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> TokenSequence:
     """The training sequence of one pair; a caption that does not fit is truncated."""
     text = text[: config.max_text_len]
@@ -133,6 +140,9 @@ class Trainer:
         train_data: token pairs for training.
         held_out_data: token pairs for the held-out loss.
         progress: show a progress bar if standard error is a terminal.
+        make_model: called with the model's settings and the padded size of the vocabulary; the
+            initial weights that it draws follow the seed.
+        on_batch: called with every batch before the model is trained on it.
 
     Attributes:
         model: the GPT, on the device.
@@ -150,6 +160,8 @@ class Trainer:
         train_data: TokenDataset,
         held_out_data: TokenDataset,
         progress: bool = True,
+        make_model: Callable[[ModelConfig, int], GPT] = GPT,
+        on_batch: Callable[[Batch], object] | None = None,
     ) -> None:
         for name, data in (("training data", train_data), ("held-out data", held_out_data)):
             _check_data(name, data, config)
@@ -157,13 +169,14 @@ class Trainer:
         self.train_data = train_data
         self.held_out_data = held_out_data
         self.progress = progress
+        self.on_batch = on_batch
         self.metrics_path = RunFolder(run_folder).metrics
         self.checkpoints = RunFolder(run_folder).checkpoints
         self.device = choose_device(config.device)
         self.dtype = _compute_dtype(config, self.device)
         with torch.random.fork_rng(_cuda_devices(self.device)):
             torch.manual_seed(config.seed)
-            self.model = GPT(config.model, config.vocabulary.padded_size).to(self.device)
+            self.model = make_model(config.model, config.vocabulary.padded_size).to(self.device)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step = 0
@@ -248,6 +261,8 @@ class Trainer:
         totals = _Totals()
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts:
+            if self.on_batch is not None:
+                self.on_batch(part)
             losses, weights, targets = self._losses(part, generator)
             self.scaler.scale((losses * weights).sum() / total_weight).backward()
             totals.add(losses.detach(), weights, targets)
@@ -282,8 +297,7 @@ class Trainer:
         )
 
     def _batch(self, data: TokenDataset, indices: np.ndarray) -> Batch:
-        sequences = [build_sequence(self.config, *data[int(index)]) for index in indices]
-        return collate(self.config.vocabulary, sequences).to(self.device)
+        return make_batch(self.config, data, indices).to(self.device)
 
     def _weights(self, batch: Batch) -> torch.Tensor:
         """Loss weight of every target: (B, S - 1)."""

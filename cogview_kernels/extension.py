@@ -7,9 +7,11 @@ operators that other modules define with ``define_out_operator``: ``_C`` for CUD
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -29,8 +31,9 @@ HOW_TO_BUILD = (
     "`COGVIEW_KERNELS_CUDA=1 pip install --no-cache-dir --force-reinstall --no-deps .`"
 )
 
-# The multiprocessors that the host model pretends to have when work is dealt out.
-host_model_num_sms = 1
+# Set by `modelled_device`: multiprocessors (None: the device's own, one on the host model), and KiB
+# of shared memory that a block of the host model may have.
+_modelled: tuple[int | None, int] = (None, 227)
 
 
 def architectures() -> tuple[str, ...]:
@@ -166,14 +169,38 @@ def kernel_sources() -> str | None:
 
 def num_sms(device: torch.device) -> int:
     """Multiprocessors that kernels on tensors of ``device`` are spread over."""
-    if device == _CPU:
-        return host_model_num_sms
-    return _cuda_num_sms(device)
+    if _modelled[0] is not None:
+        return _modelled[0]
+    return 1 if device == _CPU else _cuda_num_sms(device)
 
 
 @functools.cache
 def _cuda_num_sms(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).multi_processor_count
+
+
+@contextlib.contextmanager
+def modelled_device(num_sms: int, shared_kib: int = 227) -> Iterator[None]:
+    """Within it, kernels are launched as on another GPU. For tests and counts.
+
+    Args:
+        num_sms: multiprocessors that work is dealt out to, on the host model and on a GPU.
+        shared_kib: shared memory that a block of the host model may have: 227 as on sm_90 and
+            sm_100, 163 as on sm_80, 99 as on sm_86 and sm_120, 48 as everywhere.
+    """
+    outer = _modelled
+    _model(num_sms, shared_kib)
+    try:
+        yield
+    finally:
+        _model(*outer)
+
+
+def _model(num_sms: int | None, shared_kib: int) -> None:
+    global _modelled
+    _modelled = num_sms, shared_kib
+    if why_not_host_model() is None:
+        _kernels_of(_CPU).set_max_shared_bytes(shared_kib * 1024)
 
 
 def kernel_resources() -> list[dict[str, Any]]:

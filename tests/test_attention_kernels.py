@@ -6,7 +6,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -19,6 +18,7 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from cogview_kernels import extension
+from cogview_kernels.extension import modelled_device
 
 HEAD_DIMS = (32, 64, 96, 128)
 HALVES = (torch.bfloat16, torch.float16)
@@ -37,12 +37,6 @@ def backend_or_skip(name: str) -> Any:
 @pytest.fixture(params=[backend_or_skip("host_model"), backend_or_skip("cuda")], scope="module")
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@pytest.fixture(autouse=True)
-def one_split() -> Iterator[None]:
-    yield
-    extension.host_model_num_sms = 1
 
 
 def run(problem: Problem, backend: str) -> dict[str, Tensor]:
@@ -116,8 +110,8 @@ def test_rows_of_partial_sums() -> None:
 @settings(max_examples=settings().max_examples // 2)
 def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(300, dtype, max_batch=2, head_dims=HEAD_DIMS))
-    extension.host_model_num_sms = data.draw(st.sampled_from([1, 40]))  # the backward's splits
-    check(problem, backend)
+    with modelled_device(data.draw(st.sampled_from([1, 40]))):  # the backward's splits
+        check(problem, backend)
 
 
 @pytest.mark.slow
@@ -126,8 +120,8 @@ def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataOb
 @settings(max_examples=10 * settings().max_examples)
 def test_equals_the_definition_sweep(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems(700, dtype, max_batch=2, head_dims=HEAD_DIMS))
-    extension.host_model_num_sms = data.draw(st.sampled_from([1, 40]))
-    check(problem, backend)
+    with modelled_device(data.draw(st.sampled_from([1, 40]))):
+        check(problem, backend)
 
 
 @pytest.mark.thinned
@@ -140,8 +134,8 @@ def test_many_tiles(backend: str, dtype: torch.dtype, head_dim: int, w: int, n: 
     pivots = ck.sample_pivots(text_len, 520, 150, torch.Generator().manual_seed(1))
     pivots[1, 100:] = 520  # ragged
     layout = ck.ThreeRegionLayout(text_len, pivots, w, n, math.log(2), -0.5)
-    extension.host_model_num_sms = 20
-    check(make_problem(2, 2, 1, 450, 520, head_dim, dtype, layout), backend)
+    with modelled_device(20):
+        check(make_problem(2, 2, 1, 450, 520, head_dim, dtype, layout), backend)
 
 
 @pytest.mark.parametrize("w, n", [(32, 2), (128, 1)])
@@ -240,9 +234,9 @@ def test_any_values_in_the_layout_are_safe(backend: str, splits: int) -> None:
     object.__setattr__(wild, "text_len", text_len)
     object.__setattr__(wild, "pivot_idx", pivot_idx)
     object.__setattr__(wild, "validate", lambda k_len: None)
-    extension.host_model_num_sms = splits
-    expected = check(problem, backend)
-    results = run(dataclasses.replace(problem, layout=wild), backend)
+    with modelled_device(splits):
+        expected = check(problem, backend)
+        results = run(dataclasses.replace(problem, layout=wild), backend)
     assert all(torch.equal(results[name], expected[name]) for name in RESULTS)
 
 
@@ -335,8 +329,9 @@ def test_unseen_queries_do_not_leak(backend: str) -> None:
     for query in (0, 39, 70, 149):
         poisoned = dataclasses.replace(problem, dout=problem.dout.clone())
         poisoned.dout[:, :, query] = math.nan
-        for extension.host_model_num_sms in (1, 40):
-            results = run(poisoned, backend)
+        for splits in (1, 40):
+            with modelled_device(splits):
+                results = run(poisoned, backend)
             expected = poisoned.run("portable")  # in which nothing leaks; tested by itself
             for name in ("dq", "dk", "dv"):
                 torch.testing.assert_close(
@@ -348,9 +343,10 @@ def test_unseen_queries_do_not_leak(backend: str) -> None:
 def test_reruns_are_bitwise_equal(backend: str, dtype: torch.dtype) -> None:
     layout = ck.ThreeRegionLayout(7, ck.sample_pivots(7, 400, 90), 32, 2, 1.0, 0.5)
     problem = make_problem(2, 4, 2, 400, 400, 64, dtype, layout)
-    for extension.host_model_num_sms in (1, 40):
-        first = run(problem, backend)
-        second = run(problem, backend)
+    for splits in (1, 40):
+        with modelled_device(splits):
+            first = run(problem, backend)
+            second = run(problem, backend)
         assert all(torch.equal(first[name], second[name]) for name in RESULTS)
 
 
@@ -432,11 +428,12 @@ def largest_scale(problem: Problem) -> int:
 def test_a_head_without_gradient_costs_the_others_nothing(backend: str, splits: int) -> None:
     """Heads of a group share the exponent of dk; one that has no gradient must not choose it."""
     base = make_problem(1, 2, 1, k_len=160, head_dim=64, dtype=torch.float16)
-    extension.host_model_num_sms = splits
     dout = base.dout * 2.0**-16
     dout[:, 1] = 0
     problem = dataclasses.replace(base, dout=dout, dlse=torch.zeros_like(base.dlse))
-    results, truth = run(problem, backend), problem.to(torch.float64).run("reference")
+    truth = problem.to(torch.float64).run("reference")
+    with modelled_device(splits):
+        results = run(problem, backend)
     error = (results["dk"].double() - truth["dk"]).abs().max().item()
     assert error <= 3e-3 * truth["dk"].abs().max().item() + 2.0**-25
 

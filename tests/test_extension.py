@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Callable, Iterator
 from types import SimpleNamespace
@@ -9,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+import cogview_kernels as ck
 from cogview_kernels import backends, extension
 
 GPU = torch.device("cuda", 0)
@@ -101,3 +103,32 @@ def test_each_gpu_is_asked_for_itself(
     assert extension.why_not_on(GPU) is None
     assert "7.5" in str(extension.why_not_on(old))
     assert extension.why_not_on(GPU) is None
+
+
+def test_a_modelled_device_ends_with_its_block() -> None:
+    """Also after an error, and one within another; then the device's own is back."""
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    with extension.modelled_device(132, shared_kib=163):
+        with pytest.raises(KeyError), extension.modelled_device(7):
+            assert extension.num_sms(cpu) == extension.num_sms(gpu) == 7
+            raise KeyError
+        assert extension.num_sms(cpu) == extension.num_sms(gpu) == 132
+    assert extension.num_sms(cpu) == 1
+
+
+def test_a_modelled_device_limits_a_block_s_shared_memory() -> None:
+    if reason := extension.why_not_host_model():
+        pytest.skip(reason)
+    model = importlib.import_module("cogview_kernels._host_model")
+
+    def shared() -> int:
+        model.take_report()
+        row = torch.randn(1, 16384)
+        ck.pb_relax_layer_norm(row, None, None, backend="host_model")
+        (launch,) = model.take_report()
+        return launch["dynamic_shared"]
+
+    assert shared() > 99 * 1024
+    with extension.modelled_device(1, shared_kib=99):
+        assert shared() < 99 * 1024
+    assert shared() > 99 * 1024

@@ -6,8 +6,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -22,6 +21,7 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from cogview_kernels import extension
+from cogview_kernels.extension import modelled_device
 from cogview_kernels.norm import function as norm
 from cogview_kernels.norm import portable, reference
 
@@ -43,19 +43,6 @@ EDGES += [2560, 4096, 4104, 5120, 8192, 8200, 12288, 16384, 16385, 17000]
 @pytest.fixture(params=[backend_or_skip("host_model"), backend_or_skip("cuda")], scope="module")
 def backend(request: pytest.FixtureRequest) -> str:
     return str(request.param)
-
-
-@contextmanager
-def machine(num_sms: int = 1, shared_kb: int = 227) -> Iterator[None]:
-    """Rows are dealt out to so many multiprocessors; the host model's have so much memory."""
-    with ExitStack() as stack:
-        stack.enter_context(mock.patch.object(extension, "num_sms", lambda device: num_sms))
-        if extension.why_not_host_model() is None:
-            from cogview_kernels import _host_model
-
-            _host_model.set_max_shared_bytes(shared_kb * KB)
-            stack.callback(_host_model.set_max_shared_bytes, 227 * KB)
-        yield
 
 
 # Problems
@@ -483,7 +470,7 @@ machines = st.tuples(st.sampled_from([1, 2, 3, 7, 40]), st.sampled_from(SHARED_K
 @settings(max_examples=60)
 def test_norm_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     problem = data.draw(problems((dtype,)))
-    with machine(*data.draw(machines)):
+    with modelled_device(*data.draw(machines)):
         check(problem, backend)
 
 
@@ -494,7 +481,7 @@ def test_sandwich_equals_the_definition(
     backend: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
 ) -> None:
     problem = data.draw(problems(dtypes))
-    with machine(*data.draw(machines)):
+    with modelled_device(*data.draw(machines)):
         check(problem, backend)
 
 
@@ -506,7 +493,7 @@ def test_equals_the_definition_sweep(
     backend: str, dtypes: tuple[torch.dtype, ...], data: st.DataObject
 ) -> None:
     problem = data.draw(problems(dtypes, 60000))
-    with machine(*data.draw(machines)):
+    with modelled_device(*data.draw(machines)):
         check(problem, backend)
 
 
@@ -517,7 +504,7 @@ def test_each_kind_of_row(backend: str, kind: str, relax: str | None) -> None:
         for hidden in (7, 300):
             options: dict[str, Any] = {"kinds": (kind,), "relax": relax}
             options["given"] = [hidden != 7] * 4
-            with machine(2):
+            with modelled_device(2):
                 check(make_sandwich(5, hidden, dtypes, dropout=6554, **options), backend)
                 if dtypes[0] == dtypes[1]:
                     options["given"] = options["given"][:2]
@@ -628,7 +615,7 @@ def test_every_kernel_and_variant(host_model: None) -> None:
             for final_norm in (True, False):
                 options: dict[str, Any] = {"final_norm": final_norm, "dropout": 6554}
                 for relax in ("row", "tensor"):
-                    with machine(2, shared_kb):
+                    with modelled_device(2, shared_kb):
                         problem = make_sandwich(3, hidden, dtypes, relax=relax, **options)
                         ran |= {launch["kernel"] for launch in launches(problem)}
                         if dtypes[0] == dtypes[1]:
@@ -674,7 +661,7 @@ def test_plans(host_model: None) -> None:
                     make_sandwich(7, hidden, dtypes),
                     make_norm(7, hidden, dtypes[0]),
                 ):
-                    with machine(2, shared_kb):
+                    with modelled_device(2, shared_kb):
                         for launch in launches(problem):
                             kernel = launch["kernel"].partition("<")[0]
                             if kernel not in SLOTS:
@@ -717,7 +704,7 @@ def test_memory_is_left_for_the_system(host_model: None, shared_kb: int) -> None
                 problem = make_norm(2, columns, dtypes[0])
                 if kind == "sandwich":
                     problem = make_sandwich(2, columns, dtypes)
-                with machine(2, shared_kb):
+                with modelled_device(2, shared_kb):
                     found = launches(problem)
                 found = [launch for launch in found if launch["kernel"].startswith(f"{name}<")]
                 assert bool(found) == is_widest, (case, hidden, dtypes)
@@ -751,14 +738,14 @@ def test_reruns_and_multiprocessors(backend: str, dtypes: tuple[torch.dtype, tor
         options: dict[str, Any] = {"relax": relax, "kinds": HARD}
         sandwich = make_sandwich(rows, hidden, dtypes, dropout=6554, **options)
         for problem in (make_norm(rows, hidden, dtypes[0], torch.float32, **options), sandwich):
-            with machine(3):
+            with modelled_device(3):
                 first, second = problem.run(backend), problem.run(backend)
             assert not same(first, second), hidden
             for num_sms in (1, 40):
-                with machine(num_sms):
+                with modelled_device(num_sms):
                     assert not same(problem.run(backend), first, OF_A_ROW), (hidden, num_sms)
             if hidden <= 700:
-                with machine(3, 99):
+                with modelled_device(3, 99):
                     assert not same(problem.run(backend), first, OF_A_ROW), hidden
 
 
@@ -771,7 +758,7 @@ def test_rows_know_nothing_of_their_mates(
         options: dict[str, Any] = {"relax": relax}
         norm = make_norm(6, hidden, dtypes[0], torch.float32, **options)
         for problem in (norm, make_sandwich(6, hidden, dtypes, dropout=6554, **options)):
-            with machine(num_sms):
+            with modelled_device(num_sms):
                 if hidden > 1000 and not math.isnan(value):
                     continue
                 before = problem.run(backend)
@@ -825,7 +812,7 @@ def test_what_is_dropped_does_not_matter(
                 final_norm=final_norm,
                 seed=3,
             )
-            with machine(2):
+            with modelled_device(2):
                 expected = problem.run(backend)
                 dropped = problem.dropped()
                 assert not expected["df"][dropped].any() and expected["df"][~dropped].any()
@@ -901,7 +888,7 @@ def test_a_large_offset_costs_nothing(backend: str, hidden: int, relax: str | No
     sandwich.tensors["residual"].zero_()
     for problem, name in ((norm, "x"), (sandwich, "f")):
         problem.tensors[name] = 2.0**20 + whole
-        with machine(2):
+        with modelled_device(2):
             actual = problem.run(backend)
         truth, _ = composed(problem.map(lambda t: t.double()), by_definition, actual.get("h"))
         for result, expected in truth.items():

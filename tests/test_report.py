@@ -2,609 +2,284 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import json
 import math
 import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from matplotlib.figure import Figure
 from test_docs import blocks_of
 
-from benchmarks.report import pages as report
-from benchmarks.report import plots as report_plots
-from benchmarks.suite import cases
+from benchmarks.report import __main__ as report
+from benchmarks.report import plots, records, tables
 
 ROOT = Path(__file__).resolve().parents[1]
+Raw = dict[str, Any]
 
-# A peer: name, function it computes, speed relative to ours, and whether its time grows with the
-# attended keys or with all keys.
+NORM_OPS = "layer_norm", "sandwich_residual"
+FORMULATION = "CogView's formulation"
+# Methods: name, role, what it computes, time over ours.
 ATTENTION = [
-    ("cogview_kernels", "three-region", 1.0, True),
-    ("portable", "three-region", 0.2, True),
-    ("SDPA flash", "dense causal", 1.1, False),
-    ("SDPA efficient", "dense causal", 0.7, False),
-    ("SDPA cuDNN", "dense causal", 1.4, False),
-    ("SDPA math", "dense causal", 0.1, False),
-    ("SDPA, dense mask", "three-region", 0.5, False),
-    ("FlexAttention, plain mask", "three-region", 0.9, False),
-    ("FlexAttention, gathered pivots", "three-region", 0.75, True),
-    ("FlexAttention, gathered pivots, autotuned", "three-region", 0.8, True),
-    ("CogView's formulation", "three-region", 0.15, True),
-    ("window + pivots, merged by lse", "three-region", 0.6, True),
-    ("FlashAttention-4", "dense causal", 1.5, False),
-    ("NATTEN", "local window", 1.3, True),
+    ("cogview_kernels", "ours", "three-region", 1.0),
+    ("FlexAttention, 128x128", "rival", "three-region", 1.7),
+    ("FlexAttention, 64x64", "rival", "three-region", 1.3),
+    (FORMULATION, "", "three-region", 4.0),
+    ("SDPA cuDNN", "dense", "dense causal", 0.5),
+    ("SDPA flash", "dense", "dense causal", 1.6),
 ]
 NORMS = [
-    ("cogview_kernels", "PB-relax LayerNorm", 1.0, True),
-    ("portable", "PB-relax LayerNorm", 0.2, True),
-    ("cogview_kernels, relax=None", "plain LayerNorm", 1.02, True),
-    ("F.layer_norm", "plain LayerNorm", 0.7, True),
-    ("F.layer_norm, compiled", "plain LayerNorm", 0.8, True),
-    ("PyTorch PB-relax", "PB-relax LayerNorm", 0.25, True),
-    ("PyTorch PB-relax, compiled", "PB-relax LayerNorm", 0.6, True),
-    ("liger-kernel", "plain LayerNorm", 0.75, True),
+    ("cogview_kernels", "ours", "PB-relax LayerNorm", 1.0),
+    ("cogview_kernels, graph replay", "ours", "PB-relax LayerNorm", 0.5),
+    ("PyTorch PB-relax", "rival", "PB-relax LayerNorm", 1.4),
+    ("F.layer_norm", "", "plain LayerNorm", 1.2),
+    ("F.layer_norm, graph replay", "", "plain LayerNorm", 0.4),
 ]
-STEPS = [
-    ("cogview_kernels", "three-region", 1.0, True),
-    ("dense SDPA", "dense causal", 0.8, True),
-    ("dense SDPA, F.layer_norm", "dense causal, plain LayerNorm", 0.7, True),
-]
-METHODS = {"layer_norm": NORMS, "sandwich_residual": NORMS, "training_step": STEPS}
-CEILINGS = {
-    "matmul_flops": {"bfloat16": 790e12, "float16": 780e12, "float32": 50e12},
-    "copy_bytes_per_s": 4.3e12,
-}
-H200 = {
-    "device": "NVIDIA H200",
-    "device_type": "cuda",
-    "threads": 8,
-    "torch": "2.11.0",
-    "versions": {"triton": "3.6.0", "cuda": "13.0", "nvcc": "13.0.48"},
-    "driver": "580.1",
-    "clocks": {"clocks.sm": "1980 MHz"},
-    "l2_bytes": 50 << 20,
-    "multiprocessors": 132,
-    "python": "3.11.7",
-}
+H200 = {"device": "NVIDIA H200", "device_type": "cuda", "threads": 8, "torch": "2.11.0"}
 EPYC = {"device": "AMD EPYC", "device_type": "cpu", "threads": 2, "torch": "2.13.0+cpu"}
 
 
-def row(op: str, method: str, seconds: list[float], **info: Any) -> dict[str, Any]:
-    extra_info = {"op": op, "method": method, "work": "forward", "computes": "three-region"}
-    extra_info |= {"case": {"dtype": "bfloat16"}, "case_name": "a case", "sweeps": ["fixed"]}
-    return {"stats": {"data": seconds}, "extra_info": extra_info | info}
+def attention(seqlen: int, times: int, pivots: int, q_len: int = 0) -> Raw:
+    shape = {"seqlen": seqlen, "query_window": 128, "key_window_times": times, "q_len": q_len}
+    return shape | {"num_pivots": pivots, "batch": 2, "num_heads": 4, "dtype": "float32"}
 
 
-@functools.cache
-def made_up_rows(device_type: str) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
-    """Rows of every case, with times computed from flops and bytes, and rows not measured."""
-    found, missing = [], []
-    for planned in cases.cases_of(device_type):
-        case = planned.case
-        for method, computes, speed, sparse in METHODS.get(case.op, ATTENTION):
-            for work in case.works:
-                if work == "forward+backward" and "fixed" not in planned.sweeps:
-                    continue
-                info = {
-                    "op": case.op,
-                    "work": work,
-                    "case": cases.describe(case),
-                    "case_name": case.name,
-                    "sweeps": list(planned.sweeps),
-                    "method": method,
-                    "computes": computes,
-                    "flops": case.flops(work),
-                    "bytes": case.bytes(work),
-                }
-                if isinstance(case, cases.AttentionCase):
-                    info["attended_fraction"] = case.attended_fraction
-                if isinstance(case, cases.StepCase):
-                    info["tokens"] = case.tokens
-                if method == "NATTEN" or (method == "SDPA math" and "32768" in case.name):
-                    reason = "NATTEN is not installed" if method == "NATTEN" else "out of memory"
-                    missing.append({**info, "reason": reason})
-                    continue
-                floor = max(info["flops"] / 400e12, info["bytes"] / 3.6e12)
-                seconds = floor / speed / (1 if sparse else info["attended_fraction"]) + 4e-6
-                data = [seconds * (1 + 0.03 * (i % 7) / 7) for i in range(15)]
-                info |= {
-                    "errors": {"out": 2e-3, "dq": 3e-3},
-                    "errors_allowed": {"out": 3e-2, "dq": 6e-2},
-                    "extra_bytes": int(info["bytes"] * (1 + len(method) / 20)),
-                    "prepare_seconds": 3e-3 if "Flex" in method else None,
-                    "first_call_seconds": 21.0 if "Flex" in method else 0.01,
-                    "host_seconds": 2e-5,
-                }
-                found.append({"stats": {"data": data}, "extra_info": info})
-    return found, missing
+def norm(hidden: int) -> Raw:
+    return {"rows": 2048, "hidden": hidden, "dtype": "float32"}
 
 
-def made_up(machine: dict[str, Any]) -> dict[str, Any]:
-    """A record in the suite's format."""
-    found, missing = made_up_rows(machine["device_type"])
-    return copy.deepcopy(
-        {
-            "machine_info": machine,
-            "commit_info": {"id": "0123456789abcdef", "dirty": False},
-            "datetime": "2026-11-25T04:00:00+00:00",
-            "ceilings": CEILINGS,
-            "benchmarks": found,
-            "not_measured": missing,
-        }
-    )
+# Sweep, operation, case, seconds of our forward.
+CASES = [
+    ("fixed", "attention", attention(1088, 4, 192), 1e-3),
+    ("fixed", "attention", attention(4224, 2, 256), 4e-3),
+    ("fixed", "decode", attention(4224, 2, 256, q_len=1), 1e-5),
+    ("fixed", "training_step", {"num_layers": 4, "attention": attention(1088, 4, 192)}, 0.3),
+    *(("seqlen", "attention", attention(n, 2, 256), 1e-6 * n) for n in (1024, 2048, 4096, 8192)),
+    *(("window", "attention", attention(4224, n, 256), 1e-3 * n) for n in (1, 2, 4, 8)),
+    *(("pivots", "attention", attention(4224, 2, n), 1e-3 + 1e-6 * n) for n in (0, 2048)),
+    *(("hidden", op, norm(n), 1e-3) for op in NORM_OPS for n in (512, 8192)),
+    *(("fixed", op, norm(2560), 3e-3) for op in NORM_OPS),
+]
 
 
-def save(root: Path, name: str, record: dict[str, Any]) -> None:
-    (root / report.RESULTS / name).write_text(json.dumps(record))
+def rows(sweep: str, op: str, case: Raw, seconds: float) -> list[Raw]:
+    """Ours is at half of the rate of a matrix product, and at a third of that of a copy."""
+    found = []
+    works = {"decode": ["forward"], "training_step": ["step"]}.get(op, ["forward", "backward"])
+    for work in works:
+        for name, role, computes, relative in NORMS if op in NORM_OPS else ATTENTION:
+            base = seconds * (2 if work == "backward" else 1)
+            facts = {"op": op, "work": work, "case": case, "case_name": f"{op} {case}"}
+            facts |= {"sweeps": [sweep], "method": name, "role": role, "computes": computes}
+            facts |= {"flops": 1e11 * base * (op not in NORM_OPS), "bytes": 1e10 * base}
+            if "num_pivots" in case:
+                keys = case["key_window_times"] / 32 + case["num_pivots"] / 4096
+                facts["attended_fraction"] = keys
+            median = base * relative
+            facts["seconds"] = {"median": median, "minimum": 0.9 * median, "iqr": 0.1 * median}
+            # CogView's formulation has no time at one length: a gap.
+            if (name, sweep, case.get("seqlen")) != (FORMULATION, "seqlen", 4096):
+                found.append(facts | {"extra_bytes": 1 << 20, "host_seconds": None})
+    return found
+
+
+def made_up(machine: Raw) -> Raw:
+    """A record as ``make gpu-bench`` writes it."""
+    found = [row for case in CASES for row in rows(*case)]
+    missing = {**found[0], "method": "FA3", "reason": "a | b", "failed": True}
+    drift = {"after_stage": "norms", "name": "x", "first_median": 1e-3}
+    return {
+        "machine_info": machine,
+        "commit_info": {"id": "0123456789abcdef", "dirty": False},
+        "datetime": "2026-11-25T04:00:00+00:00",
+        "ceilings": {"matmul_flops": {"float32": 2e11}, "copy_bytes_per_s": 3e10},
+        "controls": [
+            {"name": "empty kernel", "median": 2.1e-6},
+            {"name": "A/A: x", "median": 1e-3, "other_median": 0.98e-3},
+        ],
+        "drift": [drift | {"median": 0.99e-3}, drift | {"median": 1.02e-3}],
+        "not_measured": [missing, missing],
+        "not_reached": ["a", "b", "c"],
+        "rows": found,
+    }
+
+
+def as_pytest_benchmark(record: Raw) -> Raw:
+    made = []
+    for facts in record.pop("rows"):
+        timed = facts.pop("seconds")
+        stats = {"median": timed["median"], "min": timed["minimum"], "iqr": timed["iqr"]}
+        made.append({"name": "x", "extra_info": facts, "stats": stats})
+    return record | {"benchmarks": made}
+
+
+def save(root: Path, name: str, record: Raw) -> None:
+    (root / records.RESULTS / name).write_text(json.dumps(record))
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    """A repository without records; its pages are empty between the marks."""
-    (tmp_path / report.RESULTS).mkdir(parents=True)
-    for page in (report.README, report.PAGE):
-        text = (ROOT / page).read_text()
-        for name in blocks_of(text):
-            if (page, name) != (report.README, "demo"):
-                text = report.inserted(text, name, "")
-        (tmp_path / page).parent.mkdir(exist_ok=True)
-        (tmp_path / page).write_text(text)
-    shutil.copy(ROOT / report.COUNTED, tmp_path / report.COUNTED)
+    """A repository without records."""
+    (tmp_path / records.RESULTS).mkdir(parents=True)
+    (tmp_path / report.PICTURES).mkdir(parents=True)
+    for page in (report.README, report.PAGE, report.COUNTED):
+        shutil.copy(ROOT / page, tmp_path / page)
     return tmp_path
-
-
-# The pages.
 
 
 def test_the_pages_match_the_records() -> None:
     """Renders every number between marks in this repository again."""
-    assert list(report.differences(ROOT, report.report(ROOT))) == []
+    assert list(report.differences(ROOT, *report.report(ROOT))) == []
 
 
-# The arithmetic, worked by hand.
-
-ROW = row("attention", "a", [3e-3, 1e-3, 2e-3], flops=4e11, bytes=2e9, tokens=1000)
-HAND = {"matmul_flops": {"bfloat16": 4e14}, "copy_bytes_per_s": 1e12}
-
-
-def test_rates() -> None:
-    assert report.median(ROW) == 2e-3
-    assert report.tflops(ROW) == pytest.approx(200)
-    assert report.gigabytes_per_second(ROW) == pytest.approx(1000)
-    assert report.tokens_per_second(ROW) == pytest.approx(500_000)
-    assert report.tflops(row("layer_norm", "a", [1.0], flops=0)) is None
-
-
-def test_floor() -> None:
-    # 4e11 flop at 4e14 per second take 1 ms; 2e9 bytes at 1e12 per second take 2 ms
-    assert report.floor_parts(ROW, HAND) == pytest.approx({"arithmetic": 1e-3, "memory": 2e-3})
-    assert report.floor_seconds(ROW, HAND) == pytest.approx(2e-3)
-    assert report.fraction_of_floor(ROW, HAND) == pytest.approx(1)
-    fast = {**HAND, "copy_bytes_per_s": 4e12}
-    assert report.floor_seconds(ROW, fast) == pytest.approx(1e-3)
-    assert report.fraction_of_floor(ROW, fast) == pytest.approx(0.5)
-
-
-def test_no_floor_without_its_ceiling_or_its_counts() -> None:
-    other = row("attention", "a", [1.0], flops=1, bytes=1, case={"dtype": "float16"})
-    assert report.floor_seconds(other, HAND) is None
-    assert report.fraction_of_floor(row("attention", "a", [1.0]), HAND) is None
-    # A norm counts bytes only and needs no matrix-product rate.
-    norm = row("layer_norm", "a", [1.0], flops=0, bytes=1e12, case={"dtype": "float16"})
-    assert report.floor_seconds(norm, HAND) == pytest.approx(1)
-
-
-def test_ratio_and_spread() -> None:
-    assert report.ratio(row("attention", "b", [5e-3]), ROW) == pytest.approx(2.5)
-    assert report.ratio(ROW, None) is None
-    eleven = row("attention", "a", [float(i) for i in range(11)])
-    assert report.spread(eleven) == (1, 9)
-    assert report.spread(row("attention", "a", [4.0])) == (4, 4)
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [
-        (0.5e-6, "0.500 us"),
-        (12.34e-6, "12.3 us"),
-        (999.6e-6, "1,000 us"),
-        (1.234e-3, "1.23 ms"),
-        (0.1, "100 ms"),
-        (83.0, "83.0 s"),
-        (12345.0, "12,345 s"),
-    ],
-)
-def test_times_have_three_digits(seconds: float, text: str) -> None:
-    assert report.time_text(seconds) == text
+def cells(text: str, line: int) -> dict[str, str]:
+    """Of a line of the first table of a text, by head."""
+    shown = [row.split("|")[1:-1] for row in text.splitlines() if row.startswith("|")]
+    return {h.strip(): c.strip() for h, c in zip(shown[0], shown[2 + line], strict=True)}
 
 
 def test_numbers_as_text() -> None:
-    texts = [report.bytes_text(2**20), report.bytes_text(1536), report.bytes_text(5 * 2**30)]
-    assert texts == ["1.00 MiB", "1.50 KiB", "5.00 GiB"]
-    assert [report.percent(x) for x in (0.5, 0.095, 0.0949, 1.0)] == ["50%", "10%", "9.5%", "100%"]
-    assert [report.times(x) for x in (0.5, 1, 9.994, 12.3)] == ["0.50x", "1.00x", "9.99x", "12x"]
+    texts = {0.5e-6: "0.5 us", 999.6e-6: "1,000 us", 1.2345e-3: "1.23 ms", 12345: "12,300 s"}
+    assert {seconds: tables.time_text(seconds) for seconds in texts} == texts
+    assert [tables.bytes_text(x) for x in (1536, 2**20, 5 * 2**30)] == ["1.5 KiB", "1 MiB", "5 GiB"]
+    assert [tables.percent(x) for x in (0.095, 0.0949)] == ["10%", "9.5%"]
 
 
-# Tables.
+@pytest.mark.parametrize("convert", [dict, as_pytest_benchmark])
+def test_a_line_of_a_table_worked_by_hand(convert: Any) -> None:
+    """The best of each role counts; the floor is the later of products (half of our time here) and
+    bytes (a third)."""
+    record = records.Record("x", convert(made_up(EPYC)))
+    heads, _, _, backward = tables.fixed_table(record, "attention").splitlines()[2:6]
+    rival = "2.6 ms, 1.30x (FlexAttention, 64x64)"
+    expected = ["A, 2x1088", "backward", "17%", "2 ms", "1.8 ms", "10%", "50%"]
+    expected += ["100 GFLOP/s", "10", rival, "1 ms, **0.50x** (SDPA cuDNN)", "1.16 TFLOP/s", rival]
+    expected += ["1 MiB / 1 MiB / 1 MiB"]
+    assert backward == f"| {' | '.join(expected)} |"
+    assert "| keys | median | minimum | spread | of the floor | useful rate | GB/s | best" in heads
+    assert "| its own rate | fastest that computes the same | extra memory |" in heads
+    norms = tables.fixed_table(record, "layer_norm")
+    assert cells(norms, 0)["of the floor"] == "33%"  # has no products, only bytes
+    assert cells(norms, 1)["work"] == "forward, graph replay"
+    fastest = "1.2 ms, **0.80x** (F.layer_norm, graph replay)"
+    assert cells(norms, 1)["fastest plain LayerNorm †"] == fastest
+    assert "its own rate" not in cells(tables.fixed_table(record, "training_step"), 0)
 
 
-def cells(table: str) -> list[list[str]]:
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in table.splitlines()]
+def test_the_readme_says_where_ours_loses() -> None:
+    record = records.Record("x", made_up(H200))
+    shown = tables.readme_table(record)
+    assert cells(shown, 0)["dense, plain LayerNorm †"] == "**0.50x**<br>**0.50x**"
+    assert cells(shown, 0)["rival"] == "1.30x<br>1.30x" and "rival: FlexAttention, 64x64;" in shown
+    lost = "A forward, A backward, B forward, B backward, decode forward"
+    assert tables.losses(record) == f"**Ours loses on NVIDIA H200** to SDPA cuDNN on {lost}."
+    record.content["rows"] = [row for row in record.content["rows"] if row["role"] != "dense"]
+    assert "no method is faster than ours" in tables.losses(record)
 
 
-def test_empty_columns_are_left_out() -> None:
-    table = report.table(("a", "b", "c"), [("x", "", "1"), ("", "", "2")])
-    assert cells(table) == [["a", "c"], ["---", "---:"], ["x", "1"], ["", "2"]]
+def test_conditions_and_what_was_not_measured() -> None:
+    record = records.Record("x", made_up(H200))
+    text = tables.conditions(record)
+    assert "in float32 200 GFLOP/s; copy 30 GB/s; empty kernel 2.1 us; A/A: x 2.0% apart" in text
+    assert 'ours again after "norms" -1.0% to +2.0%' in text
+    lines = tables.not_measured(record).splitlines()
+    assert lines[2:4] == ["| FA3 | 2 | failed: a \\| b |", "| not reached | 3 | no time was left |"]
 
 
-def one_case_record(*rows: dict[str, Any]) -> report.Record:
-    content = {**made_up(EPYC), "benchmarks": list(rows), "not_measured": [], "ceilings": HAND}
-    return report.Record("benchmarks/results/suite-x.json", content, "")
-
-
-def test_rows_are_ours_then_same_function_then_other_functions() -> None:
-    given = [
-        row("attention", "dense", [1e-3], computes="dense causal"),
-        row("attention", "slow peer", [9e-3]),
-        row("attention", "peer", [2e-3]),
-        row(
-            "attention", report.OURS, [4e-3], flops=4e11, bytes=2e9, errors={"out": 0.1, "dq": 0.2}
-        ),
-    ]
-    record = one_case_record(*given)
-    ((case, work, group),) = report.groups(record, "attention")
-    assert (case, work) == ("a case", "forward")
-    head, _, *lines = cells(report.group_table(group, record))
-    columns = dict(zip(head, zip(*lines, strict=True), strict=True))
-    assert columns["method"] == (f"**{report.OURS}**", "peer", "slow peer", "dense †")
-    assert columns["time / ours"] == ("1.00x", "0.50x", "2.25x", "0.25x")
-    assert columns["GFLOP/s"] == ("100,000", "", "", "")
-    assert columns["of the floor"] == ("50%", "", "", "")
-    assert columns["error"] == ("2.0e-01", "", "", "")
-
-
-def test_without_our_row_there_is_no_ratio_and_no_mark() -> None:
-    record = one_case_record(row("attention", "dense", [1e-3], computes="dense causal"))
-    ((_, _, group),) = report.groups(record, "attention")
-    table = report.group_table(group, record)
-    assert "time / ours" not in table and "†" not in table
-
-
-def test_a_sweep_lists_what_varies_besides_its_variable() -> None:
-    both = [
-        row(
-            "attention",
-            method,
-            [seconds * batch],
-            case={
-                "op": "attention",
-                "dtype": "bfloat16",
-                "seqlen": 1 << 20 - batch,
-                "batch": batch,
-                "num_heads": 4,
-            },
-            sweeps=["seqlen"],
-            case_name=str(batch),
-            attended_fraction=0.5,
-        )
-        for batch in (2, 1)
-        for method, seconds in ((report.OURS, 1.0), ("peer", 3.0))
-    ]
-    record = one_case_record(*both[:-1])  # the peer's last one is missing
-    (by,) = report.sweep_groups(record, "attention", "seqlen").values()
-    assert cells(report.sweep_table(by, "seqlen", record)) == [
-        ["sequence length (tokens)", "262144", "524288"],
-        ["---", "---:", "---:"],
-        ["batch", "2", "1"],
-        ["keys attended", "50%", "50%"],
-        [f"**{report.OURS}**", "2.00 s", "1.00 s"],
-        ["peer", "6.00 s, 3.00x", ""],
-    ]
-    assert report.common(by.values()) == "dtype bfloat16, num_heads 4"
-
-
-def test_a_sweep_shows_our_distance_from_the_floor() -> None:
-    both = [
-        row(
-            "attention",
-            report.OURS,
-            [4e-3],
-            flops=4e11,
-            bytes=2e9,
-            extra_bytes=1 << 20,
-            case={"op": "attention", "dtype": "bfloat16", "seqlen": seqlen},
-            case_name=str(seqlen),
-            sweeps=["seqlen"],
-        )
-        for seqlen in (1, 2)
-    ]
-    record = one_case_record(*both)
-    (by,) = report.sweep_groups(record, "attention", "seqlen").values()
-    lines = {line[0]: line[1:] for line in cells(report.sweep_table(by, "seqlen", record))}
-    assert lines[f"{report.OURS}: of the floor"] == ["50%"] * 2
-    assert lines[f"{report.OURS}: GFLOP/s"] == ["100,000"] * 2
-    assert lines[f"{report.OURS}: GB/s"] == ["500"] * 2
-    assert lines[f"{report.OURS}: extra memory"] == ["1.00 MiB"] * 2
-
-
-def test_an_overview_names_the_fastest_others() -> None:
-    names = (report.OURS, f"{report.OURS}, compiled", "slow peer", "peer", "SDPA flash")
-    group = [
-        row("attention", name, [x], computes="dense causal" if name[:4] == "SDPA" else "same")
-        for x, name in zip((4.0, 1.0, 9.0, 8.0, 2.0), names, strict=True)
-    ]
-    record = one_case_record(*group)
-    _, _, line = cells(report.overview(list(report.groups(record, "attention")), record))
-    assert line == [
-        "a case",
-        "forward",
-        "4.00 s",
-        "8.00 s, 2.00x (peer)",
-        "2.00 s, 0.50x (SDPA flash)",
-    ]
-
-
-def test_entries_not_reached_are_counted() -> None:
-    record = one_case_record(row("attention", report.OURS, [1.0]))
-    assert "Not reached" not in report.device_part(record)
-    record.content["not_reached"] = ["a", "b"]
-    assert "Not reached in the time that there was: 2 rows." in report.device_part(record)
-
-
-def test_a_line_has_a_gap_where_a_method_has_no_time() -> None:
-    by = {
-        x: [row("attention", name, [float(x)]) for name in (report.OURS, "peer")[: 1 + (x != 2)]]
-        for x in (1, 2, 3)
-    }
-    found = report.curves(by, report.median, str, floor=lambda row: 0.5)
-    assert found[report.OURS] == [(1, 1.0), (2, 2.0), (3, 3.0)]
-    (_, one), (_, gap), (_, three) = found["peer"]
-    assert (one, three) == (1.0, 3.0) and math.isnan(gap)
-    assert found[report.FLOOR] == [(1, 0.5), (2, 0.5), (3, 0.5)]
-
-
-def test_clocks_under_load_are_separate_from_idle_clocks() -> None:
-    record = one_case_record(row("attention", report.OURS, [1.0]))
-    record.content["machine_info"] = {**H200, "clocks": {"clocks.sm": "345 MHz"}}
-    record.content["ceilings"] = {**HAND, "clocks": {"clocks.sm": "1980 MHz"}}
-    lines = cells(report.machine_table(record))
-    assert ["clocks.sm, at rest", "345 MHz"] in lines
-    assert ["clocks.sm, under load", "1980 MHz"] in lines
-
-
-def test_the_best_peer_is_not_ours() -> None:
-    names = (report.OURS, f"{report.OURS}, compiled", "portable", "slow peer", "peer", "dense")
-    group = [
-        row("attention", name, [float(i)], computes="dense causal" if name == "dense" else "same")
-        for i, name in zip((5, 1, 2, 9, 8, 3), names, strict=True)
-    ]
-    best = report.best_same(group, one_case_record(*group))
-    assert best is not None and report.info(best)["method"] == "peer"
-
-
-def test_the_methods_the_readme_compares_with_are_in_the_suite() -> None:
-    from benchmarks.suite import entries as suite
-
-    methods = [
-        row("attention", method.name, [1.0], computes=method.computes)
-        for method in suite.METHODS["attention"]
-    ]
-    for name, rival in report.RIVALS.items():
-        assert rival(methods) is not None, name
-    best = report.best_dense(
-        [
-            row("attention", "SDPA flash", [2.0], computes="dense causal"),
-            row("attention", "SDPA cuDNN", [1.0], computes="dense causal"),
-            row("attention", "SDPA, dense mask", [0.5]),
-        ]
-    )
-    assert best is not None and report.info(best)["method"] == "SDPA cuDNN"
-
-
-# Complete reports.
-
-
-def test_several_devices(root: Path) -> None:
-    """CUDA comes first; every table names its record, commit, device and date."""
+def test_a_report_of_two_devices(root: Path) -> None:
+    """CUDA first; every table names its record; what was written passes the check, what is changed
+    by hand or left over does not."""
     save(root, "suite-a.json", made_up(EPYC))
+    save(root, "suite-a-older.json", {**made_up(EPYC), "datetime": "2026-11-24", "rows": [{}]})
+    assert report.NO_GPU in report.report(root)[0][report.README, "measured"]
     save(root, "suite-b.json", made_up(H200))
-    save(root, "attention-old.json", {"of": "another format"})
     made = report.report(root)
-    text = made.blocks[report.PAGE, "measured"]
-    assert text.index("## NVIDIA H200") < text.index("## AMD EPYC")
-    assert report.NO_GPU not in text + made.blocks[report.README, "measured"]
-    for page in (report.PAGE, report.README):
-        paragraphs = made.blocks[page, "measured"].split("\n\n")
+    page, readme = (made[0][name, "measured"] for name in (report.PAGE, report.README))
+    assert page.index("## NVIDIA H200") < page.index("## AMD EPYC")
+    assert report.NO_GPU not in page + readme and "loses on AMD EPYC" in readme
+    for text in made[0].values():
+        paragraphs = [part for part in text.split("\n\n") if not part.startswith("![")]
         for this, following in zip(paragraphs, [*paragraphs[1:], ""], strict=True):
-            if this.startswith("|"):
-                assert "record: `benchmarks/results/suite-" in following
-                assert "commit 0123456, 2026-11-25" in following
-    assert {Path(path).name for path in made.pictures} == {
-        f"{device}-{plot}.png"
-        for device in ("nvidia-h200", "amd-epyc")
-        for plot in ("seqlen", "decode", "memory", "regions", "norms", "roofline")
-    }
-    # Every row of the record appears, in full or in a sweep, and so does every row not measured.
-    for method, *_ in (*ATTENTION, *NORMS, *STEPS):
-        assert method in text
-    assert "Not measured here" in text and "out of memory" in text
-
-
-def test_one_device_without_a_gpu(root: Path) -> None:
-    save(root, "suite-a.json", made_up(EPYC))
-    made = report.report(root)
-    assert report.NO_GPU in made.blocks[report.README, "measured"]
-    assert report.NO_GPU in made.blocks[report.PAGE, "measured"]
-    assert len(made.blocks[report.README, "measured"].splitlines()) <= 30
-
-
-def test_the_newest_record_of_a_device_counts(root: Path) -> None:
-    later = {**made_up(EPYC), "datetime": "2026-12-01T00:00:00+00:00"}
-    save(root, "suite-a.json", later)
-    save(root, "suite-b.json", made_up(EPYC))
-    (record,) = report.newest(root, "suite")
-    assert record.path.endswith("suite-a.json")
-
-
-def test_missing_peers_and_rows(root: Path) -> None:
-    """A record with our rows only, and an empty one."""
-    record = made_up(H200)
-    ours = [row for row in record["benchmarks"] if report.info(row)["method"] == report.OURS]
-    save(root, "suite-a.json", {**record, "benchmarks": ours})
-    text = report.report(root).blocks[report.README, "measured"]
-    assert report.OURS in text and "SDPA" not in text
-    save(root, "suite-a.json", {**record, "benchmarks": [], "not_measured": []})
-    made = report.report(root)
-    assert "None of the fixed cases" in made.blocks[report.README, "measured"]
-    assert "790 TFLOP/s" in made.blocks[report.PAGE, "measured"]
-    assert made.pictures == {}
+            assert not this.startswith("|") or "record: `" in following
+    left = root / report.PICTURES / "left.png"
+    left.touch()
+    report.write(root, *made)
+    assert list(report.differences(root, *report.report(root))) == [] and not left.exists()
+    assert len(made[1]) == 2 * len(plots.PLOTS)
+    assert len((root / report.PAGE).read_text().splitlines()) <= 250
+    text = (root / report.README).read_text()
+    (root / report.README).write_text(text.replace("**0.50x**", "0.60x", 1))
+    left.with_name("suite-a-norms.png").rename(left)
+    found = "\n".join(report.differences(root, *report.report(root)))
+    assert "README.md" in found and "0.60x" in found
+    assert "left.png: no record gives it" in found and "suite-a-norms.png: not drawn yet" in found
 
 
 def test_no_record_at_all(root: Path) -> None:
-    made = report.report(root)
-    report.write(root, made)
+    report.write(root, *report.report(root))
     assert "`make bench` makes one" in (root / report.README).read_text()
-    assert "`make quality` makes one" in (root / report.PAGE).read_text()
-    assert list(report.differences(root, made)) == []
+    assert "`make quality` makes one" in blocks_of((root / report.PAGE).read_text())["quality"]
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["commit_info.id", "ceilings.matmul_flops", "ceilings.copy_bytes_per_s", "machine_info.device"],
-)
-def test_a_record_without_its_origin_is_refused(root: Path, name: str) -> None:
-    record = made_up(EPYC)
-    part, key = name.split(".")
-    del record[part][key]
-    save(root, "suite-a.json", record)
-    with pytest.raises(ValueError, match=rf"^benchmarks/results/suite-a.json: .*`{name}`"):
-        report.report(root)
-
-
-def test_an_unknown_commit_is_refused(root: Path) -> None:
+def test_records_of_unknown_origin_or_another_suite_are_refused(root: Path) -> None:
     save(root, "suite-a.json", {**made_up(EPYC), "commit_info": {"id": "unknown"}})
-    with pytest.raises(ValueError, match="commit_info.id"):
+    with pytest.raises(ValueError, match="^benchmarks/results/suite-a.json: commit unknown"):
+        report.report(root)
+    record = made_up(EPYC)
+    del record["rows"][3]["role"]
+    save(root, "suite-a.json", record)
+    with pytest.raises(ValueError, match="^benchmarks/results/suite-a.json: .*'role'"):
         report.report(root)
 
 
-class Experiment:
-    """Stands in for benchmarks/quality.py."""
-
-    @staticmethod
-    def table(record: dict[str, Any]) -> str:
-        return f"| accuracy |\n| ---: |\n| {record['accuracy']} |"
-
-    @staticmethod
-    def draw(record: dict[str, Any], path: Path) -> None:
-        from PIL import Image
-
-        Image.new("L", (2, 2)).save(path, format="PNG")
-
-
-@pytest.fixture
-def with_few_rows(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Records with one plot each; one is an experiment's."""
-    monkeypatch.setitem(sys.modules, "quality", Experiment)
-    record = made_up(EPYC)
-    few = [
-        row
-        for row in record["benchmarks"]
-        if report.info(row)["op"] == "layer_norm" and report.info(row)["work"] == "forward"
-    ]
-    save(root, "suite-a.json", {**record, "benchmarks": few, "not_measured": []})
-    save(root, "quality-a.json", {**record, "accuracy": "72.5%"})
-    report.write(root, report.report(root))
-    return root
-
-
-def test_the_check_accepts_what_was_written(with_few_rows: Path) -> None:
-    root = with_few_rows
-    assert list(report.differences(root, report.report(root))) == []
-    block = blocks_of((root / report.PAGE).read_text())["quality"]
-    assert "72.5%" in block and "quality.png" in block and "record: `benchmarks/" in block
-    assert (root / "docs/quality.png").exists()
-    assert "docs/benchmarks.md#the-same-performance" in (root / report.README).read_text()
-
-
-@pytest.mark.parametrize("wrong", ["72.6%", "72.4%"])
-def test_the_check_notices_a_changed_digit(with_few_rows: Path, wrong: str) -> None:
-    page = with_few_rows / report.PAGE
-    page.write_text(page.read_text().replace("72.5%", wrong))
-    (found,) = report.differences(with_few_rows, report.report(with_few_rows))
-    assert found.startswith(f"docs/benchmarks.md, `quality`, line 3: | {wrong} |")
-    assert found.endswith("| 72.5% |")
-
-
-def test_the_check_notices_an_extra_line(with_few_rows: Path) -> None:
-    page = with_few_rows / report.README
-    begin, end = report.marks("measured")
-    page.write_text(page.read_text().replace(end, f"ten times faster\n{end}"))
-    (found,) = report.differences(with_few_rows, report.report(with_few_rows))
-    assert "ten times faster" in found
-
-
-def test_the_check_notices_plots_of_other_records(with_few_rows: Path) -> None:
-    root = with_few_rows
-    plots = root / report.PLOTS
-    shutil.copy(plots / "amd-epyc-norms.png", plots / "amd-epyc-roofline.png")
-    (found,) = report.differences(root, report.report(root))
-    assert found == "docs/benchmarks/amd-epyc-roofline.png: no record gives it"
-    save(root, "quality-a.json", {**made_up(EPYC), "accuracy": "72.5%", "steps": 1})
-    report.write(root, report.report(root))
-    assert not (plots / "amd-epyc-roofline.png").exists()
-    assert list(report.differences(root, report.report(root))) == []
-    Experiment.draw({}, root / "docs/quality.png")
-    (found,) = report.differences(root, report.report(root))
-    assert found == "docs/quality.png: not drawn from the newest record, or not by this code"
-
-
-def test_the_command_names_the_page_and_line(
-    with_few_rows: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(report, "ROOT", with_few_rows)
-    monkeypatch.setattr(sys, "argv", ["report.py", "--check"])
-    with pytest.raises(SystemExit) as done:
-        report.main()
-    assert done.value.code == 0
-    page = with_few_rows / report.PAGE
-    page.write_text(page.read_text().replace("72.5%", "72.6%"))
-    with pytest.raises(SystemExit, match=r"docs/benchmarks.md, `quality`, line 3") as done:
-        report.main()
-
-
-def test_plots_draw_every_method_in_its_own_style(root: Path) -> None:
-    """Each panel has a line per method, in the method's colour, and labelled axes."""
-    save(root, "suite-a.json", made_up(EPYC))
-    (record,) = report.newest(root, "suite")
-    colours: dict[str, set[str]] = {}
-    for plot in report.plots(record):
-        figure = plot.draw()
-        drawn = figure.get_axes()
-        shown = [axis for axis in drawn if axis.axison]
-        assert shown and all(axis.get_xlabel() for axis in shown)
-        assert shown[0].get_ylabel() and figure.legends
-        for handle in figure.legends[0].legend_handles:
-            colours.setdefault(handle.get_label(), set()).add(handle.get_color())
-        if plot.name == "seqlen":
-            methods = {method for method, *_ in ATTENTION} - {"NATTEN"}
-            assert [len(axis.lines) for axis in shown] == [len(methods) + 1] * 2  # the floor
-    assert "SDPA flash †" in colours and "SDPA flash" not in colours and report.OURS in colours
-    assert len(colours) > 15 and all(len(found) == 1 for found in colours.values())
-    styles = report_plots.styles([method for method, *_ in ATTENTION])
-    assert len({tuple(map(str, style.values())) for style in styles.values()}) == len(styles)
-
-
-def test_the_arithmetic_needs_only_the_standard_library() -> None:
-    """gpu_bench.py's table uses it on GPU machines that have torch and little else."""
-    program = (
-        "import sys; sys.path.insert(0, 'benchmarks')\n"
-        "for name in ('numpy', 'torch', 'matplotlib', 'PIL'): sys.modules[name] = None\n"
-        "import report; print(report.time_text(1e-3))"
+def test_an_experiment(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = SimpleNamespace(
+        table=lambda record: f"| digits |\n| ---: |\n| {record['digits']} |",
+        draw=lambda record, path: path.write_bytes(b"drawn"),
+        HOW_TO_READ="As it stands.",
     )
-    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == "1.00 ms\n", done.stderr
+    monkeypatch.setitem(sys.modules, "benchmarks.experiments.quality", experiment)
+    save(root, "quality-a.json", {**made_up(EPYC), "digits": "72.5%"})
+    report.write(root, *report.report(root))
+    page, readme = ((root / name).read_text() for name in (report.PAGE, report.README))
+    picture = "![the same performance](benchmarks/quality-a.png)"
+    assert f"| 72.5% |\n\n{picture}\n\nAs it stands.\n\n<sub>AMD EPYC" in page
+    assert (root / report.PICTURES / "quality-a.png").read_bytes() == b"drawn"
+    assert f"{report.PAGE}#the-same-performance" in readme
+    assert "\n## The same performance?\n" in page
+
+
+def test_plots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Lines through three points or more, a gap where there is no time, every series apart."""
+    figures: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: figures.append(figure))
+    record = records.Record("x", made_up(EPYC))
+    for plot in plots.PLOTS.values():
+        plots.draw(plot, record, tmp_path)
+    seqlen, keys, norms = figures
+    assert "num_heads 4" in seqlen.get_suptitle() and len(keys.axes) == len(norms.axes) == 4
+    for figure in figures:
+        title, drawn = figure.get_suptitle(), [line for axis in figure.axes for line in axis.lines]
+        assert "AMD EPYC, 2 threads" in title and "dtype float32" in title
+        looks = {(line.get_color(), line.get_marker()) for line in drawn}
+        assert len(looks) == len(figure.legends[0].get_texts())
+        for line in drawn:
+            points = sum(map(math.isfinite, line.get_ydata()))
+            assert (line.get_linestyle() == "None") == (points < plots.MIN_POINTS_OF_A_LINE)
+    by_colour = {line.get_color(): line.get_ydata() for line in seqlen.axes[0].lines}
+    ours, _, other, *_ = (by_colour[style["color"]] for style in plots.STYLES.values())
+    assert list(ours) == pytest.approx([0.5] * 4)  # 1 us a position of two sequences
+    assert [math.isnan(y) for y in other] == [False, False, True, False]
+    labels = [text.get_text() for text in seqlen.legends[0].get_texts()]
+    assert f"other that computes the same: {FORMULATION}" in labels
+
+
+def test_tables_need_only_the_standard_library() -> None:
+    """``make gpu-bench`` prints one on machines that have torch and little else."""
+    hidden = "import sys; sys.modules |= dict.fromkeys(['numpy', 'torch', 'matplotlib', 'PIL'])"
+    program = f"{hidden}; import benchmarks.report.tables"
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)

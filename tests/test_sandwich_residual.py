@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 import cogview_kernels as ck
 from cogview.config import ModelConfig
-from cogview.model import GPT
+from cogview.model import GPT, Operators
 from cogview_kernels import extension
 from cogview_kernels.norm import function as norm
 from cogview_kernels.norm import portable
@@ -177,15 +177,14 @@ def test_any_width(
     hidden: int,
     num_sms: int,
     dtype: torch.dtype,
-    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Rows held by parts of a warp, by a block, and too wide for either; shared among blocks."""
-    monkeypatch.setattr(extension, "host_model_num_sms", num_sms)
     leaves = make_leaves(5, hidden, dtype=dtype, residual_dtype=torch.float32)
     for relax in RELAX:
         settings: dict[str, Any] = {"eps": 0.1, "relax": relax, "dropout_p": 0.3}
         runs = (sandwich(which, *leaves, **settings) for which in (implementation, "reference"))
-        actual, expected = ((*results, *gradients(results, leaves)) for results in runs)
+        with extension.modelled_device(num_sms):
+            actual, expected = ((*results, *gradients(results, leaves)) for results in runs)
         for one, two in zip(actual, expected, strict=True):
             rounding = 2 * torch.finfo(one.dtype).eps + 1e-5
             atol = rounding * max(1.0, two.abs().max().item())
@@ -829,9 +828,7 @@ def test_the_operator_on_the_cpu_computes_the_same(backend: str, relax: str | No
 
 @pytest.mark.parametrize("backend", KERNELS)
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
-def test_cogview_trains_alike(
-    backend: str, dropout: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_cogview_trains_alike(backend: str, dropout: float) -> None:
     """The same losses, step by step, whether its norms run on the kernels or on plain PyTorch."""
     config = ModelConfig(
         num_layers=2,
@@ -846,11 +843,12 @@ def test_cogview_trains_alike(
     positions = torch.arange(16, device=device).expand(2, -1)
 
     def train(which: str) -> Tensor:
-        for module, name in ((norm, "pb_relax_layer_norm"), (ck, "sandwich_residual")):
-            function = functools.partial(getattr(norm, name), backend=which)
-            monkeypatch.setattr(module, name, function)
+        operators = Operators(
+            layer_norm=functools.partial(ck.pb_relax_layer_norm, backend=which),
+            sandwich_residual=functools.partial(ck.sandwich_residual, backend=which),
+        )
         torch.manual_seed(1)
-        model = GPT(config, 24).to(device)
+        model = GPT(config, 24, operators).to(device)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
         losses = []
         for _ in range(24):
@@ -860,7 +858,6 @@ def test_cogview_trains_alike(
             loss.backward()
             optimizer.step()
             losses.append(loss.detach())
-        monkeypatch.undo()
         return torch.stack(losses)
 
     expected, actual = train("portable"), train(backend)

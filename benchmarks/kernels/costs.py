@@ -6,38 +6,35 @@ and move, counted.
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
+import math
+from collections.abc import Iterable
+from itertools import groupby
 from types import ModuleType
-from typing import Any
 
 from benchmarks.kernels import attention_costs, norm_costs
+from benchmarks.kernels.counting import Row, markdown, write
 
-ROOT = Path(__file__).resolve().parents[2]
-RECORD, PAGE = ROOT / "docs" / "kernel_costs.json", ROOT / "docs" / "kernel_costs.md"
+NAME = "kernel_costs"
 PARTS: dict[str, ModuleType] = {"attention": attention_costs, "norms": norm_costs}
 
 
-def marks(part: str) -> tuple[str, str]:
-    return f"<!-- {part} costs: begin -->", f"<!-- {part} costs: end -->"
+def ratio(row: Row, over: Iterable[str], under: str) -> float:
+    return sum(row[name] for name in over) / (row[under] or math.nan)
 
 
-def shown(part: str) -> str:
-    """The part's tables, as they stand in the page."""
-    begin, end = marks(part)
-    return PAGE.read_text().split(begin)[1].split(end)[0].strip()
-
-
-def write(record: dict[str, list[dict[str, Any]]]) -> None:
-    rows = {part: ",\n".join(map(json.dumps, record[part])) for part in PARTS}
-    parts = ",\n".join(f'"{part}": [\n{text}\n]' for part, text in rows.items())
-    RECORD.write_text(f"{{{parts}}}\n")
-    page = PAGE.read_text()
+def tables(record: dict[str, list[Row]]) -> dict[str, str]:
+    """By mark in the page: a table for each case of a part."""
+    found = {}
     for part, module in PARTS.items():
-        begin, end = marks(part)
-        before, rest = page.split(begin)
-        page = f"{before}{begin}\n{module.table(record[part])}\n{end}{rest.split(end)[1]}"
-    PAGE.write_text(page)
+        texts = []
+        for case, group in groupby(record[part], lambda row: row["case"]):
+            rows = [
+                row | {name: ratio(row, *of) for name, of in module.RATIOS.items()}
+                for row in module.shown(list(group))
+            ]
+            texts.append(f"#### {case}\n\n{markdown(rows)}")
+        found[f"{part} costs"] = "\n\n".join(texts)
+    return found
 
 
 def main() -> None:
@@ -45,9 +42,7 @@ def main() -> None:
         part: [row for case in module.CASES for row in module.count(case)]
         for part, module in PARTS.items()
     }
-    write(record)
-    numbers = " and ".join(f"{len(rows)} of {part}" for part, rows in record.items())
-    print(f"{PAGE.relative_to(ROOT)}: {numbers}")
+    write(NAME, record, tables(record))
 
 
 if __name__ == "__main__":

@@ -1,202 +1,116 @@
-"""The plots of report.py: numbers come in, matplotlib figures go out."""
+"""Plots of the sweeps: few series, chosen by what they are (ours, the rival, dense)."""
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import numpy as np
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
-from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullFormatter, NullLocator
+from matplotlib.ticker import LogLocator, NullFormatter
 
-Style = dict[str, Any]
-Curves = Mapping[str, Sequence[tuple[float, ...]]]
+from benchmarks.report.records import Group, Record, Row, groups
+from benchmarks.report.tables import common
 
-OTHERS = "#8A8A8A"
-
-# Okabe and Ito's colours, which colour-blind people tell apart, by how a method's name begins.
-# Relatives share a colour and differ in dashes; markers differ in any case.
-FAMILIES = {
-    "cogview_kernels": "#0072B2",
-    "portable": "#56B4E9",
-    "FlexAttention, gathered": "#D55E00",
-    "FlexAttention on FlashAttention-4, gathered": "#D55E00",
-    "FlexAttention": "#E69F00",
-    "window + pivots": "#CC79A7",
-    "CogView": "#009E73",
-    "PyTorch PB-relax": "#009E73",
-    "SDPA, dense mask": OTHERS,
-    "SDPA": "#000000",
-    "F.layer_norm": "#000000",
-    "dense SDPA": "#000000",
-    "FlashAttention": "#8C6D1F",
-    "liger": "#E69F00",
-    "quack": "#CC79A7",
+MIN_POINTS_OF_A_LINE = 3
+# Okabe and Ito's colours, which colour-blind people tell apart; markers and dashes differ too.
+STYLES: dict[str, dict[str, Any]] = {
+    "ours": {"color": "#0072B2", "marker": "o", "linewidth": 2.2},
+    "best rival": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
+    "other that computes the same": {"color": "#009E73", "marker": "^", "linestyle": ":"},
+    "computes another function": {"color": "#000000", "marker": "D", "linestyle": "-."},
+    "floor": {"color": "#888888", "marker": "_", "linestyle": (0, (1, 2))},
 }
-UNMARKED = {"color": "#555555", "linewidth": 1, "linestyle": (0, (1, 1))}  # the floor
-MARKERS = "osD^vP*X<>phd"
-DASHES = ("-", "--", ":", "-.", (0, (5, 1, 1, 1, 1, 1)))
 
 
-def styles(methods: Sequence[str]) -> dict[str, Style]:
-    """Colour, marker and dashes of each method of a record: the same in all of its plots."""
-    found: dict[str, Style] = {}
-    relatives: dict[str, int] = {}
-    for number, method in enumerate(methods):
-        family = max((name for name in FAMILIES if method.startswith(name)), key=len, default="")
-        colour = FAMILIES.get(family, OTHERS)
-        index = relatives.setdefault(colour, 0)
-        relatives[colour] += 1
-        found[method] = {
-            "color": colour,
-            "marker": MARKERS[number % len(MARKERS)],
-            "linestyle": DASHES[index % len(DASHES)],
-            "linewidth": 2.4 if method == "cogview_kernels" else 1.3,
-            "zorder": 3 if method == "cogview_kernels" else 2,
-        }
-    return found
+def series(group: Group, ceilings: dict[str, Any]) -> dict[str, Row | None]:
+    ours, seconds = group.ours, group.ours.floor(ceilings) or math.nan
+    floor = dataclasses.replace(ours, median=seconds, method="measured ceilings")
+    other = group.best(lambda row: not row.role and row.computes == ours.computes)
+    return dict(zip(STYLES, (ours, group.rival, other, group.dense, floor), strict=True))
 
 
-def lines(
-    panels: Mapping[str, tuple[str, Curves]],
-    y_label: str,
-    title: str,
-    styles: Mapping[str, Style],
-    level: tuple[float, str] | None = None,
-) -> Figure:
-    """A panel for each title: its x label, and a line for each method. Points ``(x, y, low, high)``
-    have a band. Axes are logarithmic; with a ``level`` to reach, y is linear and begins at 0."""
-    columns = 2 if len(panels) == 4 else min(3, len(panels))
-    rows = math.ceil(len(panels) / columns)
-    drawn = [method for method in styles if any(method in curves for _, curves in panels.values())]
-    points = [point for _, curves in panels.values() for line in curves.values() for point in line]
-    ys = [y for _, *values in points for y in values if not math.isnan(y)]
-    size = 9.6, (3.5 if columns < 3 else 3) * rows + 0.22 * math.ceil(len(drawn) / 4) + 0.4
-    figure = Figure(figsize=size, layout="constrained")
+@dataclasses.dataclass(frozen=True)
+class Plot:
+    """``panels`` are (operation, sweep) by title."""
+
+    caption: str
+    panels: dict[str, tuple[str, str]]
+    x_label: str
+    x: Callable[[Row], float]
+    y_label: str
+    y: Callable[[Row], float]
+
+    def groups(self, record: Record) -> dict[str, dict[float, Group]]:
+        """By title and x; panels with two points or more."""
+        found: dict[str, dict[float, Group]] = defaultdict(dict)
+        for title, (op, sweep) in self.panels.items():
+            for group in groups(record.rows, sweep, op):
+                if group.work in ("forward", "backward"):
+                    found[f"{title}, {group.work}"][self.x(group.ours)] = group
+        return {title: dict(sorted(by.items())) for title, by in found.items() if len(by) > 1}
+
+
+def microseconds_per_token(row: Row) -> float:
+    return 1e6 * row.median / (row.case["batch"] * row.case["seqlen"])
+
+
+SEQLEN = "sequence length (tokens)", lambda row: row.case["seqlen"]
+SHARE = "keys attended (% of dense causal)", lambda row: 100 * (row.attended_fraction or 0)
+HIDDEN = "hidden size (columns)", lambda row: row.case["hidden"]
+PER_TOKEN = "time per token (us)", microseconds_per_token
+BANDWIDTH = "bytes that must move (GB/s)", lambda row: row.bytes / row.median / 1e9
+LENGTHS = {"attention": ("attention", "seqlen")}
+SHARES = {"window varies": ("attention", "window"), "pivots vary": ("attention", "pivots")}
+NORMS = {"LayerNorm": ("layer_norm", "hidden"), "sandwich": ("sandwich_residual", "hidden")}
+PLOTS = {
+    "seqlen": Plot("Attention against sequence length", LENGTHS, *SEQLEN, *PER_TOKEN),
+    "keys": Plot("Attention against the share of keys attended", SHARES, *SHARE, *PER_TOKEN),
+    "norms": Plot("Bandwidth of the norms against hidden size", NORMS, *HIDDEN, *BANDWIDTH),
+}
+
+
+def draw(plot: Plot, record: Record, path: Path) -> None:
+    """A series with fewer than three points has no line; where a method has no time is a gap."""
+    panels = plot.groups(record)
+    rows = math.ceil(len(panels) / 2)
+    figure = Figure(figsize=(9.6, 3.1 * rows + 1.9), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(rows, columns, squeeze=False, sharey=True).ravel()
-    for axis in axes[len(panels) :]:
+    axes = figure.subplots(rows, 2, squeeze=False, sharey=True)
+    handles: dict[str, Any] = {}
+    methods = defaultdict[str, dict[str, None]](dict)
+    for axis in axes.flat[len(panels) :]:
         axis.set_axis_off()
-    for axis, (name, (x_label, curves)) in zip(axes, panels.items(), strict=False):
-        for method, line in curves.items():
-            x, y, *band = zip(*line, strict=True)
-            axis.plot(x, y, markersize=4, **styles.get(method, UNMARKED))
-            if band:
-                axis.fill_between(x, *band, color=styles[method]["color"], alpha=0.15, linewidth=0)
-        xs = sorted({x for line in curves.values() for x, *_ in line})
-        if 0 in xs:
-            axis.set_xscale("symlog", linthresh=xs[1])
-        else:
-            axis.set_xscale("log", base=2)
-        axis.xaxis.set_major_locator(FixedLocator(xs))
-        axis.xaxis.set_minor_locator(NullLocator())
-        axis.xaxis.set_major_formatter(FuncFormatter(lambda x, _: short(x)))
-        if level is None:
-            few = max(ys) < 100 * min(ys)
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if few else (1,)))
-            axis.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
-            axis.yaxis.set_minor_formatter(NullFormatter())
-        else:
-            axis.set_ylim(0, 1.1 * max(*ys, level[0]))
-            axis.axhline(level[0], color="black", linewidth=1, linestyle=(0, (6, 3)))
-            where = xs[0], level[0]
-            axis.annotate(level[1], where, (0, 3), textcoords="offset points", fontsize=8)
-        axis.set_title(name.replace("_", " "), fontsize=10)
-        axis.set_xlabel(x_label, fontsize=9)
+    for axis, (title, by_x) in zip(axes.flat, panels.items(), strict=False):
+        found = [series(group, record.content["ceilings"]) for group in by_x.values()]
+        for name, style in STYLES.items():
+            ys = [plot.y(row) if (row := each[name]) else math.nan for each in found]
+            methods[name] |= {row.method: None for each in found if (row := each[name])}
+            if count := sum(map(math.isfinite, ys)):
+                style = style if count >= MIN_POINTS_OF_A_LINE else style | {"linestyle": "none"}
+                (line,) = axis.plot([*by_x], ys, markersize=5, **style)
+                handles.setdefault(name, line)
+        axis.set_title(title, fontsize=10)
+        axis.set_xlabel(plot.x_label, fontsize=9)
+        axis.set_xscale("log", base=2)
+        axis.set_xticks([*by_x], [f"{x:.0f}" for x in by_x])
         axis.tick_params(labelsize=8)
         axis.grid(alpha=0.3)
-    for axis in axes[::columns]:
-        axis.set_ylabel(y_label, fontsize=9)
-    if any("floor" in curves for _, curves in panels.values()):
-        drawn.append("floor")
-    handles = [
-        Line2D([], [], label=name, markersize=4, **styles.get(name, UNMARKED)) for name in drawn
-    ]
-    figure.legend(handles=handles, loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-    figure.suptitle(title, fontsize=11)
-    return figure
-
-
-def short(x: float) -> str:
-    return f"{x / 1024:g}k" if x >= 1024 and x % 1024 == 0 else f"{x:g}"
-
-
-def roofline(
-    points: Sequence[tuple[str, str, str, float, float]],
-    ceilings: Mapping[str, Any],
-    unit: tuple[str, float],
-    title: str,
-    styles: Mapping[str, Style],
-) -> Figure:
-    """Points ``(work, method, dtype, FLOP a byte, TFLOP/s)``: colour by method, marker by work."""
-    figure = Figure(figsize=(9.6, 5.4), layout="constrained")
-    FigureCanvasAgg(figure)
-    axis = figure.subplots()
-    name, scale = unit
-    copy, rates = ceilings["copy_bytes_per_s"], ceilings["matmul_flops"]
-    works = list(dict.fromkeys(work for work, *_ in points))
-    methods = [method for method in styles if any(method == point[1] for point in points)]
-    intensities = [point[3] for point in points]
-    x = np.geomspace(min(intensities) / 3, max(intensities) * 3, 400)
-    for dtype in dict.fromkeys(dtype for _, _, dtype, *_ in points):
-        roof = np.minimum(rates[dtype], x * copy) / scale
-        axis.plot(x, roof, color="black", linewidth=1.2)
-        axis.annotate(
-            f"matrix product, {dtype}: {roof[-1]:.3g} {name}",
-            (x[-1], roof[-1]),
-            (0, 3),
-            textcoords="offset points",
-            horizontalalignment="right",
-            fontsize=8,
-        )
-    axis.annotate(
-        f"copy: {copy / 1e9:.4g} GB/s",
-        (x[0], x[0] * copy / scale),
-        (4, -2),
-        textcoords="offset points",
-        verticalalignment="top",
-        fontsize=8,
-    )
-    for work, method, _, intensity, rate in points:
-        axis.plot(
-            intensity,
-            1e12 * rate / scale,
-            MARKERS[works.index(work) % len(MARKERS)],
-            color=styles[method]["color"],
-            markersize=6,
-            alpha=0.85,
-            markeredgecolor="white",
-            markeredgewidth=0.5,
-            zorder=styles[method]["zorder"],
-        )
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    for side in (axis.xaxis, axis.yaxis):
-        side.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-    axis.set_xlabel("useful FLOP a byte that must move", fontsize=9)
-    axis.set_ylabel(f"useful {name}", fontsize=9)
-    axis.tick_params(labelsize=8)
-    axis.grid(alpha=0.3, which="both")
-    by_method = [
-        Line2D([], [], color=styles[name]["color"], linestyle="", marker="o", label=name)
-        for name in methods
-    ]
-    by_work = [
-        Line2D(
-            [],
-            [],
-            color="dimgrey",
-            linestyle="",
-            marker=MARKERS[i % len(MARKERS)],
-            label=work.replace("_", " "),
-        )
-        for i, work in enumerate(works)
-    ]
-    figure.legend(handles=by_method, loc="outside lower center", ncols=3, fontsize=8, frameon=False)
-    axis.legend(handles=by_work, loc="lower right", fontsize=8)
-    axis.set_title(title, fontsize=11)
-    return figure
+        if plot.y is not microseconds_per_token:
+            axis.set_ylim(bottom=0)
+            continue
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
+    for axis in axes[:, 0]:
+        axis.set_ylabel(plot.y_label, fontsize=9)
+    labels = [f"{name}: {' / '.join(methods[name])}" for name in handles]
+    figure.legend(handles.values(), labels, loc="outside lower center", fontsize=8, frameon=False)
+    cases = common(group.ours for by_x in panels.values() for group in by_x.values())
+    figure.suptitle(f"{plot.caption}\n{record.machine}\n{cases}", fontsize=9)
+    figure.savefig(path, format="png", dpi=110)

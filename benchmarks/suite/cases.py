@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import torch
 
 import cogview_kernels as ck
+from cogview_kernels.attention.layout import window_start
 
 WORKS = ("forward", "backward", "forward+backward")
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -27,7 +27,7 @@ class AttentionCase:
     num_kv_heads: int = 0  # 0: num_heads
     head_dim: int = 64
     text_len: int = 64
-    q_len: int = 0  # the last queries, as in decoding; 0: all of them
+    q_len: int = 0  # 1: the last query alone, as in decoding; 0: all of them
     dtype: str = "bfloat16"
 
     @property
@@ -70,29 +70,18 @@ class AttentionCase:
         )
 
     @functools.cached_property
-    def _counts(self) -> tuple[int, int]:
-        """Visible pairs of query and key; keys that some query sees. Of all samples, one head."""
+    def pairs(self) -> int:
+        """Visible pairs of query and key, of all samples, one head."""
         layout = self.layout("cpu")
         assert layout.pivot_idx is not None
         position = torch.arange(self.seqlen - self.queries, self.seqlen)
-        block = position // self.query_window
-        start = ((block - self.key_window_times + 1) * self.query_window).clamp(min=0)
-        text = start.clamp(max=self.text_len)
-        pairs = seen = 0
+        start = window_start(position, self.query_window, self.key_window_times)
+        window_and_text = position - start + 1 + start.clamp(max=self.text_len)
+        pairs = self.batch * int(window_and_text.sum())
         for pivots in layout.pivot_idx.long():
             pivots = pivots[(pivots >= self.text_len) & (pivots < self.seqlen)]
-            before = torch.searchsorted(pivots, start)  # pivots in front of the window
-            pairs += int((position - start + 1 + text + before).sum())
-            first = int(start[0])
-            far = int(((pivots >= first) & (pivots < start[-1])).sum())
-            in_windows = self.seqlen - first
-            # Keys of the windows hold the later pivots and text already.
-            seen += in_windows + int(text[0]) + int(before[-1]) - far
-        return pairs, seen
-
-    @property
-    def pairs(self) -> int:
-        return self._counts[0]
+            pairs += int(torch.searchsorted(pivots, start).sum())  # those in front of the window
+        return pairs
 
     @property
     def attended_fraction(self) -> float:
@@ -111,7 +100,8 @@ class AttentionCase:
         element = self.torch_dtype.itemsize
         queries = self.batch * self.num_heads * self.queries
         rows = queries * self.head_dim * element
-        keys = self._counts[1] * self.kv_heads * self.head_dim * element
+        seen = self.pairs if self.q_len else self.batch * self.seqlen
+        keys = seen * self.kv_heads * self.head_dim * element
         forward = 2 * rows + 2 * keys + 4 * queries  # q, out; k, v; lse
         backward = 4 * rows + 4 * keys + 4 * queries  # q, out, dout, dq; k, v, dk, dv; lse
         both = {"forward": forward, "backward": backward}
@@ -154,49 +144,22 @@ class StepCase:
     """One whole training step of CogView's model: forward, loss, backward, optimizer."""
 
     num_layers: int
-    hidden_size: int
-    num_heads: int
-    batch: int
-    image_len: int
-    query_window: int
-    key_window_times: int
-    num_pivots: int
-    text_len: int = 64
+    attention: AttentionCase  # of each layer; autocast to its dtype, unless that is float32
     vocab_size: int = 58240
-    dtype: str = "bfloat16"  # of autocast; float32: none
     op = "training_step"
     works = ("step",)
 
     @property
-    def seqlen(self) -> int:
-        return self.text_len + self.image_len
+    def hidden_size(self) -> int:
+        return self.attention.num_heads * self.attention.head_dim
 
     @property
     def name(self) -> str:
-        return (
-            f"L{self.num_layers} {self.hidden_size} H{self.num_heads} B{self.batch} S{self.seqlen} "
-            f"w{self.query_window} n{self.key_window_times} P{self.num_pivots} T{self.text_len} "
-            f"{self.dtype}"
-        )
+        return f"L{self.num_layers} V{self.vocab_size} {self.attention.name}"
 
     @property
     def tokens(self) -> int:
-        return self.batch * self.seqlen
-
-    @property
-    def attention(self) -> AttentionCase:
-        """Of one layer."""
-        return AttentionCase(
-            self.seqlen,
-            self.query_window,
-            self.key_window_times,
-            self.num_pivots,
-            batch=self.batch,
-            num_heads=self.num_heads,
-            head_dim=self.hidden_size // self.num_heads,
-            text_len=self.text_len,
-            dtype=self.dtype,
-        )
+        return self.attention.batch * self.attention.seqlen
 
     @property
     def matrix_parameters(self) -> int:
@@ -213,91 +176,3 @@ class StepCase:
 
 
 Case = AttentionCase | NormCase | StepCase
-
-
-@dataclasses.dataclass(frozen=True)
-class Planned:
-    """A case and the sweeps that it belongs to."""
-
-    case: Case
-    sweeps: tuple[str, ...]
-
-
-def _planned(cases: list[tuple[str, Case]]) -> list[Planned]:
-    """In order, each case once."""
-    sweeps: dict[Case, tuple[str, ...]] = {}
-    for sweep, case in cases:
-        sweeps[case] = (*sweeps.get(case, ()), sweep)
-    return [Planned(case, names) for case, names in sweeps.items()]
-
-
-def cases_of(device_type: str) -> list[Planned]:
-    """The fixed cases, then what varies one quantity at a time; smaller on a CPU."""
-    return _planned(_cuda_cases() if device_type == "cuda" else _cpu_cases())
-
-
-def _cuda_cases() -> list[tuple[str, Case]]:
-    talk = AttentionCase(4224, 128, 2, 256, batch=4)
-    vary = functools.partial(dataclasses.replace, talk)
-    cases: list[tuple[str, Case]] = [
-        # CogView's 32x32 codes, its talk, its paper, a long sequence; a token of the talk's
-        ("fixed", AttentionCase(1088, 64, 4, 192, batch=16)),
-        ("fixed", talk),
-        ("fixed", AttentionCase(4224, 128, 6, 704, batch=4)),
-        ("fixed", AttentionCase(16448, 128, 2, 512)),
-        ("fixed", AttentionCase(4224, 128, 2, 256, batch=16, q_len=1)),
-        ("fixed", NormCase("layer_norm", 8192, 2560)),
-        ("fixed", NormCase("sandwich_residual", 8192, 2560)),
-        ("fixed", StepCase(12, 2560, 40, 4, 1024, 64, 4, 192)),
-        ("fixed", StepCase(12, 2560, 40, 1, 4096, 128, 2, 256)),
-        ("llm", AttentionCase(32768, 128, 8, 512, num_heads=32, num_kv_heads=8, head_dim=128)),
-    ]
-    for log2 in range(10, 17):
-        seqlen = 1 << log2
-        batch = max(1, 16384 // seqlen)
-        cases.append(("seqlen", AttentionCase(seqlen, 128, 2, 256, batch=batch)))
-    cases += [("window", vary(key_window_times=times)) for times in (1, 2, 4, 8, 16)]
-    cases += [("pivots", vary(num_pivots=pivots)) for pivots in (0, 64, 256, 1024, 2048)]
-    cases += [("head_dim", vary(num_heads=2560 // dim, head_dim=dim)) for dim in (32, 64, 96, 128)]
-    cases += [("dtype", vary(dtype=dtype)) for dtype in ("bfloat16", "float16", "float32")]
-    for op in ("layer_norm", "sandwich_residual"):
-        cases += [
-            ("hidden", NormCase(op, (1 << 24) // hidden, hidden))
-            for hidden in (512, 1024, 2560, 4096, 8192, 16384)
-        ]
-        cases += [("dtype", NormCase(op, 8192, 2560, dtype)) for dtype in DTYPES]
-    for seqlen in (1088, 16448, 65600):
-        cases.append(("seqlen", AttentionCase(seqlen, 128, 2, 256, batch=16, q_len=1)))
-    return cases
-
-
-def _cpu_cases() -> list[tuple[str, Case]]:
-    small = functools.partial(AttentionCase, num_heads=4, dtype="float32")
-    vary = functools.partial(dataclasses.replace, small(4224, 128, 2, 256))
-    cases: list[tuple[str, Case]] = [
-        ("fixed", small(1088, 64, 4, 192)),
-        ("fixed", small(4224, 128, 2, 256)),
-        ("fixed", small(4224, 128, 6, 704)),
-        ("fixed", small(16448, 128, 2, 512)),
-        ("fixed", small(4224, 128, 2, 256, q_len=1)),
-        ("fixed", NormCase("layer_norm", 2048, 2560, "float32")),
-        ("fixed", NormCase("sandwich_residual", 2048, 2560, "float32")),
-        ("fixed", StepCase(4, 256, 4, 1, 1024, 64, 4, 192, vocab_size=8192, dtype="float32")),
-        ("fixed", StepCase(4, 256, 4, 1, 4096, 128, 2, 256, vocab_size=8192, dtype="float32")),
-    ]
-    cases += [("seqlen", small(1 << log2, 128, 2, 256)) for log2 in range(10, 15)]
-    cases += [("window", vary(key_window_times=times)) for times in (1, 2, 4, 8, 16)]
-    cases += [("pivots", vary(num_pivots=pivots)) for pivots in (0, 64, 256, 1024, 2048)]
-    cases += [("head_dim", vary(num_heads=256 // dim, head_dim=dim)) for dim in (32, 64, 128)]
-    cases += [("dtype", vary(dtype=dtype)) for dtype in ("float32", "bfloat16")]
-    cases.append(("llm", small(8192, 128, 8, 512, num_kv_heads=1, head_dim=128)))
-    for op in ("layer_norm", "sandwich_residual"):
-        cases += [
-            ("hidden", NormCase(op, (1 << 22) // size, size, "float32")) for size in (512, 8192)
-        ]
-    cases += [("seqlen", small(seqlen, 128, 2, 256, q_len=1)) for seqlen in (1088, 16448)]
-    return cases
-
-
-def describe(case: Case) -> dict[str, Any]:
-    return dataclasses.asdict(case)

@@ -1,585 +1,312 @@
 """The suite on a machine with a GPU that is bare but for torch, triton and nvcc, in one command:
 ``python -m benchmarks.suite.gpu`` from the repository's root, with the Python that holds torch.
-Builds for the GPU that is here, runs the suite's entries in order of importance until all are done
-or the time is up, and prints a table last.
+Builds for the GPU that is here, times the suite's entries in the order of the plan until all are
+done or the window ends, and prints a table last.
 
-The record, ``benchmarks/results/suite-<device>-<date>-<commit>.json``, is rewritten as entries come
-in, so that what was measured outlives a hang or a kill; ``$OUT``, where set, gets a copy. An entry
-that takes its process down or takes longer than ENTRY_S is lost, and the others go on.
-``--resume RECORD`` goes on where an earlier run ended. The commit is git's, else ``$COMMIT``.
+A worker process times the entries and rewrites the record after each,
+``benchmarks/results/suite-<device>-<date>-<commit>.json`` (``$OUT``, where set, gets a copy). An
+entry that ends its process or takes longer than ENTRY_S is lost, and a new worker times the others.
+``--resume RECORD`` continues an earlier run. The commit is git's, else ``$COMMIT``.
 
-Exit status: 0 all was measured that can run here, 1 something failed, was wrong or not reached,
-2 nothing ran.
+Exit status: 0 everything that can run there was timed, 1 something failed, was wrong or was not
+reached, 2 nothing ran.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import ctypes
-import dataclasses
-import functools
 import importlib
+import itertools
 import json
-import os
-import select
 import signal
-import statistics
-import subprocess
 import sys
 import time
 import traceback
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import (
-    ROOT,
-    architecture_here,
-    build,
-    context_lives,
-    environment,
-    places,
-    save_log,
-    why_nothing_runs,
-)
-from benchmarks.report import pages as report
+from benchmarks import machine
+from benchmarks.machine import ROOT, save_record
+from benchmarks.report import records, tables
 
-RESULTS = ROOT / "benchmarks" / "results"
 LOG = ROOT / "results" / "gpu-bench.log"
-COMPILED = ROOT / "build" / "inductor"  # kept: a second run compiles nothing anew
-BUDGET_S = 540
-START_S = 90  # of a worker: imports, the device's context
-ENTRY_S = 75  # of an entry, compilation included
-SLOW_S = 60  # what takes longer on one case lets the others go first on the next
-LAST_S = 2  # with less time left no entry is begun
-SAVE_S = 2  # a kill loses no more than this
-LOOK_S = 20  # between two looks at the clocks
+COMPILED = ROOT / "build" / "inductor"  # a second run compiles nothing again
+WINDOW_S = 540
+ENTRY_S = 75  # of an entry at most, compilation included
+LAST_S = 2  # with less time left no entry is started
+# What --dry-run assumes besides the entries: the build on 16 cores; start, ceilings and controls.
+BUILD_ESTIMATE_S, START_ESTIMATE_S, DRIFT_ESTIMATE_S = 100, 20, 3
 TABLE_CHARS = 7000  # a remote runner may show no more than the end of what was printed
+LISTS = "controls", "host_time", "drift", "clocks", "not_reached", "not_measured", "rows"
+
+Json = dict[str, Any]
 
 
-class Lost(Exception):
-    """A worker that cannot be started, and why."""
+def planned(arguments: argparse.Namespace) -> list[Any]:
+    suite = importlib.import_module(arguments.suite)
+    return [entry for entry in suite.entries(arguments.device) if arguments.only in entry.id]
 
 
-class Worker:
-    """A process that runs entries, one after the other; a new one where the last was lost."""
-
-    def __init__(self, suite: str, device: str) -> None:
-        self.command = [sys.executable, "-m", "benchmarks.suite.gpu", "--work"]
-        self.command += ["--suite", suite, "--device", device]
-        self.process: subprocess.Popen[str] | None = None
-
-    def start(self, seconds: float) -> dict[str, Any]:
-        """The machine, as the process sees it."""
-        variables = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
-        LOG.parent.mkdir(exist_ok=True)
-        with LOG.open("a") as log:
-            self.process = subprocess.Popen(
-                self.command,
-                cwd=ROOT,
-                env=environment(**variables),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=log,
-                text=True,
-                start_new_session=True,
-            )
-        answer = self._answer(seconds)
-        if "machine" not in answer:
-            raise Lost(f"the worker does not start: {answer['reason']}; see {LOG.name}")
-        machine: dict[str, Any] = answer["machine"]
-        return machine
-
-    def ask(self, question: str, end: float) -> dict[str, Any]:
-        """The answer; where there is none by ``end`` or in ENTRY_S, the reason."""
-        if self.process is None or self.process.poll() is not None:
-            try:
-                self.start(min(START_S, end - time.time()))
-            except Lost:  # the device may still be busy with the one that was killed
-                self.start(min(START_S, end - time.time()))
-        assert self.process is not None and self.process.stdin is not None
-        self.process.stdin.write(question + "\n")
-        self.process.stdin.flush()
-        return self._answer(min(ENTRY_S, end - time.time()))
-
-    def _answer(self, seconds: float) -> dict[str, Any]:
-        assert self.process is not None and self.process.stdout is not None
-        pipe, end, text = self.process.stdout.fileno(), time.time() + seconds, b""
-        answer: dict[str, Any] = {}
-        while not answer:
-            if not select.select([pipe], [], [], max(end - time.time(), 0))[0]:
-                answer = {"reason": f"killed: no answer in {seconds:.0f} s", "timed_out": True}
-            elif chunk := os.read(pipe, 1 << 16):
-                text += chunk
-                answer = json.loads(text) if text.endswith(b"\n") else {}
-            else:
-                answer = {"reason": f"its process {self._end()}", "lost": True}
-        if "timed_out" in answer or "lost" in answer:
-            self.stop()
-            answer["failed"] = True
-        return answer
-
-    def _end(self) -> str:
-        assert self.process is not None
-        try:
-            status = self.process.wait(10)
-        except subprocess.TimeoutExpired:
-            return "hung at its end"
-        return f"died with signal {-status}" if status < 0 else f"ended with status {status}"
-
-    def stop(self) -> None:
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-                self.process.wait(10)  # a process that a hung device holds is left behind
-            except (ProcessLookupError, subprocess.TimeoutExpired):
-                pass
-            self.process = None
+def pending(plan: list[Any], record: Json) -> list[Any]:
+    """What has no outcome yet, in order; last, what failed in an earlier run."""
+    known = {row["name"] for row in (*record["rows"], *record["not_measured"])}
+    unknown = [entry for entry in plan if entry.id not in known]
+    return sorted(unknown, key=lambda entry: entry.id in record["failed_before"])
 
 
-def work(suite_name: str, device_type: str) -> None:
-    """The worker: answers the name of an entry with what its run gave, one line of JSON each."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it does not outlive its parent
-    answers = os.fdopen(os.dup(1), "w")
-    os.dup2(2, 1)  # what libraries print goes to the log
+def missing(entry: Any, reason: str, failed: bool) -> Json:
+    return {"name": entry.id, **entry.info(), "reason": reason, "failed": failed}
 
-    def answer(**content: Any) -> None:
-        print(json.dumps(content), file=answers, flush=True)
 
+# The worker.
+
+
+def work(arguments: argparse.Namespace) -> int:
+    """Times what is pending, until ``arguments.end``; ``running`` in the record says what it does,
+    for the case that it does not return."""
+    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with its parent
     import torch
 
     from benchmarks.suite import measure
 
-    suite = importlib.import_module(suite_name)
-    device = torch.device(device_type)
-    entries = {entry.id: entry for entry in suite.entries(device_type)}
-    answer(machine=measure.machine_info(device))
-    for line in sys.stdin:
-        question = line.rstrip("\n")
-        print(f"{time.strftime('%H:%M:%S')} {question}", file=sys.stderr, flush=True)
-        try:
-            if question == "ceilings":
-                answer(ceilings=measure.ceilings(device))
-            else:
-                answer(**suite.run(entries[question], device))
-        except Exception as error:
-            cannot_run_here = isinstance(error, suite.NotMeasured) and not error.failed
-            if not cannot_run_here:
-                traceback.print_exc()
-            known = isinstance(error, suite.NotMeasured)
-            reason = str(error) if known else f"{type(error).__name__}: {error}"
-            if not context_lives():  # it cannot be mended in this process
-                answer(reason=f"[CUDA context lost] {reason}", lost=True)
-                return
-            answer(reason=reason, failed=not cannot_run_here)
+    suite = importlib.import_module(arguments.suite)
+    plan, device, path = planned(arguments), torch.device(arguments.device), arguments.resume
+    record = json.loads(path.read_text())
+    # Of ours, the first entry of each operator is timed again after each stage.
+    ours = [entry for entry in plan if entry.stage == "ours" and not entry.method.graph]
+    first = {entry.case.op: entry for entry in reversed(ours) if entry.case.op != "training_step"}
+    watched = [entry for entry in ours if entry in first.values()]
+
+    def begin(name: str) -> bool:
+        record["running"] = {"name": name}
+        save_record(record, path)
+        return time.time() < arguments.end - LAST_S
+
+    def time_again(stage: str) -> None:
+        """How far our times and the clocks have drifted since the first time."""
+        first = {row["name"]: row["seconds"]["median"] for row in record["rows"]}
+        for entry in watched:
+            if entry.id in first and begin(f"{entry.id}, again"):
+                with contextlib.suppress(suite.NotMeasured):
+                    median = timed_row(suite, entry, device)["seconds"]["median"]
+                    row = {"after_stage": stage, "name": entry.id, "median": median}
+                    record["drift"].append({**row, "first_median": first[entry.id]})
+        if device.type == "cuda" and begin("clocks"):
+            clocks = measure.clocks_under_load(device)
+            record["clocks"].append({"time": machine.now(), "after_stage": stage, **clocks})
+
+    if not record["ceilings"] and begin("ceilings and controls"):
+        record["ceilings"] = measure.ceilings(device)
+        if device.type == "cuda":
+            from benchmarks.suite import host_time
+
+            record["controls"] = measure.empty_kernels(device)
+            record["host_time"] = host_time.rows(device)
+        for entry in watched[:2]:
+            with contextlib.suppress(suite.NotMeasured):  # its own turn will say why
+                call = suite.ready(entry, device).call
+                record["controls"].append(measure.a_a_control(entry.id, call, device))
+    for stage, group in itertools.groupby(pending(plan, record), lambda entry: entry.stage):
+        for entry in itertools.takewhile(lambda entry: begin(entry.id), group):
+            print(f"{time.strftime('%H:%M:%S')} {entry.id}", file=sys.stderr, flush=True)
+            try:
+                record["rows"].append(timed_row(suite, entry, device))
+            except Exception as error:  # of a peer, or of a method that is wrong
+                known = isinstance(error, suite.NotMeasured)
+                reason = str(error) if known else f"{type(error).__name__}: {error}"
+                if not machine.context_lives():  # another process must go on
+                    record["running"]["reason"] = f"[CUDA context lost] {reason}"
+                    save_record(record, path)
+                    return 3
+                failed = not known or error.failed  # type: ignore[attr-defined]
+                if failed:
+                    traceback.print_exc()
+                record["not_measured"].append(missing(entry, reason, failed))
+        time_again(stage)
+    del record["running"]
+    save_record(record, path)
+    return 0
 
 
-def stats(seconds: list[float]) -> dict[str, Any]:
-    """As pytest-benchmark has them."""
-    ordered = sorted(seconds)
-    mean, median = statistics.mean(ordered), statistics.median(ordered)
-    deviation = statistics.stdev(ordered) if len(ordered) > 1 else 0.0
-    q1, _, q3 = statistics.quantiles(ordered * 2 if len(ordered) == 1 else ordered, n=4)
-    low, high = q1 - 1.5 * (q3 - q1), q3 + 1.5 * (q3 - q1)
-    inside = [value for value in ordered if low <= value <= high]
-    far = sum(abs(value - mean) > deviation for value in ordered)
-    return {
-        "min": ordered[0],
-        "max": ordered[-1],
-        "mean": mean,
-        "stddev": deviation,
-        "rounds": len(ordered),
-        "median": median,
-        "iqr": q3 - q1,
-        "q1": q1,
-        "q3": q3,
-        "iqr_outliers": len(ordered) - len(inside),
-        "stddev_outliers": far,
-        "outliers": f"{far};{len(ordered) - len(inside)}",
-        "ld15iqr": inside[0],
-        "hd15iqr": inside[-1],
-        "ops": 1 / mean,
-        "total": sum(ordered),
-        "data": seconds,
-        "iterations": 1,
-    }
-
-
-def row(entry: Any, result: dict[str, Any]) -> dict[str, Any]:
-    """Of a record, as pytest-benchmark writes them."""
-    return {
-        "group": f"{entry.case.op} {entry.work} {entry.case.name}",
-        "name": entry.id,
-        "fullname": entry.id,
-        "params": None,
-        "param": None,
-        "options": {},
-        # No clock resolves more digits.
-        "stats": stats([float(f"{seconds:.5g}") for seconds in result["seconds"]]),
-        "extra_info": result["info"],
-    }
-
-
-def group_of(entry: Any) -> str:
-    return f"{entry.sweeps[0]} {entry.case.op}"
-
-
-def selected(entries: list[Any], only: str, groups: list[str]) -> list[Any]:
-    """Those with ``only`` in their names and any of ``groups``: operators or sweeps."""
-    return [
-        entry
-        for entry in entries
-        if only in entry.id and (not groups or {entry.case.op, *entry.sweeps} & set(groups))
-    ]
-
-
-def why_not(arguments: argparse.Namespace) -> str | None:
-    """Why nothing runs; a record that does not say of what it is would be of no use."""
-    if arguments.device == "cuda" and (reason := why_nothing_runs()):
-        return reason
+def timed_row(suite: Any, entry: Any, device: Any) -> Json:
+    """An entry's row of the record."""
     from benchmarks.suite import measure
 
-    commit = measure.commit_info()
+    start, info = time.perf_counter(), {}
+
+    def make() -> Any:
+        ready = suite.ready(entry, device)
+        info.update(ready.info)
+        return ready.call
+
+    call = measure.captured(make) if entry.method.graph else make()
+    timed = measure.measure(call, device, measure.BUDGET_S[device.type])
+    # A replay allocates nothing: the graph holds its memory.
+    info["extra_bytes"] = None if entry.method.graph else timed.extra_bytes
+    info |= {"host_seconds": timed.host_seconds, "seconds": measure.spread(timed.seconds)}
+    return {"name": entry.id, **info, "wall_seconds": round(time.perf_counter() - start, 2)}
+
+
+# The runner.
+
+
+def run_workers(arguments: argparse.Namespace, plan: list[Any], path: Path, end: float) -> str:
+    """One worker after the other until everything has an outcome or the time is up.
+
+    Returns:
+        Why it stopped earlier, or nothing.
+    """
+    words = ["--suite", arguments.suite, "--device", arguments.device, "--only", arguments.only]
+    command = [sys.executable, "-m", "benchmarks.suite.gpu", "--end", str(end)]
+    command += ["--resume", str(path), *words]
+    cache = {"TORCHINDUCTOR_CACHE_DIR": str(COMPILED), "TORCHINDUCTOR_FX_GRAPH_CACHE": "1"}
+    while True:
+        left = end - time.time()
+        status, killed = machine.run_process(command, left, LOG, path, ENTRY_S, **cache)
+        record = json.loads(path.read_text())
+        running = record.pop("running", None)
+        if running is None and status:
+            return f"the worker cannot start: {killed or f'exit status {status}'}; see {LOG.name}"
+        if running is None or time.time() >= end - LAST_S:  # what is cut off has no outcome
+            return ""
+        reason = running.get("reason") or killed or f"its process ended with status {status}"
+        if not record["ceilings"]:
+            return f"{running['name']}: {reason}"
+        waiting = pending(plan, record)
+        for lost in [entry for entry in waiting if entry.id == running["name"]]:
+            # What hung would hang in the other kinds of work of this call, too.
+            hung = [e for e in waiting if (e.case, e.method) == (lost.case, lost.method)]
+            same_call = hung if "no word" in reason else [lost]
+            record["not_measured"] += [missing(entry, reason, True) for entry in same_call]
+        save_record(record, path)
+
+
+def bench(arguments: argparse.Namespace, end: float) -> int:
+    path, commit = arguments.resume, machine.commit_info()
+    record = json.loads(path.read_text()) if path else {}
+    reason = machine.why_nothing_runs() if arguments.device == "cuda" else None
     if commit["id"] == "unknown":
-        return "neither git nor $COMMIT names the commit"
-    if arguments.resume is not None:
-        earlier = json.loads(arguments.resume.read_text())["commit_info"]
-        if (earlier["id"], earlier["dirty"]) != (commit["id"], commit["dirty"]):
-            return f"{arguments.resume.name} is of another commit, {earlier['id']}"
-    return None
+        reason = "neither git nor $COMMIT names the commit"
+    if reason is None:
+        import torch
 
-
-def record_of(
-    machine: dict[str, Any], resumed: Path | None, compiled_before: bool, whole: bool
-) -> tuple[dict[str, Any], Path]:
-    """The record that is resumed, or a new one; and where it lies. What was selected lies in
-    results/, beside the log: the report is made from whole suites."""
-    from benchmarks.suite import measure
-
-    if resumed is not None:
-        record = json.loads(resumed.read_text())
-        if record["machine_info"]["device"] != machine["device"]:
-            raise Lost(f"{resumed.name} is of another device, {record['machine_info']['device']}")
-        return record, resumed
-    commit, date = measure.commit_info(), measure.now()
-    record = {
-        "machine_info": {**machine, "compiled_before": compiled_before},  # first calls are shorter
-        "commit_info": commit,
-        "datetime": date,
-        "version": "",
-        "ceilings": {},
-        "clocks": [],
-        "not_reached": [],
-        "not_measured": [],
-        "benchmarks": [],
-    }
-    name = measure.record_name("suite", machine, commit, date)
-    return record, measure.new_path((RESULTS if whole else LOG.parent) / name)
-
-
-def save(record: dict[str, Any], path: Path) -> None:
-    from benchmarks.suite import measure
-
-    for place in places(path):
-        measure.save_record(record, place)
-
-
-def run_all(
-    plan: list[Any], worker: Worker, record: dict[str, Any], path: Path, end: float
-) -> None:
-    """What is not on record yet, in order. Behind the others of its stage comes what failed in an
-    earlier run, and each method that has compiled for long: its other cases would take as long."""
-    failed = {missing["name"] for missing in record["not_measured"] if missing["failed"]}
-    known = {found["name"] for found in record["benchmarks"]}
-    pending = [entry for entry in plan if entry.id not in known]
-    put_off(pending, lambda entry: entry.id in failed)
-    slow: set[str] = set()
-    if not record["ceilings"]:  # without them a time says little
-        answer = worker.ask("ceilings", end)
-        if "ceilings" not in answer:
-            raise Lost(f"the ceilings cannot be measured: {answer['reason']}")
-        record["ceilings"] = answer["ceilings"]
-    looked = look(record, "the first")
-    saved = 0.0
-    try:
-        while pending and time.time() < end - LAST_S:
-            entry = pending[0]
-            if time.time() > looked + LOOK_S:
-                looked = look(record, entry.id)
-                print(
-                    f"{end - time.time():4.0f} s left, {len(pending)} entries: {entry.id}",
-                    flush=True,
-                )
-            begin = time.time()
-            answer = worker.ask(entry.id, end)
-            if "reason" in answer and time.time() >= end:
-                break  # cut off: it is not its fault
-            done = [entry]
-            if "timed_out" in answer:  # so would the other kinds of work on this case
-                done = [other for other in pending if same_call(other, entry)]
-            pending = [other for other in pending if other not in done]
-            note(record, done, answer)
-            if entry.method.compiles and time.time() - begin > SLOW_S:
-                slow.add(entry.method.name)
-                put_off(pending, lambda entry: entry.method.name in slow)
-            if time.time() > saved + SAVE_S:
-                record["not_reached"] = [other.id for other in pending]
-                save(record, path)
-                saved = time.time()
-    finally:
-        look(record, "the end")
-        record["not_reached"] = [entry.id for entry in pending]
-        save(record, path)
-
-
-def look(record: dict[str, Any], before: str) -> float:
-    """At the clocks, while the device rests for a moment between two entries; when it was."""
-    from benchmarks.suite import measure
-
-    clocks = measure.clocks() or {}
-    record["clocks"].append({"time": measure.now(), "before": before, **clocks})
-    return time.time()
-
-
-def put_off(entries: list[Any], wait: Callable[[Any], bool]) -> None:
-    entries.sort(key=lambda entry: ("fixed" not in entry.sweeps, wait(entry)))
-
-
-def same_call(one: Any, other: Any) -> bool:
-    return (one.case, one.method.name) == (other.case, other.method.name)
-
-
-def note(record: dict[str, Any], entries: list[Any], answer: dict[str, Any]) -> None:
-    """What came of the entries, in place of what came of them in an earlier run."""
-    names = {entry.id for entry in entries}
-    missing = [other for other in record["not_measured"] if other["name"] not in names]
-    for entry in entries:
-        if "seconds" in answer:
-            record["benchmarks"].append(row(entry, answer))
-        else:
-            why = {"reason": answer["reason"], "failed": answer["failed"]}
-            missing.append({"name": entry.id, **entry.info(), **why})
-    record["not_measured"] = missing
-
-
-def table(record: dict[str, Any]) -> str:
-    """A line for each case and kind of work, fixed cases first, as many as fit."""
-    seen = report.Record("", record, "")
-    lines: list[str] = []
-    for fixed in (True, False):
-        for op in report.OPS:
-            above = ""
-            for case, work, group in report.groups(seen, op):
-                if report.in_sweep(group, "fixed") != fixed:
-                    continue
-                peers = peers_of(group, seen)
-                if not above:
-                    heads = "".join(f"  {head:18}" for head in peers)
-                    lines += ["", f"{op:16} {HEADS}{heads}".rstrip()]
-                if above != case:
-                    lines.append(case)
-                    above = case
-                lines.append(line(work, group, peers, seen))
-    size = 0
-    for count, text in enumerate(lines):
-        size += len(text) + 1
-        if size > TABLE_CHARS:
-            return "\n".join(
-                [*lines[:count], f"... {len(lines) - count} more lines: see the record"]
-            )
-    return "\n".join(lines)
-
-
-HEADS = f"{'us':>9} {'TFLOP/s':>7} {'GB/s':>6} {'floor':>5} {'memory':>9}"
-
-
-def peers_of(group: list[report.Row], record: report.Record) -> dict[str, report.Row | None]:
-    if report.info(group[0])["op"] in ("attention", "decode"):
-        return {
-            "dense SDPA": report.best_dense(group),
-            "Flex, gathered": report.named("FlexAttention", "gathered")(group),
-            "CogView's": report.named("CogView's formulation")(group),
-        }
-    return {
-        "same function": report.best_same(group, record),
-        "another function": report.best_other(group, record),
-    }
-
-
-def line(
-    work: str,
-    group: list[report.Row],
-    peers: dict[str, report.Row | None],
-    record: report.Record,
-) -> str:
-    ours = report.ours_of(group)
-
-    def number(of: Callable[[report.Row], float | None], width: int, unit: float = 1) -> str:
-        value = None if ours is None else of(ours)
-        return f"{'-' if value is None else report.digits(value / unit):>{width}}"
-
-    floor = None if ours is None else report.fraction_of_floor(ours, record.ceilings)
-    memory = None if ours is None else report.info(ours)["extra_bytes"]
-    cells = [
-        f"{work:16}",
-        number(report.median, 9, 1e-6),
-        number(report.tflops, 7),
-        number(report.gigabytes_per_second, 6),
-        f"{'-' if floor is None else report.percent(floor):>5}",
-        f"{'-' if memory is None else report.bytes_text(memory):>9}",
-    ]
-    for peer in peers.values():
-        text = "-" if peer is None else report.digits(report.median(peer) / 1e-6)
-        if peer is not None and (factor := report.ratio(peer, ours)) is not None:
-            text += f" {report.times(factor)}"
-        cells.append(f" {text:18}")
-    return " ".join(cells).rstrip()
-
-
-def summary(record: dict[str, Any]) -> tuple[str, bool]:
-    """How many entries came to what, and what failed; whether all is well."""
-    failed = [missing for missing in record["not_measured"] if missing["failed"]]
-    not_here = len(record["not_measured"]) - len(failed)
-    measured, not_reached = len(record["benchmarks"]), len(record["not_reached"])
-    lines = [f"failed: {missing['name']}: {missing['reason'][:100]}" for missing in failed[:5]]
-    counts = f"{measured} measured, {not_here} cannot run here, {len(failed)} failed"
-    lines.append(f"{counts}, {not_reached} not reached")
-    return "\n".join(lines), bool(measured) and not failed and not not_reached
-
-
-def bench(arguments: argparse.Namespace, begin: float) -> int:
-    reason = why_not(arguments)
+        here = machine.machine_info(torch.device(arguments.device))
+        # First calls are shorter where torch's compiled code was kept.
+        here["compiled_before"] = any(COMPILED.glob("*"))
+        new: Json = {"machine_info": here, "commit_info": commit, "datetime": machine.now()}
+        record = record or {**new, "only": arguments.only, "ceilings": {}, **{n: [] for n in LISTS}}
+        arguments.only = record["only"]
+        for key in ("commit_info id", "commit_info dirty", "machine_info device"):
+            part, name = key.split()
+            if record[part][name] != new[part][name]:
+                reason = f"the record is of another machine or commit: {name} {record[part][name]}"
     if reason is not None:
-        print(f"gpu-bench: nothing ran, as {reason}")
+        print(f"gpu-bench: nothing ran: {reason}")
         return 2
     LOG.unlink(missing_ok=True)
-    built = True
+    built: Json = {"outcome": "passed"}
     if arguments.device == "cuda":
-        outcome = build(architecture_here(), LOG)
-        built = outcome["outcome"] == "passed"
-        print(f"build {outcome['outcome']}, {outcome['seconds']} s {outcome.get('reason', '')}")
-    suite = importlib.import_module(arguments.suite)
-    plan = selected(suite.entries(arguments.device), arguments.only, arguments.groups)
-    worker = Worker(arguments.suite, arguments.device)
-    compiled_before = any(COMPILED.glob("*"))
-    stopped = None
+        built = machine.build(machine.architecture_here(), LOG)
+        print(f"build {built['outcome']}, {built['seconds']} s {built.get('reason', '')}")
+    if path is None:
+        # The report is made from whole suites: a part of one lies beside the log.
+        folder = LOG.parent if arguments.only else machine.RESULTS
+        name = machine.record_name("suite", here, commit, record["datetime"])
+        path = machine.new_path(folder / name)
+    record["failed_before"] = [row["name"] for row in record["not_measured"] if row["failed"]]
+    record["not_measured"] = [row for row in record["not_measured"] if not row["failed"]]
+    save_record(record, path)
+    plan = planned(arguments)
     try:
-        machine = worker.start(START_S)
-        whole = not (arguments.only or arguments.groups)
-        record, path = record_of(machine, arguments.resume, compiled_before, whole)
-    except Lost as error:
-        worker.stop()
-        save_log(LOG)
-        print(f"gpu-bench: nothing ran, as {error}")
+        stopped = run_workers(arguments, plan, path, end)
+    except Terminated:
+        stopped = "the process was told to end"
+    record = json.loads(path.read_text())
+    record["not_reached"] = [entry.id for entry in pending(plan, record)]
+    save_record(record, path)
+    machine.save_log(LOG)
+    if not record["ceilings"]:
+        print(f"gpu-bench: nothing ran: {stopped}")
         return 2
-    try:
-        run_all(plan, worker, record, path, begin + arguments.budget)
-    except Lost as error:
-        stopped = f"stopped: {error}"
-    finally:
-        worker.stop()
-        save_log(LOG)
-    counts, well = summary(record)
-    print("\n".join(filter(None, (table(record), "", counts, stopped, f"record: {path}"))))
-    return 0 if built and well and not stopped else 1
+    failed = [row for row in record["not_measured"] if row["failed"]]
+    print("\n".join([table(record), foot(record, failed)]))
+    print(f"stopped: {stopped}\nrecord: {path}" if stopped else f"record: {path}")
+    well = built["outcome"] == "passed" and record["rows"] and not record["not_reached"]
+    return 0 if well and not failed and not stopped else 1
 
 
-def shrunk(case: Any) -> Any:
-    """Of the same kind, for a CPU to run in no time."""
-    if case.op == "training_step":
-        return dataclasses.replace(
-            case,
-            num_layers=1,
-            hidden_size=32,
-            num_heads=2,
-            batch=2,
-            image_len=50,
-            query_window=8,
-            num_pivots=8,
-            text_len=6,
-            vocab_size=40,
-            dtype="float32",
-        )
-    if case.op in ("layer_norm", "sandwich_residual"):
-        return dataclasses.replace(case, rows=8, hidden=64, dtype="float32")
-    return dataclasses.replace(
-        case,
-        seqlen=200,
-        query_window=16,
-        key_window_times=2,
-        num_pivots=min(case.num_pivots, 12),
-        batch=2,
-        num_heads=4,
-        num_kv_heads=2 if case.num_kv_heads else 0,
-        text_len=9,
-        dtype="float32",
-    )
+class Terminated(Exception):
+    """SIGTERM: the table is printed all the same."""
+
+
+def terminate(*_: Any) -> None:
+    raise Terminated
+
+
+def main(*words: str) -> int:
+    begin = time.time()
+    signal.signal(signal.SIGTERM, terminate)
+    parser = argparse.ArgumentParser(description="Build, and time the suite on the GPU here.")
+    add = parser.add_argument
+    add("--budget", type=float, default=WINDOW_S, help="seconds, the build included")
+    add("--only", default="", metavar="TEXT", help="only entries with TEXT in their names")
+    add("--resume", type=Path, metavar="RECORD", help="continue this record")
+    add("--dry-run", action="store_true", help="list the entries; needs no GPU")
+    add("--device", default="cuda", help=argparse.SUPPRESS)
+    add("--suite", default="benchmarks.suite.entries", help=argparse.SUPPRESS)  # for tests
+    add("--end", type=float, help=argparse.SUPPRESS)  # of a worker
+    arguments = parser.parse_args(words or None)
+    if arguments.end:
+        return work(arguments)
+    return dry_run(arguments) if arguments.dry_run else bench(arguments, begin + arguments.budget)
+
+
+# What is printed.
 
 
 def dry_run(arguments: argparse.Namespace) -> int:
-    """Every entry in order, and how far its method comes on a CPU, uncompiled, on a small case."""
-    import torch
-
-    suite = importlib.import_module(arguments.suite)
-    cpu = torch.device("cpu")
-    torch.compiler.set_stance("force_eager")
-
-    @functools.cache
-    def comes_to(case: Any, method: Any) -> str:
-        try:
-            if method.why_not(case, cpu) is None:
-                suite.check(suite.problem_of(case, cpu).prepared(method))
-                return "runs"
-            method.prepare(case, case.layout(cpu) if hasattr(case, "layout") else None, cpu)
-            return "is prepared"
-        except ImportError as error:
-            return f"not installed: {error.name}"
-        except Exception as error:
-            return f"fails: {type(error).__name__}: {' '.join(str(error).split())[:200]}"
-
-    plan = selected(suite.entries(arguments.device), arguments.only, arguments.groups)
-    outcomes = [comes_to(shrunk(entry.case), entry.method) for entry in plan]
-    for number, (entry, outcome) in enumerate(zip(plan, outcomes, strict=True), 1):
-        print(f"{number:4} {group_of(entry):24} {entry.id} [{outcome}]")
-    for what in (map(group_of, plan), outcomes):
-        print()
-        for name, count in Counter(what).items():
-            print(f"{count:5} {name}")
-    print(f"{len(plan):5} entries")
-    return int(any(outcome.startswith("fails") for outcome in outcomes))
+    """Every entry with its estimated seconds, and the seconds from the start to its end."""
+    plan, stages = planned(arguments), []
+    total = float(BUILD_ESTIMATE_S + START_ESTIMATE_S)
+    print(f"{total:5.0f} s: build, start, ceilings and controls")
+    for stage, group in itertools.groupby(plan, lambda entry: entry.stage):
+        seconds = []
+        for entry in group:
+            seconds.append(entry.seconds)
+            print(f"{total + sum(seconds):5.0f} s {entry.seconds:6.1f} s {entry.id}")
+        total += sum(seconds) + DRIFT_ESTIMATE_S
+        stages.append(f"{stage}: {len(seconds)} entries, {sum(seconds):.0f} s")
+    compiled = {(e.case.op, e.case.name, e.method.name) for e in plan if e.method.compiles}
+    counts = f"{len(plan)} entries, {len(compiled)} compilations"
+    print("\n".join([*stages, f"{counts}, {total:.0f} s of {WINDOW_S} s"]))
+    return int(total > WINDOW_S)
 
 
-def handle_sigterm(*_: Any) -> None:
-    """The table comes all the same."""
-    raise Lost("it was told to end")
+def table(record: Json) -> str:
+    """The fixed cases, a line for each kind of work, as in the report."""
+    lines: list[str] = []
+    for op in records.OPS:
+        for group in records.groups(records.Record("", record).rows, "fixed", op):
+            cells = tables.line(group, record["ceilings"])
+            heads = " | ".join(cells)
+            lines += [*([heads] if heads not in lines else []), " | ".join(cells.values())]
+    text = "\n".join(lines).replace("FlexAttention", "Flex")
+    return text if len(text) <= TABLE_CHARS else text[:TABLE_CHARS] + "\n... see the record"
 
 
-def main() -> int:
-    begin = time.time()
-    signal.signal(signal.SIGTERM, handle_sigterm)
-    parser = argparse.ArgumentParser(
-        description="Build, and time the suite on the GPU that is here."
-    )
-    parser.add_argument("--budget", type=float, default=BUDGET_S, help="seconds, build included")
-    parser.add_argument(
-        "--only", default="", metavar="SUBSTRING", help="entries with it in their names"
-    )
-    parser.add_argument(
-        "--groups", nargs="+", default=[], help="operators or sweeps, such as decode, fixed"
-    )
-    parser.add_argument("--resume", type=Path, metavar="RECORD", help="go on where it ended")
-    parser.add_argument("--dry-run", action="store_true", help="list the entries; needs no GPU")
-    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)
-    parser.add_argument(
-        "--suite", default="benchmarks.suite.entries", help=argparse.SUPPRESS
-    )  # the tests' own
-    parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)  # a worker
-    arguments = parser.parse_args()
-    if arguments.work:
-        work(arguments.suite, arguments.device)
-        return 0
-    return dry_run(arguments) if arguments.dry_run else bench(arguments, begin)
+def foot(record: Json, failed: list[Json]) -> str:
+    """Ceilings and controls, how many entries came to what, and what failed."""
+    lines = [tables.conditions(records.Record("", record))]
+    clocks = (f"{row.get('clocks.sm')} ({row['after_stage']})" for row in record["clocks"])
+    lines.append(f"SM clock under load after each stage: {', '.join(clocks) or 'unknown'}")
+    pairs = (f"{row['name']} {row['ours'] / row['torchs']:.2f}" for row in record["host_time"])
+    lines.append(f"Host time of an eager call, ours / torch's: {', '.join(pairs) or 'unknown'}")
+    lines += [f"failed: {row['name']}: {row['reason'][:100]}" for row in failed[:5]]
+    not_here, not_reached = len(record["not_measured"]) - len(failed), len(record["not_reached"])
+    counts = f"{len(record['rows'])} measured, {not_here} cannot run here, {len(failed)} failed"
+    return "\n".join([*lines, f"{counts}, {not_reached} not reached"])
 
 
 if __name__ == "__main__":

@@ -1,18 +1,18 @@
 """What an eager call costs on the host, beside torch's own call of the same kind.
 
 With a GPU: the time to enqueue calls, kernels included. Without: tiny tensors on the CPU, and the
-host model's operators, which check their arguments and launch nothing. Both sides of a pair are
-timed in turns, and the fastest round of each counts, so that other processes do not.
+host model's operators, which check their arguments and launch nothing. Both calls are timed in
+turns; the fastest round of each counts, so that other processes do not.
 
 Usage: python -m benchmarks.suite.host_time
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -23,17 +23,8 @@ import cogview_kernels as ck
 from benchmarks.suite.measure import synchronize
 from cogview_kernels import extension
 
-BATCH, HEADS, SEQLEN, HEAD_DIM, HIDDEN = 1, 2, 4, 32, 64
-TEXT_LEN, NUM_PIVOTS = 1, 2
 CALLS, ROUNDS = 20, 60
-
-
-class Pair(NamedTuple):
-    """Two calls of the same kind."""
-
-    name: str
-    ours: Callable[[], Any]
-    torchs: Callable[[], Any]
+BACKENDS = {"cpu": "host_model", "cuda": "cuda"}
 
 
 class HostTime(NamedTuple):
@@ -43,131 +34,105 @@ class HostTime(NamedTuple):
     ours: float
     torchs: float
 
-    @property
-    def ratio(self) -> float:
-        return self.ours / self.torchs
-
 
 def why_not(device: torch.device) -> str | None:
     """Why nothing can be timed here."""
-    backend = "host_model" if device.type == "cpu" else "cuda"
-    return extension.why_no_kernel_on(device, backend)
+    return extension.why_no_kernel_on(device, BACKENDS[device.type])
 
 
 def host_times(device: torch.device, rounds: int = ROUNDS) -> list[HostTime]:
-    with _no_launches(device):
-        return [_time(pair, device, rounds) for pair in _pairs(device)]
+    # On the CPU all of a call runs in this thread, whose own clock leaves other processes out.
+    now = time.thread_time if device.type == "cpu" else time.perf_counter
+    found = []
+    with no_launches(device):
+        for name, *calls in pairs(device):
+            best = [float("inf")] * 2
+            for _ in range(rounds):
+                for side, call in enumerate(calls):
+                    synchronize(device)
+                    begin = now()
+                    for _ in range(CALLS):
+                        call()
+                    best[side] = min(best[side], (now() - begin) / CALLS)
+            found.append(HostTime(name, *best))
+    return found
 
 
-@contextmanager
-def _no_launches(device: torch.device) -> Iterator[None]:
-    if device.type == "cuda":
-        yield
-        return
-    host_model = importlib.import_module("cogview_kernels._host_model")
+@contextlib.contextmanager
+def no_launches(device: torch.device) -> Iterator[None]:
+    """On the CPU one thread, and operators of the host model that launch nothing."""
     num_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    host_model.set_launches(False)
+    model = None
+    if device.type == "cpu":
+        model = importlib.import_module("cogview_kernels._host_model")
+        torch.set_num_threads(1)
+        model.set_launches(False)
     try:
         yield
     finally:
-        host_model.set_launches(True)
         torch.set_num_threads(num_threads)
+        if model is not None:
+            model.set_launches(True)
 
 
-def _time(pair: Pair, device: torch.device, rounds: int) -> HostTime:
-    # On the CPU all of a call runs in this thread, whose own clock leaves other processes out.
-    now = time.thread_time if device.type == "cpu" else time.perf_counter
-    best = [float("inf")] * 2
-    for _ in range(rounds):
-        for side, call in enumerate((pair.ours, pair.torchs)):
-            synchronize(device)
-            begin = now()
-            for _ in range(CALLS):
-                call()
-            best[side] = min(best[side], (now() - begin) / CALLS)
-    return HostTime(pair.name, *best)
-
-
-def _pairs(device: torch.device) -> Iterator[Pair]:
-    backend = "host_model" if device.type == "cpu" else "cuda"
+def pairs(device: torch.device) -> Iterator[tuple[str, Callable[[], Any], Callable[[], Any]]]:
+    """Our call and torch's, without gradients and with the backward."""
 
     def random(*shape: int) -> Tensor:
         return torch.randn(shape, device=device).bfloat16().requires_grad_()
 
-    q, k, v = (random(BATCH, HEADS, SEQLEN, HEAD_DIM) for _ in range(3))
-    pivots = ck.sample_pivots(TEXT_LEN, SEQLEN, NUM_PIVOTS, device=device)
-    shared = ck.ThreeRegionLayout(TEXT_LEN, pivots)
+    backend = BACKENDS[device.type]
+    q, k, v = (random(1, 2, 4, 32) for _ in range(3))
+    pivots = ck.sample_pivots(1, 4, 2, device=device)
+    layout = ck.ThreeRegionLayout(1, pivots)
+    x, residual, (a, b, c, d) = random(1, 4, 64), random(1, 4, 64), (random(64) for _ in range(4))
 
     def attention(layout: ck.ThreeRegionLayout) -> Tensor:
         return ck.three_region_attention(q, k, v, layout, backend=backend)
 
-    def fresh() -> ck.ThreeRegionLayout:
-        return ck.ThreeRegionLayout(TEXT_LEN, pivots)
-
     def sdpa() -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)
 
-    dout = random(*q.shape).detach()
-    yield from _both("attention", lambda: attention(shared), sdpa, (q, k, v), dout)
-    yield from _both(
-        "attention, a layout for each call", lambda: attention(fresh()), sdpa, (q, k, v), dout
+    def norm() -> Tensor:
+        return ck.pb_relax_layer_norm(x, a, b, backend=backend)
+
+    def sandwich() -> tuple[Tensor, Tensor]:
+        return ck.sandwich_residual(x, residual, a, b, c, d, backend=backend)
+
+    def two_norms() -> tuple[Tensor, Tensor]:
+        h = residual + F.layer_norm(x, (64,), a, b)
+        return h, F.layer_norm(h, (64,), c, d)
+
+    def with_backward(call: Callable[[], Any], inputs: tuple[Tensor, ...]) -> Callable[[], Any]:
+        outs = call()
+        douts = [torch.ones_like(out) for out in (outs if isinstance(outs, tuple) else (outs,))]
+        return lambda: torch.autograd.grad(call(), inputs, douts)
+
+    qkv, every_call = (q, k, v), "attention, a layout for each call"
+    calls: tuple[tuple[str, Callable[[], Any], Callable[[], Any], tuple[Tensor, ...]], ...] = (
+        ("attention", lambda: attention(layout), sdpa, qkv),
+        (every_call, lambda: attention(ck.ThreeRegionLayout(1, pivots)), sdpa, qkv),
+        ("norm", norm, lambda: F.layer_norm(x, (64,), a, b), (x, a, b)),
+        ("sandwich", sandwich, two_norms, (x, residual, a, b, c, d)),
     )
-
-    x, residual = random(BATCH, SEQLEN, HIDDEN), random(BATCH, SEQLEN, HIDDEN)
-    parameters = [torch.nn.Parameter(random(HIDDEN).detach()) for _ in range(4)]
-    weight, bias, pre_weight, pre_bias = parameters
-    dy = random(*x.shape).detach()
-
-    def torchs_sandwich() -> tuple[Tensor, Tensor]:
-        h = residual + F.layer_norm(x, (HIDDEN,), weight, bias)
-        return h, F.layer_norm(h, (HIDDEN,), pre_weight, pre_bias)
-
-    yield from _both(
-        "norm",
-        lambda: ck.pb_relax_layer_norm(x, weight, bias, backend=backend),
-        lambda: F.layer_norm(x, (HIDDEN,), weight, bias),
-        (x, weight, bias),
-        dy,
-    )
-    yield from _both(
-        "sandwich",
-        lambda: ck.sandwich_residual(
-            x, residual, weight, bias, pre_weight, pre_bias, backend=backend
-        ),
-        torchs_sandwich,
-        (x, residual, *parameters),
-        (dy, dy),
-    )
+    for name, ours, torchs, inputs in calls:
+        yield f"{name}, forward", torch.no_grad()(ours), torch.no_grad()(torchs)
+        both = with_backward(ours, inputs), with_backward(torchs, inputs)
+        yield f"{name}, forward+backward", *both
 
 
-def _both(
-    name: str,
-    ours: Callable[[], Any],
-    torchs: Callable[[], Any],
-    inputs: tuple[Tensor, ...],
-    gradients: Any,
-) -> Iterator[Pair]:
-    """The pair without gradients, and with the backward."""
-
-    def without_gradients(call: Callable[[], Any]) -> Callable[[], Any]:
-        return torch.no_grad()(call)
-
-    def with_backward(call: Callable[[], Any]) -> Callable[[], Any]:
-        return lambda: torch.autograd.grad(call(), inputs, gradients)
-
-    yield Pair(f"{name}, forward", without_gradients(ours), without_gradients(torchs))
-    yield Pair(f"{name}, forward+backward", with_backward(ours), with_backward(torchs))
+def rows(device: torch.device) -> list[dict[str, Any]]:
+    """For a record; empty where nothing can be timed."""
+    return [] if why_not(device) else [row._asdict() for row in host_times(device)]
 
 
 def table(times: list[HostTime]) -> str:
     lines = ["us on the host for one eager call", f"{'':50}{'ours':>8}{'torch':>8}{'ratio':>8}"]
-    for row in times:
-        lines.append(f"{row.name:50}{row.ours * 1e6:8.1f}{row.torchs * 1e6:8.1f}{row.ratio:8.2f}")
+    for name, ours, torchs in times:
+        lines.append(f"{name:50}{ours * 1e6:8.1f}{torchs * 1e6:8.1f}{ours / torchs:8.2f}")
     return "\n".join(lines)
 
 
 if __name__ == "__main__":
     _device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    _reason = why_not(_device)
-    print(table(host_times(_device)) if _reason is None else f"nothing to time: {_reason}")
+    print(why_not(_device) or table(host_times(_device)))

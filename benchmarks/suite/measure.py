@@ -1,33 +1,31 @@
-"""Times, memory, ceilings, and what machine they were taken on.
+"""Times, memory, ceilings and controls.
 
-A CUDA call is timed by events. Before each timed call a buffer of several times the L2 cache is
-written, so that no call finds its inputs in the cache; the writing also lasts longer than the host
-needs to launch the call, so that the device never waits for the host inside the timed region. On a
-CPU the clock is the host's, and a buffer is written before each call, too.
+A CUDA call is timed between two events. Before it, a buffer of several times the L2 cache is
+written and another one read: no call finds its inputs in the cache, and none waits for the cache to
+write the flush's own lines back. The flush lasts longer than the host needs to launch the call, so
+that the device never waits for the host between the events. On a CPU the clock is the host's.
+
+Calls that are compared are timed in turns: what slows the machine for a while slows all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import datetime
-import json
-import os
-import platform
-import re
+import functools
+import itertools
 import statistics
 import time
-from collections.abc import Callable
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
-import cogview_kernels
-from benchmarks.machine import output_of, smi
+from benchmarks.machine import clocks
 
-ROOT = Path(__file__).resolve().parents[2]
-CPU_FLUSH_BYTES = 128 << 20
-FLUSH_S = 1e-2 if not torch.cuda.is_available() else 1e-4  # about what writing it takes
+Call = Callable[[], Any]
+
+BUDGET_S = {"cuda": 0.25, "cpu": 0.7}  # of timed calls, for each method
+CPU_FLUSH_BYTES = 64 << 20
 MIN_ROUNDS, MAX_ROUNDS = 5, 100
 
 
@@ -43,233 +41,169 @@ def synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
-def elapsed(run: Callable[[], Any], device: torch.device) -> float:
+def elapsed(call: Call, device: torch.device) -> float:
     """Seconds of one call on the host's clock, the device's work included."""
     synchronize(device)
     begin = time.perf_counter()
-    run()
+    call()
     synchronize(device)
     return time.perf_counter() - begin
 
 
-def measure(run: Callable[[], Any], device: torch.device, budget_s: float) -> Measurement:
-    """Times ``run`` for about ``budget_s`` seconds, at least MIN_ROUNDS and at most MAX_ROUNDS
-    calls."""
-    run()  # warm
-    extra = peak_bytes(run, device)
-    estimate = elapsed(run, device) + FLUSH_S
-    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s / estimate)))
-    if device.type == "cuda":
-        seconds, host = _time_cuda(run, device, rounds)
-        return Measurement(seconds, host, extra)
-    return Measurement(_time_cpu(run, rounds), None, extra)
+class Clock:
+    """Times single calls with flushed caches."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.on_gpu = device, device.type == "cuda"
+        size = CPU_FLUSH_BYTES
+        if self.on_gpu:
+            size = max(4 * torch.cuda.get_device_properties(device).L2_cache_size, 256 << 20)
+        self.written, self.read = (torch.zeros(size // 4, device=device) for _ in range(2))
+        self.sum = torch.zeros((), device=device)
+        self.flush_seconds = min(elapsed(self.flush, device) for _ in range(3))
+
+    def flush(self, times: int = 1) -> None:
+        for _ in range(times):
+            self.written.zero_()
+            torch.sum(self.read, 0, out=self.sum)  # replaces the written lines by clean ones
+
+    def host_seconds(self, call: Call) -> float:
+        """What the host needs to launch a call, while the device has nothing else to do."""
+        seconds = []
+        for _ in range(5 if self.on_gpu else 0):
+            torch.cuda.synchronize(self.device)
+            begin = time.perf_counter()
+            call()
+            seconds.append(time.perf_counter() - begin)
+        return statistics.median(seconds or [0.0])
+
+    def seconds(self, call: Call, host_seconds: float) -> float:
+        if not self.on_gpu:
+            self.flush()
+            begin = time.perf_counter()
+            call()
+            return time.perf_counter() - begin
+        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        self.flush(1 + int(2 * host_seconds / self.flush_seconds))
+        first.record()
+        call()
+        last.record()
+        last.synchronize()  # no queue: it would hold the memory of many calls
+        return first.elapsed_time(last) * 1e-3
 
 
-def _time_cpu(run: Callable[[], Any], rounds: int) -> list[float]:
-    flush = torch.zeros(CPU_FLUSH_BYTES // 4)
-    seconds = []
-    for _ in range(rounds):
-        flush.add_(1)
-        begin = time.perf_counter()
-        run()
-        seconds.append(time.perf_counter() - begin)
-    return seconds
+clock_of = functools.cache(Clock)
 
 
-def _time_cuda(
-    run: Callable[[], Any], device: torch.device, rounds: int
-) -> tuple[list[float], float]:
-    """Device seconds of each call, and the host's of launching one."""
-
-    def launch_seconds() -> float:
-        torch.cuda.synchronize(device)
-        begin = time.perf_counter()
-        run()
-        return time.perf_counter() - begin
-
-    host = statistics.median(launch_seconds() for _ in range(5))
-    l2 = torch.cuda.get_device_properties(device).L2_cache_size
-    flush = torch.empty(max(4 * l2, 256 << 20), dtype=torch.uint8, device=device)
-    flush.zero_()
-    flush_seconds = min(elapsed(flush.zero_, device) for _ in range(3))
-    flushes = 1 + int(2 * host / flush_seconds)
-    events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(rounds)]
-    for begin, end in events:
-        for _ in range(flushes):
-            flush.zero_()
-        begin.record()
-        run()
-        end.record()
-        # No more than one call ahead: a long queue would hold every call's memory.
-        end.synchronize()
-    return [begin.elapsed_time(end) * 1e-3 for begin, end in events], host
+def measure(call: Call, device: torch.device, budget_s: float) -> Measurement:
+    return measure_interleaved([call], device, budget_s)[0]
 
 
-def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+def measure_interleaved(
+    calls: Sequence[Call], device: torch.device, budget_s: float
+) -> list[Measurement]:
+    """Times the calls in turns, on average for about ``budget_s`` seconds each: at least MIN_ROUNDS
+    and at most MAX_ROUNDS rounds."""
+    clock = clock_of(device)
+    for call in calls:
+        call()  # warm
+    extra = [peak_bytes(call, device) for call in calls]
+    estimate = sum(elapsed(call, device) + clock.flush_seconds for call in calls)
+    rounds = max(MIN_ROUNDS, min(MAX_ROUNDS, int(budget_s * len(calls) / estimate)))
+    hosts = [clock.host_seconds(call) for call in calls]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for first in range(rounds):
+        for index in range(len(calls)):
+            at = (first + index) % len(calls)  # no call is always behind the same other
+            seconds[at].append(clock.seconds(calls[at], hosts[at]))
+    rows = zip(seconds, (host or None for host in hosts), extra, strict=True)
+    return [Measurement(*row) for row in rows]
+
+
+def captured(make: Callable[[], Call]) -> Call:
+    """The replay of a CUDA graph that holds the call that ``make`` returns. ``make`` runs on the
+    graph's stream, because a backward runs on the stream of its forward."""
+    stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        call = make()
+        for _ in range(3):
+            call()
+        with torch.cuda.graph(graph, stream=stream):
+            call()
+    torch.cuda.synchronize()
+    held = graph, call  # the graph has only the addresses of the call's inputs
+    return lambda: held[0].replay()
+
+
+def peak_bytes(call: Call, device: torch.device) -> int:
     """The most that was allocated during a call beyond what was before it, results included."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-        result = run()
+        call()
         torch.cuda.synchronize(device)
-        del result
         return torch.cuda.max_memory_allocated(device) - before
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
-        result = run()
-    del result
+        call()
     assert profile.profiler is not None and profile.profiler.kineto_results is not None
     events = profile.profiler.kineto_results.events()
-    memory = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
-    level = peak = 0
-    for _, change in memory:
-        level += change
-        peak = max(peak, level)
-    return peak
+    changes = sorted((e.start_ns(), e.nbytes()) for e in events if e.name() == "[memory]")
+    return max(itertools.accumulate((change for _, change in changes), initial=0))
+
+
+def spread(seconds: Sequence[float]) -> dict[str, Any]:
+    """What a record keeps of the times, in the digits that a clock resolves."""
+    low, median, high = statistics.quantiles(seconds, n=4, method="inclusive")
+    values = {"minimum": min(seconds), "median": median, "iqr": high - low}
+    return {name: float(f"{v:.5g}") for name, v in values.items()} | {"rounds": len(seconds)}
 
 
 def ceilings(device: torch.device) -> dict[str, Any]:
-    """The rates that this machine reaches in the two things that bound a kernel: a large product
-    of random square matrices, by dtype, and a large copy, bytes read and written. On a GPU also the
-    clocks that it ran them at."""
+    """The rates that bound a kernel on this machine: of a large product of random square matrices,
+    by dtype, and of a large copy, bytes read and written; with the clocks of a GPU under load."""
     cuda = device.type == "cuda"
-    generator = torch.Generator(device).manual_seed(0)
+
+    def rate(work: float, call: Call) -> float:
+        return work / statistics.median(measure(call, device, 0.2).seconds)
+
     matmul = {}
-    dtypes = (
-        (torch.bfloat16, torch.float16, torch.float32) if cuda else (torch.float32, torch.bfloat16)
-    )
-    for dtype in dtypes:
-        size = 8192 if cuda and dtype != torch.float32 else 2048
-        a, b = (
-            torch.randn(size, size, device=device, generator=generator).to(dtype) for _ in range(2)
-        )
-        seconds = _rate_seconds(lambda a=a, b=b: a @ b, device)  # type: ignore[misc]
-        matmul[str(dtype).removeprefix("torch.")] = 2 * size**3 / seconds
-    source = torch.randn((1 << 30 if cuda else 1 << 27) // 4, device=device, generator=generator)
-    target = torch.empty_like(source)
-    seconds = _rate_seconds(lambda: target.copy_(source), device)
-    rates: dict[str, Any] = {
-        "matmul_flops": matmul,
-        "copy_bytes_per_s": 2 * source.numel() * 4 / seconds,
-    }
-    if cuda:
-        a, b = (torch.randn(8192, 8192, device=device, dtype=torch.bfloat16) for _ in range(2))
-        for _ in range(1000):  # longer than the question takes
-            a @ b
-        rates["clocks"] = clocks()
-    return rates
+    for name in ("bfloat16", "float16", "float32")[:: 1 if cuda else 2]:
+        size = 8192 if cuda and name != "float32" else 2048
+        a, b = (torch.randn(size, size, device=device).to(getattr(torch, name)) for _ in range(2))
+        matmul[name] = rate(2 * size**3, functools.partial(torch.mm, a, b))
+    source = torch.randn((1 << 30 if cuda else 1 << 27) // 4, device=device)
+    copy = rate(2 * source.nbytes, functools.partial(torch.empty_like(source).copy_, source))
+    found = {"matmul_flops": matmul, "copy_bytes_per_s": copy}
+    return found | ({"clocks": clocks_under_load(device)} if cuda else {})
 
 
-def _rate_seconds(run: Callable[[], Any], device: torch.device) -> float:
-    for _ in range(3):
-        run()
-    times = _time_cuda(run, device, 20)[0] if device.type == "cuda" else _time_cpu(run, 10)
-    return statistics.median(times)
+def clocks_under_load(device: torch.device) -> dict[str, str]:
+    a = torch.randn(8192, 8192, device=device, dtype=torch.bfloat16)
+    for _ in range(1000):  # longer than the question takes
+        a @ a
+    return clocks()
 
 
-def cpu_brand() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        lines = []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
+def empty_kernels(device: torch.device) -> list[dict[str, Any]]:
+    """What a kernel that does nothing takes on this clock; every time contains about as much."""
+
+    def empty() -> None:
+        torch.cuda._sleep(0)
+
+    def control(name: str, call: Call) -> dict[str, Any]:
+        return {"name": name, **spread(measure(call, device, 0.1).seconds)}
+
+    replay = captured(lambda: empty)
+    return [control("empty kernel", empty), control("empty kernel, graph replay", replay)]
 
 
-def clocks() -> dict[str, str] | None:
-    """Of the GPU, now."""
-    fields = ("clocks.sm", "clocks.mem", "clocks.max.sm", "clocks.max.mem", "power.draw")
-    query = f"--query-gpu={','.join(fields)}"
-    answer = smi(query)
-    return dict(zip(fields, answer.split(", "), strict=False)) if answer else None
-
-
-def machine_info(device: torch.device) -> dict[str, Any]:
-    """The machine and the versions that a record is of; nothing that names the host."""
-    info: dict[str, Any] = {
-        "device": cpu_brand(),
-        "device_type": device.type,
-        "threads": torch.get_num_threads(),
-        "cpu": {"brand_raw": cpu_brand(), "arch": platform.machine(), "count": os.cpu_count()},
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "versions": _versions(),
-        "cogview_kernels": cogview_kernels.__version__,
-    }
-    if device.type == "cuda":
-        properties = torch.cuda.get_device_properties(device)
-        driver = smi("--query-gpu=driver_version")
-        info |= {
-            "device": properties.name,
-            "compute_capability": [properties.major, properties.minor],
-            "multiprocessors": properties.multi_processor_count,
-            "l2_bytes": properties.L2_cache_size,
-            "memory_bytes": properties.total_memory,
-            "driver": driver,
-            "clocks": clocks(),
-        }
-    return info
-
-
-def _versions() -> dict[str, str]:
-    from importlib import metadata
-
-    names = ("triton", "flash-attn-4", "flash-attn", "xformers", "natten", "liger-kernel")
-    found = {}
-    for name in (*names, "quack-kernels", "numpy", "pytest-benchmark"):
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            continue
-    if torch.version.cuda:
-        found["cuda"] = torch.version.cuda
-        found["cudnn"] = str(torch.backends.cudnn.version())
-    nvcc = re.search(r"release \S+ (\S+)", output_of("nvcc", "--version") or "")
-    if nvcc:
-        found["nvcc"] = nvcc.group(1).rstrip(",")
-    return found
-
-
-def commit_info() -> dict[str, Any]:
-    """Git's, else ``$COMMIT``: a copy of the sources without their history is measured, too."""
-    commit = output_of("git", "rev-parse", "HEAD")
-    changes = output_of("git", "status", "--porcelain", "-uno", "--", ":!benchmarks/results")
-    return {
-        "id": commit or os.environ.get("COMMIT") or "unknown",
-        "time": output_of("git", "show", "-s", "--format=%cI"),
-        "dirty": bool(changes) if commit else None,  # None: nobody knows
-    }
-
-
-def now() -> str:
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def record_name(stem: str, machine: dict[str, Any], commit: dict[str, Any], date: str) -> str:
-    """``<stem>-<device>-<date>-<commit>.json``"""
-    device = re.sub(r"\W+", "-", machine["device"]).strip("-").lower()
-    return f"{stem}-{device}-{date[:10]}-{commit['id'][:7]}.json"
-
-
-def new_path(path: Path) -> Path:
-    """Where no record lies: a second one of a day takes nothing from the first."""
-    first, number = path, 2
-    while path.exists():
-        path, number = first.with_stem(f"{first.stem}-{number}"), number + 1
-    return path
-
-
-def save_record(record: dict[str, Any], path: Path) -> None:
-    """Whole or not at all; a line for each row, so that a difference of two records can be read."""
-
-    def lines(name: str) -> str:
-        return ",\n".join(json.dumps(row) for row in record[name])
-
-    rows = [name for name in ("not_measured", "benchmarks") if name in record]
-    head = {name: value for name, value in record.items() if name not in rows}
-    text = json.dumps(head, indent=1)[:-2]
-    text += "".join(f',\n "{name}": [\n{lines(name)}\n ]' for name in rows) + "\n}\n"
-    partial = path.with_suffix(".partial")
-    partial.write_text(text)
-    partial.replace(path)
+def a_a_control(name: str, call: Call, device: torch.device) -> dict[str, Any]:
+    """One call timed as if it were two methods: a smaller difference than this means nothing."""
+    timed = measure_interleaved([call, call], device, 2 * BUDGET_S[device.type])
+    one, other = (spread(measurement.seconds) for measurement in timed)
+    medians = one["median"], other["median"]
+    difference = max(medians) / min(medians) - 1
+    return {"name": f"A/A: {name}", **one, "other_median": medians[1], "difference": difference}

@@ -8,8 +8,8 @@ are compared all the same: they move the same bytes.
 
 from __future__ import annotations
 
-import dataclasses
 import functools
+import importlib
 import importlib.util
 import os
 import shutil
@@ -22,19 +22,25 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from benchmarks.suite.cases import NormCase
-from benchmarks.suite.methods import Method, Prepare, compiled
+from benchmarks.suite.methods import (
+    Method,
+    WhyNot,
+    anywhere,
+    compiled,
+    first_reason,
+    installed,
+    kernels_on,
+    only_on_cuda,
+    replayed,
+)
 from cogview_kernels import extension
 
 EPS = 1e-5
+RELAXED = "PyTorch PB-relax"
 PB_RELAX, PLAIN = "PB-relax LayerNorm", "plain LayerNorm"
 
 Norm = Callable[[Tensor, Tensor, Tensor], Tensor]
 Sandwich = Callable[..., tuple[Tensor, Tensor]]
-
-
-def kernels_on(device: torch.device) -> str:
-    """The backend that is timed as ours: on a GPU the kernels or an error, never a substitute."""
-    return "cuda" if device.type == "cuda" else "auto"
 
 
 def layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
@@ -47,39 +53,20 @@ def pb_relax_layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
     return F.layer_norm(x / c, x.shape[-1:], weight, bias, EPS)
 
 
-def ours(backend: str | None, relax: str | None = "row") -> Prepare:
-    def prepare(case: NormCase, layout: None, device: torch.device) -> Norm:
-        return functools.partial(
-            ck.pb_relax_layer_norm, eps=EPS, relax=relax, backend=backend or kernels_on(device)
-        )
-
-    return prepare
+def ours(case: NormCase, layout: None, device: torch.device) -> Norm:
+    return functools.partial(ck.pb_relax_layer_norm, eps=EPS, backend=kernels_on(device))
 
 
-def our_sandwich(backend: str | None) -> Prepare:
-    def prepare(case: NormCase, layout: None, device: torch.device) -> Sandwich:
-        return functools.partial(
-            ck.sandwich_residual, eps=EPS, backend=backend or kernels_on(device)
-        )
-
-    return prepare
+def our_sandwich(case: NormCase, layout: None, device: torch.device) -> Sandwich:
+    return functools.partial(ck.sandwich_residual, eps=EPS, backend=kernels_on(device))
 
 
-def torch_norm(norm: Norm) -> Prepare:
-    return lambda case, layout, device: norm
-
-
-def liger(case: NormCase, layout: None, device: torch.device) -> Norm:
+def liger() -> Norm:
     functional = importlib.import_module("liger_kernel.transformers.functional")
     return lambda x, weight, bias: functional.liger_layer_norm(x, weight, bias, EPS)
 
 
-def apex(case: NormCase, layout: None, device: torch.device) -> Norm:
-    module = importlib.import_module("apex.normalization.fused_layer_norm")
-    return lambda x, *parameters: module.fused_layer_norm_affine(x, *parameters, x.shape[-1:], EPS)
-
-
-def quack(case: NormCase, layout: None, device: torch.device) -> Norm:
+def quack() -> Norm:
     """Takes float32 parameters alone: who uses it keeps them so, hence they are cast once for all
     calls. It has no autograd of its own for LayerNorm."""
     module = importlib.import_module("quack.rmsnorm")
@@ -87,7 +74,7 @@ def quack(case: NormCase, layout: None, device: torch.device) -> Norm:
     class QuackLayerNorm(torch.autograd.Function):
         @staticmethod
         def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-            weight32, bias32 = as_float32(weight, bias)
+            weight32, bias32 = as_float32(weight), as_float32(bias)
             y, rstd, mean = module.layernorm_fwd(
                 x, weight32, bias32, EPS, return_rstd=True, return_mean=True
             )
@@ -102,48 +89,26 @@ def quack(case: NormCase, layout: None, device: torch.device) -> Norm:
 
     casts: dict[int, tuple[Tensor, Tensor]] = {}
 
-    def as_float32(*parameters: Tensor) -> list[Tensor]:
-        for p in parameters:
-            if id(p) not in casts:
-                casts[id(p)] = p, p.float()
-        return [casts[id(p)][1] for p in parameters]
+    def as_float32(parameter: Tensor) -> Tensor:
+        if id(parameter) not in casts:
+            casts[id(parameter)] = parameter, parameter.float()
+        return casts[id(parameter)][1]
 
     return lambda x, weight, bias: QuackLayerNorm.apply(x, weight, bias)
 
 
-def sandwich_of(prepare_norm: Prepare) -> Prepare:
+def sandwich_of(norm: Norm) -> Sandwich:
     """Two norms of a kind and an addition."""
 
-    def prepare(case: NormCase, layout: None, device: torch.device) -> Sandwich:
-        norm = prepare_norm(case, layout, device)
+    def sandwich(f: Tensor, residual: Tensor, *parameters: Tensor) -> tuple[Tensor, Tensor]:
+        h = residual + norm(f, *parameters[:2])
+        return h, norm(h, *parameters[2:])
 
-        def sandwich(
-            f: Tensor,
-            residual: Tensor,
-            post_weight: Tensor,
-            post_bias: Tensor,
-            pre_weight: Tensor,
-            pre_bias: Tensor,
-        ) -> tuple[Tensor, Tensor]:
-            h = residual + norm(f, post_weight, post_bias)
-            return h, norm(h, pre_weight, pre_bias)
-
-        return sandwich
-
-    return prepare
-
-
-def then_compiled(prepare: Prepare) -> Prepare:
-    return lambda case, layout, device: compiled(prepare(case, layout, device))
+    return sandwich
 
 
 def no_kernel(case: Any, device: torch.device) -> str | None:
     return extension.why_no_kernel_on(device, "cuda") if device.type == "cuda" else None
-
-
-def same_as_ours(case: Any, device: torch.device) -> str | None:
-    """Of "portable"."""
-    return None if device.type == "cuda" else "what cogview_kernels runs on the CPU"
 
 
 def no_compiler(case: Any, device: torch.device) -> str | None:
@@ -155,64 +120,48 @@ def no_compiler(case: Any, device: torch.device) -> str | None:
     return None
 
 
-def no_package(name: str, module: str) -> Callable[[NormCase, torch.device], str | None]:
-    def why_not(case: NormCase, device: torch.device) -> str | None:
-        if importlib.util.find_spec(module) is None:
-            return f"{name} is not installed"
-        return None if device.type == "cuda" else f"{name} runs on GPUs only"
-
-    return why_not
+def no_quack_backward(case: NormCase, device: torch.device) -> str | None:
+    if hasattr(importlib.import_module("quack.rmsnorm"), "layernorm_bwd"):
+        return None
+    return "this quack-kernels has no backward of LayerNorm; 0.6.2 has"
 
 
-def no_apex(case: NormCase, device: torch.device) -> str | None:
-    # Apex can be installed without its extensions.
-    module = "apex" if importlib.util.find_spec("apex") is None else "fused_layer_norm_cuda"
-    return no_package("Apex with its fused_layer_norm_cuda", module)(case, device)
+NO_LIGER = first_reason(installed("liger_kernel", "liger-kernel"), only_on_cuda)
+NO_QUACK = first_reason(installed("quack", "quack-kernels"), only_on_cuda, no_quack_backward)
 
 
-def no_quack(case: NormCase, device: torch.device) -> str | None:
-    reason = no_package("quack-kernels", "quack")(case, device)
-    if reason is None and not hasattr(importlib.import_module("quack.rmsnorm"), "layernorm_bwd"):
-        return "this quack-kernels has no backward of LayerNorm; 0.6.2 has"
-    return reason
+def peers(whole: Callable[[Norm], Callable[..., Any]]) -> tuple[Method, ...]:
+    """``whole`` makes of a norm what is timed: itself or the sandwich."""
 
+    def method(
+        name: str,
+        computes: str,
+        norm: Callable[[], Norm],
+        why_not: WhyNot = anywhere,
+        compile_s: float = 0.0,
+    ) -> Method:
+        def prepare(*_: Any) -> Callable[..., Any]:
+            return compiled(whole(norm())) if compile_s else whole(norm())
 
-def sandwiches(methods: tuple[Method, ...]) -> tuple[Method, ...]:
-    return tuple(
-        dataclasses.replace(method, prepare=sandwich_of(method.prepare)) for method in methods
+        role = "rival" if computes == PB_RELAX else ""
+        return Method(name, computes, prepare, why_not, role, compile_s)
+
+    relaxed, plain = (lambda: pb_relax_layer_norm), (lambda: layer_norm)
+    return (
+        method(RELAXED, PB_RELAX, relaxed),
+        *replayed(method(f"{RELAXED}, compiled", PB_RELAX, relaxed, no_compiler, 3.0)),
+        *replayed(method("F.layer_norm", PLAIN, plain)),
+        *replayed(method("F.layer_norm, compiled", PLAIN, plain, no_compiler, 3.0)),
+        method("liger-kernel", PLAIN, liger, NO_LIGER),
+        method("quack-kernels", PLAIN, quack, NO_QUACK),
     )
 
-
-def and_compiled(methods: tuple[Method, ...]) -> tuple[Method, ...]:
-    """The methods, and each of them compiled."""
-    again = (
-        Method(f"{m.name}, compiled", m.computes, then_compiled(m.prepare), no_compiler, True)
-        for m in methods
-    )
-    return (*methods, *again)
-
-
-_TORCH = (
-    Method("PyTorch PB-relax", PB_RELAX, torch_norm(pb_relax_layer_norm)),
-    Method("F.layer_norm", PLAIN, torch_norm(layer_norm)),
-)
-_PACKAGES = (
-    Method("liger-kernel", PLAIN, liger, no_package("liger-kernel", "liger_kernel")),
-    Method("quack-kernels", PLAIN, quack, no_quack),
-    Method("Apex", PLAIN, apex, no_apex),
-)
 
 LAYER_NORM_METHODS: tuple[Method, ...] = (
-    Method("cogview_kernels", PB_RELAX, ours(None), no_kernel),
-    Method("portable", PB_RELAX, ours("portable"), same_as_ours),
-    Method("cogview_kernels, relax=None", PLAIN, ours(None, relax=None), no_kernel),
-    *and_compiled(_TORCH),
-    *_PACKAGES,
+    *replayed(Method("cogview_kernels", PB_RELAX, ours, no_kernel, "ours")),
+    *peers(lambda norm: norm),
 )
 SANDWICH_METHODS: tuple[Method, ...] = (
-    Method("cogview_kernels", PB_RELAX, our_sandwich(None), no_kernel),
-    Method("portable", PB_RELAX, our_sandwich("portable"), same_as_ours),
-    Method("cogview_kernels, two norms", PB_RELAX, sandwich_of(ours(None)), no_kernel),
-    *and_compiled(sandwiches(_TORCH)),
-    *sandwiches(_PACKAGES),
+    *replayed(Method("cogview_kernels", PB_RELAX, our_sandwich, no_kernel, "ours")),
+    *peers(sandwich_of),
 )

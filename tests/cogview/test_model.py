@@ -4,8 +4,9 @@ import math
 import pytest
 import torch
 
+import cogview_kernels as ck
 from cogview.config import ModelConfig, load_config
-from cogview.model import GPT, KVCache
+from cogview.model import GPT, KVCache, Operators, causal_attention
 
 VOCAB = 96
 TINY = ModelConfig(
@@ -200,3 +201,53 @@ def test_the_text_counts_among_the_pivots_of_cogview():
         counted = ((pivots >= text_len[:, None]) & (pivots < 64)).sum(1)
         assert counted.tolist() == [4, 1, 0]  # of num_pivots = 6
         model_layout.validate(64)
+
+
+@pytest.mark.parametrize(
+    ("changes", "called"),
+    [
+        ({}, {"three_region_attention": 3, "layer_norm": 1, "sandwich_residual": 6}),
+        ({"attention": "dense", "norm": "pre"}, {"causal_attention": 3, "layer_norm": 7}),
+    ],
+)
+def test_other_operators_take_the_place_of_the_fused_ones(changes, called):
+    """Each is called as often as the model needs it, and nothing else computes; weights stay."""
+    calls = dict.fromkeys(called, 0)
+
+    def counted(name, function):
+        def call(*args, **kwargs):
+            calls[name] += 1
+            return function(*args, **kwargs, backend="reference")
+
+        return call
+
+    def zeros(q, k, v):
+        calls["causal_attention"] += 1
+        return torch.zeros_like(q)
+
+    operators = Operators(
+        three_region_attention=counted("three_region_attention", ck.three_region_attention),
+        causal_attention=zeros,
+        layer_norm=counted("layer_norm", ck.pb_relax_layer_norm),
+        sandwich_residual=counted("sandwich_residual", ck.sandwich_residual),
+    )
+    usual = make(**changes)
+    torch.manual_seed(0)
+    model = GPT(dataclasses.replace(TINY, **changes), VOCAB, operators)
+    for (name, weight), (other_name, other) in zip(
+        usual.state_dict().items(), model.state_dict().items(), strict=True
+    ):
+        assert name == other_name and torch.equal(weight, other)
+    tokens, positions, text_len = inputs()
+    layouts = usual.sample_layouts(text_len, tokens.shape[1], torch.Generator().manual_seed(0))
+    z, expected = (one(tokens, positions, layouts) for one in (model, usual))
+    assert calls == called
+    same = torch.allclose(z, expected, rtol=1e-4, atol=1e-5)
+    assert same == ("causal_attention" not in called), "zeros are not attention"
+
+
+def test_causal_attention_of_the_last_queries():
+    q, k, v = torch.randn(3, 2, 4, 9, 8).unbind()
+    torch.testing.assert_close(
+        causal_attention(q[:, :, 6:], k, v), causal_attention(q, k, v)[:, :, 6:]
+    )

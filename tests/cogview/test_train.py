@@ -11,8 +11,16 @@ import torch
 
 from cogview.checkpoint import list_checkpoints, load_checkpoint
 from cogview.config import Config, load_config
+from cogview.model import GPT
 from cogview.tokens import TokenDataset
-from cogview.train import Trainer, choose_device, learning_rate, read_metrics, split_data
+from cogview.train import (
+    Trainer,
+    choose_device,
+    learning_rate,
+    make_batch,
+    read_metrics,
+    split_data,
+)
 
 SETTINGS = [
     "device=cpu",
@@ -330,3 +338,35 @@ def test_split_data_is_disjoint_complete_and_fixed_by_the_seed():
     assert np.array_equal(again.codes, held_out.codes)
     with pytest.raises(ValueError, match="at least 2 pairs"):
         split_data(dataset(1), config())
+
+
+def test_a_given_model_is_trained_and_its_batches_are_observed(tmp_path):
+    """`make_model` draws its weights from the seed, whatever was drawn before; `on_batch` sees
+    what the model is trained on, not the held-out pairs, and changes nothing."""
+
+    class Marked(GPT):
+        pass
+
+    settings = config("training.micro_batch_size=2")
+    torch.manual_seed(5)
+    usual = trainer(settings, tmp_path / "usual")
+    seen = []
+    torch.manual_seed(6)
+    observed = Trainer(
+        settings,
+        tmp_path / "observed",
+        dataset(),
+        dataset(4, 1),
+        progress=False,
+        make_model=Marked,
+        on_batch=seen.append,
+    )
+    assert type(observed.model) is Marked
+    assert_same(dict(usual.model.state_dict()), dict(observed.model.state_dict()))
+    assert_same(dict(usual.run().state_dict()), dict(observed.run().state_dict()))
+    assert len(seen) == 6 * 2
+    known = [make_batch(settings, dataset(), [index]).tokens[0].tolist() for index in range(10)]
+    for batch in seen:
+        assert batch.tokens.shape[0] == 2
+        for row in batch.tokens.tolist():
+            assert any(row[: len(one)] == one for one in known)

@@ -14,11 +14,8 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import datetime
 import json
 import os
-import platform
-import re
 import sys
 import time
 from pathlib import Path
@@ -28,15 +25,18 @@ import pytest
 
 from benchmarks.machine import (
     MESSAGE_CHARS,
+    RESULTS,
     ROOT,
     architecture_here,
     build,
+    commit_info,
     context_lives,
-    output_of,
+    machine_info,
+    now,
+    record_name,
     run_process,
-    save,
     save_log,
-    smi,
+    save_record,
     why_nothing_runs,
 )
 
@@ -97,7 +97,7 @@ class Recorder:
 
     def pytest_runtest_logstart(self, nodeid: str) -> None:
         self.group["running"] = nodeid
-        save(self.record, self.path)
+        save_record(self.record, self.path)
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         tests = self.group["tests"]
@@ -118,16 +118,16 @@ class Recorder:
     @pytest.hookimpl(trylast=True)
     def pytest_runtest_logfinish(self, nodeid: str) -> None:
         self.group["running"] = None
-        save(self.record, self.path)
+        save_record(self.record, self.path)
         test = self.group["tests"][-1]
         if test["outcome"] == "failed" and not context_lives():
             test["reason"] = f"[CUDA context lost] {test['reason']}"
-            save(self.record, self.path)
+            save_record(self.record, self.path)
             os._exit(3)  # this process cannot get a new context
 
     def pytest_sessionfinish(self) -> None:
         self.group["finished"] = True
-        save(self.record, self.path)
+        save_record(self.record, self.path)
 
 
 def run_group(group: Group, path: Path, deadline: float) -> None:
@@ -141,7 +141,7 @@ def run_group(group: Group, path: Path, deadline: float) -> None:
         "tests": [],
     }
     record["groups"][group.name] = empty
-    save(record, path)
+    save_record(record, path)
     begin = time.time()
     end = min(deadline, begin + group.budget_s)
     done = -1
@@ -164,7 +164,7 @@ def run_group(group: Group, path: Path, deadline: float) -> None:
         if not this["finished"] and (time.time() >= end or not progress):
             tail = LOG.read_text()[-400:].strip().splitlines()
             this["error"] = lost or f"not finished; {LOG.name} ends: {tail[-1] if tail else ''}"
-        save(record, path)
+        save_record(record, path)
         if this["finished"] or this["error"]:
             return
 
@@ -177,7 +177,7 @@ def run_build(path: Path, architecture: str) -> bool:
     for name in ("kernels", "host model"):
         tests.append({"id": name, **build(architecture, LOG, name == "host model")})
         record["groups"]["build"]["seconds"] = round(sum(test["seconds"] for test in tests), 1)
-        save(record, path)
+        save_record(record, path)
     return tests[0]["outcome"] == "passed"
 
 
@@ -209,36 +209,18 @@ def table(record: dict[str, Any]) -> tuple[str, bool]:
     return "\n".join(rows), passed
 
 
-def describe() -> dict[str, Any]:
-    """The machine and its software."""
-    import torch
-
-    commit = output_of("git", "rev-parse", "--short", "HEAD") or os.environ.get("COMMIT")
-    changed = output_of("git", "status", "--porcelain", "-uno")
-    fields = ("driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.limit")
-    query = f"--query-gpu={','.join(fields)}"
-    answer = smi(query)
-    nvcc = re.search(r"release \S+ (\S+)", output_of("nvcc", "--version") or "")
-    capability = torch.cuda.get_device_capability() if torch.cuda.is_available() else None
-    return {
-        "commit": (commit or "unknown") + ("+changes" if changed else ""),
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "device": torch.cuda.get_device_name() if capability else None,
-        "compute_capability": capability,
-        "nvidia_smi": dict(zip(fields, answer.split(", "), strict=False)) if answer else None,
-        "torch": torch.__version__,
-        "torch_cuda": torch.version.cuda,
-        "nvcc": nvcc.group(1) if nvcc else None,
-        "python": platform.python_version(),
-        "cpus": os.cpu_count(),
-    }
-
-
-def check(groups: tuple[Group, ...], path: Path, architecture: str | None) -> bool:
-    """Build for ``architecture``, unless ``None``; run the groups; print the table."""
+def check(groups: tuple[Group, ...], path: Path | None, architecture: str | None) -> bool:
+    """Build for ``architecture``, unless ``None``; run the groups; print the table. The record goes
+    to ``path``, else to RESULTS."""
     begin = time.time()
     LOG.unlink(missing_ok=True)
-    save({**describe(), "groups": {}}, path)
+    import torch
+
+    info = machine_info(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    commit, date = commit_info(), now()
+    path = path or RESULTS / record_name("gpu-check", info, commit, date)
+    record = {"machine_info": info, "commit_info": commit, "datetime": date, "groups": {}}
+    save_record(record, path)
     built = architecture is None or run_build(path, architecture)
     for group in groups:
         if (built or group.name == "primitives") and time.time() < begin + BUDGET_S:
@@ -275,11 +257,7 @@ def main() -> int:
     if reason is not None:
         print(f"gpu-check: nothing ran, as {reason}")
         return 2
-    here = describe()
-    device = re.sub(r"\W+", "-", here["device"]).strip("-").lower()
-    name = f"gpu-check-{device}-{here['date'][:10]}-{here['commit']}.json"
-    path = ROOT / "benchmarks" / "results" / name.replace("+", "-")
-    return 0 if check(GROUPS, path, architecture_here()) else 1
+    return 0 if check(GROUPS, None, architecture_here()) else 1
 
 
 if __name__ == "__main__":

@@ -126,11 +126,8 @@ def test_close_to_the_host_model(
             layout, text_len=layout.text_len.cpu(), pivot_idx=layout.pivot_idx.cpu()
         ),
     )
-    extension.host_model_num_sms = extension.num_sms(torch.device("cuda"))
-    try:
+    with extension.modelled_device(extension.num_sms(torch.device("cuda"))):
         model = on_cpu.run("host_model")
-    finally:
-        extension.host_model_num_sms = 1
     steps = {}
     for name in RESULTS:
         apart = (results[name].cpu().double() - model[name].double()).abs().max().item()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -82,6 +83,8 @@ def test_outcomes(
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_says_why_nothing_runs() -> None:
-    done = subprocess.run([sys.executable, check.__file__], capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": str(check.ROOT)}
+    command = [sys.executable, check.__file__]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 2
     assert done.stdout.startswith("gpu-check: nothing ran, as ") and done.stdout.count("\n") == 1
