@@ -250,9 +250,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const QueryTile<kBlockM> tile(problem);
   const FarKeys far = far_keys_of(problem, tile.batch);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
-  copy_tile<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
-                                         params.q.stride.row,
-                                         [&](int tile_row) { return tile.near_row(tile_row); });
+  tile.template copy<kHeadDim, kThreads>(sQ, params.q);
   WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,

@@ -42,9 +42,11 @@ struct QueryTile {
     return position >= begin && position < end ? position - first : -1;
   }
 
-  // The same where it holds a query, else the nearest row that the tile has.
-  __device__ __forceinline__ int near_row(int tile_row) const {
-    return min(max(origin + tile_row, begin), end - 1) - first;
+  // Starts to copy the tile's rows of q or dout.
+  template <int kHeadDim, int kThreads>
+  __device__ __forceinline__ void copy(unsigned char* to, const ConstHeads& from) const {
+    copy_tile<kHeadDim, kBlockM, kThreads>(to, head_of(from, batch, head), from.stride.row,
+                                           origin - first, begin - first, end - first);
   }
 };
 

@@ -95,16 +95,18 @@ struct TileItems {
   }
 };
 
-// Starts to copy rows of a head to a tile: row r of the tile is row row_of(r) of the head.
-template <int kHeadDim, int kRows, int kThreads, typename RowOf>
+// Starts to copy consecutive rows of a head to a tile, the first of which is row `first`: those in
+// [begin, end), and zeros for the others.
+template <int kHeadDim, int kRows, int kThreads>
 __device__ __forceinline__ void copy_tile(unsigned char* tile, const uint16_t* head,
-                                          int64_t row_stride, RowOf row_of) {
+                                          int64_t row_stride, int first, int begin, int end) {
   using Items = TileItems<kHeadDim, kRows, kThreads>;
   const unsigned thread = threadIdx.x;
   const unsigned char* rows = Items::first_chunk(head);
   Items::for_each(thread, [&](int offset, int step, int chunk) {
-    const int row = row_of(int(thread / Items::kLanes) + step * Items::kStepRows);
-    cp_async_16(tile + offset, row_at(rows, row_stride * 2, row) + chunk * 16, true);
+    const int row = first + int(thread / Items::kLanes) + step * Items::kStepRows;
+    const int near = min(max(row, begin), end - 1);
+    cp_async_16(tile + offset, row_at(rows, row_stride * 2, near) + chunk * 16, row == near);
   });
 }
 
