@@ -94,7 +94,8 @@ struct DqWarp {
   int position;    // of the lane's first row
   float scale;     // from a product to a logit in bits
   float ds_scale;  // of ds before it is rounded
-  float row_max[kRowTiles][2], row_log_sum[kRowTiles][2], delta[kRowTiles][2];
+  float row_max[kRowTiles][2], row_log_sum[kRowTiles][2],
+      minus_delta[kRowTiles][2];  // scaled as ds
   float dq[kRowTiles][kHeadDim / 8][4];
 
   __device__ __forceinline__ void initialize(const ThreeRegionBackwardParams& params,
@@ -108,7 +109,8 @@ struct DqWarp {
         const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
         row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
         row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
-        delta[rt][half] = row < 0 ? 0.f : params.delta[at];
+        // The scale is a power of two: the same as (ds - delta) ds_scale.
+        minus_delta[rt][half] = row < 0 ? 0.f : -params.delta[at] * ds_scale;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           dq[rt][n][2 * half] = dq[rt][n][2 * half + 1] = 0.f;
@@ -158,7 +160,7 @@ struct DqWarp {
               const int c = 2 * half + column;
               const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias) - row_max[rt][half] -
                                          row_log_sum[rt][half]);
-              ds[rt][n][c] = p * ((ds[rt][n][c] - delta[rt][half]) * ds_scale);
+              ds[rt][n][c] = p * fmaf(ds[rt][n][c], ds_scale, minus_delta[rt][half]);
             }
           }
         }
@@ -262,7 +264,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       }
       // A row that sees a NaN has one in its own statistics.
       const float own =
-          state.row_max[rt][half] + state.row_log_sum[rt][half] + state.delta[rt][half];
+          state.row_max[rt][half] + state.row_log_sum[rt][half] + state.minus_delta[rt][half];
       has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 &&
                           fabsf(own) <= kLargestFloat && sum != 0.f;
     }

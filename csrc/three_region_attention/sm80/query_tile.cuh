@@ -159,7 +159,7 @@ struct KeyStages {
   Buffers& shared;
   const unsigned char *k, *v;  // the thread's first chunk of row 0
   int64_t k_bytes, v_bytes;    // from row to row
-  int thread;                  // in the block
+  int thread, first_row;       // in the block; of a tile, of those that the thread copies
   int offset;                  // of the thread's first chunk in a tile
   int stage = 0;               // of the next tile
   int next_key;                // the thread's key of the tile behind that
@@ -174,8 +174,10 @@ struct KeyStages {
         k_bytes(gK.stride.row * 2),
         v_bytes(gV.stride.row * 2),
         thread(kept(int(threadIdx.x))),
+        first_row(threadIdx.x / Items::kLanes),
         offset(kept(Items::offset_of(threadIdx.x, 0))) {
     static_assert(Items::kPeriod == 1);
+    if (kHeadDim <= 64) first_row = kept(first_row);  // beyond, registers do not suffice
   }
 
   // Looks up the thread's key of the tile that begins at `entry`: a load that nothing waits for.
@@ -193,7 +195,7 @@ struct KeyStages {
     int keys[Items::kSteps];
 #pragma unroll
     for (int step = 0; step < Items::kSteps; ++step) {
-      keys[step] = key_of(int(unsigned(thread) / Items::kLanes) + step * Items::kStepRows);
+      keys[step] = key_of(first_row + step * Items::kStepRows);
     }
     auto& to = shared.stages[of_stage];
     const auto first = [&](int) { return offset; };
