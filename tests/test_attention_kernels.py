@@ -499,19 +499,3 @@ def test_strides_do_not_matter(backend: str) -> None:
     expected = run(single.map(lambda t: t.contiguous()), backend)
     results = run(single, backend)
     assert all(torch.equal(results[key], expected[key]) for key in ("out", "lse", "dq"))
-
-
-def test_rows_more_than_four_gigabytes_apart(backend: str) -> None:
-    """Products of rows and strides need 64 bits; rows in between are never touched."""
-    problem = make_problem(1, 1, k_len=2, head_dim=32, dtype=torch.bfloat16)
-    expected = run(problem, backend)
-    row = 2**31 + 8  # elements of two bytes
-
-    def far_apart(tensor: Tensor) -> Tensor:
-        if tensor.ndim != 4:
-            return tensor
-        spread = torch.empty(row + 32, dtype=tensor.dtype).as_strided((1, 1, 2, 32), (1, 1, row, 1))
-        return spread.copy_(tensor)
-
-    results = run(problem.map(far_apart), backend)
-    assert all(torch.equal(results[name], expected[name]) for name in RESULTS)
