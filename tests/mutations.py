@@ -304,7 +304,7 @@ MUTATIONS = [
         "three_region_attention/sm80/backward_dq.cu",
         ("dq-no-softmax-scale", VALUES, "problem.softmax_scale * exp2f(", "exp2f("),
         ("dq-exponent-not-undone", VALUES, "exp2f(float(-exponent))", "1.f"),
-        ("dq-no-delta", VALUES, "(ds[rt][n][c] - delta[rt][half])", "ds[rt][n][c]"),
+        ("dq-no-delta", VALUES, "ds_scale, minus_delta[rt][half]);", "ds_scale, 0.f);"),
         ("dq-nothing-masked", VALUES, "if (!sees) ds[rt][n][c] = 0.f;", ""),
         ("dq-nan-rows-kept", LEAKS, "&& sum != 0.f", "&& false"),
         ("dq-exact-no-delta", LEAKS, "p * (dp - params.delta[at])", "p * dp"),
