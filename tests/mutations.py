@@ -195,7 +195,7 @@ MUTATIONS = [
         ),
         (
             "far-end-of-another-row",
-            VALUES,
+            DEFINITION,
             "shfl_idx(far_end, row + lane / 4)",
             "shfl_idx(far_end, row)",
         ),
