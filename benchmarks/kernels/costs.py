@@ -111,7 +111,7 @@ def describe(case: AttentionCase) -> str:
 
 def tile_rows(kernel: str, head_dim: int) -> int:
     """Queries of a block, keys of a block of the dkdv kernel: as the kernels' shapes have them."""
-    return 128 if head_dim <= (96 if kernel == "forward" else 64) else 64
+    return 128 if kernel == "forward" or head_dim <= 64 else 64
 
 
 def query_tiles(case: AttentionCase, kernel: str) -> Iterator[Tensor]:

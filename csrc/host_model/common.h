@@ -102,6 +102,10 @@ __forceinline__ uint32_t shfl_bfly(uint32_t value, int lane_mask, Where where = 
 __forceinline__ int shfl_idx(int value, int source_lane, Where where = Where::current()) {
   return int(host_model::shfl("shfl_idx", uint32_t(value), source_lane, where));
 }
+__forceinline__ float shfl_idx(float value, int source_lane, Where where = Where::current()) {
+  return std::bit_cast<float>(
+      host_model::shfl("shfl_idx", std::bit_cast<uint32_t>(value), source_lane, where));
+}
 __forceinline__ uint32_t vote_ballot(bool predicate, Where where = Where::current()) {
   return host_model::vote_ballot(predicate, where);
 }
@@ -146,6 +150,10 @@ __forceinline__ float ex2_approx(float x) {
 __forceinline__ uint32_t float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 
 __forceinline__ int popc(uint32_t bits) { return std::popcount(bits); }
+
+__forceinline__ uint32_t shl(uint32_t bits, uint32_t count) {
+  return count < 32 ? bits << count : 0;
+}
 
 __forceinline__ float to_float(float value) { return value; }
 __forceinline__ float to_float(BFloat16 value) {

@@ -37,6 +37,9 @@ __device__ __forceinline__ uint32_t shfl_bfly(uint32_t value, int lane_mask) {
 __device__ __forceinline__ int shfl_idx(int value, int source_lane) {
   return __shfl_sync(0xffffffffu, value, source_lane);
 }
+__device__ __forceinline__ float shfl_idx(float value, int source_lane) {
+  return __shfl_sync(0xffffffffu, value, source_lane);
+}
 
 // Bit l is set if the predicate of lane l holds (vote.sync.ballot.b32).
 __device__ __forceinline__ uint32_t vote_ballot(bool predicate) {
@@ -109,6 +112,13 @@ __device__ __forceinline__ uint32_t float_as_uint(float value) { return __float_
 // The number of set bits (popc.b32).
 __device__ __forceinline__ int popc(uint32_t bits) { return __popc(bits); }
 
+// bits << count; zero where count is 32 or more (shl.b32).
+__device__ __forceinline__ uint32_t shl(uint32_t bits, uint32_t count) {
+  uint32_t out;
+  asm("shl.b32 %0, %1, %2;\n" : "=r"(out) : "r"(bits), "r"(count));
+  return out;
+}
+
 // Conversions, rounded to nearest even (cvt.rn).
 __device__ __forceinline__ float to_float(float value) { return value; }
 __device__ __forceinline__ float to_float(Half value) { return __half2float(value); }
@@ -152,6 +162,17 @@ __device__ __forceinline__ uint32_t cvt_rn_x2<BFloat16>(float low, float high) {
 namespace cogview {
 
 constexpr int kWarpSize = 32;
+
+// The value, kept in a register. ptxas would rather compute an address again, wherever it is used,
+// than keep it through a loop; what a shuffle gives it cannot compute again. Whole warps must call it.
+__device__ __forceinline__ int kept(int value) { return shfl_idx(value, threadIdx.x % kWarpSize); }
+
+template <typename T>
+__device__ __forceinline__ T* kept(T* pointer) {
+  const uint64_t bits = reinterpret_cast<uint64_t>(pointer);
+  const uint32_t low = kept(int(bits)), high = kept(int(bits >> 32));
+  return reinterpret_cast<T*>(uint64_t(high) << 32 | low);
+}
 
 // Vectors
 

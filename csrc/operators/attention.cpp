@@ -71,6 +71,9 @@ class AttentionCall : public Call {
     problem.num_pivots = to_int("far_keys", columns) - 2;
     // Given windows may be as large as an int64; beyond k_len they allow no more keys.
     problem.query_window = static_cast<int>(std::min(query_window, k_len));
+    problem.window_divisor = Divisor::of(problem.query_window);
+    problem.head_divisor = Divisor::of(problem.num_heads);
+    problem.group_divisor = Divisor::of(problem.num_heads / problem.num_kv_heads);
     problem.num_windows =
         static_cast<int>(std::min(key_window_times, k_len / problem.query_window + 1));
     problem.softmax_scale = static_cast<float>(softmax_scale);

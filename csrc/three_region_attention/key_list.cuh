@@ -5,9 +5,10 @@
 //   entry  0 ............ num_text ............ num_far ........................ size
 //   key    text prefix    | pivots < start      | start(begin) .... end - 1 (the window)
 //
-// All queries of one query block (query_window of them) see all text and pivot entries. Where a
-// tile holds queries of several query blocks, some entries are seen by a part of them only, and a
-// key may have two entries: far key of one query, window key of another.
+// Far keys ascend, so a query sees two ranges of entries: the far keys below its window, which are
+// entries 0 .. far_end - 1, and its window up to itself. The queries of one query block (query_window
+// of them) share far_end and the beginning of the window. Where a tile holds queries of several
+// query blocks, a key may have two entries: far key of one query, window key of another.
 //
 // KeyList and WarpView lie in shared memory: they are the same for a whole block or warp, and
 // registers are scarce.
@@ -20,30 +21,69 @@ namespace cogview {
 
 constexpr float kLog2e = 1.44269504f;
 
+__device__ __forceinline__ int divide(int n, const Divisor& divisor) {
+  return int(uint64_t(uint32_t(n)) * divisor.multiplier >> divisor.shift);
+}
+
 // First key of the window of the query at `position`.
 __device__ __forceinline__ int window_start(int position, const ThreeRegionProblem& problem) {
-  const int block = int(unsigned(position) / unsigned(problem.query_window));
+  const int block = divide(position, problem.window_divisor);
   return max(0, block - problem.num_windows + 1) * problem.query_window;
 }
 
 // First query position whose window begins after `key`; k_len if there is none.
 __device__ __forceinline__ int first_far_query(int key, const ThreeRegionProblem& problem) {
-  const int block = int(unsigned(key) / unsigned(problem.query_window));
+  const int block = divide(key, problem.window_divisor);
   const int64_t query = (int64_t(block) + problem.num_windows) * problem.query_window;
   return int(min(query, int64_t(problem.k_len)));
 }
 
-// How many of `size` ascending numbers lie below `bound`. All lanes of the warp must call it.
-__device__ __forceinline__ int count_below(const int32_t* sorted, int size, int bound) {
+// How many of `size` ascending numbers lie below each bound. All lanes of the warp must call it.
+template <int kBounds>
+__device__ __forceinline__ void count_below(const int32_t* sorted, int size,
+                                            const int (&bounds)[kBounds], int (&counts)[kBounds]) {
   const int lane = threadIdx.x % kWarpSize;
-  int begin = 0, end = size;  // the answer lies in [begin, end]
-  while (begin < end) {
+  int ends[kBounds];  // the answer lies in [counts, ends]
+#pragma unroll
+  for (int i = 0; i < kBounds; ++i) {
+    counts[i] = 0;
+    ends[i] = size;
+  }
+  // The ranges of all bounds have one length, but for the last one of the table.
+  for (int length = size; length > 0;) {
     // 32 segments, one to a lane: the segments whose last number lies below come first.
-    const int step = (end - begin + kWarpSize - 1) / kWarpSize;
-    const int segment = begin + lane * step;
-    const bool below = segment < end && sorted[min(segment + step, end) - 1] < bound;
-    begin = min(begin + popc(vote_ballot(below)) * step, end);
-    end = min(begin + step, end) - (begin < end ? 1 : 0);
+    const int step = (length + kWarpSize - 1) / kWarpSize;
+    bool below[kBounds];
+#pragma unroll
+    for (int i = 0; i < kBounds; ++i) {
+      const int segment = counts[i] + lane * step;
+      below[i] = segment < ends[i] && sorted[min(segment + step, ends[i]) - 1] < bounds[i];
+    }
+#pragma unroll
+    for (int i = 0; i < kBounds; ++i) {
+      counts[i] = min(counts[i] + popc(vote_ballot(below[i])) * step, ends[i]);
+      ends[i] = min(counts[i] + step - 1, ends[i]);
+    }
+    length = step - 1;
+  }
+}
+
+__device__ __forceinline__ int count_below(const int32_t* sorted, int size, int bound) {
+  int counts[1];
+  count_below(sorted, size, {bound}, counts);
+  return counts[0];
+}
+
+// The same for a bound of the lane's own.
+__device__ __forceinline__ int count_below_alone(const int32_t* sorted, int size, int bound) {
+  int begin = 0, end = size;
+  while (begin < end) {
+    const int middle = (begin + end) / 2;
+    if (sorted[middle] < bound) {
+      begin = middle + 1;
+    } else {
+      end = middle;
+    }
   }
   return begin;
 }
@@ -56,9 +96,8 @@ struct FarKeys {
   int k_len;
 
   // A key inside k and v, whatever the table holds.
-  __device__ __forceinline__ int pivot(int index) const {
-    return min(max(pivots[index], 0), k_len - 1);
-  }
+  __device__ __forceinline__ int clamp(int key) const { return min(max(key, 0), k_len - 1); }
+  __device__ __forceinline__ int pivot(int index) const { return clamp(pivots[index]); }
 };
 
 __device__ __forceinline__ FarKeys far_keys_of(const ThreeRegionProblem& problem, int batch) {
@@ -75,87 +114,121 @@ struct KeyList {
   int last_start;    // window_start of the last query
   int size;
 
-  // Key at an entry; -1 in front of the list.
-  __device__ __forceinline__ int key(int entry) const {
-    if (entry < num_text) return max(entry, -1);
-    if (entry < num_far) return far.pivot(entry - num_text);
-    return first_window + entry - num_far;
+  // Key at an entry, as the table holds it: clamp() it before use. Any entry below `size` will do.
+  __device__ __forceinline__ int packed_key(int entry) const {
+    int key = entry < num_text ? entry : first_window + entry - num_far;
+    if (entry >= num_text && entry < num_far) key = far.pivots[entry - num_text];
+    return key;
   }
+  __device__ __forceinline__ int key(int entry) const { return far.clamp(packed_key(entry)); }
+
+  // The entry of a window key.
+  __device__ __forceinline__ int entry_of(int key) const { return num_far - first_window + key; }
 };
 
-// The list of the queries at positions [begin, end), at least one. Whole warps must call it.
-__device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem, int batch,
-                                               int begin, int end) {
+// The list of the queries at positions [begin, end), at least one. far_pivots: how many pivots lie in
+// front of the window of the last one.
+__device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem,
+                                               const FarKeys& far, int begin, int end,
+                                               int far_pivots) {
   KeyList list;
-  list.far = far_keys_of(problem, batch);
+  list.far = far;
   list.last_start = window_start(end - 1, problem);
-  list.num_text = min(list.far.text_len, list.last_start);
-  list.num_far = list.num_text + count_below(list.far.pivots, list.far.num_pivots, list.last_start);
+  list.num_text = min(far.text_len, list.last_start);
+  list.num_far = list.num_text + min(far_pivots, far.num_pivots);
   list.first_window = window_start(begin, problem);
   list.size = list.num_far + end - list.first_window;
   return list;
 }
 
+// The same, with a search for the pivots. Whole warps must call it.
+__device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem, int batch,
+                                               int begin, int end) {
+  const FarKeys far = far_keys_of(problem, batch);
+  const int start = window_start(end - 1, problem);
+  return key_list_of(problem, far, begin, end, count_below(far.pivots, problem.num_pivots, start));
+}
+
 // What the queries of one warp see of a key list: entries that some and that all of them see.
 struct WarpView {
-  int text_some, text_all;      // from entry 0 on
-  int pivots_some, pivots_all;  // from entry num_text on
+  int far_some, far_all;  // from entry 0 on
   int window_some_begin, window_some_end;
   int window_all_begin, window_all_end;
+  // First entries of pivots and window where the bias in front of them differs, else INT32_MIN.
+  int pivot_edge, window_edge;
   float text_bias, pivot_bias;  // in bits
+  bool is_uniform;              // the windows of all queries begin at the same key
 
   // Whether any of the queries sees any of the entries [begin, end).
-  __device__ __forceinline__ bool any(const KeyList& list, int begin, int end) const {
-    const auto meets = [=](int from, int to) { return max(begin, from) < min(end, to); };
-    return meets(0, text_some) || meets(list.num_text, pivots_some) ||
-           meets(window_some_begin, window_some_end);
+  __device__ __forceinline__ bool any(int begin, int end) const {
+    return (max(begin, 0) < min(end, far_some)) |
+           (max(begin, window_some_begin) < min(end, window_some_end));
   }
 
-  // Whether all of the queries see all of the entries, with one bias.
-  __device__ __forceinline__ bool plain(const KeyList& list, int begin, int end) const {
+  // Whether all of the queries see all of the entries.
+  __device__ __forceinline__ bool all(int begin, int end) const {
     const auto overlap = [=](int from, int to) { return max(min(end, to) - max(begin, from), 0); };
-    const int text = overlap(0, text_all), pivots = overlap(list.num_text, pivots_all);
-    const int window = overlap(window_all_begin, window_all_end);
-    const int size = end - begin;
-    return text + pivots + window == size &&
-           ((text_bias == 0.f && pivot_bias == 0.f) || text == size || window == size ||
-            pivots == size || (text_bias == pivot_bias && window == 0));
+    return overlap(0, far_all) + overlap(window_all_begin, window_all_end) == end - begin;
   }
 
-  __device__ __forceinline__ float bias(const KeyList& list, int entry) const {
-    if (entry >= list.num_far) return 0.f;
-    return entry < list.num_text ? text_bias : pivot_bias;
+  // Whether the entries have one bias.
+  __device__ __forceinline__ bool has_one_bias(int begin, int end) const {
+    const auto inside = [=](int edge) { return (begin < edge) & (edge < end); };
+    return !(inside(pivot_edge) | inside(window_edge));
+  }
+};
+
+// The biases of a key list's entries, in bits. In registers, since every column may ask for its own.
+struct EntryBiases {
+  int num_text, num_far;
+  float text, pivot;
+
+  __device__ __forceinline__ EntryBiases(const KeyList& list, const WarpView& view)
+      : num_text(list.num_text),
+        num_far(list.num_far),
+        text(view.text_bias),
+        pivot(view.pivot_bias) {}
+
+  __device__ __forceinline__ float operator()(int entry) const {
+    const float far = entry < num_text ? text : pivot;
+    return entry < num_far ? far : 0.f;
   }
 };
 
 // A warp's own copy of list and view.
-struct WarpContext {
+struct alignas(16) WarpContext {
   KeyList list;
   WarpView view;
 };
 
 // The view of the list's queries at positions [first, last]; they see nothing if first > last.
-// Whole warps must call it.
+// far_pivots: how many pivots lie in front of the window of `last`. far_end: receives how many far
+// keys the query nearest to the lane's `position` sees; positions are those of consecutive queries
+// from `first` or before to `last` or behind. Whole warps must call it.
 __device__ __forceinline__ WarpView warp_view_of(const ThreeRegionProblem& problem,
-                                                 const KeyList& list, int first, int last) {
+                                                 const KeyList& list, int first, int last,
+                                                 int far_pivots, int position, int& far_end) {
   const int first_start = window_start(first, problem), last_start = window_start(last, problem);
-  const auto pivots_before = [&](int start) {
-    if (start == list.last_start) return list.num_far;
-    return list.num_text + count_below(list.far.pivots, list.num_far - list.num_text, start);
-  };
   WarpView view;
-  view.text_some = min(list.num_text, last_start);
-  view.text_all = min(list.num_text, first_start);
-  view.pivots_some = pivots_before(last_start);
-  view.pivots_all = first_start == last_start ? view.pivots_some : pivots_before(first_start);
-  const int window = list.num_far - list.first_window;  // from key to entry
-  view.window_some_begin = window + first_start;
-  view.window_some_end = window + last + 1;
-  view.window_all_begin = window + last_start;
-  view.window_all_end = window + first + 1;
+  view.is_uniform = first_start == last_start;
+  far_end = min(last_start, list.num_text) + min(far_pivots, list.num_far - list.num_text);
+  view.far_some = view.far_all = far_end;
+  if (!view.is_uniform && first <= last) {
+    const int start = window_start(min(max(position, first), last), problem);
+    far_end = min(start, list.num_text) +
+              count_below_alone(list.far.pivots, list.num_far - list.num_text, start);
+    view.far_all = shfl_idx(far_end, 0);
+  }
+  view.window_some_begin = list.entry_of(first_start);
+  view.window_some_end = list.entry_of(last + 1);
+  view.window_all_begin = list.entry_of(last_start);
+  view.window_all_end = list.entry_of(first + 1);
   if (first > last) view = {};
   view.text_bias = problem.text_bias * kLog2e;
   view.pivot_bias = problem.pivot_bias * kLog2e;
+  view.pivot_edge = view.text_bias == view.pivot_bias ? INT32_MIN : list.num_text;
+  const bool has_bias = view.text_bias != 0.f || view.pivot_bias != 0.f;
+  view.window_edge = has_bias ? list.num_far : INT32_MIN;
   return view;
 }
 

@@ -25,6 +25,22 @@ struct Heads {
   HeadStrides stride;
 };
 
+// Divides numbers in [0, 2^31) by a positive number that the host knows, with a product and a shift
+// (divide() in key_list.cuh).
+struct Divisor {
+  uint32_t multiplier;
+  int shift;
+
+  // With 2^(bits - 1) < divisor <= 2^bits, n multiplier / 2^(31 + bits) exceeds n / divisor by less
+  // than 1 / divisor.
+  static Divisor of(int divisor) {
+    int bits = 0;
+    while (int64_t{1} << bits < divisor) ++bits;
+    const uint64_t power = uint64_t{1} << (31 + bits);
+    return {uint32_t((power + divisor - 1) / divisor), 31 + bits};
+  }
+};
+
 // What every launch knows of the problem.
 struct ThreeRegionProblem {
   int batch;
@@ -36,7 +52,10 @@ struct ThreeRegionProblem {
   DType dtype;       // of q, k, v, out and their gradients: float16 or bfloat16
   int num_pivots;    // columns of the pivot table, the largest number of pivots in a sample
   int query_window;  // w, at most max(k_len, 1)
-  int num_windows;   // n, key_window_times, at most k_len / w + 1
+  Divisor window_divisor, head_divisor;  // of query_window, num_heads
+  Divisor group_divisor;                 // of num_heads / num_kv_heads
+  Divisor tile_divisor;  // of a head's tiles: set by the launch of kernels that own query rows
+  int num_windows;       // n, key_window_times, at most k_len / w + 1
   float softmax_scale;
   float text_bias;   // nats
   float pivot_bias;  // nats

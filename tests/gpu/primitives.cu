@@ -59,6 +59,11 @@ KERNEL(popc_kernel) {
   store(p, i, popc(load<uint32_t>(p.a, i)));
 }
 
+KERNEL(shl_kernel) {  // b: the count
+  const int i = thread_number();
+  store(p, i, shl(load<uint32_t>(p.a, i), load<uint32_t>(p.b, i)));
+}
+
 // Memory
 
 KERNEL(copy_v4_kernel) {  // sixteen bytes for each thread
@@ -178,6 +183,7 @@ const std::map<std::string, Launch> kPrimitives = {
     {"shfl_idx", kLaunch<shfl_idx_kernel>},
     {"vote_ballot", kLaunch<vote_ballot_kernel>},
     {"popc", kLaunch<popc_kernel>},
+    {"shl", kLaunch<shl_kernel>},
     {"copy_v4", kLaunch<copy_v4_kernel>},
     {"shared_v4", kLaunch<shared_v4_kernel, 32, 32 * 16>},
     {"red_global_max", kLaunch<red_global_max_kernel>},

@@ -161,6 +161,14 @@ def test_popc(run: Primitives, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out.ravel(), expected)
 
 
+def test_shl(run: Primitives, rng: np.random.Generator) -> None:
+    bits, count = words(rng, 64, 32), np.arange(64 * 32, dtype=np.uint32).reshape(64, 32) % 70
+    count[0, :2] = 2**31, 2**32 - 1
+    out = run("shl", 64, np.zeros_like(bits), bits, count)
+    expected = bits.astype(np.uint64) << np.minimum(count, 32).astype(np.uint64)
+    np.testing.assert_array_equal(out, expected.astype(np.uint32))
+
+
 # Memory
 
 

@@ -1,19 +1,22 @@
 // Three-region attention, backward: dq. The math stands in backward.cuh.
 //
-// Phases     1. Copy the q and dout tiles; build the key list, and each warp's view of it.
+// Phases     1. Copy the q and dout tiles and, where they are keys of the window, the first tile of
+//               keys; find the key list, and each warp's view of it.
 //            2. For each tile of the list, from its end: wait for k and v, start the copy of the
-//               next tile, then in steps of kStep entries: logits, p, ds, dq += ds k.
+//               next tile, then per warp: logits, p, ds, dq += ds k.
 //            3. Scale dq and write it through the q tile.
 //            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers. What a warp
+//            skips and masks is as in the forward.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  12288  16384
 //            dout                           8192  16384  12288  16384
 //            stages: 2 x (k, v)            16384  32768  24576  32768
-//            total, dynamic                32768  65536  49152  65536
-//            static: as the forward
+//            keys of the stages              512    512    256    256
+//            key lists and views of warps    384    384    384    384
+//            total, dynamic                33664  66432  49792  66176
 // Barriers   those of KeyStages, as the forward; bar_warp_sync: a warp's key list, its rows of dq
 // Writers    one thread writes each element of dq: deterministic.
 // Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
@@ -36,13 +39,13 @@ struct DqShape {
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
   // Beyond 64, tiles of 32 keys let two blocks fit sm_86 at 96, and sm_80 at 128.
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = 32;  // logits and ds of more entries do not fit the registers
   // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
   static constexpr int kMinBlocks = 2;
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of dq
     unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
-    KeyStage<kHeadDim, kBlockN> stages[2];
+    KeyBuffers<kHeadDim, kBlockN> keys;
+    WarpContext contexts[kWarps];
   };
 };
 
@@ -80,31 +83,34 @@ __device__ __noinline__ void dq_row(const ThreeRegionBackwardParams& params, int
 template <typename T, typename Shape>
 struct DqWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
-  static constexpr int kStep = Shape::kStep;
+  static constexpr int kBlockN = Shape::kBlockN;
 
   const KeyList& list;
   const WarpView& view;
   const unsigned char *sQ, *sDout;
-  int warp_row;    // the warp's first row in the tiles of queries
+  const KeyStage<kHeadDim, kBlockN>* stages;
+  LaneRow<kHeadDim> q_row, key_row, ds_row;
+  int far_end;     // of the lane's row of the warp, see find_context
   int position;    // of the lane's first row
   float scale;     // from a product to a logit in bits
   float ds_scale;  // of ds before it is rounded
-  float row_max[kRowTiles][2], row_log_sum[kRowTiles][2], delta[kRowTiles][2];
+  float row_max[kRowTiles][2], row_log_sum[kRowTiles][2],
+      minus_delta[kRowTiles][2];  // scaled as ds
   float dq[kRowTiles][kHeadDim / 8][4];
 
   __device__ __forceinline__ void initialize(const ThreeRegionBackwardParams& params,
                                              const QueryTile<Shape::kBlockM>& tile) {
     const ThreeRegionProblem& problem = params.problem;
-    const int lane = threadIdx.x % kWarpSize;
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const int row = tile.row(warp_row + 16 * rt + 8 * half + lane / 4);
+        const int row = tile.row(position - tile.origin + 16 * rt + 8 * half);
         const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
         row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
         row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
-        delta[rt][half] = row < 0 ? 0.f : params.delta[at];
+        // The scale is a power of two: the same as (ds - delta) ds_scale.
+        minus_delta[rt][half] = row < 0 ? 0.f : -params.delta[at] * ds_scale;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           dq[rt][n][2 * half] = dq[rt][n][2 * half + 1] = 0.f;
@@ -113,34 +119,24 @@ struct DqWarp {
     }
   }
 
-  // Takes up entries [entry, entry + kStep), which are rows `row`.. of the tile of keys. kMasked:
-  // some query does not see some entry, or biases differ.
-  template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
-                                       const KeyStage<kHeadDim, Shape::kBlockN>& keys, int row,
-                                       int entry) {
-    const int lane = threadIdx.x % kWarpSize, t = lane % 4;
-    uint32_t live = 0;  // groups of sixteen entries that some query sees
-#pragma unroll
-    for (int n = 0; n < kStep / 16; ++n) {
-      if (!kMasked || view.any(list, entry + 16 * n, entry + 16 * n + 16)) live |= 1u << n;
-    }
-
-    float s[kRowTiles][kStep / 8][4] = {}, ds[kRowTiles][kStep / 8][4] = {};
+  // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
+    const int lane = threadIdx.x % kWarpSize;
+    float s[kRowTiles][kBlockN / 8][4] = {}, ds[kRowTiles][kBlockN / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t q[kRowTiles][4], dout[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
-        load_a<kHeadDim>(q[rt], sQ, warp_row + 16 * rt, d);
-        load_a<kHeadDim>(dout[rt], sDout, warp_row + 16 * rt, d);
+        ldmatrix_x4(q[rt], sQ + q_row.at(rt, d));
+        ldmatrix_x4(dout[rt], sDout + q_row.at(rt, d));
       }
 #pragma unroll
-      for (int n = 0; n < kStep / 16; ++n) {
-        if (kMasked && !(live >> n & 1)) continue;
+      for (int n = 0; n < kBlockN / 16; ++n) {
         uint32_t k[4], v[4];
-        load_b_transposed<kHeadDim>(k, keys.k, row + 16 * n, d);
-        load_b_transposed<kHeadDim>(v, keys.v, row + 16 * n, d);
+        const LaneRow<kHeadDim> key{key_row.offset + tile};
+        ldmatrix_x4(k, stages[0].k + key.at(n, d));
+        ldmatrix_x4(v, stages[0].v + key.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(s[rt][2 * n], q[rt], k[0], k[1]);
@@ -151,37 +147,43 @@ struct DqWarp {
       }
     }
 
+    const auto to_gradients = [&](auto bias_of_column) {
 #pragma unroll
-    for (int n = 0; n < kStep / 8; ++n) {
+      for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const int at = entry + 8 * n + 2 * t + column;
-        const int key = kMasked ? list.key(at) : 0;
-        const bool is_far = at < list.num_far;
-        const float bias = view.bias(list, kMasked ? at : entry);
+        for (int column = 0; column < 2; ++column) {
+          const float bias = bias_of_column(8 * n + column);
 #pragma unroll
-        for (int rt = 0; rt < kRowTiles; ++rt) {
+          for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
-          for (int half = 0; half < 2; ++half) {
-            const int c = 2 * half + column;
-            const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias) - row_max[rt][half] -
-                                       row_log_sum[rt][half]);
-            float gradient = p * ((ds[rt][n][c] - delta[rt][half]) * ds_scale);
-            if constexpr (kMasked) {
-              const int i = position + 16 * rt + 8 * half;
-              const int start = window_start(i, problem);
-              const bool visible = is_far ? at >= 0 && key < start : key >= start && key <= i;
-              gradient = visible ? gradient : 0.f;
+            for (int half = 0; half < 2; ++half) {
+              const int c = 2 * half + column;
+              const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias) - row_max[rt][half] -
+                                         row_log_sum[rt][half]);
+              ds[rt][n][c] = p * fmaf(ds[rt][n][c], ds_scale, minus_delta[rt][half]);
             }
-            ds[rt][n][c] = gradient;
           }
         }
       }
+    };
+    const EntryBiases biases(list, view);
+    if (view.has_one_bias(entry, entry + kBlockN)) {
+      const float bias = biases(entry);
+      to_gradients([=](int) { return bias; });
+    } else {
+      const int column = entry + lane % 4 * 2;
+      to_gradients([&](int at) { return biases(column + at); });
+    }
+    if (!view.all(entry, entry + kBlockN)) {
+      const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
+                                                       entry);
+      visible.for_each([&](bool sees, int rt, int n, int c) {
+        if (!sees) ds[rt][n][c] = 0.f;
+      });
     }
 
 #pragma unroll
-    for (int n = 0; n < kStep / 16; ++n) {
-      if (kMasked && !(live >> n & 1)) continue;
+    for (int n = 0; n < kBlockN / 16; ++n) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -190,7 +192,7 @@ struct DqWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t k[4];
-        load_b<kHeadDim>(k, keys.k, row + 16 * n, d);
+        ldmatrix_x4_trans(k, stages[0].k + LaneRow<kHeadDim>{ds_row.offset + tile}.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(dq[rt][2 * d], a[rt], k[0], k[1]);
@@ -210,38 +212,42 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const ThreeRegionProblem& problem = params.problem;
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   const QueryTile<kBlockM> tile(problem);
+  const FarKeys far = far_keys_of(problem, tile.batch);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
-  copy_rows<kHeadDim, kBlockM, kThreads>(shared.q, head_of(params.q, tile.batch, tile.head),
-                                         params.q.stride.row, row_of);
-  copy_rows<kHeadDim, kBlockM, kThreads>(shared.dout, head_of(params.dout, tile.batch, tile.head),
-                                         params.dout.stride.row, row_of);
-  const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
-  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.stages, params.k, params.v, tile.batch,
+  tile.template copy<kHeadDim, kThreads>(shared.q, params.q);
+  tile.template copy<kHeadDim, kThreads>(shared.dout, params.dout);
+  WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
+  const auto& [list, view] = context;
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
                                                 tile.kv_head);
-  stages.start();
+  const bool has_started =
+      stages.start_in_window(tile.end - window_start(tile.begin, problem), tile.end);
+  int far_end;
+  find_context<16 * kRowTiles>(problem, tile, far, context, far_end);
+  stages.start(has_started);
 
   const float scale = problem.softmax_scale * kLog2e;
   const int exponent = ds_exponent<T>(params, tile.batch, tile.head);
   const float ds_scale = exp2f(float(exponent));
   const int lane = threadIdx.x % kWarpSize;
-  const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  DqWarp<T, Shape> state{list,        view,     shared.q,
-                         shared.dout, warp_row, tile.origin + warp_row + lane / 4,
-                         scale,       ds_scale};
+  const int warp_row = int(threadIdx.x / kWarpSize) * 16 * kRowTiles;
+  DqWarp<T, Shape> state{list,
+                         view,
+                         shared.q,
+                         shared.dout,
+                         shared.keys.stages,
+                         {kept(lane_row<kHeadDim>(warp_row).offset)},
+                         {kept(lane_row_transposed<kHeadDim>().offset)},
+                         {kept(lane_row<kHeadDim>(0).offset)},
+                         far_end,
+                         tile.origin + warp_row + lane / 4,
+                         scale,
+                         ds_scale};
   state.initialize(params, tile);
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const auto& stage = stages.wait(entry);
-#pragma unroll 1
-    for (int row = 0; row < kBlockN; row += Shape::kStep) {
-      const int at = entry + row;
-      if (!view.any(list, at, at + Shape::kStep)) continue;
-      if (view.plain(list, at, at + Shape::kStep)) {
-        state.template step<false>(problem, stage, row, at);
-      } else {
-        state.template step<true>(problem, stage, row, at);
-      }
-    }
+    const int stage = stages.wait(entry);
+    if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
   }
 
   const float factor = problem.softmax_scale * exp2f(float(-exponent));
@@ -258,7 +264,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       }
       // A row that sees a NaN has one in its own statistics.
       const float own =
-          state.row_max[rt][half] + state.row_log_sum[rt][half] + state.delta[rt][half];
+          state.row_max[rt][half] + state.row_log_sum[rt][half] + state.minus_delta[rt][half];
       has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 &&
                           fabsf(own) <= kLargestFloat && sum != 0.f;
     }
@@ -273,11 +279,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 }
 
 template <typename T, int kHeadDim>
-cudaError_t launch_dq(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
+cudaError_t launch_dq(ThreeRegionBackwardParams params, cudaStream_t stream) {
   using Shape = DqShape<kHeadDim>;
+  const int64_t num_blocks = QueryTile<Shape::kBlockM>::plan(params.problem);
   return launch<three_region_attention_backward_dq_kernel<T, Shape>>(
-      QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
-      sizeof(typename Shape::SharedMemoryPlan), stream, params);
+      num_blocks, 1, Shape::kThreads, sizeof(typename Shape::SharedMemoryPlan), stream, params);
 }
 
 template <typename T>

@@ -59,6 +59,10 @@ __device__ __forceinline__ float bias_of(const ThreeRegionProblem& problem, cons
 // rows of the lane's own fragments.
 template <int kRowTiles, typename Function>
 __device__ __forceinline__ void for_rows_with_nan(const bool (&has_nan)[kRowTiles][2], Function f) {
+  bool any = false;
+#pragma unroll
+  for (int rt = 0; rt < kRowTiles; ++rt) any = any || has_nan[rt][0] || has_nan[rt][1];
+  if (vote_ballot(any) == 0) return;
   uint32_t rows = 0;
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {

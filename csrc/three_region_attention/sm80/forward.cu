@@ -5,7 +5,8 @@
 //              m' = max(m, max s);  p = 2^(s - m');  l = l 2^(m - m') + sum p
 //              o = o 2^(m - m') + p v
 //            At the end out = o / l;  row_max = m;  row_log_sum = log2(l).
-// Phases     1. Copy the q tile; build the key list, and each warp's view of it.
+// Phases     1. Copy the q tile and, where they are keys of the window, the first tile of keys; find
+//               the key list, and each warp's view of it.
 //            2. For each tile of the list, from its end: wait for k and v, start the copy of the
 //               next tile, then per warp: logits, online softmax, o += p v.
 //            3. Divide by l; write the statistics, and out through the q tile.
@@ -14,16 +15,17 @@
 //            head_dim); any strides, rows contiguous and aligned to 16 bytes.
 // Grid       one block per head and tile of kBlockM query positions (query_tile.cuh).
 // Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers. A warp skips
-//            groups of sixteen entries that none of its rows sees. It masks elements only where
-//            some row does not see some entry, or where two biases meet.
+//            tiles that none of its rows sees; all others take the same step, in which hidden
+//            entries are masked where some row does not see some entry.
 // Smem       head_dim                         32     64     96    128
-//            q                              8192  16384  24576  16384
+//            q                              8192  16384  24576  32768
 //            stages: 2 x (k, v)            16384  32768  24576  32768
-//            total, dynamic                24576  49152  49152  49152
-//            static: key lists and views of the warps, keys of the stages
+//            keys of the stages              512    512    256    256
+//            key lists and views of warps    384    384    384    384
+//            total, dynamic                25472  50048  49792  66176
 // Barriers   bar_sync in KeyStages::start    the keys of the first tile are looked up
-//            bar_sync in KeyStages::wait     the tile has arrived for all threads, and all warps
-//                                            have left the stage that is filled next
+//            bar_sync in KeyStages::wait     the tile has arrived for all threads, and the keys of
+//                                            the next; all warps have left the stage that is filled
 //            bar_sync, negative scale only   the q tile has arrived, before its sign changes
 //            bar_warp_sync                   a warp's key list; its rows of the out tile
 // Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
@@ -38,18 +40,19 @@ namespace {
 template <int kHeadDim_>
 struct ForwardShape {
   static constexpr int kHeadDim = kHeadDim_;
-  // Two row tiles halve a warp's reads of k and v; at 128 they do not fit the registers.
-  static constexpr int kRowTiles = kHeadDim <= 96 ? 2 : 1;
+  static constexpr int kRowTiles = 2;  // they halve a warp's reads of k and v
   // One warp for each quarter of a multiprocessor.
   static constexpr int kWarps = 4, kThreads = kWarps * kWarpSize;
   static constexpr int kBlockM = 16 * kRowTiles * kWarps;
-  // Beyond 64, tiles of 32 keys let two blocks fit the 100 KB of sm_86 and sm_120.
+  // Beyond 64, tiles of 32 keys: two blocks fit the 100 KB of sm_86 and sm_120 at 96, and logits of
+  // more keys do not fit the registers at 128.
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
   static constexpr int kMinBlocks = 2;
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of out
-    KeyStage<kHeadDim, kBlockN> stages[2];
+    KeyBuffers<kHeadDim, kBlockN> keys;
+    WarpContext contexts[kWarps];
   };
 };
 
@@ -101,7 +104,9 @@ struct ForwardWarp {
   const KeyList& list;
   const WarpView& view;
   const unsigned char* sQ;
-  int warp_row;                            // the warp's first row in the tile of queries
+  const KeyStage<kHeadDim, kBlockN>* stages;
+  LaneRow<kHeadDim> q_row, k_row, v_row;
+  int far_end;                             // of the lane's row of the warp, see find_context
   int position;                            // of the lane's first row
   float scale;                             // from a product to a logit in bits
   float m[kRowTiles][2], l[kRowTiles][2];  // l: of the lane's columns until the end
@@ -122,31 +127,21 @@ struct ForwardWarp {
     }
   }
 
-  // Takes up the tile of keys that begins at `entry`. kMasked: some row does not see some entry, or
-  // biases differ.
-  template <bool kMasked>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem,
-                                       const KeyStage<kHeadDim, kBlockN>& keys, int entry) {
-    const int lane = threadIdx.x % kWarpSize, t = lane % 4;
-    uint32_t live = 0;  // groups of sixteen entries that some row sees
-#pragma unroll
-    for (int n = 0; n < kBlockN / 16; ++n) {
-      if (!kMasked || view.any(list, entry + 16 * n, entry + 16 * n + 16)) live |= 1u << n;
-    }
-
+  // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
+    const int lane = threadIdx.x % kWarpSize;
     float s[kRowTiles][kBlockN / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
-        load_a<kHeadDim>(a[rt], sQ, warp_row + 16 * rt, d);
+        ldmatrix_x4(a[rt], sQ + q_row.at(rt, d));
       }
 #pragma unroll
       for (int n = 0; n < kBlockN / 16; ++n) {
-        if (kMasked && !(live >> n & 1)) continue;
         uint32_t b[4];
-        load_b_transposed<kHeadDim>(b, keys.k, 16 * n, d);
+        ldmatrix_x4(b, stages[0].k + LaneRow<kHeadDim>{k_row.offset + tile}.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(s[rt][2 * n], a[rt], b[0], b[1]);
@@ -157,46 +152,37 @@ struct ForwardWarp {
 
     // Logits in bits. They are rounded here, so that the largest weight is exactly one, however
     // large the logits are, in every tile and in the backward.
-    if constexpr (kMasked) {
-      int start[kRowTiles][2];
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          start[rt][half] = window_start(position + 16 * rt + 8 * half, problem);
-        }
-      }
+    const auto to_logits = [&](auto bias_of_column) {
 #pragma unroll
       for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
-          const int at = entry + 8 * n + 2 * t + column;
-          const int key = list.key(at);
-          const bool is_far = at < list.num_far;
-          const float bias = view.bias(list, at);
+          const float bias = bias_of_column(8 * n + column);
 #pragma unroll
           for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) {
-              const int row = position + 16 * rt + 8 * half;
-              const bool visible =
-                  is_far ? at >= 0 && key < start[rt][half] : key >= start[rt][half] && key <= row;
               float& logit = s[rt][n][2 * half + column];
-              logit = visible ? fmaf(logit, scale, bias) : -INFINITY;
+              logit = fmaf(logit, scale, bias);
             }
           }
         }
       }
+    };
+    const EntryBiases biases(list, view);
+    if (view.has_one_bias(entry, entry + kBlockN)) {
+      const float bias = biases(entry);
+      to_logits([=](int) { return bias; });
     } else {
-      const float bias = view.bias(list, entry);
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) {
-#pragma unroll
-          for (int c = 0; c < 4; ++c) s[rt][n][c] = fmaf(s[rt][n][c], scale, bias);
-        }
-      }
+      const int column = entry + lane % 4 * 2;
+      to_logits([&](int at) { return biases(column + at); });
+    }
+    if (!view.all(entry, entry + kBlockN)) {
+      const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
+                                                       entry);
+      visible.for_each([&](bool sees, int rt, int n, int c) {
+        if (!sees) s[rt][n][c] = -INFINITY;
+      });
     }
 
 #pragma unroll
@@ -234,7 +220,6 @@ struct ForwardWarp {
 
 #pragma unroll
     for (int n = 0; n < kBlockN / 16; ++n) {
-      if (kMasked && !(live >> n & 1)) continue;
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -243,7 +228,7 @@ struct ForwardWarp {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         uint32_t b[4];
-        load_b<kHeadDim>(b, keys.v, 16 * n, d);
+        ldmatrix_x4_trans(b, stages[0].v + LaneRow<kHeadDim>{v_row.offset + tile}.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
           mma_m16n8k16<T>(o[rt][2 * d], a[rt], b[0], b[1]);
@@ -263,13 +248,18 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   unsigned char* sQ = shared.q;
   const QueryTile<kBlockM> tile(problem);
+  const FarKeys far = far_keys_of(problem, tile.batch);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
-  copy_rows<kHeadDim, kBlockM, kThreads>(sQ, head_of(params.q, tile.batch, tile.head),
-                                         params.q.stride.row, row_of);
-  const auto& [list, view] = warp_context<Shape::kWarps>(problem, tile);
-  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.stages, params.k, params.v, tile.batch,
+  tile.template copy<kHeadDim, kThreads>(sQ, params.q);
+  WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
+  const auto& [list, view] = context;
+  KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
                                                 tile.kv_head);
-  stages.start();
+  const bool has_started =
+      stages.start_in_window(tile.end - window_start(tile.begin, problem), tile.end);
+  int far_end;
+  find_context<16 * kRowTiles>(problem, tile, far, context, far_end);
+  stages.start(has_started);
 
   const float scale = fabsf(problem.softmax_scale) * kLog2e;
   if (problem.softmax_scale < 0.f) {
@@ -282,51 +272,58 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   }
 
   const int lane = threadIdx.x % kWarpSize;
-  const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  ForwardWarp<T, Shape> state{list, view, sQ, warp_row, tile.origin + warp_row + lane / 4, scale};
+  const int warp_row = int(threadIdx.x / kWarpSize) * 16 * kRowTiles;
+  ForwardWarp<T, Shape> state{list,
+                              view,
+                              sQ,
+                              shared.keys.stages,
+                              {kept(lane_row<kHeadDim>(warp_row).offset)},
+                              {kept(lane_row_transposed<kHeadDim>().offset)},
+                              {kept(lane_row<kHeadDim>(0).offset)},
+                              far_end,
+                              tile.origin + warp_row + lane / 4,
+                              scale};
   state.initialize();
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const auto& stage = stages.wait(entry);
-    if (!view.any(list, entry, entry + kBlockN)) continue;
-    if (view.plain(list, entry, entry + kBlockN)) {
-      state.template step<false>(problem, stage, entry);
-    } else {
-      state.template step<true>(problem, stage, entry);
-    }
+    const int stage = stages.wait(entry);
+    if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
   }
 
+  // Each of the four lanes that share rows finishes the sum of one of them, for all four.
+  const int own = lane % (2 * kRowTiles);
+  float own_l = 0.f, own_m = 0.f;
+#pragma unroll
+  for (int i = 0; i < 2 * kRowTiles; ++i) {
+    const float l = quad_sum(state.l[i / 2][i % 2]);
+    if (own == i) own_l = l, own_m = state.m[i / 2][i % 2];
+  }
+  const float own_factor = 1.f / own_l;
+  if (const int row = row_of(warp_row + 8 * own + lane / 4); row >= 0 && lane % 4 == own) {
+    const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
+    params.row_max[at] = own_m;
+    params.row_log_sum[at] = log2f(own_l);
+  }
   bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const float l = quad_sum(state.l[rt][half]);
-      const float factor = 1.f / l;
-      const int row = row_of(warp_row + 16 * rt + 8 * half + lane / 4);
-      bool is_nan = !(l > 0.f);
+      const float factor = shfl_idx(own_factor, lane / 4 * 4 + 2 * rt + half);
+      // NaN where a number of the row is not finite, or l is 0: sums of bfloat16 may overflow.
+      float zero = 0.f * factor;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
         for (int c = 2 * half; c < 2 * half + 2; ++c) {
           float& o = state.o[rt][n][c];
           o *= factor;
-          if constexpr (kIsFloat16<T>) {
-            // Infinite only if v is. The mean of finite values may exceed float16, because p is
-            // rounded in o but not in l: clamp it.
-            is_nan = is_nan || o != o;
-            if (fabsf(o) <= kLargestFloat) o = fminf(fmaxf(o, -65504.f), 65504.f);
-          } else {
-            is_nan = is_nan || !(fabsf(o) <= kLargestFloat);  // sums of bfloat16 may overflow
-          }
+          zero += 0.f * o;
+          // The mean of finite values may exceed float16, because p is rounded in o but not in l.
+          if constexpr (kIsFloat16<T>) o = fminf(fmaxf(o, -65504.f), 65504.f);
         }
       }
-      has_nan[rt][half] = row >= 0 && is_nan;
-      if (row >= 0 && lane % 4 == 0) {
-        const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
-        params.row_max[at] = state.m[rt][half];
-        params.row_log_sum[at] = log2f(l);
-      }
+      has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 && zero != 0.f;
     }
   }
   store_rows<T, kHeadDim, kRowTiles>(sQ, warp_row, state.o,
@@ -339,11 +336,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 }
 
 template <typename T, int kHeadDim>
-cudaError_t launch_forward(const ThreeRegionForwardParams& params, cudaStream_t stream) {
+cudaError_t launch_forward(ThreeRegionForwardParams params, cudaStream_t stream) {
   using Shape = ForwardShape<kHeadDim>;
+  const int64_t num_blocks = QueryTile<Shape::kBlockM>::plan(params.problem);
   return launch<three_region_attention_forward_kernel<T, Shape>>(
-      QueryTile<Shape::kBlockM>::num_blocks(params.problem), 1, Shape::kThreads,
-      sizeof(typename Shape::SharedMemoryPlan), stream, params);
+      num_blocks, 1, Shape::kThreads, sizeof(typename Shape::SharedMemoryPlan), stream, params);
 }
 
 template <typename T>

@@ -15,23 +15,25 @@ struct QueryTile {
   int origin, begin, end;
   int head_idx, batch, head, kv_head;
 
-  static int64_t num_blocks(const ThreeRegionProblem& problem) {
+  // Blocks of a launch; and sets what the kernel divides its block's number by.
+  static int64_t plan(ThreeRegionProblem& problem) {
     const int first_tile = (problem.k_len - problem.q_len) / kBlockM;
     const int num_tiles = (problem.k_len - 1) / kBlockM - first_tile + 1;
+    problem.tile_divisor = Divisor::of(num_tiles);
     return int64_t(problem.batch) * problem.num_heads * num_tiles;
   }
 
   __device__ __forceinline__ explicit QueryTile(const ThreeRegionProblem& problem) {
     first = problem.k_len - problem.q_len;
     const int last_tile = (problem.k_len - 1) / kBlockM;
-    const unsigned num_tiles = last_tile - first / kBlockM + 1;
-    origin = (last_tile - int(blockIdx.x % num_tiles)) * kBlockM;
+    const int num_tiles = last_tile - first / kBlockM + 1;
+    head_idx = divide(int(blockIdx.x), problem.tile_divisor);
+    origin = (last_tile - int(blockIdx.x) + head_idx * num_tiles) * kBlockM;
     begin = max(origin, first);
     end = min(origin + kBlockM, problem.k_len);
-    head_idx = int(blockIdx.x / num_tiles);
-    batch = head_idx / problem.num_heads;
-    head = head_idx % problem.num_heads;
-    kv_head = head / (problem.num_heads / problem.num_kv_heads);
+    batch = divide(head_idx, problem.head_divisor);
+    head = head_idx - batch * problem.num_heads;
+    kv_head = divide(head, problem.group_divisor);
   }
 
   // Row of q and out; -1 where the tile's row holds no query.
@@ -39,22 +41,98 @@ struct QueryTile {
     const int position = origin + tile_row;
     return position >= begin && position < end ? position - first : -1;
   }
+
+  // Starts to copy the tile's rows of q or dout.
+  template <int kHeadDim, int kThreads>
+  __device__ __forceinline__ void copy(unsigned char* to, const ConstHeads& from) const {
+    copy_tile<kHeadDim, kBlockM, kThreads>(to, head_of(from, batch, head), from.stride.row,
+                                           origin - first, begin - first, end - first);
+  }
 };
 
-// The key list of a block's tile and what a warp sees of it: a warp's own copy in shared memory.
-template <int kWarps, int kBlockM>
-__device__ __forceinline__ const WarpContext& warp_context(const ThreeRegionProblem& problem,
-                                                           const QueryTile<kBlockM>& tile) {
-  constexpr int kWarpRows = kBlockM / kWarps;
-  const int warp = threadIdx.x / kWarpSize, row = tile.origin + warp * kWarpRows;
-  WarpContext& context = shared_array<WarpContext, kWarps>()[warp];
-  const KeyList list = key_list_of(problem, tile.batch, tile.begin, tile.end);
+// Finds the key list of a block's tile and what a warp sees of it: its own copy, in shared memory.
+// far_end: of the lane's row of the warp, see warp_view_of.
+template <int kWarpRows, int kBlockM>
+__device__ __forceinline__ void find_context(const ThreeRegionProblem& problem,
+                                             const QueryTile<kBlockM>& tile, const FarKeys& far,
+                                             WarpContext& context, int& far_end) {
+  static_assert(kWarpRows <= kWarpSize);
+  const int lane = threadIdx.x % kWarpSize;
+  const int row = tile.origin + int(threadIdx.x / kWarpSize) * kWarpRows;
+  const int first = max(row, tile.begin), last = min(row + kWarpRows, tile.end) - 1;
+  const int starts[] = {window_start(tile.end - 1, problem), window_start(last, problem)};
+  int far_pivots[2];
+  count_below(far.pivots, problem.num_pivots, starts, far_pivots);
+  const KeyList list = key_list_of(problem, far, tile.begin, tile.end, far_pivots[0]);
   const WarpView view =
-      warp_view_of(problem, list, max(row, tile.begin), min(row + kWarpRows, tile.end) - 1);
-  if (threadIdx.x % kWarpSize == 0) context = {list, view};
+      warp_view_of(problem, list, first, last, far_pivots[1], row + lane, far_end);
+  if (lane == 0) context = {list, view};
   bar_warp_sync();
-  return context;
 }
+
+// Which of kEntries entries the rows of a lane's fragments see, a bit for each.
+template <int kRowTiles, int kEntries>
+struct VisibleEntries {
+  uint32_t words[kRowTiles][2][kEntries / 32];
+
+  // The entries from `entry` on. position: of the lane's first row. far_end: see find_context.
+  __device__ __forceinline__ VisibleEntries(const ThreeRegionProblem& problem, const KeyList& list,
+                                            const WarpView& view, int far_end, int position,
+                                            int entry) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int base = entry + lane % 4 * 2;  // of the lane's columns; the entry of bit 0
+    // The entries from `first` on.
+    const auto from = [=](int first, int word) {
+      return shl(~0u, max(first - base - 32 * word, 0));
+    };
+    const auto of_rows = [&](auto seen) {
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = 16 * rt + 8 * half, end = list.entry_of(position + row + 1);
+          const auto bits = seen(row);
+#pragma unroll
+          for (int word = 0; word < kEntries / 32; ++word) {
+            words[rt][half][word] = bits(word) & ~from(end, word);
+          }
+        }
+      }
+    };
+    // Far keys, and the window up to the end of the list: no far key lies behind a row's own.
+    const auto seen = [=](int far_end, int window_begin) {
+      return [=](int word) {
+        return (from(0, word) & ~from(far_end, word)) | from(window_begin, word);
+      };
+    };
+    if (view.is_uniform) {
+      const auto bits = seen(view.far_all, view.window_all_begin);
+      of_rows([&](int) { return bits; });
+    } else {
+      of_rows([&](int row) {
+        const int start = window_start(position + row, problem);
+        return seen(shfl_idx(far_end, row + lane / 4), list.entry_of(start));
+      });
+    }
+  }
+
+  // Calls f(sees, rt, n, c) for element c of each fragment: row tile rt, columns 8 n .. 8 n + 7.
+  template <typename Function>
+  __device__ __forceinline__ void for_each(Function f) const {
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+#pragma unroll
+        for (int n = 0; n < kEntries / 8; ++n) {
+          const uint32_t bits = words[rt][half][n / 4];
+          f(bits & 1u << 8 * (n % 4), rt, n, 2 * half);
+          f(bits & 2u << 8 * (n % 4), rt, n, 2 * half + 1);
+        }
+      }
+    }
+  }
+};
 
 // A tile of keys and its values in shared memory.
 template <int kHeadDim, int kBlockN>
@@ -63,63 +141,108 @@ struct KeyStage {
   unsigned char v[kTileBytes<kHeadDim, kBlockN>];
 };
 
+// Two stages, and the positions of their keys.
+template <int kHeadDim, int kBlockN>
+struct KeyBuffers {
+  KeyStage<kHeadDim, kBlockN> stages[2];
+  int keys[2][kBlockN];
+};
+
 // Tiles of kBlockN entries of a key list, in two stages. Tiles are taken from the end of the list.
 // While one is used, the next is copied, and the keys of the one after it are looked up.
 template <int kHeadDim, int kBlockN, int kThreads>
 struct KeyStages {
-  using Stage = KeyStage<kHeadDim, kBlockN>;
+  using Items = TileItems<kHeadDim, kBlockN, kThreads>;
+  using Buffers = KeyBuffers<kHeadDim, kBlockN>;
 
   const KeyList& list;
-  static constexpr int kTile = kTileBytes<kHeadDim, kBlockN>;
-  unsigned char* stages;
-  int* keys;  // of both stages
-  const uint16_t *k, *v;
-  int64_t k_stride, v_stride;
-  int stage = 0;  // of the next tile
+  Buffers& shared;
+  const unsigned char *k, *v;  // the thread's first chunk of row 0
+  int64_t k_bytes, v_bytes;    // from row to row
+  int thread, first_row;       // in the block; of a tile, of those that the thread copies
+  int offset;                  // of the thread's first chunk in a tile
+  int stage = 0;               // of the next tile
+  int next_key;                // the thread's key of the tile behind that
 
-  __device__ __forceinline__ KeyStages(const KeyList& key_list, Stage (&shared)[2],
+  __device__ __forceinline__ KeyStages(const KeyList& key_list, Buffers& buffers,
                                        const ConstHeads& gK, const ConstHeads& gV, int batch,
                                        int kv_head)
       : list(key_list),
-        stages(shared[0].k),
-        keys(shared_array<int, 2 * kBlockN>()),
-        k(head_of(gK, batch, kv_head)),
-        v(head_of(gV, batch, kv_head)),
-        k_stride(gK.stride.row),
-        v_stride(gV.stride.row) {}
-
-  // Look up the keys of the tile that begins at `entry`.
-  __device__ __forceinline__ void find(int of_stage, int entry) {
-    const int row = threadIdx.x;
-    if (row < kBlockN) keys[of_stage * kBlockN + row] = list.key(entry + row);
+        shared(buffers),
+        k(kept(Items::first_chunk(head_of(gK, batch, kv_head)))),
+        v(kept(Items::first_chunk(head_of(gV, batch, kv_head)))),
+        k_bytes(gK.stride.row * 2),
+        v_bytes(gV.stride.row * 2),
+        thread(kept(int(threadIdx.x))),
+        first_row(threadIdx.x / Items::kLanes),
+        offset(kept(Items::offset_of(threadIdx.x, 0))) {
+    static_assert(Items::kPeriod == 1);
+    if (kHeadDim <= 64) first_row = kept(first_row);  // beyond, registers do not suffice
   }
 
-  __device__ __forceinline__ void copy(int of_stage) {
-    const auto key_of = [&](int row) { return keys[of_stage * kBlockN + row]; };
-    unsigned char* tile = stages + of_stage * 2 * kTile;
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile, k, k_stride, key_of);
-    copy_rows<kHeadDim, kBlockN, kThreads>(tile + kTile, v, v_stride, key_of);
+  // Looks up the thread's key of the tile that begins at `entry`: a load that nothing waits for.
+  __device__ __forceinline__ void find(int entry) {
+    if (thread < kBlockN) next_key = list.packed_key(entry + thread);
+  }
+
+  __device__ __forceinline__ void store_key(int of_stage) {
+    if (thread < kBlockN) shared.keys[of_stage][thread] = list.far.clamp(next_key);
+  }
+
+  // Copies the tile whose row r holds key key_of(r).
+  template <typename KeyOf>
+  __device__ __forceinline__ void copy(int of_stage, KeyOf key_of) {
+    int keys[Items::kSteps];
+#pragma unroll
+    for (int step = 0; step < Items::kSteps; ++step) {
+      keys[step] = key_of(first_row + step * Items::kStepRows);
+    }
+    auto& to = shared.stages[of_stage];
+    const auto first = [&](int) { return offset; };
+    Items::for_each_from(first, [&](int at, int step, int chunk) {
+      cp_async_16(to.k + at, row_at(k, k_bytes, keys[step]) + chunk * 16, true);
+    });
+    Items::for_each_from(first, [&](int at, int step, int chunk) {
+      cp_async_16(to.v + at, row_at(v, v_bytes, keys[step]) + chunk * 16, true);
+    });
     cp_async_commit_group();
   }
 
-  __device__ __forceinline__ void start() {
-    find(0, list.size - kBlockN);
-    bar_sync();
-    copy(0);
-    find(1, list.size - 2 * kBlockN);
+  __device__ __forceinline__ void copy_found(int of_stage) {
+    copy(of_stage, [&](int row) { return shared.keys[of_stage][row]; });
   }
 
-  // The tile that begins at `entry`.
-  __device__ __forceinline__ const Stage& wait(int entry) {
+  // The first tile: `size` entries of the list at its end are the keys up to `end`. Where they fill
+  // the tile, it is copied before the list is known.
+  __device__ __forceinline__ bool start_in_window(int size, int end) {
+    if (size < kBlockN) return false;
+    copy(0, [&](int row) { return end - kBlockN + row; });
+    return true;
+  }
+
+  // Takes the list. has_started: what start_in_window gave.
+  __device__ __forceinline__ void start(bool has_started) {
+    if (!has_started) {
+      find(list.size - kBlockN);
+      store_key(0);
+      bar_sync();
+      copy_found(0);
+    }
+    find(list.size - 2 * kBlockN);
+  }
+
+  // The tile that begins at `entry`: how far behind the first stage it lies, in bytes.
+  __device__ __forceinline__ int wait(int entry) {
+    const int tile = stage * int(sizeof(shared.stages[0]));
+    stage ^= 1;
+    if (entry > 0) store_key(stage);
     cp_async_wait_group<0>();
     bar_sync();
-    const unsigned char* tile = stages + stage * 2 * kTile;
-    stage ^= 1;
     if (entry > 0) {
-      copy(stage);
-      find(stage ^ 1, entry - 2 * kBlockN);
+      copy_found(stage);
+      find(entry - 2 * kBlockN);
     }
-    return *reinterpret_cast<const Stage*>(tile);
+    return tile;
   }
 };
 

@@ -27,7 +27,7 @@ __device__ __forceinline__ Plan& shared_memory() {
 
 template <int kHeadDim>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
-  const int swizzle = kHeadDim % 64 == 0 ? row % 8 : row / 2 % 4;
+  const int swizzle = kHeadDim % 64 == 0 ? row & 7 : row >> 1 & 3;
   return row * (kHeadDim * 2) + (chunk ^ swizzle) * 16;
 }
 
@@ -45,6 +45,69 @@ __device__ __forceinline__ void copy_rows(unsigned char* tile, const uint16_t* h
     cp_async_16(tile + tile_offset<kHeadDim>(row, chunk),
                 head + max(from, 0) * row_stride + chunk * 8, from >= 0);
   }
+}
+
+// Row `row` of those that lie `row_bytes` apart.
+template <typename Byte>
+__device__ __forceinline__ Byte* row_at(Byte* rows, int64_t row_bytes, int row) {
+  return rows + uint64_t(uint32_t(row)) * uint64_t(row_bytes);
+}
+
+// How threads share the 16-byte chunks of a tile: a thread takes the chunks kLanes apart of every
+// kStepRows-th row. The swizzle repeats after eight rows, so that a thread's addresses in the tile
+// are one or two addresses and constants.
+template <int kHeadDim, int kRows, int kThreads>
+struct TileItems {
+  static constexpr int kLanes = kHeadDim % 64 == 0 ? 8 : 4;
+  static constexpr int kRowChunks = kChunks<kHeadDim> / kLanes;
+  static constexpr int kStepRows = kThreads / kLanes, kSteps = kRows / kStepRows;
+  static constexpr int kPeriod = kStepRows < 8 ? 8 / kStepRows : 1;  // steps
+  static_assert(kChunks<kHeadDim> % kLanes == 0 && kRows % kStepRows == 0);
+  static_assert(kStepRows * kPeriod % 8 == 0);
+
+  // The thread's first chunk of a row.
+  template <typename Element>
+  static __device__ __forceinline__ auto first_chunk(Element* row) {
+    using Byte = std::conditional_t<std::is_const_v<Element>, const unsigned char, unsigned char>;
+    return reinterpret_cast<Byte*>(row) + threadIdx.x % kLanes * 16;
+  }
+
+  // Where the thread's chunk of a step lies in the tile, for the steps of a period.
+  static __device__ __forceinline__ int offset_of(unsigned thread, int step) {
+    return tile_offset<kHeadDim>(int(thread / kLanes) + step * kStepRows, int(thread % kLanes));
+  }
+
+  // Calls f(offset in the tile, step, chunk) for the items of a thread in [0, kThreads). The second
+  // form takes what offset_of gives.
+  template <typename Function>
+  static __device__ __forceinline__ void for_each(unsigned thread, Function f) {
+    for_each_from([=](int step) { return offset_of(thread, step); }, f);
+  }
+  template <typename OffsetOf, typename Function>
+  static __device__ __forceinline__ void for_each_from(OffsetOf offset_of_step, Function f) {
+#pragma unroll
+    for (int step = 0; step < kSteps; ++step) {
+      const int offset =
+          offset_of_step(step % kPeriod) + (step - step % kPeriod) * kStepRows * kHeadDim * 2;
+#pragma unroll
+      for (int i = 0; i < kRowChunks; ++i) f(offset + i * kLanes * 16, step, i * kLanes);
+    }
+  }
+};
+
+// Starts to copy consecutive rows of a head to a tile, the first of which is row `first`: those in
+// [begin, end), and zeros for the others.
+template <int kHeadDim, int kRows, int kThreads>
+__device__ __forceinline__ void copy_tile(unsigned char* tile, const uint16_t* head,
+                                          int64_t row_stride, int first, int begin, int end) {
+  using Items = TileItems<kHeadDim, kRows, kThreads>;
+  const unsigned thread = threadIdx.x;
+  const unsigned char* rows = Items::first_chunk(head);
+  Items::for_each(thread, [&](int offset, int step, int chunk) {
+    const int row = first + int(thread / Items::kLanes) + step * Items::kStepRows;
+    const int near = min(max(row, begin), end - 1);
+    cp_async_16(tile + offset, row_at(rows, row_stride * 2, near) + chunk * 16, row == near);
+  });
 }
 
 // Where a head begins, in 16-bit elements.
@@ -80,6 +143,33 @@ __device__ __forceinline__ void load_b(uint32_t (&b)[4], const unsigned char* ti
                                        int n) {
   const int lane = threadIdx.x % kWarpSize;
   ldmatrix_x4_trans(b, tile + tile_offset<kHeadDim>(row + lane % 16, 2 * n + lane / 16));
+}
+
+// A lane's part in loading fragments of a tile: where in the tile lies the row that it gives to
+// ldmatrix. All other fragments are at this offset with two bits of the chunk changed, and a constant.
+template <int kHeadDim>
+struct LaneRow {
+  int offset;
+
+  // Of the fragment 16 * n rows and 16 * k columns further on. n and k are constants.
+  __device__ __forceinline__ int at(int n, int k) const {
+    constexpr int kPeriod = kHeadDim % 64 == 0 ? 4 : 2;  // of the swizzle
+    return (offset ^ k % kPeriod * 32) + n * 16 * kHeadDim * 2 + k / kPeriod * kPeriod * 32;
+  }
+};
+
+// For A fragments from row `row` on, and for B fragments of the tile itself: load_a, load_b.
+template <int kHeadDim>
+__device__ __forceinline__ LaneRow<kHeadDim> lane_row(int row) {
+  const int lane = threadIdx.x % kWarpSize;
+  return {tile_offset<kHeadDim>(row + lane % 16, lane / 16)};
+}
+
+// For B fragments of the transposed tile: load_b_transposed.
+template <int kHeadDim>
+__device__ __forceinline__ LaneRow<kHeadDim> lane_row_transposed() {
+  const int lane = threadIdx.x % kWarpSize;
+  return {tile_offset<kHeadDim>(lane % 8 + lane / 16 * 8, lane / 8 % 2)};
 }
 
 // Sixteen columns of an accumulator (two C fragments) become an A fragment.
@@ -124,15 +214,15 @@ __device__ __forceinline__ void store_rows(unsigned char* tile, int row,
     }
   }
   bar_warp_sync();
-#pragma unroll 4
-  for (int item = lane; item < 16 * kRowTiles * kChunks<kHeadDim>; item += kWarpSize) {
-    const int tile_row = row + item / kChunks<kHeadDim>, chunk = item % kChunks<kHeadDim>;
-    const int64_t to = row_of(tile_row);
+  using Items = TileItems<kHeadDim, 16 * kRowTiles, kWarpSize>;
+  const unsigned char* from = tile + row * kHeadDim * 2;
+  unsigned char* rows = Items::first_chunk(head);
+  Items::for_each(lane, [&](int offset, int step, int chunk) {
+    const int to = row_of(row + lane / Items::kLanes + step * Items::kStepRows);
     if (to >= 0) {
-      st_global_v4(head + to * row_stride + chunk * 8,
-                   *reinterpret_cast<const uint4*>(tile + tile_offset<kHeadDim>(tile_row, chunk)));
+      st_global_v4(row_at(rows, row_stride * 2, to) + chunk * 16, ld_shared_v4(from + offset));
     }
-  }
+  });
 }
 
 template <typename T>
