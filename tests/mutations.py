@@ -12,22 +12,30 @@ installs, no GPU.
 from __future__ import annotations
 
 import argparse
+import bisect
+import itertools
+import json
+import math
+import multiprocessing
 import os
-import re
+import shlex
 import shutil
+import signal
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections import Counter
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from typing import NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ["csrc", "cogview_kernels", "tests", "setup.py", "build_backend.py", "pyproject.toml"]
-COPIED += ["README.md", "LICENSE", "docs"]
+COPIED = ["csrc", "cogview_kernels", "tests", "pyproject.toml"]
 
 # Which tests a mutation is shown to: a pytest -k expression.
 VALUES = "many_tiles"
@@ -816,72 +824,209 @@ MUTATIONS = [
 ]
 
 # In place of the suite's profile: the first failing example is enough.
-PYTEST = """
-import sys, hypothesis, pytest
-hypothesis.settings.register_profile(
-    "mutations", derandomize=True, deadline=None, database=None, max_examples=600,
-    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-)
-sys.exit(pytest.main(["--hypothesis-profile=mutations", *sys.argv[1:]]))
-"""
+PROFILE = "mutations"
+TEST_FILES = ("tests/test_attention_kernels.py", "tests/test_layer_norm_kernels.py")
+# Seconds of tests that a mutation of a header is shown to before every kernel is compiled with it.
+FIRST_TESTS_SECONDS = 3.0
+LONGEST_SECONDS = 900.0  # then a test hangs
 
 
-class Copy:
-    """The sources in a folder of their own, and the host model built from them."""
+class MutationError(Exception):
+    """A mutation cannot be tried: it does not compile, or the tests do not run."""
 
-    def __init__(self, folder: Path) -> None:
-        folder.mkdir()
-        self.folder = folder
-        # Never the checkout's package, which an editable install would find.
-        self.environment = os.environ | {"PYTHONPATH": str(folder), "OMP_NUM_THREADS": "1"}
-        self.environment |= {"COGVIEW_KERNELS_CUDA": "0", "COGVIEW_KERNELS_HOST_MODEL": "1"}
-        self.environment |= {"COLUMNS": "250", "PYTHONDONTWRITEBYTECODE": "1"}
-        self.environment |= {"MAX_JOBS": "1"}  # each of the other cores has a copy of its own
-        ignored = shutil.ignore_patterns("*.so", "__pycache__")
+
+class Objects:
+    """The object files of the checkout's host model, and how each was compiled."""
+
+    def __init__(self) -> None:
+        import ninja
+
+        folders = [path.parent for path in ROOT.glob("build/temp.*/host_model/build.ninja")]
+        if len(folders) != 1:
+            raise SystemExit("mutations: no host model has been built; run `make build`")
+        self.folder = folders[0]
+        self._ninja = [str(Path(ninja.BIN_DIR) / "ninja"), "-C", str(self.folder)]
+        tasks = json.loads(self._output("-t", "compdb"))
+        self.link = next(task["command"] for task in tasks if task["output"].endswith(".so"))
+        compiled = [task for task in tasks if task["output"].endswith(".o")]
+        if not all(Path(task["file"]).is_relative_to(ROOT / "csrc") for task in compiled):
+            raise SystemExit("mutations: the host model is another checkout's; run `make build`")
+        self._output()  # what has changed since it was built
+        self.compile = {task["output"]: task["command"] for task in compiled}
+        self.sources = {task["output"]: Path(task["file"]).resolve() for task in compiled}
+        self.reads: dict[str, set[Path]] = {}
+        for line in self._output("-t", "deps").splitlines():
+            if not line.startswith(" "):
+                reads = self.reads.setdefault(line.partition(":")[0], set())
+            elif line.strip().startswith(str(ROOT)):
+                reads.add(Path(line.strip()).resolve())
+
+    def _output(self, *arguments: str) -> str:
+        done = subprocess.run([*self._ninja, *arguments], capture_output=True, text=True)
+        if done.returncode != 0:
+            raise SystemExit(f"{done.stdout}\nmutations: ninja failed")
+        return done.stdout
+
+    def stages(self, file: str) -> list[list[str]]:
+        """The objects that `file` is compiled into, in the order in which they are compiled anew:
+        one kernel file, the other kernel files, the rest."""
+        reading = [name for name in self.compile if ROOT / "csrc" / file in self.reads[name]]
+        kernels = [name for name in reading if name.endswith(".cu.o")]
+        # A forward is small, and the largest of them uses most of a header.
+        kernels.sort(key=lambda name: ("backward" in name, -(self.folder / name).stat().st_size))
+        others = [name for name in reading if name not in kernels]
+        return [stage for stage in (kernels[:1], kernels[1:], others) if stage]
+
+
+class Workplace:
+    """A copy of the sources, in which one process tries one mutation after the other."""
+
+    def __init__(self, folder: Path, objects: Objects) -> None:
+        self.folder, self.objects = folder, objects
+        self.catches: Counter[str] = Counter()  # by test
         for name in COPIED:
             if (ROOT / name).is_dir():
+                ignored = shutil.ignore_patterns("*.so", "__pycache__")
                 shutil.copytree(ROOT / name, folder / name, ignore=ignored)
             else:
                 shutil.copy(ROOT / name, folder / name)
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        self.module = folder / "cogview_kernels" / f"_host_model{suffix}"
+        self.link({})
 
-    def build(self) -> None:
-        done = self._run("setup.py", "-q", "build_ext", "--inplace")
-        if done.returncode != 0:
-            raise SystemExit(f"{done.stdout}\nmutations: the copy does not compile")
+    def compile(self, name: str) -> str:
+        """The new object, named as one of the checkout's, of the source as it is here."""
+        source, new = self.objects.sources[name], self.folder / name
+        new.parent.mkdir(parents=True, exist_ok=True)
+        changed = {str(source): str(self.folder / source.relative_to(ROOT)), name: str(new)}
+        # -O1 compiles in 60 % of the time, and the tests take as long.
+        changed |= {"-O2": "-O1", "-O3": "-O1", f"{name}.d": f"{new}.d"}
+        words = [changed.get(word, word) for word in shlex.split(self.objects.compile[name])]
+        self.run([*words, "-w"])
+        return str(new)
 
-    def first_failure(self, tests: str) -> str | None:
-        """The first test that fails, and why; None if all pass."""
-        files = ("tests/test_attention_kernels.py", "tests/test_layer_norm_kernels.py")
-        done = self._run(
-            *("-c", PYTEST, "-x", "-q", "--tb=no", "-p", "no:cacheprovider"),
-            *("-m", "slow or not slow", "-k", f"host_model and not sweep and ({tests})", *files),
-        )
-        failed = re.search(r"^FAILED \S*::(.*)$", done.stdout, re.MULTILINE)
-        if done.returncode == 1 and failed is not None:
-            return failed.group(1)
-        if done.returncode == 0:
-            return None
-        raise SystemExit(f"{done.stdout}\nmutations: pytest ended with {done.returncode}")
+    def link(self, new: dict[str, str]) -> None:
+        """Links the host model with new objects in place of the checkout's. They come first: of
+        inline functions in several objects the linker keeps the first."""
+        words = shlex.split(self.objects.link)
+        old = [word for word in words if word in self.objects.compile and word not in new]
+        first = words.index(next(word for word in words if word in self.objects.compile))
+        rest = [word for word in words[first:] if word not in self.objects.compile]
+        rest[rest.index("-o") + 1] = str(self.module)
+        self.run([*words[:first], *new.values(), *old, *rest])
 
-    def first_failure_with(self, mutation: Mutation) -> tuple[str | None, float]:
-        """The first test that fails with this mutation, and the seconds that it took."""
-        begin, source = time.monotonic(), self.folder / "csrc" / mutation.file
-        text = source.read_text()
-        source.write_text(text.replace(mutation.old, mutation.new))
-        self.build()
-        failure = self.first_failure(mutation.tests)
-        source.write_text(text)
-        return failure, time.monotonic() - begin
-
-    def _run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *arguments],
-            cwd=self.folder,
-            env=self.environment,
+    def run(self, command: list[str]) -> None:
+        done = subprocess.run(
+            command,
+            cwd=self.objects.folder,
             text=True,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
         )
+        if done.returncode != 0:
+            raise MutationError(f"does not compile:\n{done.stdout}")
+
+    def catch(self, mutation: Mutation, seconds: dict[str, float]) -> tuple[str | None, float]:
+        """The first test that fails with this mutation, and how long it took to find it; `seconds`
+        of each test without it."""
+        begin, source = time.monotonic(), self.folder / "csrc" / mutation.file
+        text = source.read_text()
+        source.write_text(text.replace(mutation.old, mutation.new))
+        # Those that have caught most, then the fastest.
+        tests = sorted(seconds, key=lambda test: (-self.catches[test], seconds[test]))
+        seconds = {test: seconds[test] for test in tests}
+        failure = None
+        try:
+            new: dict[str, str] = {}
+            stages = self.objects.stages(mutation.file)
+            for number, stage in enumerate(stages, 1):
+                new |= {name: self.compile(name) for name in stage}
+                self.link(new)
+                limit = FIRST_TESTS_SECONDS if number < len(stages) else math.inf
+                failure = self.test(mutation.tests, Chosen(seconds, limit)).failure
+                if failure is not None:
+                    self.catches[failure.partition(" ")[0]] += 1
+                    break
+        finally:
+            source.write_text(text)
+        return failure, time.monotonic() - begin
+
+    def test(self, tests: str, chosen: Chosen) -> Report:
+        """Runs tests in a fork of this process, which has imported torch."""
+        log, result = self.folder / "log", self.folder / "result"
+        result.unlink(missing_ok=True)
+        child = os.fork()
+        if child == 0:
+            try:
+                with log.open("w") as output:
+                    os.dup2(output.fileno(), 1)
+                    os.dup2(output.fileno(), 2)
+                os.chdir(self.folder)
+                # Never the checkout's package, which an editable install would find.
+                sys.path[0] = str(self.folder)
+                arguments = [f"--hypothesis-profile={PROFILE}", "-x", "-q", "--tb=no"]
+                arguments += ["-p", "no:cacheprovider", "-m", "slow or not slow"]
+                arguments += ["-k", f"host_model and not sweep and ({tests})", *TEST_FILES]
+                code = pytest.main(arguments, plugins=[chosen])
+                result.write_text(json.dumps([int(code), *chosen.report]))
+            finally:
+                os._exit(0)
+        deadline = time.monotonic() + LONGEST_SECONDS
+        while os.waitpid(child, os.WNOHANG) == (0, 0):
+            if time.monotonic() > deadline:
+                os.kill(child, signal.SIGKILL)
+            time.sleep(0.02)
+        if not result.is_file():
+            return Report("the process died or hung", {})
+        code, *report = json.loads(result.read_text())
+        if code not in (0, 1) or not report[1]:
+            raise MutationError(f"pytest ended with {code}:\n{log.read_text()}")
+        return Report(*report)
+
+
+class Report(NamedTuple):
+    failure: str | None  # the first test that failed, and why
+    seconds: dict[str, float]  # of each test that ran
+
+
+class Chosen:
+    """A plugin of pytest: which of the tests run and in which order, and what came of them."""
+
+    def __init__(
+        self,
+        seconds: dict[str, float] | None = None,
+        limit: float = math.inf,
+        share: tuple[int, int] = (0, 1),
+    ) -> None:
+        """Tests in the order of `seconds`, as many as take `limit` of them; without `seconds` one
+        of so many shares."""
+        self.seconds, self.limit, self.share = seconds, limit, share
+        self.report = Report(None, {})
+
+    @pytest.hookimpl(trylast=True)  # after -k and -m
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        if self.seconds is None:
+            items[:] = items[self.share[0] :: self.share[1]]
+            return
+        order = {test: place for place, test in enumerate(self.seconds)}
+        items.sort(key=lambda item: order[short(item.nodeid)])
+        ends = list(itertools.accumulate(self.seconds[short(item.nodeid)] for item in items))
+        del items[max(1, bisect.bisect_right(ends, self.limit)) :]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        test = short(report.nodeid)
+        seconds = self.report.seconds.get(test, 0.0) + report.duration
+        if not report.skipped:
+            self.report.seconds[test] = seconds
+        if report.failed and self.report.failure is None:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            why = crash.message.partition("\n")[0] if crash else report.when
+            self.report = self.report._replace(failure=f"{test} - {why}")
+
+
+def short(nodeid: str) -> str:
+    """The test without its file."""
+    return nodeid.partition("::")[2]
 
 
 def check_texts() -> None:
@@ -894,6 +1039,24 @@ def check_texts() -> None:
     ]
     if twice or stale:
         raise SystemExit("\n".join(["mutations:", *twice, *stale]))
+
+
+# What a process of the pool does.
+
+workplace: Workplace
+
+
+def open_workplace(folder: str, objects: Objects) -> None:
+    global workplace
+    workplace = Workplace(Path(tempfile.mkdtemp(dir=folder)), objects)
+
+
+def test_without(tests: str, share: tuple[int, int]) -> Report:
+    return workplace.test(tests, Chosen(share=share))
+
+
+def catch(mutation: Mutation, seconds: dict[str, float]) -> tuple[str | None, float]:
+    return workplace.catch(mutation, seconds)
 
 
 def main() -> None:
@@ -912,40 +1075,51 @@ def main() -> None:
             print(f"{mutation.name:42} {mutation.file}")
         return
 
-    survived = []
+    # In processes that fork from here, and fork again for each mutation's tests.
+    os.environ["OMP_NUM_THREADS"] = "1"
+    import hypothesis
+    import torch._dynamo  # noqa: F401  # as the package does
+
+    hypothesis.settings.register_profile(
+        PROFILE,
+        derandomize=True,
+        deadline=None,
+        database=None,
+        max_examples=600,
+        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+    )
+    objects = Objects()
+    survived, broken = [], []
     with (
         tempfile.TemporaryDirectory(prefix="mutations-") as folder,
-        ThreadPoolExecutor(arguments.jobs) as pool,
+        ProcessPoolExecutor(
+            arguments.jobs,
+            multiprocessing.get_context("fork"),
+            initializer=open_workplace,
+            initargs=(folder, objects),
+        ) as pool,
     ):
-        copies = [Copy(Path(folder) / str(job)) for job in range(arguments.jobs)]
-        list(pool.map(Copy.build, copies))
-        tests = sorted({f"({m.tests})" for m in chosen})
-        shares = [
-            " or ".join(share) for job in range(len(copies)) if (share := tests[job :: len(copies)])
-        ]
-        for failure in pool.map(Copy.first_failure, copies, shares):
-            if failure is not None:
-                raise SystemExit(f"mutations: fails without any: {failure}")
-        idle: SimpleQueue[Copy] = SimpleQueue()
-        for copy in copies:
-            idle.put(copy)
-
-        def first_failure_with(mutation: Mutation) -> tuple[str | None, float]:
-            copy = idle.get()
+        tests = " or ".join(sorted({m.tests for m in chosen}))
+        # Shares smaller than a process's, as some tests take long.
+        shares = [(share, 8) for share in range(8)]
+        seconds: dict[str, float] = {}
+        for report in pool.map(test_without, [tests] * len(shares), shares):
+            if report.failure is not None:
+                raise SystemExit(f"mutations: fails without any: {report.failure}")
+            seconds |= report.seconds
+        outcomes = [(mutation, pool.submit(catch, mutation, seconds)) for mutation in chosen]
+        for mutation, outcome in outcomes:
             try:
-                return copy.first_failure_with(mutation)
-            finally:
-                idle.put(copy)
-
-        for mutation, (failure, seconds) in zip(
-            chosen, pool.map(first_failure_with, chosen), strict=True
-        ):
+                failure, spent = outcome.result()
+            except MutationError as error:
+                broken.append(f"{mutation.name}: {error}")
+                continue
             if failure is None:
                 survived.append(mutation.name)
-            print(f"{mutation.name:42} {seconds:3.0f} s  {failure or 'SURVIVED'}", flush=True)
-    print(f"{len(chosen) - len(survived)} of {len(chosen)} caught")
-    if survived:
-        raise SystemExit(f"mutations: survived: {', '.join(survived)}")
+            print(f"{mutation.name:42} {spent:5.1f} s  {failure or 'SURVIVED'}", flush=True)
+    print(f"{len(chosen) - len(survived) - len(broken)} of {len(chosen)} caught")
+    if survived or broken:
+        raise SystemExit("\n".join(["mutations: survived:", *survived, "", *broken]))
 
 
 if __name__ == "__main__":
