@@ -48,6 +48,7 @@ LEAKS = "leak or later_tokens"
 EDGES = "edges_of_windows"
 SIGN = "any_scale_and_sign"
 LOSS_SCALE = "any_loss_scale"
+SMALL = "small_weights"
 LARGE = "beyond_float32"
 NORMS = "norm_equals or sandwich_equals"  # from here on: of LayerNorm
 SANDWICH = "sandwich_equals"
@@ -286,14 +287,14 @@ MUTATIONS = [
     ),
     *mutations(
         "three_region_attention/sm80/backward.cuh",
-        ("ds-exponent-ignores-v", LOSS_SCALE, "bounds[2 * row] * v +", "bounds[2 * row] +"),
+        ("ds-exponent-ignores-v", SMALL, "bounds[2 * row] * v +", "bounds[2 * row] +"),
         (
             "ds-not-scaled",
             LOSS_SCALE,
             "return min(max(14 - ilogbf(bound), -100), 100);",
             "return 0;",
         ),
-        ("p-not-scaled", f"{LOSS_SCALE} or {VALUES}", "kIsFloat16<T> ? 15 : 0", "0"),
+        ("p-not-scaled", SMALL, "kIsFloat16<T> ? 15 : 0", "0"),
     ),
     *mutations(
         "three_region_attention/sm80/backward.cu",

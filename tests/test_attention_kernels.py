@@ -477,6 +477,32 @@ def test_gradients_at_any_loss_scale(backend: str, value_scale: float, key_scale
         assert all(value.isfinite().all() for value in results.values()), exponent
 
 
+def test_gradients_of_small_weights_and_values(backend: str) -> None:
+    """float16 holds neither weights of 2^-20 nor their ds, with values of 2^-17, unless scaled. The
+    first key, whose weight is one, is zero and so hides nothing in dq."""
+    base = make_problem(1, 2, 1, k_len=160, head_dim=64, dtype=torch.float16)
+    q, k = base.q * 2.0**-10, base.k.clone()
+    q[..., 0] = 2.0**-3
+    k[..., 0] = -(2.0**6)
+    k[:, :, 0] = 0
+    problem = dataclasses.replace(
+        base,
+        q=q,
+        k=k * 2.0**4,
+        v=base.v * 2.0**-17,
+        dout=base.dout * 2.0**12,
+        dlse=torch.zeros_like(base.dlse),
+        layout=ck.ThreeRegionLayout(0, None, 160, 1),
+        softmax_scale=20 * math.log(2) / 2**7,
+    )
+    results = run(problem, backend)
+    truth = problem.to(torch.float64).run("reference")
+    for name, rows in (("dq", slice(1, None)), ("dv", slice(1, None))):
+        right = truth[name][:, :, rows]
+        error = (results[name].double()[:, :, rows] - right).abs().max().item()
+        assert error <= 3e-3 * right.abs().max().item(), name
+
+
 # Memory
 
 
