@@ -824,8 +824,9 @@ MUTATIONS = [
     ),
 ]
 
-# In place of the suite's profile: the first failing example is enough.
-PROFILE = "mutations"
+# Profiles in place of the suite's: the first failing example is enough. What fails without any
+# mutation is found by the suite itself: fewer examples.
+EXAMPLES = {"mutations": 600, "without-mutations": 60}
 TEST_FILES = ("tests/test_attention_kernels.py", "tests/test_layer_norm_kernels.py")
 # Seconds of tests that a mutation of a header is shown to before every kernel is compiled with it.
 FIRST_TESTS_SECONDS = 3.0
@@ -928,9 +929,9 @@ class Workplace:
             raise MutationError(f"does not compile:\n{done.stdout}")
 
     def catch(self, mutation: Mutation, seconds: dict[str, float]) -> tuple[str | None, float]:
-        """The first test that fails with this mutation, and how long it took to find it; `seconds`
-        of each test without it."""
-        begin, source = time.monotonic(), self.folder / "csrc" / mutation.file
+        """The first test that fails with this mutation, and the CPU's seconds that it took to find
+        it; `seconds` of each test without it."""
+        begin, source = cpu_seconds(), self.folder / "csrc" / mutation.file
         text = source.read_text()
         source.write_text(text.replace(mutation.old, mutation.new))
         # Those that have caught most, then the fastest.
@@ -950,7 +951,7 @@ class Workplace:
                     break
         finally:
             source.write_text(text)
-        return failure, time.monotonic() - begin
+        return failure, cpu_seconds() - begin
 
     def test(self, tests: str, chosen: Chosen) -> Report:
         """Runs tests in a fork of this process, which has imported torch."""
@@ -965,7 +966,8 @@ class Workplace:
                 os.chdir(self.folder)
                 # Never the checkout's package, which an editable install would find.
                 sys.path[0] = str(self.folder)
-                arguments = [f"--hypothesis-profile={PROFILE}", "-x", "-q", "--tb=no"]
+                profile = "mutations" if chosen.seconds else "without-mutations"
+                arguments = [f"--hypothesis-profile={profile}", "-x", "-q", "--tb=no"]
                 arguments += ["-p", "no:cacheprovider", "-m", "slow or not slow"]
                 arguments += ["-k", f"host_model and not sweep and ({tests})", *TEST_FILES]
                 code = pytest.main(arguments, plugins=[chosen])
@@ -1025,6 +1027,12 @@ class Chosen:
             self.report = self.report._replace(failure=f"{test} - {why}")
 
 
+def cpu_seconds() -> float:
+    """Of this process and of those that it waited for."""
+    times = os.times()
+    return times.user + times.system + times.children_user + times.children_system
+
+
 def short(nodeid: str) -> str:
     """The test without its file."""
     return nodeid.partition("::")[2]
@@ -1081,14 +1089,15 @@ def main() -> None:
     import hypothesis
     import torch._dynamo  # noqa: F401  # as the package does
 
-    hypothesis.settings.register_profile(
-        PROFILE,
-        derandomize=True,
-        deadline=None,
-        database=None,
-        max_examples=600,
-        phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
-    )
+    for profile, examples in EXAMPLES.items():
+        hypothesis.settings.register_profile(
+            profile,
+            derandomize=True,
+            deadline=None,
+            database=None,
+            max_examples=examples,
+            phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
+        )
     objects = Objects()
     survived, broken = [], []
     with (
@@ -1108,6 +1117,7 @@ def main() -> None:
             if report.failure is not None:
                 raise SystemExit(f"mutations: fails without any: {report.failure}")
             seconds |= report.seconds
+        print(f"without any mutation: {sum(seconds.values()):.0f} s of tests", flush=True)
         outcomes = [(mutation, pool.submit(catch, mutation, seconds)) for mutation in chosen]
         for mutation, outcome in outcomes:
             try:

@@ -77,6 +77,7 @@ def compiled(source: Path) -> Path:
     return target
 
 
+@functools.cache
 def kernels_of(binary: Path) -> dict[str, tuple[str, int, int]]:
     """Of each kernel of a cubin, by the name that the host model has for it: its mangled name,
     registers, bytes of static shared memory."""
