@@ -5,8 +5,10 @@
     python tests/mutations.py --jobs 2      so many at once; all cores otherwise
     python tests/mutations.py --list        their names; fails where a kernel has changed
 
-Works in copies of the sources, in a temporary folder, with the host model: needs what `make build`
-installs, no GPU.
+Works in copies of the sources, in a temporary folder, with the host model that `make build` built;
+no GPU. Of its object files those are compiled again that a mutation reaches: of a header's first one
+kernel file, the others only if no test has failed by then. The tests run in a fork of a process that
+has imported torch, those first that have caught most. The seconds are the CPU's.
 """
 
 from __future__ import annotations
@@ -827,7 +829,7 @@ MUTATIONS = [
 # Profiles in place of the suite's: the first failing example is enough. What fails without any
 # mutation is found by the suite itself: fewer examples.
 EXAMPLES = {"mutations": 600, "without-mutations": 60}
-TEST_FILES = ("tests/test_attention_kernels.py", "tests/test_layer_norm_kernels.py")
+TEST_FILES = [f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*_kernels.py")]
 # Seconds of tests that a mutation of a header is shown to before every kernel is compiled with it.
 FIRST_TESTS_SECONDS = 3.0
 LONGEST_SECONDS = 900.0  # then a test hangs
@@ -947,7 +949,7 @@ class Workplace:
                 limit = FIRST_TESTS_SECONDS if number < len(stages) else math.inf
                 failure = self.test(mutation.tests, Chosen(seconds, limit)).failure
                 if failure is not None:
-                    self.catches[failure.partition(" ")[0]] += 1
+                    self.catches[failure.partition(" - ")[0]] += 1
                     break
         finally:
             source.write_text(text)

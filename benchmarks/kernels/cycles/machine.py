@@ -1,5 +1,5 @@
-"""A multiprocessor of compute capability 9.0: its constants, and what walk.cpp and schedule.cpp do
-for Python."""
+"""A multiprocessor of compute capability 9.0: its constants, and walk.cpp and schedule.cpp as Python
+calls them."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def _library() -> ctypes.CDLL:
         os.replace(f"{target}.new", target)
     library = ctypes.CDLL(str(target))
     library.last_error.restype = ctypes.c_char_p
-    library.load_kernel.restype = library.walk_block.restype = ctypes.c_void_p
+    library.load_kernel.restype = ctypes.c_void_p
     library.walk_block.restype = ctypes.c_int64
     return library
 

@@ -1,5 +1,5 @@
-// A cycle model of multiprocessors of compute capability 9.0: warps issue the instructions of their
-// ways through a kernel (walk.cpp) and obey the control words of the machine code.
+// A cycle model of multiprocessors of compute capability 9.0: warps issue the instructions that
+// walk.cpp found for them and obey the control words of the machine code.
 //
 // A multiprocessor has four partitions, which share its shared memory. Each issues at most one
 // instruction a cycle, of a warp whose stall count has passed and whose scoreboards are clear, if
@@ -35,8 +35,8 @@ struct Static {
 
 // machine.py says where the numbers come from.
 struct Machine {
-  double tensor, special, pair;  // cycles between two instructions of a pipe
-  double special_queue, shared_queue;
+  double tensor, special, pair;            // cycles between two instructions of a pipe
+  double special_queue, shared_queue;      // cycles of work that may wait in front of the pipe
   double copy_bytes_cycles, copy_latency;  // one LDGSTS of a warp
   double barrier, jump, launch, stagger;
 };
@@ -47,7 +47,7 @@ struct Warp {
   int block = -1;
   double ready = 0, copies = 0;  // when it may issue; when its copies have arrived
   double scoreboard[6] = {};
-  std::vector<double> groups;  // of copies
+  std::vector<double> groups;  // when the copies of each commit have arrived
   bool at_barrier = false;
 };
 
@@ -63,7 +63,7 @@ struct Partition {
 };
 
 struct Sm {
-  double now = 0, shared = 0, fill = 0;
+  double now = 0, shared = 0, fill = 0;  // the last two: until when the pipe and the fill are busy
   std::vector<Slot> slots;
   std::deque<Warp> warps;
   Partition partitions[4];
@@ -248,7 +248,7 @@ struct Simulation {
       }
     }
     while (true) {
-      Sm* first = nullptr;  // the multiprocessor that is behind the others
+      Sm* first = nullptr;  // the multiprocessor whose clock is behind the others'
       for (Sm& sm : sms) {
         if (sm.live > 0 && (first == nullptr || sm.now < first->now)) first = &sm;
       }

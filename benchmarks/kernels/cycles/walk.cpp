@@ -1,12 +1,13 @@
-// Runs the machine code of a kernel (SASS of compute capability 9.0) on the CPU and keeps the way
-// that each warp takes through it. How long that takes on a GPU is the business of schedule.cpp.
+// Runs the machine code of a kernel (SASS of compute capability 9.0) on the CPU and keeps the
+// instructions that each warp issues. schedule.cpp predicts how long they take on a GPU.
 //
 // NVIDIA does not document SASS. What an instruction computes was inferred from the PTX that it
-// comes from; tests compare what kernels compute here with their definitions. An instruction that
-// nobody has met before stops the walk with its text.
+// comes from; tests compare the kernels' results with those of the host model. An instruction that
+// is not known here is an error that shows its text.
 //
-// Simplified: asynchronous copies arrive at once; the warps of a block take turns at its barriers.
-// A uniform instruction (UIADD3) is the other one, executed by one lane on uniform registers.
+// Simplified: an asynchronous copy arrives at once; the warps of a block run one after the other,
+// each up to its next barrier. A uniform instruction (UIADD3) is run as the plain one (IADD3), by
+// one lane, on uniform registers.
 #include <algorithm>
 #include <array>
 #include <bit>
@@ -283,23 +284,22 @@ struct Range {
 struct Launch {
   std::vector<uint8_t> constants;
   std::vector<Range> ranges;  // of global memory
-  int threads = 0;
 };
 
 struct Kernel {
   std::vector<Instruction> code;
 };
 
-// One step of a warp: the instruction, 1 if it jumped, 2 if no lane executed it, and the cycles
-// that it occupies shared memory.
+// One step of a warp: the index of the instruction, whether the warp jumped, whether no lane
+// executed it, and the cycles for which it occupies shared memory.
 uint32_t event(int at, bool jumped, bool idle, int cycles) {
   return uint32_t(at) | uint32_t(jumped) << 16 | uint32_t(idle) << 17 | uint32_t(cycles) << 24;
 }
 
-struct Group {  // lanes at the same place; parked at a convergence barrier, or runnable
+struct Group {  // lanes at the same instruction
   int pc;
   uint32_t lanes;
-  int barrier;  // -1: runnable
+  int barrier;  // the convergence barrier at which they wait; -1: none, they can run
 };
 
 class Warp {
@@ -326,7 +326,7 @@ class Warp {
   }
 
  private:
-  static constexpr int kWarpSync = 16;  // a barrier of groups beside those of BSSY
+  static constexpr int kWarpSync = 16;  // the barrier of WARPSYNC, beside the sixteen of BSSY
 
   const Kernel& kernel_;
   const Launch& launch_;
@@ -335,10 +335,10 @@ class Warp {
   std::array<Lanes, 256> registers_;
   std::array<uint32_t, 256> uniform_;
   std::array<uint32_t, 8> predicates_, uniform_predicates_;
-  std::array<Lanes, kWarpSync + 1> members_{};  // of a convergence barrier, as each lane knows them
+  std::array<Lanes, kWarpSync + 1> members_{};  // lanes of a convergence barrier, kept by each lane
   std::vector<uint8_t> local_;
   uint32_t alive_ = kAll;
-  std::vector<Group> groups_;  // the last runnable one runs
+  std::vector<Group> groups_;  // the last one that does not wait runs
 
   // Operands
 
@@ -764,7 +764,7 @@ class Warp {
     fail("lanes that wait for each other");
   }
 
-  // Joins the groups that wait at a barrier once all its lanes that live are there.
+  // Joins the groups that wait at a barrier once all of its lanes that have not exited are there.
   void release() {
     for (size_t i = 0; i < groups_.size(); ++i) {
       const Group waiting = groups_[i];
@@ -894,7 +894,6 @@ class Warp {
   // The cycles that the instruction occupies shared memory.
   int execute(const Instruction& in, uint32_t lanes) {
     const auto& o = in.operands;
-    const auto minimum = [&](size_t i) { return predicate(o[i]); };
     switch (in.op) {
       case IADD3:
         add(in, lanes);
@@ -913,7 +912,7 @@ class Warp {
       case IMNMX: {
         const bool three = in.op == VIADDMNMX || in.op == VIMNMX3;
         const Lanes a = ints(o[1]), b = ints(o[2]), c = three ? ints(o[3]) : Lanes{};
-        const uint32_t take_min = minimum(three ? 4 : 3);
+        const uint32_t take_min = predicate(o[three ? 4 : 3]);
         const auto pick = [&](uint32_t x, uint32_t y, int l) {
           const bool less = in.has(U32) ? x < y : int32_t(x) < int32_t(y);
           return less == bool(take_min >> l & 1) ? x : y;
@@ -1093,14 +1092,10 @@ class Warp {
         set(o[0], out, lanes);
         break;
       }
-      case FADD: {
-        const auto a = floats(o[1]), b = floats(o[2]);
-        each(in, lanes, [&](int l) { return as_bits(a[l] + b[l]); });
-        break;
-      }
+      case FADD:
       case FMUL: {
         const auto a = floats(o[1]), b = floats(o[2]);
-        each(in, lanes, [&](int l) { return as_bits(a[l] * b[l]); });
+        each(in, lanes, [&](int l) { return as_bits(in.op == FADD ? a[l] + b[l] : a[l] * b[l]); });
         break;
       }
       case FFMA: {
@@ -1110,7 +1105,7 @@ class Warp {
       }
       case FMNMX: {
         const auto a = floats(o[1]), b = floats(o[2]);
-        const uint32_t take_min = minimum(3);
+        const uint32_t take_min = predicate(o[3]);
         each(in, lanes, [&](int l) {
           return as_bits(take_min >> l & 1 ? std::fmin(a[l], b[l]) : std::fmax(a[l], b[l]));
         });
@@ -1239,7 +1234,7 @@ class Warp {
         return 4;
       }
       case kUnknown:
-        fail("nobody has met this instruction yet (walk.cpp)");
+        fail("an instruction that execute() in walk.cpp does not know yet:");
       default:
         break;  // waits and hints
     }
@@ -1283,8 +1278,8 @@ void* load_kernel(const char* text) {
 
 void free_kernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-// Runs one block of `num_blocks`. Returns the number of events of all its warps, -1 on an error. `sizes`: of each
-// warp. The events stay until the thread's next call.
+// Runs one block of `num_blocks`. Returns the number of events of all its warps, -1 on an error;
+// `sizes` gets the number of each warp's. The events stay until the thread's next call.
 int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int params_at,
                    const uint64_t* ranges, int num_ranges, int threads, int block, int num_blocks,
                    int64_t* sizes, const uint32_t** events, int64_t* bytes_moved) {
@@ -1298,7 +1293,6 @@ int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int pa
     std::memcpy(&launch.constants[params_at], params, params_bytes);
     for (int i = 0; i < num_ranges; ++i)
       launch.ranges.push_back({ranges[2 * i], ranges[2 * i + 1]});
-    launch.threads = threads;
     std::vector<uint8_t> shared(kSharedBytes);
     std::vector<std::unique_ptr<Warp>> warps;
     for (int w = 0; w < threads / kLanes; ++w) {
