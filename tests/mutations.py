@@ -6,9 +6,9 @@
     python tests/mutations.py --list        their names; fails where a kernel has changed
 
 Works in copies of the sources, in a temporary folder, with the host model that `make build` built;
-no GPU. Of its object files those are compiled again that a mutation reaches: of a header's first one
-kernel file, the others only if no test has failed by then. The tests run in a fork of a process that
-has imported torch, those first that have caught most. The seconds are the CPU's.
+no GPU. Of its object files those are compiled again that a mutation reaches: of a header's first
+one kernel file, the others only if no test has failed by then. The tests run in a fork of a process
+that has imported torch, those first that have caught most. The seconds are the CPU's.
 """
 
 from __future__ import annotations
