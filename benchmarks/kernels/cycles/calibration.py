@@ -89,7 +89,7 @@ def predicted(cubin: Path, library: ctypes.CDLL, which: str, head_dim: int, leng
         params.raw[:size], ranges, threads, 0, length // TILE
     )
     slots, _ = ctas_per_sm("sm_90a", threads, kernel.registers, kilobytes * 1024)
-    # All blocks of the launch go the same way; one multiprocessor has its share of them.
+    # All blocks of the launch take the same path; one multiprocessor has its share of them.
     share = TOKENS // TILE * (HIDDEN // head_dim) / machine.NUM_SMS
     blocks = max(min(round(share), MOST_EVENTS // sum(map(len, events))), 4 * slots)
     static = machine.statics(kernel.code, machine.LATENCY["load"])

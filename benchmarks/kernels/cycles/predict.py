@@ -123,15 +123,15 @@ def predict(
 def tile_facts(
     static: np.ndarray, tiles: Sequence[Block], steady: Callable[[Block], float]
 ) -> dict[str, Any]:
-    """Of the most frequent way through a tile with all products, and of the slowest way, among
-    those that one tile in a hundred takes."""
+    """Of the most frequent path through a tile with all products, and of the slowest among the paths
+    that one tile in a hundred takes."""
     is_tensor = static[:, 0] == sass.PIPE_NAMES.index("tensor")
-    ways: dict[tuple[int, ...], list[Block]] = {}
+    paths: dict[tuple[int, ...], list[Block]] = {}
     for tile in tiles:
-        ways.setdefault(tuple(len(warp) for warp in tile), []).append(tile)
-    frequent = sorted((way for way in ways.values() if len(way) * 100 >= len(tiles)), key=len)
-    products = [min(int(is_tensor[warp & 0xFFFF].sum()) for warp in way[0]) for way in frequent]
-    times = [steady(way[0]) for way in frequent]
+        paths.setdefault(tuple(len(warp) for warp in tile), []).append(tile)
+    frequent = sorted((path for path in paths.values() if len(path) * 100 >= len(tiles)), key=len)
+    products = [min(int(is_tensor[warp & 0xFFFF].sum()) for warp in path[0]) for path in frequent]
+    times = [steady(path[0]) for path in frequent]
     plain = max(range(len(frequent)), key=lambda i: (products[i], len(frequent[i])))
     slowest = max(range(len(frequent)), key=lambda i: times[i])
     found: dict[str, Any] = {}

@@ -61,7 +61,7 @@ class Instruction:
 
     @property
     def pending(self) -> int:
-        """Of a wait for copies: how many groups may still be under way."""
+        """Of a wait for copies: how many groups may still be in flight."""
         match = re.search(r"SB0, 0x([0-9a-f]+)", self.operands)
         return int(match.group(1), 16) if match else 0
 

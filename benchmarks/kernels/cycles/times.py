@@ -6,7 +6,7 @@ kernel-times` writes docs/kernel_times.json and the tables of docs/kernel_times.
 
 With arguments it prints what it found and writes nothing. The host model records the launches of a
 call; walk.cpp runs every 33rd block of each on the machine code that the compiler made of the same
-source, and schedule.cpp runs the ways that its warps took on four multiprocessors.
+source, and schedule.cpp runs the instructions of its warps on a model of four multiprocessors.
 """
 
 from __future__ import annotations
