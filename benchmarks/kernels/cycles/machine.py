@@ -1,5 +1,5 @@
-"""A multiprocessor of compute capability 9.0: its constants, and walk.cpp and schedule.cpp as Python
-calls them."""
+"""A multiprocessor of compute capability 9.0: its constants, and walk.cpp and schedule.cpp for
+callers in Python."""
 
 from __future__ import annotations
 

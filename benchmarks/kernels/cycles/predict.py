@@ -123,7 +123,7 @@ def predict(
 def tile_facts(
     static: np.ndarray, tiles: Sequence[Block], steady: Callable[[Block], float]
 ) -> dict[str, Any]:
-    """Of the most frequent path through a tile with all products, and of the slowest among the paths
+    """Of the most frequent path through a tile with all products, and of the slowest among those
     that one tile in a hundred takes."""
     is_tensor = static[:, 0] == sass.PIPE_NAMES.index("tensor")
     paths: dict[tuple[int, ...], list[Block]] = {}
