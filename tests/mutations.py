@@ -1101,7 +1101,7 @@ def main() -> None:
             phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
         )
     objects = Objects()
-    survived, broken = [], []
+    survived, broken, begin, total = [], [], time.monotonic(), 0.0
     with (
         tempfile.TemporaryDirectory(prefix="mutations-") as folder,
         ProcessPoolExecutor(
@@ -1127,10 +1127,13 @@ def main() -> None:
             except MutationError as error:
                 broken.append(f"{mutation.name}: {error}")
                 continue
+            total += spent
             if failure is None:
                 survived.append(mutation.name)
             print(f"{mutation.name:42} {spent:5.1f} s  {failure or 'SURVIVED'}", flush=True)
-    print(f"{len(chosen) - len(survived) - len(broken)} of {len(chosen)} caught")
+    minutes, each = (time.monotonic() - begin) / 60, total / len(chosen)
+    caught = len(chosen) - len(survived) - len(broken)
+    print(f"{caught} of {len(chosen)} caught in {minutes:.1f} min; {each:.1f} s of CPU each")
     if survived or broken:
         raise SystemExit("\n".join(["mutations: survived:", *survived, "", *broken]))
 
