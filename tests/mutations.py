@@ -37,7 +37,7 @@ from typing import NamedTuple
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-COPIED = ["csrc", "cogview_kernels", "tests", "pyproject.toml"]
+COPIED = ["csrc", "cogview_kernels", "tests", "docs", "pyproject.toml"]
 
 # Which tests a mutation is shown to: a pytest -k expression.
 VALUES = "many_tiles"
@@ -971,7 +971,7 @@ class Workplace:
                 profile = "mutations" if chosen.seconds else "without-mutations"
                 arguments = [f"--hypothesis-profile={profile}", "-x", "-q", "--tb=no"]
                 arguments += ["-p", "no:cacheprovider", "-m", "slow or not slow"]
-                arguments += ["-k", f"host_model and not sweep and ({tests})", *TEST_FILES]
+                arguments += ["-k", f"not cuda and not sweep and ({tests})", *TEST_FILES]
                 code = pytest.main(arguments, plugins=[chosen])
                 result.write_text(json.dumps([int(code), *chosen.report]))
             finally:
@@ -984,7 +984,7 @@ class Workplace:
         if not result.is_file():
             return Report("the process died or hung", {})
         code, *report = json.loads(result.read_text())
-        if code not in (0, 1) or not report[1]:
+        if code not in (0, 1):
             raise MutationError(f"pytest ended with {code}:\n{log.read_text()}")
         return Report(*report)
 
