@@ -2,9 +2,9 @@
 //
 // Phases     for each 32 entries of a sample's row: which are in range and above all before them;
 //            append those. Then fill the rest, and write text length and number of pivots.
-// Layout     text_len (batch), pivot_idx (batch, num_pivots) at any strides; far_keys
-//            (batch, 2 + num_pivots): text length in [0, k_len], number of pivots, the pivots.
-// Grid       one warp per sample.
+// Layout     text_len (batch), pivot_idx (batch, num_heads, num_pivots) at any strides; far_keys
+//            (batch, num_heads, 2 + num_pivots): text length in [0, k_len], number of pivots, the pivots.
+// Grid       one warp per sample and head.
 // Smem       none.
 // Writers    one thread writes each element of far_keys; unused entries become k_len.
 // Reference  cogview_kernels.attention.layout.ThreeRegionLayout
@@ -27,10 +27,12 @@ __device__ __forceinline__ int running_max(int value) {
 
 __global__ void __launch_bounds__(kWarpSize)
     three_region_attention_far_keys_kernel(const ThreeRegionFarKeysParams params) {
-  const int lane = threadIdx.x, batch = blockIdx.x;
+  const int lane = threadIdx.x, row = blockIdx.x;
+  const int batch = row / params.num_heads, head = row - batch * params.num_heads;
   const int text_len = min(max(params.text_len[batch * params.text_len_stride], 0), params.k_len);
-  const int32_t* pivot_idx = params.pivot_idx + batch * params.pivot_batch_stride;
-  int32_t* far_keys = params.far_keys + int64_t(batch) * (2 + params.num_pivots);
+  const int32_t* pivot_idx =
+      params.pivot_idx + batch * params.pivot_batch_stride + head * params.pivot_head_stride;
+  int32_t* far_keys = params.far_keys + int64_t(row) * (2 + params.num_pivots);
 
   int num_pivots = 0, largest = -1;  // of the pivots so far
   for (int begin = 0; begin < params.num_pivots; begin += kWarpSize) {
@@ -57,9 +59,9 @@ __global__ void __launch_bounds__(kWarpSize)
 
 cudaError_t three_region_attention_far_keys(const ThreeRegionFarKeysParams& params,
                                             cudaStream_t stream) {
-  if (params.batch == 0) return cudaSuccess;
-  return launch<three_region_attention_far_keys_kernel>(params.batch, 1, kWarpSize, 0, stream,
-                                                        params);
+  const int64_t rows = int64_t(params.batch) * params.num_heads;
+  if (rows == 0) return cudaSuccess;
+  return launch<three_region_attention_far_keys_kernel>(rows, 1, kWarpSize, 0, stream, params);
 }
 
 }  // namespace cogview

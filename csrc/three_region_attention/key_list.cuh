@@ -88,7 +88,7 @@ __device__ __forceinline__ int count_below_alone(const int32_t* sorted, int size
   return begin;
 }
 
-// The text length and the pivots of a sample, as packed by three_region_attention_far_keys.
+// The text length and the pivots of a sample's key/value head, as packed by three_region_attention_far_keys.
 struct FarKeys {
   const int32_t* pivots;
   int num_pivots;
@@ -100,8 +100,10 @@ struct FarKeys {
   __device__ __forceinline__ int pivot(int index) const { return clamp(pivots[index]); }
 };
 
-__device__ __forceinline__ FarKeys far_keys_of(const ThreeRegionProblem& problem, int batch) {
-  const int32_t* packed = problem.far_keys + int64_t(batch) * (2 + problem.num_pivots);
+__device__ __forceinline__ FarKeys far_keys_of(const ThreeRegionProblem& problem, int batch,
+                                               int kv_head) {
+  const int row = batch * problem.far_key_heads + min(kv_head, problem.far_key_heads - 1);
+  const int32_t* packed = problem.far_keys + int64_t(row) * (2 + problem.num_pivots);
   return {packed + 2, min(max(packed[1], 0), problem.num_pivots),
           min(max(packed[0], 0), problem.k_len), problem.k_len};
 }
@@ -143,8 +145,8 @@ __device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem
 
 // The same, with a search for the pivots. Whole warps must call it.
 __device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem, int batch,
-                                               int begin, int end) {
-  const FarKeys far = far_keys_of(problem, batch);
+                                               int kv_head, int begin, int end) {
+  const FarKeys far = far_keys_of(problem, batch, kv_head);
   const int start = window_start(end - 1, problem);
   return key_list_of(problem, far, begin, end, count_below(far.pivots, problem.num_pivots, start));
 }
