@@ -147,6 +147,55 @@ def test_pivots_at_the_edges_of_windows(backend: str, w: int, n: int) -> None:
     check(make_problem(1, 2, k_len=500, head_dim=32, dtype=torch.bfloat16, layout=layout), backend)
 
 
+def pivots_of_heads(k_len: int) -> Tensor:
+    """For two samples with three key/value heads: many, few, none."""
+    generator = torch.Generator().manual_seed(3)
+    pivots = torch.rand(2, 3, k_len, generator=generator).argsort()[..., :90].sort().values.int()
+    pivots[:, 1, 7:] = k_len
+    pivots[1, 2] = k_len
+    return pivots
+
+
+@pytest.mark.parametrize("splits", [1, 40])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_heads_with_pivots_of_their_own(backend: str, dtype: torch.dtype, splits: int) -> None:
+    """The definition, and bitwise what a call for each head alone gives."""
+    pivots = pivots_of_heads(300)
+    layout = ck.ThreeRegionLayout(int32([20, 70]), pivots, 40, 2, 0.5, -1.0)
+    problem = make_problem(2, 6, 3, k_len=300, head_dim=32, dtype=dtype, layout=layout)
+    with modelled_device(splits):
+        results = check(problem, backend)
+    if splits > 1:  # a call for one head alone splits into more
+        return
+    for g in range(3):
+
+        def of_head(tensor: Tensor, g: int = g) -> Tensor:
+            size = tensor.shape[1] // 3
+            return tensor[:, g * size : (g + 1) * size]
+
+        shared = dataclasses.replace(layout, pivot_idx=pivots[:, g])
+        alone = dataclasses.replace(problem.map(of_head), layout=shared)
+        with modelled_device(splits):
+            expected = run(alone, backend)
+        assert all(torch.equal(of_head(results[name]), expected[name]) for name in RESULTS)
+
+
+def test_a_pivot_of_one_head_does_not_leak_into_the_others(backend: str) -> None:
+    """Rows that are computed again see the keys of their own head."""
+    pivots = int32([[[40, 90], [41, 90]]])
+    layout = ck.ThreeRegionLayout(5, pivots, 16, 2)
+    problem = make_problem(1, 4, 2, k_len=150, head_dim=32, dtype=torch.bfloat16, layout=layout)
+    for position in (40, 41, 90):
+        for what in ("k", "v"):
+            poisoned = dataclasses.replace(problem, k=problem.k.clone(), v=problem.v.clone())
+            getattr(poisoned, what)[:, :, position] = math.nan
+            results, expected = run(poisoned, backend), poisoned.run("portable")
+            for name in RESULTS:
+                torch.testing.assert_close(
+                    results[name], expected[name], rtol=5e-2, atol=5e-2, equal_nan=True
+                )
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_lost_result_is_caught(name: str) -> None:
     """The bounds see a lost head, and zeros."""
