@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import math
 from typing import Any
 
@@ -302,6 +303,34 @@ def test_pivots_in_any_order(backend: str) -> None:
     expected = check(problem, backend)
     results = run(dataclasses.replace(problem, layout=wild), backend)
     assert all(torch.equal(results[name], expected[name]) for name in RESULTS)
+
+
+@pytest.mark.parametrize("num_pivots", [0, 1, 33, 257, 1024, 2500])
+def test_what_is_packed(backend: str, num_pivots: int) -> None:
+    """Of rows that rise, but not always: in range, and above all before that count."""
+    generator = torch.Generator().manual_seed(num_pivots)
+    batch, heads, k_len = 3, 2, 3 * num_pivots + 9
+    near = torch.randint(-40, 40, (batch, heads, num_pivots), generator=generator)
+    pivots = (3 * torch.arange(num_pivots) + near).int()
+    wild = torch.rand(pivots.shape, generator=generator)
+    for bound, value in ((0.09, -(2**31)), (0.06, 2**31 - 1), (0.03, k_len)):
+        pivots[wild < bound] = value
+    text_len = int32([-5, 60, 2**31 - 1])
+    expected = torch.full((batch, heads, 2 + num_pivots), k_len, dtype=torch.int32)
+    for b, g in itertools.product(range(batch), range(heads)):
+        prefix, counted = min(max(int(text_len[b]), 0), k_len), []
+        for pivot in pivots[b, g].tolist():
+            if max([prefix - 1, *counted[-1:]]) < pivot < k_len:
+                counted.append(pivot)
+        expected[b, g, : 2 + len(counted)] = int32([prefix, len(counted), *counted])
+    suffix = "_host_model" if backend == "host_model" else ""
+    pack = getattr(torch.ops.cogview_kernels, f"three_region_attention{suffix}_far_keys")
+    device = device_of(backend)
+    rows_inside = pivots.movedim(0, 2).contiguous().movedim(2, 0).to(device)
+    text_len = text_len.to(device)
+    for pivot_idx in (pivots.to(device), rows_inside):
+        assert torch.equal(pack(text_len, pivot_idx, k_len).cpu(), expected)
+    assert torch.equal(pack(text_len, rows_inside[:, 1], k_len).cpu(), expected[:, 1])
 
 
 @pytest.mark.parametrize("far_keys", [[2**31 - 1, 2**31 - 1, 2**31 - 1, -5, 7], [-9, 3, 9, 2, 7]])

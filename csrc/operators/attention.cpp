@@ -127,6 +127,7 @@ void three_region_attention_far_keys_out(const Tensor& text_len, const Tensor& p
   ThreeRegionFarKeysParams params = {};
   params.batch = to_int("batch", batch);
   params.num_heads = to_int("num_heads", num_heads);
+  params.head_divisor = Divisor::of(params.num_heads);
   params.num_pivots = to_int("pivot_idx", num_pivots + 2) - 2;
   params.k_len = static_cast<int>(k_len);
   params.text_len =

@@ -69,7 +69,8 @@ struct ThreeRegionProblem {
 // in [text_len, k_len) and above all entries before it that count.
 struct ThreeRegionFarKeysParams {
   int batch;
-  int num_heads;  // 1, or that of keys and values where each has pivots of its own
+  int num_heads;         // 1, or that of keys and values where each has pivots of its own
+  Divisor head_divisor;  // of num_heads
   int num_pivots;
   int k_len;
   const int32_t* text_len;  // (batch), text_len_stride apart
