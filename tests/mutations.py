@@ -36,6 +36,7 @@ GROUPS = "covers_everything"  # several kv heads with several heads each
 DEGENERATE = "degenerate"
 WILD = "any_values_in_the_layout or pivots_in_any_order"
 PACKED = "any_packed_layout"
+MANY_PIVOTS = "more_pivots_than"
 PACKING = "what_is_packed"
 HEADS = "pivots_of_their_own or pivot_of_one_head"
 LEAKS = "leak or later_tokens"
@@ -146,8 +147,21 @@ MUTATIONS = [
         (
             "pivot-at-window-start-counts-twice",
             EDGES,
-            "ends[i]) - 1] < bounds[i];",
-            "ends[i]) - 1] <= bounds[i];",
+            "&& sorted[index] < bounds[i];",
+            "&& sorted[index] <= bounds[i];",
+        ),
+        ("last-pivot-of-a-segment-counts-twice", EDGES, "last < bounds[i]", "last <= bounds[i]"),
+        (
+            "last-pivot-of-an-inner-segment-counts-twice",
+            MANY_PIVOTS,
+            "end) - 1] < bounds[i];",
+            "end) - 1] <= bounds[i];",
+        ),
+        (
+            "inner-segments-lost",
+            MANY_PIVOTS,
+            "while (length > kWarpSize) {",
+            "while (length > kWarpSize * kWarpSize) {",
         ),
         (
             "row-pivot-at-window-start-counts-twice",

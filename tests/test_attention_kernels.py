@@ -197,6 +197,16 @@ def test_a_pivot_of_one_head_does_not_leak_into_the_others(backend: str) -> None
                 )
 
 
+@pytest.mark.parametrize("bound", [700, 701, 1199])
+def test_more_pivots_than_two_searches_of_a_warp_find(backend: str, bound: int) -> None:
+    """The search takes a third round."""
+    pivots = torch.arange(1300, dtype=torch.int32).view(1, -1)
+    pivots = torch.where(pivots < 600, pivots, pivots + bound % 2)
+    layout = ck.ThreeRegionLayout(0, pivots, 1, 100)
+    problem = make_problem(1, 1, 1, 20, bound + 120, 32, torch.bfloat16, layout)
+    check(problem, backend)
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_lost_result_is_caught(name: str) -> None:
     """The bounds see a lost head, and zeros."""
