@@ -119,7 +119,7 @@ def three_region_attention(
     if autocast_dtype is not None:
         q, k, v = (_cast(tensor, autocast_dtype) for tensor in (q, k, v))
     softmax_scale = _check_inputs(q, k, v, layout, softmax_scale)
-    regions = layout.of_call(q.shape[0], k.shape[2], q.device)
+    regions = layout.of_call(q.shape[0], k.shape[1], k.shape[2], q.device)
 
     if backend == "reference":
         out, lse = reference.three_region_attention(q, k, v, layout, softmax_scale)

@@ -44,7 +44,7 @@ _backward_out = define_out_operator(
 
 
 def _allocate_far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
-    return pivot_idx.new_empty((pivot_idx.shape[0], 2 + pivot_idx.shape[1]))
+    return pivot_idx.new_empty((*pivot_idx.shape[:-1], 2 + pivot_idx.shape[-1]))
 
 
 def _allocate_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,7 +101,7 @@ def _backward(
         return dq, dk.zero_(), dv.zero_()
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, k_len = k.shape[1:3]
-    split_rows = extension.attention_split_rows(k_len, far_keys.shape[1] - 2, q.device)
+    split_rows = extension.attention_split_rows(k_len, far_keys.shape[-1] - 2, q.device)
     num_splits = _num_splits(
         batch * num_kv_heads,
         num_heads // num_kv_heads,

@@ -21,6 +21,7 @@ lse, add ``|lse|`` roundings of p, which is bounded (flash.py).
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import Any
 
@@ -40,6 +41,29 @@ def empty_heads(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     return like.new_empty(like.shape, dtype=dtype)
 
 
+# With pivots for each key/value head, these and the query heads that read them are samples.
+
+
+def _groups_as_samples(tensor: Tensor, num_groups: int) -> Tensor:
+    """``(B, H, ...)`` or ``(B, G, ...)`` as ``(B * G, H / G, ...)``; copies where strides ask for
+    it."""
+    batch, num_heads, *rest = tensor.shape
+    return tensor.reshape(batch * num_groups, num_heads // num_groups, *rest)
+
+
+def _samples_as_groups(tensor: Tensor, like: Tensor) -> Tensor:
+    """The way back, for a tensor of the shape of ``like``."""
+    heads = empty_heads(like)
+    groups = tensor.unflatten(0, (like.shape[0], like.shape[1] // tensor.shape[1]))
+    heads.unflatten(1, groups.shape[1:3]).copy_(groups)
+    return heads
+
+
+def _rows_of_groups(text_len: Tensor, pivot_idx: Tensor) -> tuple[Tensor, Tensor]:
+    """``(B * G,)`` and ``(B * G, P)`` of ``pivot_idx (B, G, P)``."""
+    return text_len.repeat_interleave(pivot_idx.shape[1]), pivot_idx.flatten(0, 1)
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -53,6 +77,12 @@ def attention_forward(
     softmax_scale: float,
 ) -> tuple[Tensor, Tensor]:
     """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
+    scalars = query_window, key_window_times, text_bias, pivot_bias, softmax_scale
+    if pivot_idx.ndim == 3:
+        fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
+        layout = *_rows_of_groups(text_len, pivot_idx), *scalars
+        out, lse = attention_forward(fold(q), fold(k), fold(v), *layout)
+        return _samples_as_groups(out, q), lse.view(q.shape[:3])
     dtype = accumulate_dtype(q.dtype)
     out = empty_heads(q, dtype)
     lse = q.new_empty(q.shape[:3], dtype=dtype)
@@ -88,6 +118,14 @@ def attention_backward(
 
     ``lse`` of the forward saves two of seven products; without it they are computed again.
     """
+    scalars = query_window, key_window_times, text_bias, pivot_bias, softmax_scale
+    if pivot_idx.ndim == 3:
+        fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
+        tensors = fold(dout), fold(dlse), fold(q), fold(k), fold(v), fold(out)
+        of_groups = *tensors, *_rows_of_groups(text_len, pivot_idx), *scalars
+        gradients = attention_backward(*of_groups, lse=None if lse is None else fold(lse))
+        dq, dk, dv = map(_samples_as_groups, gradients, (q, k, v))
+        return dq, dk, dv
     dtype = accumulate_dtype(q.dtype)
     dq = empty_heads(q, dtype)
     dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
@@ -112,20 +150,27 @@ def attention_backward(
 
 
 def pack_far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
-    """``(B, 2 + P)`` int32: text length, number of pivots, the pivots that count, ``k_len``."""
-    prefix = text_len.clamp(0, k_len).unsqueeze(1)
+    """``(B, 2 + P)`` or ``(B, G, 2 + P)``, int32: text length, number of pivots, the pivots that
+    count, ``k_len``."""
+    prefix = text_len.clamp(0, k_len).view(-1, *[1] * (pivot_idx.ndim - 1))
+    prefix = prefix.expand(*pivot_idx.shape[:-1], 1)
     in_range = (pivot_idx >= prefix) & (pivot_idx < k_len)
     previous = torch.nn.functional.pad(torch.where(in_range, pivot_idx, -1), (1, 0), value=-1)
-    counts = in_range & (pivot_idx > previous.cummax(dim=1).values[:, :-1])
-    pivots = torch.where(counts, pivot_idx, k_len).sort(dim=1).values
-    return torch.cat([prefix, counts.sum(1, keepdim=True), pivots], dim=1).to(torch.int32)
+    counts = in_range & (pivot_idx > previous.cummax(dim=-1).values[..., :-1])
+    pivots = torch.where(counts, pivot_idx, k_len).sort(dim=-1).values
+    return torch.cat([prefix, counts.sum(-1, keepdim=True), pivots], dim=-1).to(torch.int32)
+
+
+def _unpacked(far_keys: Tensor) -> tuple[Tensor, Tensor]:
+    text_len = far_keys[..., 0] if far_keys.ndim == 2 else far_keys[:, 0, 0]
+    return text_len, far_keys[..., 2:]
 
 
 def attention_forward_packed(
     q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *window_and_scale: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out``, ``row_max`` and ``row_log_sum``; the whole of lse stands in ``row_max``."""
-    out, lse = attention_forward(q, k, v, far_keys[:, 0], far_keys[:, 2:], *window_and_scale)
+    out, lse = attention_forward(q, k, v, *_unpacked(far_keys), *window_and_scale)
     row_max = (lse / math.log(2)).float()
     return out, row_max, torch.zeros_like(row_max)
 
@@ -144,5 +189,5 @@ def attention_backward_packed(
 ) -> tuple[Tensor, Tensor, Tensor]:
     if dlse is None:
         dlse = torch.zeros_like(row_max)
-    regions = far_keys[:, 0], far_keys[:, 2:]
+    regions = _unpacked(far_keys)
     return attention_backward(dout, dlse, q, k, v, out, *regions, *window_and_scale)

@@ -57,10 +57,11 @@ struct ThreeRegionProblem {
   Divisor tile_divisor;  // of a head's tiles: set by the launch of kernels that own query rows
   int num_windows;       // n, key_window_times, at most k_len / w + 1
   float softmax_scale;
-  float text_bias;   // nats
-  float pivot_bias;  // nats
-  // (batch, 2 + num_pivots): text length in [0, k_len], number of pivots, then the pivots,
-  // ascending, unique, in [text length, k_len). Written by three_region_attention_far_keys.
+  float text_bias;    // nats
+  float pivot_bias;   // nats
+  int far_key_heads;  // num_kv_heads, or 1 where they share far_keys
+  // (batch, far_key_heads, 2 + num_pivots): text length in [0, k_len], number of pivots, then the
+  // pivots, ascending, unique, in [text length, k_len). Written by three_region_attention_far_keys.
   const int32_t* far_keys;
 };
 
@@ -68,14 +69,17 @@ struct ThreeRegionProblem {
 // in [text_len, k_len) and above all entries before it that count.
 struct ThreeRegionFarKeysParams {
   int batch;
+  int num_heads;         // 1, or that of keys and values where each has pivots of its own
+  Divisor head_divisor;  // of num_heads
   int num_pivots;
   int k_len;
   const int32_t* text_len;  // (batch), text_len_stride apart
   int64_t text_len_stride;
-  const int32_t* pivot_idx;  // (batch, num_pivots)
+  const int32_t* pivot_idx;  // (batch, num_heads, num_pivots)
   int64_t pivot_batch_stride;
+  int64_t pivot_head_stride;
   int64_t pivot_stride;
-  int32_t* far_keys;  // (batch, 2 + num_pivots)
+  int32_t* far_keys;  // (batch, num_heads, 2 + num_pivots)
 };
 
 struct ThreeRegionForwardParams {

@@ -64,7 +64,7 @@ __device__ __noinline__ void forward_row(const ThreeRegionForwardParams& params,
   const ThreeRegionProblem& problem = params.problem;
   const int lane = threadIdx.x % kWarpSize, row = i - (problem.k_len - problem.q_len);
   const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
-  const KeyList list = key_list_of(problem, batch, i, i + 1);  // exactly what the row sees
+  const KeyList list = key_list_of(problem, batch, kv_head, i, i + 1);  // exactly what the row sees
   const T* q = row_of_head<T>(params.q, batch, head, row);
   float m = -INFINITY, l = 0.f, o[kPerLane] = {};
   for (int entry = 0; entry < list.size; ++entry) {
@@ -248,7 +248,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   unsigned char* sQ = shared.q;
   const QueryTile<kBlockM> tile(problem);
-  const FarKeys far = far_keys_of(problem, tile.batch);
+  const FarKeys far = far_keys_of(problem, tile.batch, tile.kv_head);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   tile.template copy<kHeadDim, kThreads>(sQ, params.q);
   WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
