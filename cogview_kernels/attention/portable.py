@@ -8,6 +8,9 @@ Each query has a list of keys, so that work and memory follow the keys attended:
     ds     = p * (dout v^T - (delta - dlse)),  delta = sum(dout * out)   backward, s recomputed
     dq     = softmax_scale * ds k;  dk = softmax_scale * ds^T q;  dv = p^T dout
 
+With ``kv_lens`` the CPU takes each sample alone; other devices must not read them, and mask instead
+(masked.py).
+
 On the CPU torch's flash kernels compute the window of all blocks in one call and the far keys (text
 and pivots, gathered once) in one call for every 256 queries; lse merges the parts. The blocked path
 lists the keys of a tile of queries and takes one softmax. It computes what those kernels cannot:
@@ -22,12 +25,13 @@ lse, add ``|lse|`` roundings of p, which is bounded (flash.py).
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogview_kernels.attention import blocked, flash
+from cogview_kernels.attention import blocked, flash, masked
 from cogview_kernels.attention.blocked import Regions, accumulate_dtype
 
 
@@ -38,6 +42,14 @@ def empty_heads(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     if like.stride(2) > like.stride(1):
         return like.new_empty(batch, seqlen, num_heads, head_dim, dtype=dtype).transpose(1, 2)
     return like.new_empty(like.shape, dtype=dtype)
+
+
+def _samples(kv_lens: Tensor, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Each sample with keys: its place in the batch, its rows of q with a position, its keys."""
+    for sample, num_keys in enumerate(kv_lens.clamp(0, k.shape[2]).tolist()):
+        if num_keys > 0:
+            rows = slice(max(q.shape[2] - num_keys, 0), q.shape[2])
+            yield slice(sample, sample + 1), rows, slice(num_keys)
 
 
 def attention_forward(
@@ -51,6 +63,7 @@ def attention_forward(
     text_bias: float,
     pivot_bias: float,
     softmax_scale: float,
+    kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
     dtype = accumulate_dtype(q.dtype)
@@ -59,6 +72,18 @@ def attention_forward(
     if out.numel() == 0:
         return out.to(q.dtype), lse
     regions = Regions(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
+    if kv_lens is not None:
+        if kv_lens.is_cpu:
+            out.zero_()
+            lse.fill_(float("-inf"))
+            rest: Any = (*regions[2:], softmax_scale)
+            for b, rows, keys in _samples(kv_lens, q, k):
+                qkv = q[b, :, rows], k[b, :, keys], v[b, :, keys]
+                of_sample = attention_forward(*qkv, text_len[b], pivot_idx[b], *rest)
+                out[b, :, rows], lse[b, :, rows] = of_sample
+        else:
+            masked.forward_into(out, lse, q, k, v, regions, softmax_scale, kv_lens)
+        return out.to(q.dtype), lse
     if flash.takes(q, regions, softmax_scale):
         left = flash.forward_into(out, lse, q, k, v, regions, softmax_scale)
     else:
@@ -83,24 +108,38 @@ def attention_backward(
     pivot_bias: float,
     softmax_scale: float,
     lse: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic.
 
     ``lse`` of the forward saves two of seven products; without it they are computed again.
     """
     dtype = accumulate_dtype(q.dtype)
-    dq = empty_heads(q, dtype)
-    dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
+    dq, dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (q, k, v))
     if out.numel() > 0:
         regions = Regions(
             text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
         )
+        if kv_lens is not None:
+            inputs = dout, dlse, q, k, v, out
+            if kv_lens.is_cpu:
+                rest: Any = (*regions[2:], softmax_scale)
+                for b, rows, keys in _samples(kv_lens, q, k):
+                    at = rows, rows, rows, keys, keys, rows
+                    read: Any = [t[b, :, part] for t, part in zip(inputs, at, strict=True)]
+                    read += text_len[b], pivot_idx[b], *rest
+                    of_lse = None if lse is None else lse[b, :, rows]
+                    of_sample = attention_backward(*read, lse=of_lse)
+                    dq[b, :, rows], dk[b, :, keys], dv[b, :, keys] = of_sample
+            else:
+                masked.backward_into(dq, dk, dv, *inputs, regions, softmax_scale, kv_lens)
+            return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
         left = dlse != 0
         if not flash.takes(q, regions, softmax_scale):
             left.fill_(True)
         if not left.all():
-            read = dout, q, k, v, out, lse
-            left |= flash.backward_into(dq, dk, dv, *read, regions, softmax_scale, left)
+            of_flash = dout, q, k, v, out, lse
+            left |= flash.backward_into(dq, dk, dv, *of_flash, regions, softmax_scale, left)
         if left.any():
             inputs = dout, dlse, q, k, v, out
             blocked.backward_into(dq, dk, dv, *inputs, regions, softmax_scale, left)
@@ -122,10 +161,10 @@ def pack_far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
 
 
 def attention_forward_packed(
-    q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *window_and_scale: Any
+    q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out``, ``row_max`` and ``row_log_sum``; the whole of lse stands in ``row_max``."""
-    out, lse = attention_forward(q, k, v, far_keys[:, 0], far_keys[:, 2:], *window_and_scale)
+    out, lse = attention_forward(q, k, v, far_keys[:, 0], far_keys[:, 2:], *rest)
     row_max = (lse / math.log(2)).float()
     return out, row_max, torch.zeros_like(row_max)
 
