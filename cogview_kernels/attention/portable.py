@@ -126,11 +126,10 @@ def attention_backward(
                 rest: Any = (*regions[2:], softmax_scale)
                 for b, rows, keys in _samples(kv_lens, q, k):
                     at = rows, rows, rows, keys, keys, rows
-                    read: Any = [t[b, :, part] for t, part in zip(inputs, at, strict=True)]
-                    read += text_len[b], pivot_idx[b], *rest
+                    parts = (t[b, :, part] for t, part in zip(inputs, at, strict=True))
                     of_lse = None if lse is None else lse[b, :, rows]
-                    of_sample = attention_backward(*read, lse=of_lse)
-                    dq[b, :, rows], dk[b, :, keys], dv[b, :, keys] = of_sample
+                    read: Any = (*parts, text_len[b], pivot_idx[b], *rest, of_lse)
+                    dq[b, :, rows], dk[b, :, keys], dv[b, :, keys] = attention_backward(*read)
             else:
                 masked.backward_into(dq, dk, dv, *inputs, regions, softmax_scale, kv_lens)
             return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
