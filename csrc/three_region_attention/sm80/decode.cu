@@ -3,9 +3,8 @@
 // Math       As in forward.cu, for a tile of rows: the queries of all heads that share a head of k and
 //            v. Blocks, and the warps of a block, share the key list of a tile. Of the parts' m, l, o:
 //              m = max m_i;  l = sum l_i 2^(m_i - m);  out = sum o_i 2^(m_i - m) / l
-// Phases     decode kernel        1. Load q to registers; find the key list and the block's part of it.
-//                                    Where it is not split, the copy of the last tile of keys starts
-//                                    before.
+// Phases     decode kernel        1. Start to copy q and, where the list is not split, its last tile
+//                                    of keys; find the key list and the block's part of it.
 //                                 2. For each tile of the part, from its end: wait for k and v, start a
 //                                    copy kStages - 1 tiles ahead, look up the keys of the one behind
 //                                    that; then per warp: 16 keys at a time, logits, online softmax,
@@ -21,15 +20,18 @@
 //            decode merge kernel: kLanes lanes per row.
 // Warps      four; those of a tile with up to 16 or 32 rows share its keys.
 // Smem       head_dim                         32     64     96    128
-//            stages: 3, 3, 2, 2 x (k, v)   24576  49152  49152  65536   at the end the warps' o
+//            stages: 3, 3, 2, 2 x (k, v)   24576  49152  49152  65536   the last one holds q before,
+//                                                                       the first ones o at the end
 //            m, l of the warps               512    512    512    512
-//            key lists and views of warps    384    384    384    384
-//            total, dynamic                25472  50048  50048  66432
-// Barriers   bar_sync in KeyRing::wait      the tile has arrived for all threads; all warps have left
+//            ends among the far keys         128    128    128    128
+//            key list and view                96     96     96     96
+//            total, dynamic                25312  49888  49888  66272
+// Barriers   bar_sync before the loop       q, the key list and the ends among the far keys are there
+//            bar_sync in KeyRing::wait      the tile has arrived for all threads; all warps have left
 //                                           the stage that is filled
 //            bar_sync, twice at the end     all warps have left the stages, m and l of all warps are
 //                                           there; their o are there
-//            bar_warp_sync                  a warp's key list; the stores of rows computed again
+//            bar_warp_sync                  the stores of rows that are computed again
 // Rounding   as the forward: float32 logits, softmax and sums; p rounded to the element type before
 //            p v; out once. Deterministic: parts are merged in their order, without atomics.
 // Bytes      each row of k and v that some query sees is read once for each tile of rows. That bounds
@@ -63,7 +65,8 @@ struct DecodeShape {
   struct SharedMemoryPlan {
     Stage stages[kStages];
     float m[kWarps][16], l[kWarps][16];
-    WarpContext contexts[kWarps];
+    int far_ends[kWarpSize];
+    WarpContext context;
   };
   static_assert(kMaxRows * kRowFloats * sizeof(float) <= sizeof(Stage[kStages]));
 };
@@ -144,6 +147,21 @@ struct DecodeTile {
     const int query = first_query + at - of_group * params.plan.tile_queries;
     const bool exists = of_group < group && query < params.forward.problem.q_len;
     return {kv_head * group + of_group, exists ? query : -1};
+  }
+
+  // Starts to copy the first `rows` rows of q.
+  template <int kHeadDim>
+  __device__ __forceinline__ void copy_rows(unsigned char* to, const DecodeParams& params,
+                                            int rows) const {
+    const ConstHeads& gQ = params.forward.q;
+    for (int item = threadIdx.x; item < rows * kChunks<kHeadDim>; item += kThreads) {
+      const int index = item / kChunks<kHeadDim>, chunk = item % kChunks<kHeadDim>;
+      const DecodeRow from = row(params, index);
+      const bool exists = from.query >= 0;
+      const uint16_t* head = head_of(gQ, batch, exists ? from.head : 0);
+      cp_async_16(to + tile_offset<kHeadDim>(index, chunk),
+                  head + max(from.query, 0) * gQ.stride.row + chunk * 8, exists);
+    }
   }
 };
 
@@ -233,43 +251,29 @@ struct DecodeWarp {
   float m[2], l[2];  // l: of the lane's columns until the end
   float o[kHeadDim / 8][4];
 
-  // Rows 16 * row_tile and on of the tile. far_end: of the lane's query, see warp_view_of.
+  // The warp has rows 16 * row_tile and on of the tile `sQ`. far_ends: of the tile's queries from
+  // the first one with a position on, see warp_view_of. first: position of query 0.
   __device__ __forceinline__ void initialize(const DecodeParams& params, const DecodeTile& tile,
-                                             int row_tile) {
+                                             const unsigned char* sQ, const KeyList& list,
+                                             const int* far_ends, int first, int row_tile) {
     const int lane = threadIdx.x % kWarpSize;
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) load_a<kHeadDim>(q[d], sQ, 16 * row_tile, d);
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       const DecodeRow row = tile.row(params, 16 * row_tile + 8 * half + lane / 4);
-      const ConstHeads& gQ = params.forward.q;
-      const uint16_t* from = head_of(gQ, tile.batch, row.head) + row.query * gQ.stride.row;
-#pragma unroll
-      for (int i = 0; i < kHeadDim / 8; ++i) {
-        q[i / 2][half + i % 2 * 2] =
-            row.query < 0 ? 0u : *reinterpret_cast<const uint32_t*>(from + 8 * i + lane % 4 * 2);
+      const int position = first + row.query;
+      sees[half] = {0, 0, 0};
+      if (row.query >= 0 && position >= 0) {
+        const int start = window_start(position, params.forward.problem);
+        const int far_end = far_ends[position - max(first + tile.first_query, 0)];
+        sees[half] = {far_end, list.entry_of(start), list.entry_of(position + 1)};
       }
       m[half] = -INFINITY;
       l[half] = 0.f;
     }
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) o[n][0] = o[n][1] = o[n][2] = o[n][3] = 0.f;
-  }
-
-  // far_end: of query first_query + lane, see warp_view_of. position: of query 0.
-  __device__ __forceinline__ void see(const DecodeParams& params, const DecodeTile& tile,
-                                      const KeyList& list, int far_end, int position,
-                                      int row_tile) {
-    const int lane = threadIdx.x % kWarpSize;
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      const DecodeRow row = tile.row(params, 16 * row_tile + 8 * half + lane / 4);
-      const int of_row = shfl_idx(far_end, max(row.query - tile.first_query, 0));
-      const int at = position + row.query;
-      sees[half] = {0, 0, 0};
-      if (row.query >= 0 && at >= 0) {
-        const int start = window_start(at, params.forward.problem);
-        sees[half] = {of_row, list.entry_of(start), list.entry_of(at + 1)};
-      }
-    }
   }
 
   // Takes up the 16 keys from entry `entry` on, which are rows `row` and on of the stage.
@@ -429,9 +433,11 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
   const int begin = max(first + tile.first_query, 0), end = max(first + last_query, begin + 1);
   const bool has_keys = first + last_query > 0;
 
-  WarpContext& context = shared.contexts[warp];
-  const auto& [list, view] = context;
+  const auto& [list, view] = shared.context;
   KeyRing<Shape> ring(list, shared.stages, forward.k, forward.v, tile.batch, tile.kv_head);
+  unsigned char* sQ = shared.stages[kStages - 1].k;
+  tile.template copy_rows<kHeadDim>(sQ, params, 16 * row_warps);
+  cp_async_commit_group();
   // The first tile of a list that is not split: its last keys are those up to the last query.
   const int window_size = end - window_start(begin, problem);
   const bool has_started = has_keys && forward.num_splits == 1 && window_size >= kBlockN;
@@ -439,24 +445,20 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
     ring.copy(0, 0, [&](int step) {
       return end - kBlockN + ring.first_row + step * decltype(ring)::Items::kStepRows;
     });
-    cp_async_commit_group();
   }
-  DecodeWarp<T, kHeadDim> state;
-  state.initialize(params, tile, row_tile);
-  {
+  cp_async_commit_group();
+  if (warp == 0) {
     const int far_pivots =
         count_below(far.pivots, problem.num_pivots, window_start(end - 1, problem));
     const KeyList found = key_list_of(problem, far, begin, end, far_pivots);
-    int far_end;
-    const WarpView seen =
-        warp_view_of(problem, found, begin, end - 1, far_pivots, begin + lane, far_end);
-    if (lane == 0) context = {found, seen};
-    bar_warp_sync();
-    // Lane l has that of position begin + l; that of query first_query + l is wanted.
-    const int skipped = begin - (first + tile.first_query);
-    far_end = shfl_idx(far_end, max(lane - skipped, 0));
-    state.see(params, tile, list, far_end, first, row_tile);
+    const WarpView seen = warp_view_of(problem, found, begin, end - 1, far_pivots, begin + lane,
+                                       shared.far_ends[lane]);
+    if (lane == 0) shared.context = {found, seen};
   }
+  cp_async_wait_group<1>();
+  bar_sync();
+  DecodeWarp<T, kHeadDim> state;
+  state.initialize(params, tile, sQ, list, shared.far_ends, first, row_tile);
 
   // The block's part of the list.
   int part_begin = 0, part_end = has_keys ? list.size : 0;
@@ -473,9 +475,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
     cp_async_commit_group();
     if (copied > part_begin) ring.find(copied - kBlockN, part_begin);
   };
-  if (has_started) {
-    copied -= kBlockN;
-  }
+  if (has_started) copied -= kBlockN;
   if (copied > part_begin) ring.find(copied - kBlockN, part_begin);
   if (!has_started) copy_next();
 #pragma unroll
