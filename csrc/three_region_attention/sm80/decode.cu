@@ -10,11 +10,12 @@
 //                                    that; then per warp: 16 keys at a time, logits, online softmax,
 //                                    o += p v.
 //                                 3. Merge the warps' parts; write out and statistics, or `partial`.
-//            decode merge kernel  only with num_splits > 1: merge the blocks' parts, write likewise.
+//            decode merge kernel  only with num_splits > 1: merge the blocks' parts of rows that have
+//                                 several, write likewise.
 //            In both, rows with a NaN are computed again, over visible keys only (exact.cuh).
 // Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len,
 //            head_dim); any strides, rows contiguous and aligned to 16 bytes; partial (num_splits,
-//            batch, num_heads, q_len, head_dim + 4) float32: o, m, l, two unused.
+//            batch, num_heads, q_len, head_dim + 4) float32: o, m, l, number of parts, unused.
 // Grid       decode kernel: one block per split, tile of rows, kv head and sample. A list has as many
 //            parts as are worth a block, up to num_splits: only the device knows its length.
 //            decode merge kernel: kLanes lanes per row.
@@ -24,8 +25,8 @@
 //                                                                       the first ones o at the end
 //            m, l of the warps               512    512    512    512
 //            ends among the far keys         128    128    128    128
-//            key list and view                96     96     96     96
-//            total, dynamic                25312  49888  49888  66272
+//            key list                         48     48     48     48
+//            total, dynamic                25264  49840  49840  66224
 // Barriers   bar_sync before the loop       q, the key list and the ends among the far keys are there
 //            bar_sync in KeyRing::wait      the tile has arrived for all threads; all warps have left
 //                                           the stage that is filled
@@ -55,7 +56,7 @@ struct DecodeShape {
   static constexpr int kHeadDim = kHeadDim_;
   // Up to 48 KB, so that four blocks fit a multiprocessor of sm_90 and two one of sm_86, but two.
   static constexpr int kStages = kHeadDim <= 64 ? 3 : 2;
-  static constexpr int kMinBlocks = kHeadDim <= 96 ? 4 : 3;
+  static constexpr int kMinBlocks = kHeadDim <= 64 ? 4 : 3;
   // Of the warps' o, in floats: eight rows of a fragment lie in different banks.
   static constexpr int kRowFloats = kHeadDim + 8;
   struct Stage {
@@ -66,7 +67,7 @@ struct DecodeShape {
     Stage stages[kStages];
     float m[kWarps][16], l[kWarps][16];
     int far_ends[kWarpSize];
-    WarpContext context;
+    KeyList list;
   };
   static_assert(kMaxRows * kRowFloats * sizeof(float) <= sizeof(Stage[kStages]));
 };
@@ -89,8 +90,9 @@ struct DecodePlan {
     plan.tiles = plan.row_tiles * ((problem.q_len - 1) / plan.tile_queries + 1);
     const int used = std::min(rows, kMaxRows);
     plan.row_warps_log2 = used <= 16 ? 0 : used <= 32 ? 1 : 2;
-    // A part writes and reads 8 D bytes for a row, and reads 4 D for a key: an eighth more at most.
-    plan.min_part = std::max(kBlockN, 16 * used);
+    // Shorter parts save less time than merging them takes. A part writes and reads 8 D bytes for a
+    // row, and reads 4 D for a key: an eighth more at most.
+    plan.min_part = std::max(256, 16 * used);
     return plan;
   }
 };
@@ -172,7 +174,6 @@ struct KeyRing {
   static constexpr int kHeadDim = Shape::kHeadDim, kStages = Shape::kStages;
   using Items = TileItems<kHeadDim, kBlockN, kThreads>;
 
-  const KeyList& list;
   typename Shape::Stage* stages;
   const unsigned char *k, *v;  // the thread's first chunk of row 0
   int64_t k_bytes, v_bytes;    // from row to row
@@ -180,11 +181,9 @@ struct KeyRing {
   int keys[Items::kSteps];     // of the thread's rows of the next tile to copy
   int to = 0, from = 0;        // stages to copy to and to read from
 
-  __device__ __forceinline__ KeyRing(const KeyList& key_list, typename Shape::Stage* ring,
-                                     const ConstHeads& gK, const ConstHeads& gV, int batch,
-                                     int kv_head)
-      : list(key_list),
-        stages(ring),
+  __device__ __forceinline__ KeyRing(typename Shape::Stage* ring, const ConstHeads& gK,
+                                     const ConstHeads& gV, int batch, int kv_head)
+      : stages(ring),
         k(Items::first_chunk(head_of(gK, batch, kv_head))),
         v(Items::first_chunk(head_of(gV, batch, kv_head))),
         k_bytes(gK.stride.row * 2),
@@ -196,7 +195,7 @@ struct KeyRing {
 
   // Looks up the keys of the tile that begins at `entry`, of which those from `begin` on are wanted:
   // loads that nothing waits for.
-  __device__ __forceinline__ void find(int entry, int begin) {
+  __device__ __forceinline__ void find(const KeyList& list, int entry, int begin) {
 #pragma unroll
     for (int step = 0; step < Items::kSteps; ++step) {
       const int at = entry + first_row + step * Items::kStepRows;
@@ -243,6 +242,19 @@ struct RowEntries {
   }
 };
 
+// What the block takes of the key list, entries [begin, end), and what all its rows see of that:
+// entries below far_all, and from window_begin on those below window_end.
+struct Part {
+  int begin, end;
+  int far_all, window_begin, window_end;
+  bool has_bias;
+
+  __device__ __forceinline__ bool all_see(int entry, int number) const {
+    const bool all_window = (entry >= window_begin) & (entry + number <= window_end);
+    return (entry >= begin) & ((entry + number <= far_all) | all_window);
+  }
+};
+
 // One warp's part of the online softmax: 16 rows, of which a lane has two.
 template <typename T, int kHeadDim>
 struct DecodeWarp {
@@ -278,9 +290,8 @@ struct DecodeWarp {
 
   // Takes up the 16 keys from entry `entry` on, which are rows `row` and on of the stage.
   template <typename Stage>
-  __device__ __forceinline__ void step(const Stage& stage, const KeyList& list,
-                                       const WarpView& view, float scale, int entry, int begin,
-                                       int row) {
+  __device__ __forceinline__ void step(const Stage& stage, const KeyList& list, const Part& part,
+                                       const ThreeRegionProblem& problem, int entry, int row) {
     const int lane = threadIdx.x % kWarpSize;
     float s[2][4] = {};
 #pragma unroll
@@ -291,19 +302,31 @@ struct DecodeWarp {
       mma_m16n8k16<T>(s[1], q[d], b[2], b[3]);
     }
     // Logits in bits, rounded as in the forward and the backward.
-    const EntryBiases biases(list, view);
-    const bool all = entry >= begin && view.all(entry, entry + kStepKeys);
+    const int first_column = entry + lane % 4 * 2;
+    const float scale = problem.softmax_scale * kLog2e;
+    const auto to_logits = [&](auto bias_of_column) {
 #pragma unroll
-    for (int n = 0; n < 2; ++n) {
+      for (int n = 0; n < 2; ++n) {
 #pragma unroll
-      for (int column = 0; column < 2; ++column) {
-        const int at = entry + 8 * n + lane % 4 * 2 + column;
-        const float bias = biases(at);
+        for (int column = 0; column < 2; ++column) {
+          const float bias = bias_of_column(first_column + 8 * n + column);
+          s[n][column] = fmaf(s[n][column], scale, bias);
+          s[n][2 + column] = fmaf(s[n][2 + column], scale, bias);
+        }
+      }
+    };
+    if (part.has_bias) {
+      to_logits([&](int at) { return bias_of(problem, list, at); });
+    } else {
+      to_logits([](int) { return 0.f; });
+    }
+    if (!part.all_see(entry, kStepKeys)) {
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          float& logit = s[n][2 * half + column];
-          logit = fmaf(logit, scale, bias);
-          if (!all && (at < begin || !sees[half](at))) logit = -INFINITY;
+      for (int n = 0; n < 2; ++n) {
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const int at = first_column + 8 * n + c % 2;
+          if (at < part.begin || !sees[c / 2](at)) s[n][c] = -INFINITY;
         }
       }
     }
@@ -433,8 +456,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
   const int begin = max(first + tile.first_query, 0), end = max(first + last_query, begin + 1);
   const bool has_keys = first + last_query > 0;
 
-  const auto& [list, view] = shared.context;
-  KeyRing<Shape> ring(list, shared.stages, forward.k, forward.v, tile.batch, tile.kv_head);
+  KeyRing<Shape> ring(shared.stages, forward.k, forward.v, tile.batch, tile.kv_head);
   unsigned char* sQ = shared.stages[kStages - 1].k;
   tile.template copy_rows<kHeadDim>(sQ, params, 16 * row_warps);
   cp_async_commit_group();
@@ -447,48 +469,62 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
     });
   }
   cp_async_commit_group();
+  const bool is_uniform = window_start(begin, problem) == window_start(end - 1, problem);
   if (warp == 0) {
     const int far_pivots =
         count_below(far.pivots, problem.num_pivots, window_start(end - 1, problem));
     const KeyList found = key_list_of(problem, far, begin, end, far_pivots);
-    const WarpView seen = warp_view_of(problem, found, begin, end - 1, far_pivots, begin + lane,
-                                       shared.far_ends[lane]);
-    if (lane == 0) shared.context = {found, seen};
+    int far_end = found.num_far;
+    if (!is_uniform) {
+      const int start = window_start(min(begin + lane, end - 1), problem);
+      far_end = min(start, found.num_text) +
+                count_below_alone(far.pivots, found.num_far - found.num_text, start);
+    }
+    shared.far_ends[lane] = far_end;
+    if (lane == 0) shared.list = found;
   }
   cp_async_wait_group<1>();
   bar_sync();
+  KeyList list = shared.list;
+  list.far = far;  // pointers of parameters are known to be global
   DecodeWarp<T, kHeadDim> state;
   state.initialize(params, tile, sQ, list, shared.far_ends, first, row_tile);
 
-  // The block's part of the list.
-  int part_begin = 0, part_end = has_keys ? list.size : 0;
+  Part part = {0, has_keys ? list.size : 0};
+  int num_parts = 1;
   if (forward.num_splits > 1) {
-    const int parts = min(max(part_end / params.plan.min_part, 1), forward.num_splits);
-    const int part = ((part_end - 1) / parts / kStepKeys + 1) * kStepKeys;
-    part_begin = min(tile.split * part, part_end);
-    part_end = min(part_begin + part, part_end);
+    num_parts = min(max(part.end / params.plan.min_part, 1), forward.num_splits);
+    if (tile.split >= num_parts) return;
+    const int size = ((part.end - 1) / num_parts / kStepKeys + 1) * kStepKeys;
+    part.begin = min(tile.split * size, part.end);
+    part.end = min(part.begin + size, part.end);
   }
-  int copied = part_end;  // everything from here on is copied
+  part.far_all = shared.far_ends[0];
+  part.window_begin = list.entry_of(list.last_start);
+  part.window_end = list.entry_of(begin + 1);
+  if (is_uniform) part.window_begin = 0;  // it begins where their far keys end
+  part.has_bias = problem.text_bias != 0.f || problem.pivot_bias != 0.f;
+
+  int copied = part.end;  // everything from here on is copied
   const auto copy_next = [&] {
     copied -= kBlockN;
-    if (copied > part_begin - kBlockN) ring.copy(copied, part_begin, far);
+    if (copied > part.begin - kBlockN) ring.copy(copied, part.begin, far);
     cp_async_commit_group();
-    if (copied > part_begin) ring.find(copied - kBlockN, part_begin);
+    if (copied > part.begin) ring.find(list, copied - kBlockN, part.begin);
   };
   if (has_started) copied -= kBlockN;
-  if (copied > part_begin) ring.find(copied - kBlockN, part_begin);
+  if (copied > part.begin) ring.find(list, copied - kBlockN, part.begin);
   if (!has_started) copy_next();
 #pragma unroll
   for (int stage = 1; stage < kStages - 1; ++stage) copy_next();
 
-  const float scale = problem.softmax_scale * kLog2e;
-  for (int entry = part_end - kBlockN; entry > part_begin - kBlockN; entry -= kBlockN) {
+  for (int entry = part.end - kBlockN; entry > part.begin - kBlockN; entry -= kBlockN) {
     const auto& stage = ring.wait();
     copy_next();
     for (int row = (warp >> params.plan.row_warps_log2) * kStepKeys; row < kBlockN;
          row += kBlockN >> params.plan.row_warps_log2) {
-      if (entry + row + kStepKeys > part_begin) {
-        state.step(stage, list, view, scale, entry + row, part_begin, row);
+      if (entry + row + kStepKeys > part.begin) {
+        state.step(stage, list, part, problem, entry + row, row);
       }
     }
   }
@@ -539,17 +575,16 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
         for (int d = 0; d < 8; ++d) o[d] += from[d];
       }
     }
-    if (forward.num_splits == 1) {
-      finish_row<T, kHeadDim>(forward, tile.batch, row, m, l, o);
-    } else if (row.query >= 0) {
+    if (forward.num_splits > 1 && row.query >= 0) {
       float* to =
           forward.partial + partial_row(problem, tile.split, tile.batch, row.head, row.query);
-      if (chunk < kChunks<kHeadDim> && !is_empty(m, l)) {
+      if (num_parts > 1 && chunk < kChunks<kHeadDim> && !is_empty(m, l)) {
         store_vector(to + chunk * 8, {o[0], o[1], o[2], o[3]});
         store_vector(to + chunk * 8 + 4, {o[4], o[5], o[6], o[7]});
       }
-      if (chunk == 0) store_vector(to + kHeadDim, {m, l, 0.f, 0.f});
+      if (chunk == 0) store_vector(to + kHeadDim, {m, l, float(num_parts), 0.f});
     }
+    if (num_parts == 1) finish_row<T, kHeadDim>(forward, tile.batch, row, m, l, o);
   }
 }
 
@@ -563,22 +598,26 @@ __global__ void __launch_bounds__(kThreads) three_region_attention_decode_merge_
   const int64_t head_idx = index / problem.q_len;
   const bool exists = head_idx < int64_t(problem.batch) * problem.num_heads;
   const int batch = exists ? int(head_idx / problem.num_heads) : 0;
-  const DecodeRow row = {int(head_idx % problem.num_heads),
-                         exists ? int(index % problem.q_len) : -1};
+  DecodeRow row = {int(head_idx % problem.num_heads), int(index % problem.q_len)};
+  const float* rows = params.partial + partial_row(problem, 0, batch, row.head, row.query);
+  float first[4] = {};
+  if (exists) load_vector(rows + kHeadDim, first);
+  const int num_parts = int(first[2]);
+  if (num_parts <= 1) row.query = -1;  // the decode kernel has finished it
+  if (vote_ballot(row.query >= 0) == 0) return;
   float m = -INFINITY, l = 0.f, o[8] = {};
-  if (exists) {
-    const float* rows = params.partial + partial_row(problem, 0, batch, row.head, row.query);
+  if (row.query >= 0) {
     const int64_t stride = partial_row(problem, 1, 0, 0, 0);
 #pragma unroll 4
-    for (int split = 0; split < params.num_splits; ++split) {
+    for (int part = 0; part < num_parts; ++part) {
       float statistics[4];
-      load_vector(rows + split * stride + kHeadDim, statistics);
+      load_vector(rows + part * stride + kHeadDim, statistics);
       m = fmaxf(m, statistics[0]);
     }
 #pragma unroll 4
-    for (int split = 0; split < params.num_splits; ++split) {
+    for (int part = 0; part < num_parts; ++part) {
       float statistics[4];
-      load_vector(rows + split * stride + kHeadDim, statistics);
+      load_vector(rows + part * stride + kHeadDim, statistics);
       if (is_empty(statistics[0], statistics[1])) continue;
       const float weight = weight_of(statistics[0], m);
       l += statistics[1] * weight;
@@ -586,7 +625,7 @@ __global__ void __launch_bounds__(kThreads) three_region_attention_decode_merge_
 #pragma unroll
       for (int i = 0; i < 8; i += 4) {
         float four[4];
-        load_vector(rows + split * stride + chunk * 8 + i, four);
+        load_vector(rows + part * stride + chunk * 8 + i, four);
 #pragma unroll
         for (int d = 0; d < 4; ++d) o[i + d] += four[d] * weight;
       }
@@ -635,16 +674,14 @@ cudaError_t three_region_attention_decode(const ThreeRegionForwardParams& params
 
 }  // namespace cogview::sm80
 
-// Two blocks for each multiprocessor, whose copies overlap, if the longest list has as many parts
-// that are worth a block.
+// A block for each multiprocessor, if the longest list has as many parts that are worth one: half as
+// many copy as fast as the memory can.
 int cogview::three_region_attention_forward_splits(const ThreeRegionProblem& problem,
                                                    bool has_kv_lens, int num_sms) {
   using namespace sm80;
   const int64_t num_heads = int64_t(problem.batch) * problem.num_kv_heads;
   if (num_heads == 0 || problem.q_len == 0 || !is_decode(problem, has_kv_lens)) return 1;
   const DecodePlan plan = DecodePlan::of(problem);
-  const int64_t blocks = num_heads * plan.tiles;
-  const int64_t wanted = (2 * int64_t(num_sms) + blocks - 1) / blocks;
-  const int64_t parts = std::max(problem.k_len / plan.min_part, 1);
-  return int(std::min({wanted, parts, int64_t(kMaxSplits)}));
+  const int64_t parts = std::min(problem.k_len / plan.min_part, kMaxSplits);
+  return int(std::max(std::min(num_sms / (num_heads * plan.tiles), parts), int64_t{1}));
 }
