@@ -193,13 +193,27 @@ struct KeyRing {
     static_assert(Items::kPeriod == 1);
   }
 
-  // Looks up the keys of the tile that begins at `entry`, of which those from `begin` on are wanted:
-  // loads that nothing waits for.
-  __device__ __forceinline__ void find(const KeyList& list, int entry, int begin) {
+  // Looks up the keys of the tile that begins at `entry`: loads that nothing waits for. Entries
+  // below 0 may be any key.
+  __device__ __forceinline__ void find(const KeyList& list, int entry) {
+    const int num_pivots = list.num_far - list.num_text;
+    const int beyond = list.first_window - list.num_far;  // from entries to keys of the window
+    const bool has_pivots = (entry < list.num_far) & (entry + kBlockN > list.num_text);
+    if (has_pivots & (num_pivots > 0)) {
 #pragma unroll
-    for (int step = 0; step < Items::kSteps; ++step) {
-      const int at = entry + first_row + step * Items::kStepRows;
-      keys[step] = at >= begin ? list.packed_key(at) : 0;
+      for (int step = 0; step < Items::kSteps; ++step) {
+        const int at = entry + first_row + step * Items::kStepRows, index = at - list.num_text;
+        keys[step] = list.far.pivots[min(max(index, 0), num_pivots - 1)];
+        if (index < 0) keys[step] = at;
+        if (index >= num_pivots) keys[step] = at + beyond;
+      }
+    } else {
+      // No pivots: all text or all window, or both where there are no pivots between them.
+#pragma unroll
+      for (int step = 0; step < Items::kSteps; ++step) {
+        const int at = entry + first_row + step * Items::kStepRows;
+        keys[step] = at < list.num_text ? at : at + beyond;
+      }
     }
   }
 
@@ -258,6 +272,8 @@ struct Part {
 // One warp's part of the online softmax: 16 rows, of which a lane has two.
 template <typename T, int kHeadDim>
 struct DecodeWarp {
+  LaneRow<kHeadDim> k_row, v_row;  // of a stage's first sixteen rows
+  int column;                      // of the lane's first element among those of a step
   uint32_t q[kHeadDim / 16][4];
   RowEntries sees[2];
   float m[2], l[2];  // l: of the lane's columns until the end
@@ -269,6 +285,9 @@ struct DecodeWarp {
                                              const unsigned char* sQ, const KeyList& list,
                                              const int* far_ends, int first, int row_tile) {
     const int lane = threadIdx.x % kWarpSize;
+    k_row = {kept(lane_row_transposed<kHeadDim>().offset)};
+    v_row = {kept(lane_row<kHeadDim>(0).offset)};
+    column = kept(lane % 4 * 2);
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) load_a<kHeadDim>(q[d], sQ, 16 * row_tile, d);
 #pragma unroll
@@ -292,17 +311,17 @@ struct DecodeWarp {
   template <typename Stage>
   __device__ __forceinline__ void step(const Stage& stage, const KeyList& list, const Part& part,
                                        const ThreeRegionProblem& problem, int entry, int row) {
-    const int lane = threadIdx.x % kWarpSize;
+    const int offset = row * kHeadDim * 2;
     float s[2][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t b[4];
-      load_b_transposed<kHeadDim>(b, stage.k, row, d);
+      ldmatrix_x4(b, stage.k + LaneRow<kHeadDim>{k_row.offset + offset}.at(0, d));
       mma_m16n8k16<T>(s[0], q[d], b[0], b[1]);
       mma_m16n8k16<T>(s[1], q[d], b[2], b[3]);
     }
     // Logits in bits, rounded as in the forward and the backward.
-    const int first_column = entry + lane % 4 * 2;
+    const int first_column = entry + column;
     const float scale = problem.softmax_scale * kLog2e;
     const auto to_logits = [&](auto bias_of_column) {
 #pragma unroll
@@ -330,6 +349,7 @@ struct DecodeWarp {
         }
       }
     }
+    float keep[2];
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       float new_m = m[half];
@@ -340,23 +360,25 @@ struct DecodeWarp {
       new_m = quad_max(new_m);
       // Before its first key a row has weights of zero.
       const float shift = new_m == -INFINITY ? 0.f : new_m;
-      const float keep = ex2_approx(m[half] - shift);
+      keep[half] = ex2_approx(m[half] - shift);
       m[half] = new_m;
       float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < 2; ++n) {
 #pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          float& p = s[n][2 * half + column];
-          p = ex2_approx(p - shift);
-          sum += p;
+        for (int c = 2 * half; c < 2 * half + 2; ++c) {
+          s[n][c] = ex2_approx(s[n][c] - shift);
+          sum += s[n][c];
         }
       }
-      l[half] = l[half] * keep + sum;
+      l[half] = l[half] * keep[half] + sum;
+    }
+    // After the first keys few rows find a larger logit.
+    if (vote_ballot(keep[0] != 1.f || keep[1] != 1.f) != 0) {
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
-        o[n][2 * half] *= keep;
-        o[n][2 * half + 1] *= keep;
+#pragma unroll
+        for (int c = 0; c < 4; ++c) o[n][c] *= keep[c / 2];
       }
     }
     uint32_t a[4];
@@ -364,7 +386,7 @@ struct DecodeWarp {
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t b[4];
-      load_b<kHeadDim>(b, stage.v, row, d);
+      ldmatrix_x4_trans(b, stage.v + LaneRow<kHeadDim>{v_row.offset + offset}.at(0, d));
       mma_m16n8k16<T>(o[2 * d], a, b[0], b[1]);
       mma_m16n8k16<T>(o[2 * d + 1], a, b[2], b[3]);
     }
@@ -510,10 +532,10 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
     copied -= kBlockN;
     if (copied > part.begin - kBlockN) ring.copy(copied, part.begin, far);
     cp_async_commit_group();
-    if (copied > part.begin) ring.find(list, copied - kBlockN, part.begin);
+    if (copied > part.begin) ring.find(list, copied - kBlockN);
   };
   if (has_started) copied -= kBlockN;
-  if (copied > part.begin) ring.find(list, copied - kBlockN, part.begin);
+  if (copied > part.begin) ring.find(list, copied - kBlockN);
   if (!has_started) copy_next();
 #pragma unroll
   for (int stage = 1; stage < kStages - 1; ++stage) copy_next();
