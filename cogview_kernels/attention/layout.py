@@ -304,7 +304,9 @@ class ThreeRegionLayout:
                 f"in sample {sample}, {of_head}column {column}"
             )
 
-    def regions(self, batch: int, q_len: int, k_len: int) -> tuple[Tensor, Tensor, Tensor]:
+    def regions(
+        self, batch: int, q_len: int, k_len: int, kv_lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """The disjoint masks ``(window, text, pivot)``; dense. Each bool ``(B, Sq, Sk)``, or
         ``(B, G, Sq, Sk)`` with ``pivot_idx (B, G, P)``."""
         check_int("batch", batch, minimum=0)
@@ -318,6 +320,8 @@ class ThreeRegionLayout:
         )
         text_len, pivot_idx = self.tensors(batch, device)
         i = torch.arange(k_len - q_len, k_len, device=device).view(1, -1, 1)
+        if kv_lens is not None:
+            i = i - (k_len - kv_lens.to(device)).view(-1, *[1] * pivot_idx.ndim)
         j = torch.arange(k_len, device=device).view(1, 1, -1)
         start = window_start(i, self.query_window, self.key_window_times)
         prefix = text_len.view(-1, *[1] * pivot_idx.ndim)
@@ -332,13 +336,16 @@ class ThreeRegionLayout:
         shape = *rows, q_len, k_len
         return window.expand(shape), text.expand(shape), is_pivot & (j < start)
 
-    def dense_mask(self, batch: int, q_len: int, k_len: int) -> Tensor:
+    def dense_mask(
+        self, batch: int, q_len: int, k_len: int, kv_lens: Tensor | None = None
+    ) -> Tensor:
         """Which keys each query may attend to: bool, ``True`` where it may. ``(B, Sq, Sk)``, or
         ``(B, G, Sq, Sk)`` with ``pivot_idx (B, G, P)``.
 
         For people and tests; the attention itself never builds it (``reference`` apart).
+        ``kv_lens``: as for the attention.
         """
-        window, text, pivot = self.regions(batch, q_len, k_len)
+        window, text, pivot = self.regions(batch, q_len, k_len, kv_lens)
         return window | text | pivot
 
 

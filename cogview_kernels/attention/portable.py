@@ -8,6 +8,9 @@ Each query has a list of keys, so that work and memory follow the keys attended:
     ds     = p * (dout v^T - (delta - dlse)),  delta = sum(dout * out)   backward, s recomputed
     dq     = softmax_scale * ds k;  dk = softmax_scale * ds^T q;  dv = p^T dout
 
+With ``kv_lens`` the CPU takes each sample alone; other devices must not read them, and mask instead
+(masked.py).
+
 On the CPU torch's flash kernels compute the window of all blocks in one call and the far keys (text
 and pivots, gathered once) in one call for every 256 queries; lse merges the parts. The blocked path
 lists the keys of a tile of queries and takes one softmax. It computes what those kernels cannot:
@@ -23,12 +26,13 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cogview_kernels.attention import blocked, flash
+from cogview_kernels.attention import blocked, flash, masked
 from cogview_kernels.attention.blocked import Regions, accumulate_dtype
 
 
@@ -64,6 +68,14 @@ def _rows_of_groups(text_len: Tensor, pivot_idx: Tensor) -> tuple[Tensor, Tensor
     return text_len.repeat_interleave(pivot_idx.shape[1]), pivot_idx.flatten(0, 1)
 
 
+def _samples(kv_lens: Tensor, q: Tensor, k: Tensor) -> Iterator[tuple[slice, slice, slice]]:
+    """Each sample with keys: its place in the batch, its rows of q with a position, its keys."""
+    for sample, num_keys in enumerate(kv_lens.clamp(0, k.shape[2]).tolist()):
+        if num_keys > 0:
+            rows = slice(max(q.shape[2] - num_keys, 0), q.shape[2])
+            yield slice(sample, sample + 1), rows, slice(num_keys)
+
+
 def attention_forward(
     q: Tensor,
     k: Tensor,
@@ -75,13 +87,15 @@ def attention_forward(
     text_bias: float,
     pivot_bias: float,
     softmax_scale: float,
+    kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
     scalars = query_window, key_window_times, text_bias, pivot_bias, softmax_scale
     if pivot_idx.ndim == 3:
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
         layout = *_rows_of_groups(text_len, pivot_idx), *scalars
-        out, lse = attention_forward(fold(q), fold(k), fold(v), *layout)
+        kv_lens = None if kv_lens is None else kv_lens.repeat_interleave(pivot_idx.shape[1])
+        out, lse = attention_forward(fold(q), fold(k), fold(v), *layout, kv_lens)
         return _samples_as_groups(out, q), lse.view(q.shape[:3])
     dtype = accumulate_dtype(q.dtype)
     out = empty_heads(q, dtype)
@@ -89,6 +103,17 @@ def attention_forward(
     if out.numel() == 0:
         return out.to(q.dtype), lse
     regions = Regions(text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias)
+    if kv_lens is not None:
+        if kv_lens.is_cpu:
+            out.zero_()
+            lse.fill_(float("-inf"))
+            for b, rows, keys in _samples(kv_lens, q, k):
+                qkv = q[b, :, rows], k[b, :, keys], v[b, :, keys]
+                of_sample = attention_forward(*qkv, text_len[b], pivot_idx[b], *scalars)
+                out[b, :, rows], lse[b, :, rows] = of_sample
+        else:
+            masked.forward_into(out, lse, q, k, v, regions, softmax_scale, kv_lens)
+        return out.to(q.dtype), lse
     if flash.takes(q, regions, softmax_scale):
         left = flash.forward_into(out, lse, q, k, v, regions, softmax_scale)
     else:
@@ -113,6 +138,7 @@ def attention_backward(
     pivot_bias: float,
     softmax_scale: float,
     lse: Tensor | None = None,
+    kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``dq, dk, dv`` with the shapes and dtypes of q, k, v. Deterministic.
 
@@ -123,22 +149,35 @@ def attention_backward(
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
         tensors = fold(dout), fold(dlse), fold(q), fold(k), fold(v), fold(out)
         of_groups = *tensors, *_rows_of_groups(text_len, pivot_idx), *scalars
-        gradients = attention_backward(*of_groups, lse=None if lse is None else fold(lse))
+        lse = None if lse is None else fold(lse)
+        kv_lens = None if kv_lens is None else kv_lens.repeat_interleave(pivot_idx.shape[1])
+        gradients = attention_backward(*of_groups, lse, kv_lens)
         dq, dk, dv = map(_samples_as_groups, gradients, (q, k, v))
         return dq, dk, dv
     dtype = accumulate_dtype(q.dtype)
-    dq = empty_heads(q, dtype)
-    dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (k, v))
+    dq, dk, dv = (empty_heads(tensor, dtype).zero_() for tensor in (q, k, v))
     if out.numel() > 0:
         regions = Regions(
             text_len, pivot_idx, query_window, key_window_times, text_bias, pivot_bias
         )
+        if kv_lens is not None:
+            inputs = dout, dlse, q, k, v, out
+            if kv_lens.is_cpu:
+                    for b, rows, keys in _samples(kv_lens, q, k):
+                    at = rows, rows, rows, keys, keys, rows
+                    parts = (t[b, :, part] for t, part in zip(inputs, at, strict=True))
+                    of_lse = None if lse is None else lse[b, :, rows]
+                    read: Any = (*parts, text_len[b], pivot_idx[b], *scalars, of_lse)
+                    dq[b, :, rows], dk[b, :, keys], dv[b, :, keys] = attention_backward(*read)
+            else:
+                masked.backward_into(dq, dk, dv, *inputs, regions, softmax_scale, kv_lens)
+            return dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype)
         left = dlse != 0
         if not flash.takes(q, regions, softmax_scale):
             left.fill_(True)
         if not left.all():
-            read = dout, q, k, v, out, lse
-            left |= flash.backward_into(dq, dk, dv, *read, regions, softmax_scale, left)
+            of_flash = dout, q, k, v, out, lse
+            left |= flash.backward_into(dq, dk, dv, *of_flash, regions, softmax_scale, left)
         if left.any():
             inputs = dout, dlse, q, k, v, out
             blocked.backward_into(dq, dk, dv, *inputs, regions, softmax_scale, left)
@@ -167,10 +206,10 @@ def _unpacked(far_keys: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def attention_forward_packed(
-    q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *window_and_scale: Any
+    q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *rest: Any
 ) -> tuple[Tensor, Tensor, Tensor]:
     """``out``, ``row_max`` and ``row_log_sum``; the whole of lse stands in ``row_max``."""
-    out, lse = attention_forward(q, k, v, *_unpacked(far_keys), *window_and_scale)
+    out, lse = attention_forward(q, k, v, *_unpacked(far_keys), *rest)
     row_max = (lse / math.log(2)).float()
     return out, row_max, torch.zeros_like(row_max)
 

@@ -29,6 +29,14 @@ class AttentionCall : public Call {
     return row_numbers(name, tensor, Access::kWriteAll, problem);
   }
 
+  // The workspace of splits.
+  float* write_partial(const Tensor& tensor, const Shape& shape) {
+    void* data = contiguous("partial", tensor, Access::kWorkspace, shape);
+    check_float32("partial", tensor);
+    check_aligned("partial", data);
+    return static_cast<float*>(data);
+  }
+
   // Sets what forward and backward share: problem, q, k and v.
   template <typename Params>
   void read_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& far_keys,
@@ -110,6 +118,13 @@ class AttentionCall : public Call {
   ScalarType dtype_;
 };
 
+int read_splits(int64_t num_splits, const std::optional<Tensor>& partial) {
+  STD_TORCH_CHECK(num_splits >= 1, "num_splits: expected at least 1, got ", num_splits);
+  STD_TORCH_CHECK((num_splits > 1) == partial.has_value(),
+                  "partial: expected with more than one split, and only then");
+  return to_int("num_splits", num_splits);
+}
+
 // far_keys is written.
 void three_region_attention_far_keys_out(const Tensor& text_len, const Tensor& pivot_idx,
                                          int64_t k_len, const Tensor& far_keys) {
@@ -149,12 +164,14 @@ void three_region_attention_far_keys_out(const Tensor& text_len, const Tensor& p
   call.launch([&](cudaStream_t stream) { return three_region_attention_far_keys(params, stream); });
 }
 
-// out, row_max and row_log_sum are written.
+// out, row_max and row_log_sum are written; partial is a workspace.
 void three_region_attention_forward_out(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const Tensor& far_keys, int64_t query_window,
                                         int64_t key_window_times, double text_bias,
-                                        double pivot_bias, double softmax_scale, const Tensor& out,
-                                        const Tensor& row_max, const Tensor& row_log_sum) {
+                                        double pivot_bias, double softmax_scale,
+                                        const std::optional<Tensor>& kv_lens, const Tensor& out,
+                                        const Tensor& row_max, const Tensor& row_log_sum,
+                                        int64_t num_splits, const std::optional<Tensor>& partial) {
   AttentionCall call("three_region_attention_forward_out", q);
   ThreeRegionForwardParams params = {};
   call.read_problem(q, k, v, far_keys, query_window, key_window_times, text_bias, pivot_bias,
@@ -164,6 +181,17 @@ void three_region_attention_forward_out(const Tensor& q, const Tensor& k, const 
       "out", out, {problem.batch, problem.num_heads, problem.q_len, problem.head_dim});
   params.row_max = call.write_row_numbers("row_max", row_max, problem);
   params.row_log_sum = call.write_row_numbers("row_log_sum", row_log_sum, problem);
+  if (kv_lens.has_value()) {
+    params.kv_lens = static_cast<const int32_t*>(
+        call.contiguous("kv_lens", *kv_lens, Access::kRead, {problem.batch}));
+    check_int32("kv_lens", *kv_lens);
+  }
+  params.num_splits = read_splits(num_splits, partial);
+  if (partial.has_value()) {
+    params.partial = call.write_partial(
+        *partial,
+        {num_splits, problem.batch, problem.num_heads, problem.q_len, problem.head_dim + 4});
+  }
   call.launch([&](cudaStream_t stream) { return three_region_attention_forward(params, stream); });
 }
 
@@ -204,17 +232,11 @@ void three_region_attention_backward_out(const Tensor& dout, const std::optional
     check_int32("bounds", *bounds);
     params.bounds = static_cast<uint32_t*>(data);
   }
-  STD_TORCH_CHECK(num_splits >= 1, "num_splits: expected at least 1, got ", num_splits);
-  params.num_splits = to_int("num_splits", num_splits);
-  STD_TORCH_CHECK((num_splits > 1) == partial.has_value(),
-                  "partial: expected with more than one split, and only then");
+  params.num_splits = read_splits(num_splits, partial);
   if (partial.has_value()) {
-    void* data = call.contiguous(
-        "partial", *partial, Access::kWorkspace,
+    params.partial = call.write_partial(
+        *partial,
         {num_splits, 2, batch, num_kv_heads, three_region_attention_split_rows(problem), head_dim});
-    check_float32("partial", *partial);
-    check_aligned("partial", data);
-    params.partial = static_cast<float*>(data);
   }
   call.launch([&](cudaStream_t stream) { return three_region_attention_backward(params, stream); });
 }

@@ -90,7 +90,19 @@ struct ThreeRegionForwardParams {
   Heads out;           // as q
   float* row_max;      // (batch, num_heads, q_len): largest logit of the row, in bits (log2)
   float* row_log_sum;  // as row_max: log2 of the sum of 2^(logit - row_max)
+  // (batch), may be null: the first kv_lens[b] rows of k and v are the keys of sample b, and its
+  // queries are the last of their positions. Rows without a position get zeros and an lse of -inf.
+  // Any values are safe.
+  const int32_t* kv_lens;
+  // Up to `num_splits` blocks share the keys of few queries. Their float32 sums go to `partial`
+  // (num_splits, batch, num_heads, q_len, head_dim + 4). May be null where num_splits is 1.
+  int num_splits;
+  float* partial;
 };
+
+// The num_splits of a forward that make use of a GPU with num_sms multiprocessors.
+int three_region_attention_forward_splits(const ThreeRegionProblem& problem, bool has_kv_lens,
+                                          int num_sms);
 
 struct ThreeRegionBackwardParams {
   ThreeRegionProblem problem;
