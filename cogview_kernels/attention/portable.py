@@ -90,7 +90,7 @@ def attention_forward(
     kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``out (B, H, Sq, D)`` in q's dtype and ``lse (B, H, Sq)``; see the public function."""
-    scalars = query_window, key_window_times, text_bias, pivot_bias, softmax_scale
+    scalars: Any = (query_window, key_window_times, text_bias, pivot_bias, softmax_scale)
     if pivot_idx.ndim == 3:
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
         layout = *_rows_of_groups(text_len, pivot_idx), *scalars
@@ -144,7 +144,7 @@ def attention_backward(
 
     ``lse`` of the forward saves two of seven products; without it they are computed again.
     """
-    scalars = query_window, key_window_times, text_bias, pivot_bias, softmax_scale
+    scalars: Any = (query_window, key_window_times, text_bias, pivot_bias, softmax_scale)
     if pivot_idx.ndim == 3:
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
         tensors = fold(dout), fold(dlse), fold(q), fold(k), fold(v), fold(out)
@@ -163,7 +163,7 @@ def attention_backward(
         if kv_lens is not None:
             inputs = dout, dlse, q, k, v, out
             if kv_lens.is_cpu:
-                    for b, rows, keys in _samples(kv_lens, q, k):
+                for b, rows, keys in _samples(kv_lens, q, k):
                     at = rows, rows, rows, keys, keys, rows
                     parts = (t[b, :, part] for t, part in zip(inputs, at, strict=True))
                     of_lse = None if lse is None else lse[b, :, rows]
