@@ -95,7 +95,7 @@ def attention_forward(
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
         layout = *_rows_of_groups(text_len, pivot_idx), *scalars
         kv_lens = None if kv_lens is None else kv_lens.repeat_interleave(pivot_idx.shape[1])
-        out, lse = attention_forward(fold(q), fold(k), fold(v), *layout, kv_lens)
+        out, lse = attention_forward(fold(q), fold(k), fold(v), *layout, kv_lens=kv_lens)
         return _samples_as_groups(out, q), lse.view(q.shape[:3])
     dtype = accumulate_dtype(q.dtype)
     out = empty_heads(q, dtype)
@@ -151,7 +151,7 @@ def attention_backward(
         of_groups = *tensors, *_rows_of_groups(text_len, pivot_idx), *scalars
         lse = None if lse is None else fold(lse)
         kv_lens = None if kv_lens is None else kv_lens.repeat_interleave(pivot_idx.shape[1])
-        gradients = attention_backward(*of_groups, lse, kv_lens)
+        gradients = attention_backward(*of_groups, lse=lse, kv_lens=kv_lens)
         dq, dk, dv = map(_samples_as_groups, gradients, (q, k, v))
         return dq, dk, dv
     dtype = accumulate_dtype(q.dtype)
