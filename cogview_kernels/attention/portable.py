@@ -93,9 +93,10 @@ def attention_forward(
     scalars: Any = (query_window, key_window_times, text_bias, pivot_bias, softmax_scale)
     if pivot_idx.ndim == 3:
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
-        layout: Any = *_rows_of_groups(text_len, pivot_idx), *scalars
+        rows = _rows_of_groups(text_len, pivot_idx)
         kv_lens = None if kv_lens is None else kv_lens.repeat_interleave(pivot_idx.shape[1])
-        out, lse = attention_forward(fold(q), fold(k), fold(v), *layout, kv_lens=kv_lens)
+        of_groups: Any = (fold(q), fold(k), fold(v), *rows, *scalars, kv_lens)
+        out, lse = attention_forward(*of_groups)
         return _samples_as_groups(out, q), lse.view(q.shape[:3])
     dtype = accumulate_dtype(q.dtype)
     out = empty_heads(q, dtype)
@@ -148,10 +149,11 @@ def attention_backward(
     if pivot_idx.ndim == 3:
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
         tensors = fold(dout), fold(dlse), fold(q), fold(k), fold(v), fold(out)
-        of_groups: Any = *tensors, *_rows_of_groups(text_len, pivot_idx), *scalars
+        rows = _rows_of_groups(text_len, pivot_idx)
         lse = None if lse is None else fold(lse)
         kv_lens = None if kv_lens is None else kv_lens.repeat_interleave(pivot_idx.shape[1])
-        gradients = attention_backward(*of_groups, lse=lse, kv_lens=kv_lens)
+        of_groups: Any = (*tensors, *rows, *scalars, lse, kv_lens)
+        gradients = attention_backward(*of_groups)
         dq, dk, dv = map(_samples_as_groups, gradients, (q, k, v))
         return dq, dk, dv
     dtype = accumulate_dtype(q.dtype)
