@@ -89,7 +89,8 @@ def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
 # - the warp's barrier before rows are computed again: the model sees races in shared memory alone;
 # - a variance's clamp at zero: what lies below is a rounding error, and rstd_of clamps again;
 # - that a known peak is not computed again: the same maximum, one launch later;
-# - whether dx is aligned: operators allocate it.
+# - whether dx is aligned: operators allocate it;
+# - eps where all elements are dropped: the row is zero, whatever it is divided by.
 MUTATIONS = [
     *mutations(
         "three_region_attention/far_keys.cu",
