@@ -88,15 +88,15 @@ def kinds(backend: str, device: torch.device) -> list[Kind]:
 
 def _attention_cases(dtype: torch.dtype, head_dim: int) -> Iterator[Case]:
     # A training sequence, a chunk behind a cache, one token: several tiles of each region, with
-    # ragged ends.
-    for q_len, k_len, w, n, text, num_pivots in (
-        (200, 200, 48, 2, (5, 70), 24),
-        (33, 150, 64, 1, (0, 40), 30),
-        (1, 150, 16, 2, (20, 3), 20),
+    # ragged ends. The chunk's key/value heads have pivots of their own.
+    for q_len, k_len, w, n, text, rows, num_pivots in (
+        (200, 200, 48, 2, (5, 70), (2,), 24),
+        (33, 150, 64, 1, (0, 40), (2, 2), 30),
+        (1, 150, 16, 2, (20, 3), (2,), 20),
     ):
         generator = torch.Generator().manual_seed(q_len)
-        pivots = torch.stack([torch.randperm(k_len, generator=generator) for _ in text])
-        pivots = pivots[:, :num_pivots].sort().values.int()
+        pivots = torch.rand(*rows, k_len, generator=generator).argsort()
+        pivots = pivots[..., :num_pivots].sort().values.int()
         heads = torch.randn(len(text), k_len, 8, head_dim, generator=generator)
         heads[:, :, :4] *= 3  # sharp weights: a lost key shows in some query
         q, k, v = heads.to(dtype).transpose(1, 2).split([4, 2, 2], dim=1)

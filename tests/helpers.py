@@ -47,14 +47,19 @@ class Problem:
         batch, text_len = self.q.shape[0], self.layout.text_len
         return [text_len] * batch if isinstance(text_len, int) else text_len.expand(batch).tolist()
 
-    def pivots(self) -> list[list[int]]:
-        batch, pivot_idx = self.q.shape[0], self.layout.pivot_idx
-        return [[]] * batch if pivot_idx is None else pivot_idx.expand(batch, -1).tolist()
+    def pivots(self) -> list[list[list[int]]]:
+        """Of each sample and key/value head."""
+        batch, heads, pivot_idx = self.q.shape[0], self.k.shape[1], self.layout.pivot_idx
+        if pivot_idx is None:
+            return [[[]] * heads] * batch
+        if pivot_idx.ndim == 2:
+            pivot_idx = pivot_idx.unsqueeze(1)
+        return pivot_idx.expand(batch, heads, -1).tolist()
 
-    def region(self, b: int, i: int, j: int) -> str | None:
+    def region(self, b: int, g: int, i: int, j: int) -> str | None:
         layout = self.layout
         w, n = layout.query_window, layout.key_window_times
-        return region_of(i, j, self.text_lens()[b], self.pivots()[b], w, n)
+        return region_of(i, j, self.text_lens()[b], self.pivots()[b][g], w, n)
 
     def leaves(self) -> tuple[Tensor, Tensor, Tensor]:
         """q, k and v with the same strides, requiring gradients."""
@@ -106,7 +111,7 @@ def loops(problem: Problem) -> dict[str, Tensor]:
                 g = h // (num_heads // num_kv_heads)
                 for r in range(q_len):
                     i = r + k_len - q_len
-                    regions = {j: problem.region(b, i, j) for j in range(k_len)}
+                    regions = {j: problem.region(b, g, i, j) for j in range(k_len)}
                     keys = [j for j, region in regions.items() if region is not None]
                     logits = torch.stack(
                         [
@@ -135,7 +140,9 @@ def same_dtype_torch(problem: Problem) -> dict[str, Tensor]:
         bias = torch.zeros(window.shape, dtype=q.dtype)
         bias = bias.masked_fill(text, problem.layout.text_bias)
         bias = bias.masked_fill(pivot, problem.layout.pivot_bias)
-        bias = bias.masked_fill(~(window | text | pivot), -math.inf).unsqueeze(1)
+        bias = bias.masked_fill(~(window | text | pivot), -math.inf)
+        bias = bias.unsqueeze(1) if bias.ndim == 3 else bias
+        bias = bias.repeat_interleave(q.shape[1] // bias.shape[1], 1)
         logits = q @ k.mT * problem.softmax_scale + bias
         return logits.softmax(-1) @ v, logits.logsumexp(-1)
 
@@ -207,7 +214,7 @@ def make_problem(
 
 
 @st.composite
-def layouts(draw: st.DrawFn, batch: int, k_len: int) -> ck.ThreeRegionLayout:
+def layouts(draw: st.DrawFn, batch: int, k_len: int, num_kv_heads: int = 1) -> ck.ThreeRegionLayout:
     """Any legal layout: ragged or shared text, ragged or shared pivots, padding of every kind."""
     lengths = st.one_of(st.integers(0, k_len + 3), st.sampled_from([0, k_len, 2**31 - 1]))
     kind = draw(st.sampled_from(["int", "one", "each"]))
@@ -223,9 +230,10 @@ def layouts(draw: st.DrawFn, batch: int, k_len: int) -> ck.ThreeRegionLayout:
     pivot_idx = None
     if kind != "none":
         rows = 1 if kind == "one" else batch
+        heads = draw(st.sampled_from([None, 1, num_kv_heads]))  # with pivots of their own
         num_pivots = draw(st.integers(0, min(k_len, 12)))
         table = []
-        for row in range(rows):
+        for row in (row for row in range(rows) for _ in range(heads or 1)):
             # Padding below the text may stand anywhere; padding beyond the keys stands at the end.
             text = min(text_lens[row : row + 1] if rows > 1 else text_lens, default=0)
             below = st.sampled_from([-(2**31), -1, *range(max(0, text - 3), min(text, k_len))])
@@ -235,7 +243,8 @@ def layouts(draw: st.DrawFn, batch: int, k_len: int) -> ck.ThreeRegionLayout:
             while len(entries) < num_pivots:
                 entries.insert(draw(st.integers(0, len(entries))), draw(below))
             table.append(entries)
-        pivot_idx = torch.tensor(table, dtype=torch.int32).reshape(rows, num_pivots)
+        shape = (rows, num_pivots) if heads is None else (rows, heads, num_pivots)
+        pivot_idx = torch.tensor(table, dtype=torch.int32).reshape(shape)
     return ck.ThreeRegionLayout(
         text_len,
         pivot_idx,
@@ -266,7 +275,7 @@ def problems(
         k_len,
         draw(st.sampled_from(head_dims)),
         dtype,
-        draw(layouts(batch, k_len)),
+        draw(layouts(batch, k_len, num_kv_heads)),
         draw(st.sampled_from([None, 0.0, -0.5, 1.5])),
         draw(st.booleans()),
         draw(st.integers(0, 2**16)),

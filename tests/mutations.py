@@ -46,6 +46,9 @@ GROUPS = "covers_everything"  # several kv heads with several heads each
 DEGENERATE = "degenerate"
 WILD = "any_values_in_the_layout or pivots_in_any_order"
 PACKED = "any_packed_layout"
+MANY_PIVOTS = "more_pivots_than"
+PACKING = "what_is_packed"
+HEADS = "pivots_of_their_own or pivot_of_one_head"
 LEAKS = "leak or later_tokens"
 EDGES = "edges_of_windows"
 SIGN = "any_scale_and_sign"
@@ -94,20 +97,56 @@ def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
 MUTATIONS = [
     *mutations(
         "three_region_attention/far_keys.cu",
-        ("padding-counts-as-pivot", VALUES, "pivot < params.k_len;", "pivot <= params.k_len;"),
-        ("text-counts-as-pivot", DEFINITION, "pivot >= text_len &&", "pivot >= 0 &&"),
-        ("repeated-pivot-counts", WILD, "pivot > largest_before;", "pivot >= largest_before;"),
         (
-            "unsorted-pivot-of-a-later-chunk-counts",
-            WILD,
-            "largest = shfl_idx(largest_here, kWarpSize - 1);",
+            "padding-counts-as-pivot",
+            f"{VALUES} or {PACKING}",
+            "next[g] < params.k_len ?",
+            "next[g] <= params.k_len ?",
+        ),
+        ("text-counts-as-pivot", DEFINITION, "next[g] >= text_len &&", "next[g] >= 0 &&"),
+        ("repeated-pivot-counts", WILD, "pivots[g] > before);", "pivots[g] >= before);"),
+        (
+            "unsorted-pivot-of-a-later-group-counts",
+            PACKING,
+            "if (group > 0) before = max(before, of_groups);",
             "",
         ),
-        ("pivots-of-first-chunks-lost", VALUES, "num_pivots += popc(", "num_pivots = popc("),
+        (
+            "unsorted-pivot-of-a-group-counts",
+            WILD,
+            "if (lane > 0) before = max(before, left);",
+            "",
+        ),
+        (
+            "unsorted-pivot-of-a-later-chunk-counts",
+            PACKING,
+            "largest = max(largest, shfl_idx(largest_of_groups, kWarpSize - 1));",
+            "",
+        ),
+        ("pivots-of-first-groups-lost", VALUES, "+ (group > 0 ? of_groups : 0);", ";"),
+        (
+            "pivots-of-first-chunks-lost",
+            PACKING,
+            "num_pivots += shfl_idx(",
+            "num_pivots = shfl_idx(",
+        ),
+        ("chunk-loaded-twice", PACKING, "load(begin + kChunk);", "load(begin);"),
         ("padding-not-written", VALUES, "far_keys[2 + index] = params.k_len;", ""),
+        (
+            "pivots-of-another-head-packed",
+            PACKING,
+            "+ head * params.pivot_head_stride;",
+            ";",
+        ),
     ),
     *mutations(
         "three_region_attention/key_list.cuh",
+        (
+            "heads-share-the-pivots-of-the-first",
+            HEADS,
+            "+ min(kv_head, problem.far_key_heads - 1);",
+            ";",
+        ),
         (
             "window-begins-a-block-early",
             VALUES,
@@ -123,8 +162,21 @@ MUTATIONS = [
         (
             "pivot-at-window-start-counts-twice",
             EDGES,
-            "ends[i]) - 1] < bounds[i];",
-            "ends[i]) - 1] <= bounds[i];",
+            "&& sorted[index] < bounds[i];",
+            "&& sorted[index] <= bounds[i];",
+        ),
+        ("last-pivot-of-a-segment-counts-twice", EDGES, "last < bounds[i]", "last <= bounds[i]"),
+        (
+            "last-pivot-of-an-inner-segment-counts-twice",
+            MANY_PIVOTS,
+            "end) - 1] < bounds[i];",
+            "end) - 1] <= bounds[i];",
+        ),
+        (
+            "inner-segments-lost",
+            MANY_PIVOTS,
+            "while (length > kWarpSize) {",
+            "while (length > kWarpSize * kWarpSize) {",
         ),
         (
             "row-pivot-at-window-start-counts-twice",
@@ -264,6 +316,18 @@ MUTATIONS = [
     ),
     *mutations(
         "three_region_attention/sm80/forward.cu",
+        (
+            "row-reads-pivots-of-the-first-head",
+            HEADS,
+            "key_list_of(problem, batch, kv_head, i, i + 1)",
+            "key_list_of(problem, batch, 0, i, i + 1)",
+        ),
+        (
+            "forward-reads-pivots-of-the-first-head",
+            HEADS,
+            "far_keys_of(problem, tile.batch, tile.kv_head)",
+            "far_keys_of(problem, tile.batch, 0)",
+        ),
         ("forward-nothing-masked", VALUES, "if (!sees) s[rt][n][c] = -INFINITY;", ""),
         ("forward-first-entries-lost", VALUES, "entry > -kBlockN;", "entry > 0;"),
         (
@@ -304,6 +368,12 @@ MUTATIONS = [
     ),
     *mutations(
         "three_region_attention/sm80/backward.cu",
+        (
+            "partial-reads-pivots-of-the-first-head",
+            HEADS,
+            "far_keys_of(problem, batch, head)",
+            "far_keys_of(problem, batch, 0)",
+        ),
         ("dlse-missing", VALUES, "product -= backward.dlse[at];", ";"),
         ("delta-of-half-a-row", VALUES, "mask = 1; mask < kLanes;", "mask = 2; mask < kLanes;"),
         ("row-read-beyond-its-end", VALUES, "chunk < kChunks<kHeadDim>;", "chunk < kLanes;"),
@@ -317,6 +387,18 @@ MUTATIONS = [
     ),
     *mutations(
         "three_region_attention/sm80/backward_dq.cu",
+        (
+            "dq-row-reads-pivots-of-the-first-head",
+            HEADS,
+            "key_list_of(problem, batch, kv_head, i, i + 1)",
+            "key_list_of(problem, batch, 0, i, i + 1)",
+        ),
+        (
+            "dq-reads-pivots-of-the-first-head",
+            HEADS,
+            "far_keys_of(problem, tile.batch, tile.kv_head)",
+            "far_keys_of(problem, tile.batch, 0)",
+        ),
         ("dq-no-softmax-scale", VALUES, "problem.softmax_scale * exp2f(", "exp2f("),
         ("dq-exponent-not-undone", VALUES, "exp2f(float(-exponent))", "1.f"),
         ("dq-no-delta", VALUES, "ds_scale, minus_delta[rt][half]);", "ds_scale, 0.f);"),
@@ -326,6 +408,12 @@ MUTATIONS = [
     ),
     *mutations(
         "three_region_attention/sm80/backward_dkdv.cu",
+        (
+            "dkdv-reads-pivots-of-the-first-head",
+            HEADS,
+            "far_keys_of(problem, batch, kv_head)",
+            "far_keys_of(problem, batch, 0)",
+        ),
         ("dkdv-diagonal-hidden", VALUES, "visible = i >= keys.key", "visible = i > keys.key"),
         ("dkdv-query-behind-the-window", VALUES, "i < keys.end[key_row]", "i <= keys.end[key_row]"),
         (

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import itertools
 import math
 from typing import Any
 
@@ -147,6 +148,65 @@ def test_pivots_at_the_edges_of_windows(backend: str, w: int, n: int) -> None:
     check(make_problem(1, 2, k_len=500, head_dim=32, dtype=torch.bfloat16, layout=layout), backend)
 
 
+def pivots_of_heads(k_len: int) -> Tensor:
+    """For two samples with three key/value heads: many, few, none."""
+    generator = torch.Generator().manual_seed(3)
+    pivots = torch.rand(2, 3, k_len, generator=generator).argsort()[..., :90].sort().values.int()
+    pivots[:, 1, 7:] = k_len
+    pivots[1, 2] = k_len
+    return pivots
+
+
+@pytest.mark.parametrize("splits", [1, 40])
+@pytest.mark.parametrize("dtype", HALVES)
+def test_heads_with_pivots_of_their_own(backend: str, dtype: torch.dtype, splits: int) -> None:
+    """The definition, and bitwise what a call for each head alone gives."""
+    pivots = pivots_of_heads(300)
+    layout = ck.ThreeRegionLayout(int32([20, 70]), pivots, 40, 2, 0.5, -1.0)
+    problem = make_problem(2, 6, 3, k_len=300, head_dim=32, dtype=dtype, layout=layout)
+    with modelled_device(splits):
+        results = check(problem, backend)
+    if splits > 1:  # a call for one head alone splits into more
+        return
+    for g in range(3):
+
+        def of_head(tensor: Tensor, g: int = g) -> Tensor:
+            size = tensor.shape[1] // 3
+            return tensor[:, g * size : (g + 1) * size]
+
+        shared = dataclasses.replace(layout, pivot_idx=pivots[:, g])
+        alone = dataclasses.replace(problem.map(of_head), layout=shared)
+        with modelled_device(splits):
+            expected = run(alone, backend)
+        assert all(torch.equal(of_head(results[name]), expected[name]) for name in RESULTS)
+
+
+def test_a_pivot_of_one_head_does_not_leak_into_the_others(backend: str) -> None:
+    """Rows that are computed again see the keys of their own head."""
+    pivots = int32([[[40, 90], [41, 90]]])
+    layout = ck.ThreeRegionLayout(5, pivots, 16, 2)
+    problem = make_problem(1, 4, 2, k_len=150, head_dim=32, dtype=torch.bfloat16, layout=layout)
+    for position in (40, 41, 90):
+        for what in ("k", "v"):
+            poisoned = dataclasses.replace(problem, k=problem.k.clone(), v=problem.v.clone())
+            getattr(poisoned, what)[:, :, position] = math.nan
+            results, expected = run(poisoned, backend), poisoned.run("portable")
+            for name in RESULTS:
+                torch.testing.assert_close(
+                    results[name], expected[name], rtol=5e-2, atol=5e-2, equal_nan=True
+                )
+
+
+@pytest.mark.parametrize("bound", [700, 701, 1199])
+def test_more_pivots_than_two_searches_of_a_warp_find(backend: str, bound: int) -> None:
+    """The search takes a third round."""
+    pivots = torch.arange(1300, dtype=torch.int32).view(1, -1)
+    pivots = torch.where(pivots < 600, pivots, pivots + bound % 2)
+    layout = ck.ThreeRegionLayout(0, pivots, 1, 100)
+    problem = make_problem(1, 1, 1, 20, bound + 120, 32, torch.bfloat16, layout)
+    check(problem, backend)
+
+
 @pytest.mark.parametrize("name", RESULTS)
 def test_a_lost_result_is_caught(name: str) -> None:
     """The bounds see a lost head, and zeros."""
@@ -253,6 +313,34 @@ def test_pivots_in_any_order(backend: str) -> None:
     expected = check(problem, backend)
     results = run(dataclasses.replace(problem, layout=wild), backend)
     assert all(torch.equal(results[name], expected[name]) for name in RESULTS)
+
+
+@pytest.mark.parametrize("num_pivots", [0, 1, 33, 257, 1024, 2500])
+def test_what_is_packed(backend: str, num_pivots: int) -> None:
+    """Of rows that rise, but not always: in range, and above all before that count."""
+    generator = torch.Generator().manual_seed(num_pivots)
+    batch, heads, k_len = 3, 2, 3 * num_pivots + 9
+    near = torch.randint(-40, 40, (batch, heads, num_pivots), generator=generator)
+    pivots = (3 * torch.arange(num_pivots) + near).int()
+    wild = torch.rand(pivots.shape, generator=generator)
+    for bound, value in ((0.09, -(2**31)), (0.06, 2**31 - 1), (0.03, k_len)):
+        pivots[wild < bound] = value
+    text_len = int32([-5, 60, 2**31 - 1])
+    expected = torch.full((batch, heads, 2 + num_pivots), k_len, dtype=torch.int32)
+    for b, g in itertools.product(range(batch), range(heads)):
+        prefix, counted = min(max(int(text_len[b]), 0), k_len), []
+        for pivot in pivots[b, g].tolist():
+            if max([prefix - 1, *counted[-1:]]) < pivot < k_len:
+                counted.append(pivot)
+        expected[b, g, : 2 + len(counted)] = int32([prefix, len(counted), *counted])
+    suffix = "_host_model" if backend == "host_model" else ""
+    pack = getattr(torch.ops.cogview_kernels, f"three_region_attention{suffix}_far_keys")
+    device = device_of(backend)
+    rows_inside = pivots.movedim(0, 2).contiguous().movedim(2, 0).to(device)
+    text_len = text_len.to(device)
+    for pivot_idx in (pivots.to(device), rows_inside):
+        assert torch.equal(pack(text_len, pivot_idx, k_len).cpu(), expected)
+    assert torch.equal(pack(text_len, rows_inside[:, 1], k_len).cpu(), expected[:, 1])
 
 
 @pytest.mark.parametrize("far_keys", [[2**31 - 1, 2**31 - 1, 2**31 - 1, -5, 7], [-9, 3, 9, 2, 7]])

@@ -40,10 +40,18 @@ KERNELS = [
 ]
 
 
-def kernel_problem(backend: str, *shape: int, dtype: torch.dtype = torch.float16) -> Problem:
-    """A problem that the kernels take, where ``backend`` runs."""
+def kernel_problem(
+    backend: str, *shape: int, dtype: torch.dtype = torch.float16, by_head: bool = False
+) -> Problem:
+    """A problem that the kernels take, where ``backend`` runs. ``by_head``: each of two key/value
+    heads has pivots of its own."""
     problem = make_problem(*(shape or (2, 4, 2, 30, 40)), head_dim=32, dtype=dtype)
     device = "cuda" if backend == "cuda" else "cpu"
+    if by_head:
+        pivots = problem.layout.pivot_idx
+        assert pivots is not None
+        layout = dataclasses.replace(problem.layout, pivot_idx=torch.stack([pivots, pivots + 1], 1))
+        problem = dataclasses.replace(problem, layout=layout)
     layout = dataclasses.replace(problem.layout, pivot_idx=problem.layout.pivot_idx.to(device))  # type: ignore[union-attr]
     tensors = {name: getattr(problem, name).to(device) for name in ("q", "k", "v", "dout", "dlse")}
     return dataclasses.replace(problem, layout=layout, **tensors)
@@ -59,10 +67,11 @@ def layout_tensors(batch: int, seqlen: int) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.thinned
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("q_len", [24, 3])
-def test_opcheck_attention(dtype: torch.dtype, q_len: int) -> None:
+@pytest.mark.parametrize("q_len, by_head", [(24, False), (24, True), (3, False)])
+def test_opcheck_attention(dtype: torch.dtype, q_len: int, by_head: bool) -> None:
     problem = make_problem(2, 4, 2, q_len, 24, dtype=dtype)
-    tensors = layout_tensors(2, 24)
+    text_len, pivots = layout_tensors(2, 24)
+    tensors = text_len, torch.stack([pivots, pivots + 1], 1) if by_head else pivots
     torch.library.opcheck(
         OPS.three_region_attention_portable.default, (*problem.leaves(), *tensors, *WINDOW)
     )
@@ -79,12 +88,15 @@ def test_opcheck_attention(dtype: torch.dtype, q_len: int) -> None:
 @pytest.mark.thinned
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("q_len, packed", [(24, True), (24, False), (3, True)])
+@pytest.mark.parametrize(
+    "q_len, packed, by_head",
+    [(24, True, False), (24, False, True), (3, True, False), (24, True, True)],
+)
 def test_opcheck_attention_kernels(
-    backend: str, dtype: torch.dtype, q_len: int, packed: bool
+    backend: str, dtype: torch.dtype, q_len: int, packed: bool, by_head: bool
 ) -> None:
     """``portable``: what computes these operators on the CPU."""
-    problem = kernel_problem(backend, 2, 4, 2, q_len, 24, dtype=dtype)
+    problem = kernel_problem(backend, 2, 4, 2, q_len, 24, dtype=dtype, by_head=by_head)
     q, k, v = (t if packed else t.contiguous() for t in (problem.q, problem.k, problem.v))
     pack, attend, differentiate = (
         operator(f"three_region_attention{part}", backend)
@@ -211,7 +223,10 @@ def test_compile_with_a_layout_as_input() -> None:
         return ck.three_region_attention(q, problem.k, problem.v, layout).sin()
 
     compiled = torch.compile(attend, backend="aot_eager", fullgraph=True)
-    for layout in (problem.layout, ck.ThreeRegionLayout(7, None, 5, 1)):
+    pivots = problem.layout.pivot_idx
+    assert pivots is not None
+    by_head = dataclasses.replace(problem.layout, pivot_idx=torch.stack([pivots, pivots + 1], 1))
+    for layout in (problem.layout, ck.ThreeRegionLayout(7, None, 5, 1), by_head):
         torch.testing.assert_close(compiled(problem.q, layout), attend(problem.q, layout))
 
 
@@ -304,10 +319,11 @@ def no_vmap_fallback() -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("no_vmap_fallback")
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])
-def test_vmap_of_the_attention_operators(backend: str) -> None:
+def test_vmap_of_the_attention_operators(backend: str, by_head: bool) -> None:
     """Forward and backward take a mapped dimension as part of the batch."""
-    problem = kernel_problem(backend)
+    problem = kernel_problem(backend, by_head=by_head)
     k = problem.k.detach().requires_grad_()
     queries = torch.randn(3, *problem.q.shape).to(problem.q)
 
@@ -320,6 +336,17 @@ def test_vmap_of_the_attention_operators(backend: str) -> None:
         mapped = queries.movedim(0, dim).contiguous()
         for batched, right in zip(torch.func.vmap(attend, dim)(mapped), each, strict=True):
             assert torch.equal(batched, right)
+
+    def attend_to(pivots: Tensor) -> Tensor:
+        layout = dataclasses.replace(problem.layout, pivot_idx=pivots)
+        return ck.three_region_attention(problem.q, k, problem.v, layout, backend=backend)
+
+    pivots = problem.layout.pivot_idx
+    assert pivots is not None
+    mapped = torch.stack([pivots, pivots + 1, pivots + 2])
+    alone = torch.stack([*map(attend_to, mapped)])
+    assert torch.equal(torch.func.vmap(attend_to)(mapped), alone)
+    assert not torch.equal(alone[0], alone[1])
     out, _ = attend(problem.q)
     upstream = torch.randn(3, *out.shape).to(out)
     differentiate = functools.partial(torch.autograd.grad, out, k, retain_graph=True)
@@ -588,13 +615,14 @@ def test_either_result_may_go_without_a_gradient(backend: str) -> None:
         assert (other.abs().max() > 0.1) == (name != "dv"), "lse does not depend on v"
 
 
+@pytest.mark.parametrize("by_head", [False, True])
 @pytest.mark.parametrize("backend", KERNELS)
-def test_the_operator_on_the_cpu_computes_the_same(backend: str) -> None:
+def test_the_operator_on_the_cpu_computes_the_same(backend: str, by_head: bool) -> None:
     """A program exported from a GPU, run on a CPU: the same numbers go between its operators."""
-    problem = kernel_problem("cpu")
+    problem = kernel_problem("cpu", by_head=by_head)
     text_len, pivot_idx = problem.layout.tensors(2, torch.device("cpu"))
     pivot_idx = pivot_idx.clone()
-    pivot_idx[0, 3:] = torch.tensor([-7, 7, 2**31 - 1])  # padding in any place
+    pivot_idx[0, ..., 3:] = torch.tensor([-7, 7, 2**31 - 1])  # padding in any place
     window = (*WINDOW[:2], 0.0, 0.0, 0.2)
     results = []
     for name in ("portable", backend):
@@ -754,6 +782,11 @@ BAD_FORWARD: list[tuple[str, Any, str]] = [
     ("far_keys", lambda t: t.long(), "far_keys: expected int32"),
     ("far_keys", lambda t: t[:1], r"far_keys: expected shape \(2, 8\), got \(1, 8\)"),
     ("far_keys", lambda t: t[:, :1], "far_keys: expected at least two columns, got 1"),
+    (
+        "far_keys",
+        lambda t: torch.stack([t] * 3, 1),
+        r"far_keys: expected shape \(2, 2, 8\), got \(2, 3, 8\)",
+    ),
     ("far_keys", lambda t: t.mT.contiguous().mT, "far_keys: expected a contiguous tensor"),
     ("window", lambda w: (0, *w[1:]), "query_window, key_window_times: expected at least 1"),
     ("window", lambda w: (4, -1, *w[2:]), "query_window, key_window_times: expected at least 1"),

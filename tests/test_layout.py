@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import pickle
 from typing import Any
@@ -43,24 +44,24 @@ def test_regions_worked_by_hand() -> None:
 def test_dense_mask_is_the_definition(data: st.DataObject) -> None:
     batch, k_len = data.draw(st.integers(0, 3)), data.draw(st.integers(0, 30))
     q_len = data.draw(st.integers(0, k_len))
-    layout = data.draw(layouts(batch, k_len))
+    layout = data.draw(layouts(batch, k_len, num_kv_heads=2))
     regions = layout.regions(batch, q_len, k_len)
     mask = layout.dense_mask(batch, q_len, k_len)
-    assert mask.shape == (batch, q_len, k_len) and mask.dtype == torch.bool
-    assert torch.equal(mask, torch.stack(regions).sum(0) == 1), "regions overlap"
     text_len, pivot_idx = layout.tensors(batch, torch.device("cpu"))
-    text_lens, pivots = text_len.tolist(), pivot_idx.tolist()
+    assert mask.shape == (*pivot_idx.shape[:-1], q_len, k_len) and mask.dtype == torch.bool
+    assert torch.equal(mask, torch.stack(regions).sum(0) == 1), "regions overlap"
     w, n = layout.query_window, layout.key_window_times
-    for b in range(batch):
+    for at in itertools.product(*map(range, pivot_idx.shape[:-1])):  # sample, and head
+        prefix, pivots = int(text_len[at[0]]), pivot_idx[at].tolist()
         for r in range(q_len):
             i = r + k_len - q_len
-            assert mask[b, r, i], "a query sees itself"
+            assert mask[at][r, i], "a query sees itself"
             for j in range(k_len):
-                expected = region_of(i, j, text_lens[b], pivots[b], w, n)
+                expected = region_of(i, j, prefix, pivots, w, n)
                 found = [
                     name
                     for name, region in zip(("window", "text", "pivot"), regions, strict=True)
-                    if region[b, r, j]
+                    if region[at][r, j]
                 ]
                 assert found == ([expected] if expected else [])
 
@@ -123,7 +124,17 @@ PIVOTS = int32([[4, 6], [5, 9]])
         ({"pivot_idx": [[4, 6]]}, TypeError, "pivot_idx: expected an int32 tensor.*list"),
         ({"pivot_idx": PIVOTS.double()}, TypeError, "pivot_idx: expected dtype int32, .*float64"),
         ({"pivot_idx": PIVOTS.long()}, TypeError, "pivot_idx: expected dtype int32, .*int64"),
-        ({"pivot_idx": PIVOTS[0]}, ValueError, r"pivot_idx: expected shape \(B, P\), got \(2,\)"),
+        (
+            {"pivot_idx": PIVOTS[0]},
+            ValueError,
+            r"pivot_idx: expected shape \(B, P\) or .*got \(2,\)",
+        ),
+        ({"pivot_idx": PIVOTS.view(2, 1, 1, 2)}, ValueError, r"pivot_idx: .*got \(2, 1, 1, 2\)"),
+        (
+            {"pivot_idx": torch.stack([PIVOTS, PIVOTS.flip(1)], 1)},
+            ValueError,
+            "pivot_idx: expected sorted.* 4 after 6 in sample 0, head 1, column 1",
+        ),
         ({"pivot_idx": PIVOTS.flip(1)}, ValueError, "pivot_idx: expected sorted.* 4 after 6"),
         ({"pivot_idx": int32([[4, 4, 7]])}, ValueError, "pivot_idx: expected unique.* 4 after 4"),
         ({"query_window": 0}, ValueError, "query_window: expected at least 1.*got 0"),

@@ -271,6 +271,15 @@ def example(k_len: int = 24, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
     return q, k, v
 
 
+def test_a_kept_layout_still_knows_its_heads() -> None:
+    """Of pivots for each key/value head, the number of heads is checked at every call."""
+    q, k, _ = example()
+    layout = ck.ThreeRegionLayout(2, torch.tensor([[[3, 5], [4, 9]]], dtype=torch.int32), 4, 1)
+    ck.three_region_attention(q, k, k, layout)
+    with pytest.raises(ValueError, match=r"expected \(1, 1, 2\) to match the heads of k"):
+        ck.three_region_attention(q, k[:, :1], k[:, :1], layout)
+
+
 @needs_host_model
 @pytest.mark.parametrize("text_len", [2, torch.tensor([2], dtype=torch.int32)])
 def test_calls_that_share_a_layout_pack_once(packs: list[int], text_len: int | Tensor) -> None:

@@ -748,6 +748,7 @@ def given_as(name: str, value: Any) -> Callable[[dict[str, Any]], None]:
 
 
 WRONG_BATCH = ck.ThreeRegionLayout(1, int32([[1], [2], [3]]), 4, 1)
+WRONG_HEADS = ck.ThreeRegionLayout(1, int32([[[1], [2], [3]]]), 4, 1)
 UNSORTED = ck.ThreeRegionLayout(1, int32([[2, 4, 9, 9], [2, 4, 6, 12]]), 4, 1)
 
 
@@ -783,6 +784,11 @@ UNSORTED = ck.ThreeRegionLayout(1, int32([[2, 4, 9, 9], [2, 4, 6, 12]]), 4, 1)
         (changed("v", lambda t: t[..., :1].expand_as(t)), ValueError, "v: expected a contiguous"),
         (given_as("layout", None), TypeError, "layout: expected a ThreeRegionLayout, got NoneType"),
         (given_as("layout", WRONG_BATCH), ValueError, r"layout.pivot_idx: expected \(2, 1\)"),
+        (
+            given_as("layout", WRONG_HEADS),
+            ValueError,
+            r"layout.pivot_idx: expected \(1, 2, 1\) to match the heads of k, got \(1, 3, 1\)",
+        ),
         (given_as("layout", UNSORTED), ValueError, "pivot_idx: expected unique.* got 9 after 9"),
         (given_as("softmax_scale", math.nan), ValueError, "softmax_scale: expected.*got nan"),
         (given_as("softmax_scale", math.inf), ValueError, "softmax_scale: expected.*got inf"),

@@ -67,9 +67,9 @@ def test_right_kernels_pass(backend: str, kind: Kind) -> None:
 
 
 def lost_pivot(q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *rest: Any) -> tuple[Any, ...]:
-    count, first, others = far_keys.split([2, 1, far_keys.shape[1] - 3], dim=1)
-    far_keys = torch.cat([count, others, torch.full_like(first, k.shape[2])], dim=1)
-    far_keys[:, 1] -= 1  # the number of pivots
+    count, first, others = far_keys.split([2, 1, far_keys.shape[-1] - 3], dim=-1)
+    far_keys = torch.cat([count, others, torch.full_like(first, k.shape[2])], dim=-1)
+    far_keys[..., 1] -= 1  # the number of pivots
     return q, k, v, far_keys, *rest
 
 

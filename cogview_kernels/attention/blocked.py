@@ -130,20 +130,20 @@ def tiles(
             rows,
             window,
             num_far,
-            _by_group(q, rows, k.shape[1], dtype) * softmax_scale,
+            by_group(q, rows, k.shape[1], dtype) * softmax_scale,
             torch.cat([far_k[:, :, :num_far], k[:, :, window].to(dtype)], dim=2),
             torch.cat([far_v[:, :, :num_far], v[:, :, window].to(dtype)], dim=2),
             _tile_bias(begin, end, window, far, tile, w, n),
         )
 
 
-def _by_group(tensor: Tensor, rows: slice, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
+def by_group(tensor: Tensor, rows: slice, num_kv_heads: int, dtype: torch.dtype) -> Tensor:
     """Rows of ``(B, H, Sq, D)``, or of ``(B, H, Sq)`` as one column: ``(B, G, R * rows, D)``."""
     last = tensor.shape[3] if tensor.ndim == 4 else 1
     return tensor[:, :, rows].to(dtype).reshape(tensor.shape[0], num_kv_heads, -1, last)
 
 
-def _tile_logits(q: Tensor, keys: Tensor, bias: Tensor, exact: bool) -> Tensor:
+def tile_logits(q: Tensor, keys: Tensor, bias: Tensor, exact: bool) -> Tensor:
     """Logits ``(B, G, R * rows, keys)`` of scaled queries; ``exact``: finite inputs cannot make an
     infinite logit, and a NaN behind the mask stays there."""
     logits = q @ keys.mT
@@ -180,7 +180,7 @@ def forward_into(
             rows = wanted[:, :, tile.rows]
             if not rows.any():
                 continue
-            logits = _tile_logits(tile.queries, tile.keys, tile.bias, exact)
+            logits = tile_logits(tile.queries, tile.keys, tile.bias, exact)
             p, peak = logits.softmax(-1), logits.amax(-1)
             # The largest weight is exp(peak - lse): two passes, where logsumexp takes five.
             tile_lse = torch.where(peak.isinf(), peak, peak - p.amax(-1).log())
@@ -223,11 +223,11 @@ def backward_into(
             if not rows.any():
                 continue
             tile_dout, tile_out, tile_dlse, of_rows = (
-                _by_group(tensor, tile.rows, k.shape[1], dtype)
+                by_group(tensor, tile.rows, k.shape[1], dtype)
                 for tensor in (dout, out, dlse, wanted)
             )
             delta = (tile_dout * tile_out).sum(-1, keepdim=True) - tile_dlse
-            p = _tile_logits(tile.queries, tile.keys, tile.bias, exact).softmax(-1)
+            p = tile_logits(tile.queries, tile.keys, tile.bias, exact).softmax(-1)
             ds = (tile_dout @ tile.values.mT).sub_(delta).mul_(p)
             if exact:
                 visible = _visible(tile) & of_rows.bool()

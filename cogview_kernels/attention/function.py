@@ -20,6 +20,7 @@ from cogview_kernels.checks import (
     check_no_tangent,
     check_tensor,
     describe,
+    values_readable,
 )
 from cogview_kernels.verify import why_not_trusted
 
@@ -33,6 +34,7 @@ def three_region_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
     return_lse: Literal[False] = False,
+    kv_lens: Tensor | None = None,
 ) -> Tensor: ...
 
 
@@ -46,6 +48,7 @@ def three_region_attention(
     backend: str = "auto",
     *,
     return_lse: Literal[True],
+    kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]: ...
 
 
@@ -57,6 +60,7 @@ def three_region_attention(
     softmax_scale: float | None = None,
     backend: str = "auto",
     return_lse: bool = False,
+    kv_lens: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Attention over text prefix, random pivots and local window with one joint softmax.
 
@@ -74,6 +78,10 @@ def three_region_attention(
             ``"reference"`` (the dense definition in float64) or ``"host_model"`` (the kernel's
             source on the CPU, where built).
         return_lse: also return the log-sum-exp of each row's logits.
+        kv_lens: int32 ``(B,)`` on the device of ``q``: sample ``b`` has the first ``kv_lens[b]``
+            keys, at most ``Sk``, and its queries are the last ``Sq`` of their positions. What lies
+            behind them, in a cache that is not full, is not read. Where a sample has fewer keys
+            than queries, the first rows have no position: zeros and an lse of ``-inf``.
 
     Returns:
         ``out (B, H, Sq, D)`` in the dtype of ``q``; with ``return_lse`` also ``lse (B, H, Sq)``,
@@ -84,6 +92,11 @@ def three_region_attention(
     too, for which ``torch.autocast`` (or a cast to bfloat16) is the way to the kernels. At a first
     call, ``"auto"`` compares kernels that no GPU record vouches for with ``portable``; see
     :mod:`cogview_kernels.verify`.
+
+    With up to 8 queries, or ``kv_lens``, the kernels are those for decoding: queries and heads that
+    share a key/value head read its text, pivot and window rows once, and blocks share long lists.
+    They read ``kv_lens`` on the device, so that a captured CUDA graph replays while sequences grow.
+    They have no gradients with ``kv_lens``: where one is needed, ``"auto"`` is ``portable``.
 
     Differentiable in ``q``, ``k`` and ``v``, through ``out`` and ``lse``; ``reference`` any number
     of times and in forward mode, the others once and backward. Under autocast, inputs are cast as
@@ -119,10 +132,12 @@ def three_region_attention(
     if autocast_dtype is not None:
         q, k, v = (_cast(tensor, autocast_dtype) for tensor in (q, k, v))
     softmax_scale = _check_inputs(q, k, v, layout, softmax_scale)
-    regions = layout.of_call(q.shape[0], k.shape[2], q.device)
+    if kv_lens is not None:
+        _check_kv_lens(kv_lens, q, k)
+    regions = layout.of_call(q.shape[0], k.shape[1], k.shape[2], q.device)
 
     if backend == "reference":
-        out, lse = reference.three_region_attention(q, k, v, layout, softmax_scale)
+        out, lse = reference.three_region_attention(q, k, v, layout, softmax_scale, kv_lens)
         return (out, lse) if return_lse else out
     check_no_tangent(q=q, k=k, v=v)
     window_and_scale = (
@@ -133,20 +148,26 @@ def three_region_attention(
         softmax_scale,
     )
     if kernels_wanted(backend, q.device) and kernels_usable(
-        "three_region_attention", backend, _unsupported(q, k, backend)
+        "three_region_attention", backend, _unsupported(q, k, v, kv_lens, backend)
     ):
         kernels = operators.HOST_MODEL if backend == "host_model" else operators.CUDA
         far_keys = regions.far_keys(kernels.far_keys)
-        out, row_max, row_log_sum = kernels.forward(q, k, v, far_keys, *window_and_scale)
+        inputs = q, k, v, far_keys, *window_and_scale
+        out, row_max, row_log_sum = kernels.forward(*inputs, kv_lens)
         return (out, (row_max + row_log_sum) * math.log(2)) if return_lse else out
     tensors = regions.text_len, regions.pivot_idx
-    out, lse = operators.PORTABLE(q, k, v, *tensors, *window_and_scale)
+    out, lse = operators.PORTABLE(q, k, v, *tensors, *window_and_scale, kv_lens)
     # A copy, which the caller may change in place: the backward reads lse.
     return (out, lse.clone()) if return_lse else out
 
 
-def _unsupported(q: Tensor, k: Tensor, backend: str) -> str | None:
+def _unsupported(
+    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, backend: str
+) -> str | None:
     """Why the kernels of ``backend`` do not take these inputs; ``None`` if they do."""
+    if kv_lens is not None and torch.is_grad_enabled():
+        if any(tensor.requires_grad for tensor in (q, k, v)):
+            return "the kernels have no gradients with kv_lens; torch.no_grad() does without"
     if q.dtype not in (torch.float16, torch.bfloat16):
         cast = "; torch.autocast casts to them" if q.dtype == torch.float32 else ""
         return f"the kernels take float16 and bfloat16, got {q.dtype}{cast}"
@@ -157,6 +178,21 @@ def _unsupported(q: Tensor, k: Tensor, backend: str) -> str | None:
     if reason is None and backend == "auto":
         reason = why_not_trusted("three_region_attention", q.dtype, head_dim, q.device)
     return reason
+
+
+def _check_kv_lens(kv_lens: Any, q: Tensor, k: Tensor) -> None:
+    if not isinstance(kv_lens, Tensor) or kv_lens.dtype != torch.int32:
+        raise TypeError(f"kv_lens: expected an int32 tensor (B,), got {describe(kv_lens)}")
+    if kv_lens.shape != q.shape[:1]:
+        raise ValueError(f"kv_lens: expected ({q.shape[0]},), got {tuple(kv_lens.shape)}")
+    if kv_lens.device != q.device:
+        raise ValueError(f"kv_lens: expected device {q.device} as q, got {kv_lens.device}")
+    if values_readable(kv_lens) and kv_lens.numel() > 0:
+        for number in (int(kv_lens.min()), int(kv_lens.max())):
+            if not 0 <= number <= k.shape[2]:
+                raise ValueError(
+                    f"kv_lens: expected lengths of 0 to Sk = {k.shape[2]}, got {number}"
+                )
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -17,7 +17,8 @@ from cogview_kernels.operators import in_plain_eager_mode, is_plain
 class LayoutOfCall:
     """A layout as the operators of one call take it, or of several calls that share it.
 
-    ``text_len (B,)`` and ``pivot_idx (B, P)`` are int32 on the device of the queries.
+    ``text_len (B,)`` and ``pivot_idx``, ``(B, P)`` or with pivots for each key/value head
+    ``(B, G, P)``, are int32 on the device of the queries.
     """
 
     def __init__(self, text_len: Tensor, pivot_idx: Tensor, k_len: int, key: Any) -> None:
@@ -52,9 +53,11 @@ class ThreeRegionLayout:
     Args:
         text_len: length of the text prefix in tokens, one ``int`` for all samples or an int32
             tensor ``(B,)``; not negative. A length beyond the sequence means "all of it".
-        pivot_idx: int32 ``(B, P)``, positions of the pivots, ascending and unique in each row, or
-            ``None`` for no pivots. Entries outside ``[text_len, k_len)`` are padding and ignored,
-            so ragged counts need no second tensor. One row serves a batch of any size.
+        pivot_idx: int32, positions of the pivots, ascending and unique in each row, or ``None`` for
+            no pivots. ``(B, P)``: all heads share them; ``(B, G, P)``: each key/value head has its
+            own, for the query heads that read it. ``G`` is the number of heads of k, or 1. Entries
+            outside ``[text_len, k_len)`` are padding and ignored, so ragged counts need no second
+            tensor. One sample's pivots serve a batch of any size.
         query_window: block size ``w`` in tokens, any positive integer.
         key_window_times: number of blocks ``n`` in the local window, the query's own included.
         text_bias: added to the logit of every text key, in nats.
@@ -107,10 +110,11 @@ class ThreeRegionLayout:
         if self.pivot_idx is not None:
             if not isinstance(self.pivot_idx, Tensor):
                 raise TypeError(
-                    "pivot_idx: expected an int32 tensor (B, P) or None, "
+                    "pivot_idx: expected an int32 tensor (B, P) or (B, G, P), or None, "
                     f"got {describe(self.pivot_idx)}"
                 )
-            _check_index_tensor("pivot_idx", self.pivot_idx, 2, "(B, P)")
+            ndim = 3 if self.pivot_idx.ndim == 3 else 2
+            _check_index_tensor("pivot_idx", self.pivot_idx, ndim, "(B, P) or (B, G, P)")
             if isinstance(self.text_len, Tensor):
                 if self.text_len.device != self.pivot_idx.device:
                     raise ValueError(
@@ -176,13 +180,18 @@ class ThreeRegionLayout:
         sizes = [t.shape[0] for t in (self.text_len, self.pivot_idx) if isinstance(t, Tensor)]
         return next((size for size in sizes if size != 1), None)
 
-    def of_call(self, batch: int, k_len: int, device: torch.device) -> LayoutOfCall:
+    def of_call(
+        self, batch: int, num_kv_heads: int, k_len: int, device: torch.device
+    ) -> LayoutOfCall:
         """The layout for a call, its values checked where that costs no synchronisation.
 
         Raises:
-            ValueError: the layout describes another batch size or lies on another device, or
-                pivots are not as :meth:`validate` wants them.
+            ValueError: the layout describes another batch size or number of heads or lies on
+                another device, or pivots are not as :meth:`validate` wants them.
         """
+        by_head = self.pivot_idx is not None and self.pivot_idx.ndim == 3
+        if by_head:
+            self._check_heads(num_kv_heads)
         versions = self._versions()
         key = None
         if versions is not None and (stream := _stream_of(device)) is not None:
@@ -194,6 +203,8 @@ class ThreeRegionLayout:
             if last is not None and last.key == key:
                 return last
         text_len, pivot_idx = self.tensors(batch, device)
+        if by_head and pivot_idx.shape[1] == 1:
+            pivot_idx = pivot_idx.squeeze(1)
         if versions is None or versions != self._valid_at:
             if values_readable(self.text_len) and values_readable(self.pivot_idx):
                 self.validate(k_len)
@@ -201,6 +212,15 @@ class ThreeRegionLayout:
         if key is not None:
             object.__setattr__(self, "_last_call", call)
         return call
+
+    def _check_heads(self, num_kv_heads: int) -> None:
+        assert self.pivot_idx is not None
+        batch, heads, num_pivots = self.pivot_idx.shape
+        if heads not in (1, num_kv_heads):
+            raise ValueError(
+                f"layout.pivot_idx: expected {(batch, num_kv_heads, num_pivots)} to match the "
+                f"heads of k, got {(batch, heads, num_pivots)}"
+            )
 
     def _versions(self) -> tuple[int | None, ...] | None:
         """What tells whether the tensors were changed; ``None`` where nothing does, or where
@@ -218,7 +238,8 @@ class ThreeRegionLayout:
         return tuple(versions)
 
     def tensors(self, batch: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """``text_len (batch,)`` and ``pivot_idx (batch, P)``, both int32 on ``device``.
+        """``text_len (batch,)`` and ``pivot_idx``, ``(batch, P)`` or ``(batch, G, P)``, both int32
+        on ``device``.
 
         Raises:
             ValueError: the layout describes another batch size or lies on another device.
@@ -234,7 +255,7 @@ class ThreeRegionLayout:
         if pivot_idx is None:
             return text_len, torch.empty(batch, 0, dtype=torch.int32, device=device)
         _check_batch_and_device("pivot_idx", pivot_idx, batch, device)
-        return text_len, pivot_idx.expand(batch, -1)
+        return text_len, pivot_idx.expand(batch, *pivot_idx.shape[1:])
 
     def validate(self, k_len: int) -> None:
         """Read the tensors' values and check them for keys of length ``k_len``.
@@ -255,7 +276,8 @@ class ThreeRegionLayout:
                     "text_len: expected lengths that are not negative, "
                     f"got {int(text_len[sample])} in sample {sample}"
                 )
-            text_len = text_len.unsqueeze(1)
+            if self.pivot_idx is not None:
+                text_len = text_len.view(-1, *[1] * (self.pivot_idx.ndim - 1))
         if self.pivot_idx is None or not _any_out_of_order(self.pivot_idx):
             object.__setattr__(self, "_valid_at", self._versions())
             return
@@ -265,23 +287,28 @@ class ThreeRegionLayout:
         counts = (pivots >= text_len) & (pivots >= 0)
         if k_len is not None:
             counts &= pivots < k_len
-        running = torch.where(counts, pivots, -1).cummax(dim=1).values
-        previous = torch.nn.functional.pad(running, (1, 0), value=-1)[:, :-1]
+        running = torch.where(counts, pivots, -1).cummax(dim=-1).values
+        previous = torch.nn.functional.pad(running, (1, 0), value=-1)[..., :-1]
         repeated = pivots == previous
         if k_len is None:
-            repeated &= pivots < pivots.amax(dim=1, keepdim=True)
+            repeated &= pivots < pivots.amax(dim=-1, keepdim=True)
         wrong = counts & ((pivots < previous) | repeated)
         if wrong.any():
-            sample, column = wrong.nonzero()[0].tolist()
-            value, before = int(pivots[sample, column]), int(previous[sample, column])
+            first = tuple(wrong.nonzero()[0].tolist())
+            value, before = int(pivots.expand_as(wrong)[first]), int(previous[first])
             what = "unique" if value == before else "sorted ascending"
+            sample, *head, column = first
+            of_head = f"head {head[0]}, " if head else ""
             raise ValueError(
                 f"pivot_idx: expected {what} positions in each row, got {value} after {before} "
-                f"in sample {sample}, column {column}"
+                f"in sample {sample}, {of_head}column {column}"
             )
 
-    def regions(self, batch: int, q_len: int, k_len: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The disjoint masks ``(window, text, pivot)``, each bool ``(B, Sq, Sk)``; dense."""
+    def regions(
+        self, batch: int, q_len: int, k_len: int, kv_lens: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """The disjoint masks ``(window, text, pivot)``; dense. Each bool ``(B, Sq, Sk)``, or
+        ``(B, G, Sq, Sk)`` with ``pivot_idx (B, G, P)``."""
         check_int("batch", batch, minimum=0)
         check_int("q_len", q_len, minimum=0)
         check_int("k_len", k_len, minimum=0)
@@ -293,24 +320,32 @@ class ThreeRegionLayout:
         )
         text_len, pivot_idx = self.tensors(batch, device)
         i = torch.arange(k_len - q_len, k_len, device=device).view(1, -1, 1)
+        if kv_lens is not None:
+            i = i - (k_len - kv_lens.to(device)).view(-1, *[1] * pivot_idx.ndim)
         j = torch.arange(k_len, device=device).view(1, 1, -1)
         start = window_start(i, self.query_window, self.key_window_times)
-        prefix = text_len.view(-1, 1, 1)
+        prefix = text_len.view(-1, *[1] * pivot_idx.ndim)
 
-        counts = (pivot_idx >= prefix[:, 0]) & (pivot_idx >= 0) & (pivot_idx < k_len)
+        counts = (pivot_idx >= prefix[..., 0]) & (pivot_idx >= 0) & (pivot_idx < k_len)
         column = torch.where(counts, pivot_idx, k_len).long()
-        is_pivot = torch.zeros(batch, k_len + 1, dtype=torch.bool, device=device)
-        is_pivot = is_pivot.scatter(1, column, True)[:, None, :k_len]
+        rows = pivot_idx.shape[:-1]  # (B,) or (B, G)
+        is_pivot = torch.zeros(*rows, k_len + 1, dtype=torch.bool, device=device)
+        is_pivot = is_pivot.scatter(-1, column, True)[..., None, :k_len]
 
-        window = ((start <= j) & (j <= i)).expand(batch, -1, -1)
-        return window, (j < prefix) & (j < start), is_pivot & (j < start)
+        window, text = (start <= j) & (j <= i), (j < prefix) & (j < start)
+        shape = *rows, q_len, k_len
+        return window.expand(shape), text.expand(shape), is_pivot & (j < start)
 
-    def dense_mask(self, batch: int, q_len: int, k_len: int) -> Tensor:
-        """Which keys each query may attend to: bool ``(B, Sq, Sk)``, ``True`` where it may.
+    def dense_mask(
+        self, batch: int, q_len: int, k_len: int, kv_lens: Tensor | None = None
+    ) -> Tensor:
+        """Which keys each query may attend to: bool, ``True`` where it may. ``(B, Sq, Sk)``, or
+        ``(B, G, Sq, Sk)`` with ``pivot_idx (B, G, P)``.
 
         For people and tests; the attention itself never builds it (``reference`` apart).
+        ``kv_lens``: as for the attention.
         """
-        window, text, pivot = self.regions(batch, q_len, k_len)
+        window, text, pivot = self.regions(batch, q_len, k_len, kv_lens)
         return window | text | pivot
 
 
@@ -328,7 +363,7 @@ def _check_batch_and_device(name: str, tensor: Tensor, batch: int, device: torch
 
 def _any_out_of_order(pivot_idx: Tensor) -> bool:
     """Whether some entry, padding included, is not above the one before it."""
-    return not bool((pivot_idx[:, 1:] > pivot_idx[:, :-1]).all())
+    return not bool((pivot_idx[..., 1:] > pivot_idx[..., :-1]).all())
 
 
 def _stream_of(device: torch.device) -> int | None:

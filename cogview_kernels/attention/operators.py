@@ -33,7 +33,8 @@ _far_keys_out = define_out_operator(
 )
 _forward_out = define_out_operator(
     "three_region_attention_forward_out(Tensor q, Tensor k, Tensor v, Tensor far_keys, "
-    f"{_WINDOW_AND_SCALE}, Tensor(a!) out, Tensor(b!) row_max, Tensor(c!) row_log_sum) -> ()"
+    f"{_WINDOW_AND_SCALE}, Tensor? kv_lens, Tensor(a!) out, Tensor(b!) row_max, "
+    "Tensor(c!) row_log_sum, int num_splits, Tensor(d!)? partial) -> ()"
 )
 _backward_out = define_out_operator(
     "three_region_attention_backward_out(Tensor dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, "
@@ -44,7 +45,7 @@ _backward_out = define_out_operator(
 
 
 def _allocate_far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
-    return pivot_idx.new_empty((pivot_idx.shape[0], 2 + pivot_idx.shape[1]))
+    return pivot_idx.new_empty((*pivot_idx.shape[:-1], 2 + pivot_idx.shape[-1]))
 
 
 def _allocate_forward(q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -71,12 +72,43 @@ def _pack_far_keys(text_len: Tensor, pivot_idx: Tensor, k_len: int) -> Tensor:
 
 
 def _forward(
-    q: Tensor, k: Tensor, v: Tensor, far_keys: Tensor, *window_and_scale: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    far_keys: Tensor,
+    query_window: int,
+    key_window_times: int,
+    text_bias: float,
+    pivot_bias: float,
+    softmax_scale: float,
+    kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _allocate_forward(q)
-    if q.numel() > 0:
-        inputs = _aligned(q), _aligned(k), _aligned(v), far_keys.contiguous()
-        _forward_out(*inputs, *window_and_scale, *outputs)
+    if q.numel() == 0:
+        return outputs
+    batch, num_heads, q_len, head_dim = q.shape
+    num_splits = extension.attention_forward_splits(
+        batch, num_heads, k.shape[1], q_len, k.shape[2], kv_lens is not None, q.device
+    )
+    partial = None
+    if num_splits > 1:
+        shape = num_splits, batch, num_heads, q_len, head_dim + 4
+        partial = q.new_empty(shape, dtype=torch.float32)
+    _forward_out(
+        _aligned(q),
+        _aligned(k),
+        _aligned(v),
+        far_keys.contiguous(),
+        query_window,
+        key_window_times,
+        text_bias,
+        pivot_bias,
+        softmax_scale,
+        None if kv_lens is None else kv_lens.contiguous(),
+        *outputs,
+        num_splits,
+        partial,
+    )
     return outputs
 
 
@@ -101,7 +133,7 @@ def _backward(
         return dq, dk.zero_(), dv.zero_()
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, k_len = k.shape[1:3]
-    split_rows = extension.attention_split_rows(k_len, far_keys.shape[1] - 2, q.device)
+    split_rows = extension.attention_split_rows(k_len, far_keys.shape[-1] - 2, q.device)
     num_splits = _num_splits(
         batch * num_kv_heads,
         num_heads // num_kv_heads,
@@ -183,6 +215,11 @@ def _ceil_div(number: int, divisor: int) -> int:
     return -(-number // divisor)
 
 
+def _with_kv_lens(rest: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Window and scale, then kv_lens, which a call may leave out."""
+    return rest if len(rest) == 6 else (*rest, None)
+
+
 class _Saved(NamedTuple):
     """What the forward keeps for the backward."""
 
@@ -202,9 +239,11 @@ def _save(
     k: Tensor,
     v: Tensor,
     far_keys: Tensor,
-    *window_and_scale: Any,
+    *rest: Any,
 ) -> None:
-    ctx.window_and_scale = window_and_scale
+    *ctx.window_and_scale, kv_lens = _with_kv_lens(rest)
+    if kv_lens is not None:
+        raise NotImplementedError("the kernels have no gradients with kv_lens")
     out, row_max, row_log_sum = outputs
     ctx.save_for_backward(*_Saved(q, k, v, out, row_max, row_log_sum, far_keys))
     # A shift, chosen freely: lse = (row_max + row_log_sum) ln 2 moves through row_log_sum.
@@ -237,6 +276,7 @@ class _PortableSaved(NamedTuple):
     text_len: Tensor
     pivot_idx: Tensor
     lse: Tensor
+    kv_lens: Tensor | None
 
 
 def _save_portable(
@@ -247,18 +287,18 @@ def _save_portable(
     v: Tensor,
     text_len: Tensor,
     pivot_idx: Tensor,
-    *window_and_scale: Any,
+    *rest: Any,
 ) -> None:
-    ctx.window_and_scale = window_and_scale
+    *ctx.window_and_scale, kv_lens = _with_kv_lens(rest)
     out, lse = outputs
-    ctx.save_for_backward(*_PortableSaved(q, k, v, out, text_len, pivot_idx, lse))
+    ctx.save_for_backward(*_PortableSaved(q, k, v, out, text_len, pivot_idx, lse, kv_lens))
 
 
 def _portable_gradients(
     ctx: Any, wanted: frozenset[str], dout: Tensor, dlse: Tensor
 ) -> dict[str, Tensor | None]:
-    *tensors, lse = _PortableSaved(*ctx.saved_tensors)
-    dq, dk, dv = _PORTABLE_BACKWARD(dout, dlse, *tensors, *ctx.window_and_scale, lse)
+    *tensors, lse, kv_lens = _PortableSaved(*ctx.saved_tensors)
+    dq, dk, dv = _PORTABLE_BACKWARD(dout, dlse, *tensors, *ctx.window_and_scale, lse, kv_lens)
     return {"q": dq, "k": dk, "v": dv}
 
 
@@ -328,8 +368,8 @@ def _define_kernels(name: str, device: str, on_the_cpu: bool) -> _Kernels:
     )
     forward = define_operator(
         name,
-        f"(Tensor q, Tensor k, Tensor v, Tensor far_keys, {_WINDOW_AND_SCALE})"
-        " -> (Tensor out, Tensor row_max, Tensor row_log_sum)",
+        f"(Tensor q, Tensor k, Tensor v, Tensor far_keys, {_WINDOW_AND_SCALE}, "
+        "Tensor? kv_lens=None) -> (Tensor out, Tensor row_max, Tensor row_log_sum)",
         _allocate_forward,
         _forward,
         vmap=_folded_into_batch,
@@ -346,14 +386,16 @@ HOST_MODEL = _define_kernels("three_region_attention_host_model", "cpu", on_the_
 _PORTABLE_BACKWARD = define_operator(
     "three_region_attention_portable_backward",
     "(Tensor dout, Tensor dlse, Tensor q, Tensor k, Tensor v, Tensor out, "
-    f"{_LAYOUT_AND_SCALE}, Tensor? lse=None) -> (Tensor dq, Tensor dk, Tensor dv)",
+    f"{_LAYOUT_AND_SCALE}, Tensor? lse=None, Tensor? kv_lens=None)"
+    " -> (Tensor dq, Tensor dk, Tensor dv)",
     _allocate_backward,
     _without_autocast(portable.attention_backward),
     vmap=_folded_into_batch,
 )
 PORTABLE = define_operator(
     "three_region_attention_portable",
-    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT_AND_SCALE}) -> (Tensor out, Tensor lse)",
+    f"(Tensor q, Tensor k, Tensor v, {_LAYOUT_AND_SCALE}, Tensor? kv_lens=None)"
+    " -> (Tensor out, Tensor lse)",
     _allocate_portable_forward,
     _without_autocast(portable.attention_forward),
     vmap=_folded_into_batch,

@@ -12,11 +12,17 @@ from cogview_kernels.attention.layout import ThreeRegionLayout
 
 
 def three_region_attention(
-    q: Tensor, k: Tensor, v: Tensor, layout: ThreeRegionLayout, softmax_scale: float
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    layout: ThreeRegionLayout,
+    softmax_scale: float,
+    kv_lens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Joint softmax over the three regions, with the shapes of the public function.
 
-    A key outside the regions has no influence, even if it is NaN or infinite.
+    A key outside the regions has no influence, even if it is NaN or infinite. A row that sees none
+    gives zeros and ``-inf``.
     """
     batch, num_heads, q_len, _ = q.shape
     num_kv_heads, k_len = k.shape[1:3]
@@ -24,9 +30,13 @@ def three_region_attention(
     group = num_heads // num_kv_heads
     k64, v64 = (t.repeat_interleave(group, dim=1) for t in (k64, v64))
 
-    window, text, pivot = (
-        region.to(q.device).unsqueeze(1) for region in layout.regions(batch, q_len, k_len)
-    )
+    def by_head(region: Tensor) -> Tensor:  # (B, H, Sq, Sk), or (B, 1, Sq, Sk)
+        if region.ndim == 3:
+            return region.unsqueeze(1)
+        return region.repeat_interleave(num_heads // region.shape[1], dim=1)
+
+    regions = layout.regions(batch, q_len, k_len, kv_lens)
+    window, text, pivot = (by_head(region.to(q.device)) for region in regions)
     visible = window | text | pivot
     bias = layout.text_bias * text.double() + layout.pivot_bias * pivot.double()
 

@@ -29,6 +29,14 @@ class AttentionCall : public Call {
     return row_numbers(name, tensor, Access::kWriteAll, problem);
   }
 
+  // The workspace of splits.
+  float* write_partial(const Tensor& tensor, const Shape& shape) {
+    void* data = contiguous("partial", tensor, Access::kWorkspace, shape);
+    check_float32("partial", tensor);
+    check_aligned("partial", data);
+    return static_cast<float*>(data);
+  }
+
   // Sets what forward and backward share: problem, q, k and v.
   template <typename Params>
   void read_problem(const Tensor& q, const Tensor& k, const Tensor& v, const Tensor& far_keys,
@@ -55,10 +63,13 @@ class AttentionCall : public Call {
     params.q = read_heads("q", q, {batch, num_heads, q_len, head_dim});
     params.k = read_heads("k", k, {batch, num_kv_heads, k_len, head_dim});
     params.v = read_heads("v", v, {batch, num_kv_heads, k_len, head_dim});
-    const int64_t columns = far_keys.dim() == 2 ? far_keys.size(1) : 2;
+    // (batch, columns) for all heads of k and v, or (batch, num_kv_heads, columns).
+    const int64_t dims = far_keys.dim(), columns = dims >= 2 ? far_keys.size(dims - 1) : 2;
     STD_TORCH_CHECK(columns >= 2, "far_keys: expected at least two columns, got ", columns);
     problem.far_keys = static_cast<const int32_t*>(
-        contiguous("far_keys", far_keys, Access::kRead, {batch, columns}));
+        dims == 3 ? contiguous("far_keys", far_keys, Access::kRead, {batch, num_kv_heads, columns})
+                  : contiguous("far_keys", far_keys, Access::kRead, {batch, columns}));
+    problem.far_key_heads = dims == 3 ? to_int("num_kv_heads", num_kv_heads) : 1;
     check_int32("far_keys", far_keys);
     STD_TORCH_CHECK(query_window >= 1 && key_window_times >= 1,
                     "query_window, key_window_times: expected at least 1");
@@ -107,40 +118,60 @@ class AttentionCall : public Call {
   ScalarType dtype_;
 };
 
+int read_splits(int64_t num_splits, const std::optional<Tensor>& partial) {
+  STD_TORCH_CHECK(num_splits >= 1, "num_splits: expected at least 1, got ", num_splits);
+  STD_TORCH_CHECK((num_splits > 1) == partial.has_value(),
+                  "partial: expected with more than one split, and only then");
+  return to_int("num_splits", num_splits);
+}
+
 // far_keys is written.
 void three_region_attention_far_keys_out(const Tensor& text_len, const Tensor& pivot_idx,
                                          int64_t k_len, const Tensor& far_keys) {
-  STD_TORCH_CHECK(pivot_idx.dim() == 2 && pivot_idx.size(0) > 0,
-                  "pivot_idx: expected a tensor (batch, num_pivots) with rows");
+  const int64_t dims = pivot_idx.dim();
+  STD_TORCH_CHECK(
+      (dims == 2 || (dims == 3 && pivot_idx.size(1) > 0)) && pivot_idx.size(0) > 0,
+      "pivot_idx: expected a tensor (batch, num_pivots) or (batch, num_kv_heads, num_pivots) "
+      "with rows");
   STD_TORCH_CHECK(k_len >= 0 && k_len <= int64_t{1} << 30,
                   "k_len: expected at most 2^30 keys, got ", k_len);
-  const int64_t batch = pivot_idx.size(0), num_pivots = pivot_idx.size(1);
+  const bool by_head = dims == 3;
+  const int64_t batch = pivot_idx.size(0), num_pivots = pivot_idx.size(dims - 1);
+  const int64_t num_heads = by_head ? pivot_idx.size(1) : 1;
   Call call("three_region_attention_far_keys_out", text_len);
   ThreeRegionFarKeysParams params = {};
   params.batch = to_int("batch", batch);
+  params.num_heads = to_int("num_heads", num_heads);
+  params.head_divisor = Divisor::of(params.num_heads);
   params.num_pivots = to_int("pivot_idx", num_pivots + 2) - 2;
   params.k_len = static_cast<int>(k_len);
   params.text_len =
       static_cast<const int32_t*>(call.tensor("text_len", text_len, Access::kRead, {batch}));
   params.text_len_stride = text_len.stride(0);
-  params.pivot_idx = static_cast<const int32_t*>(
-      call.tensor("pivot_idx", pivot_idx, Access::kRead, {batch, num_pivots}));
+  params.pivot_idx =
+      static_cast<const int32_t*>(call.tensor("pivot_idx", pivot_idx, Access::kRead));
   params.pivot_batch_stride = pivot_idx.stride(0);
-  params.pivot_stride = pivot_idx.stride(1);
+  params.pivot_head_stride = by_head ? pivot_idx.stride(1) : 0;
+  params.pivot_stride = pivot_idx.stride(dims - 1);
+  const int64_t columns = num_pivots + 2;
   params.far_keys = static_cast<int32_t*>(
-      call.contiguous("far_keys", far_keys, Access::kWriteAll, {batch, num_pivots + 2}));
+      by_head
+          ? call.contiguous("far_keys", far_keys, Access::kWriteAll, {batch, num_heads, columns})
+          : call.contiguous("far_keys", far_keys, Access::kWriteAll, {batch, columns}));
   check_int32("text_len", text_len);
   check_int32("pivot_idx", pivot_idx);
   check_int32("far_keys", far_keys);
   call.launch([&](cudaStream_t stream) { return three_region_attention_far_keys(params, stream); });
 }
 
-// out, row_max and row_log_sum are written.
+// out, row_max and row_log_sum are written; partial is a workspace.
 void three_region_attention_forward_out(const Tensor& q, const Tensor& k, const Tensor& v,
                                         const Tensor& far_keys, int64_t query_window,
                                         int64_t key_window_times, double text_bias,
-                                        double pivot_bias, double softmax_scale, const Tensor& out,
-                                        const Tensor& row_max, const Tensor& row_log_sum) {
+                                        double pivot_bias, double softmax_scale,
+                                        const std::optional<Tensor>& kv_lens, const Tensor& out,
+                                        const Tensor& row_max, const Tensor& row_log_sum,
+                                        int64_t num_splits, const std::optional<Tensor>& partial) {
   AttentionCall call("three_region_attention_forward_out", q);
   ThreeRegionForwardParams params = {};
   call.read_problem(q, k, v, far_keys, query_window, key_window_times, text_bias, pivot_bias,
@@ -150,6 +181,17 @@ void three_region_attention_forward_out(const Tensor& q, const Tensor& k, const 
       "out", out, {problem.batch, problem.num_heads, problem.q_len, problem.head_dim});
   params.row_max = call.write_row_numbers("row_max", row_max, problem);
   params.row_log_sum = call.write_row_numbers("row_log_sum", row_log_sum, problem);
+  if (kv_lens.has_value()) {
+    params.kv_lens = static_cast<const int32_t*>(
+        call.contiguous("kv_lens", *kv_lens, Access::kRead, {problem.batch}));
+    check_int32("kv_lens", *kv_lens);
+  }
+  params.num_splits = read_splits(num_splits, partial);
+  if (partial.has_value()) {
+    params.partial = call.write_partial(
+        *partial,
+        {num_splits, problem.batch, problem.num_heads, problem.q_len, problem.head_dim + 4});
+  }
   call.launch([&](cudaStream_t stream) { return three_region_attention_forward(params, stream); });
 }
 
@@ -190,17 +232,11 @@ void three_region_attention_backward_out(const Tensor& dout, const std::optional
     check_int32("bounds", *bounds);
     params.bounds = static_cast<uint32_t*>(data);
   }
-  STD_TORCH_CHECK(num_splits >= 1, "num_splits: expected at least 1, got ", num_splits);
-  params.num_splits = to_int("num_splits", num_splits);
-  STD_TORCH_CHECK((num_splits > 1) == partial.has_value(),
-                  "partial: expected with more than one split, and only then");
+  params.num_splits = read_splits(num_splits, partial);
   if (partial.has_value()) {
-    void* data = call.contiguous(
-        "partial", *partial, Access::kWorkspace,
+    params.partial = call.write_partial(
+        *partial,
         {num_splits, 2, batch, num_kv_heads, three_region_attention_split_rows(problem), head_dim});
-    check_float32("partial", *partial);
-    check_aligned("partial", data);
-    params.partial = static_cast<float*>(data);
   }
   call.launch([&](cudaStream_t stream) { return three_region_attention_backward(params, stream); });
 }

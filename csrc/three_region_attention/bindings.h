@@ -29,6 +29,17 @@ inline int split_rows(int k_len, int num_pivots) {
   return three_region_attention_split_rows(problem);
 }
 
+inline int forward_splits(int batch, int num_heads, int num_kv_heads, int q_len, int k_len,
+                          bool has_kv_lens, int num_sms) {
+  ThreeRegionProblem problem = {};
+  problem.batch = batch;
+  problem.num_heads = num_heads;
+  problem.num_kv_heads = num_kv_heads;
+  problem.q_len = q_len;
+  problem.k_len = k_len;
+  return three_region_attention_forward_splits(problem, has_kv_lens, num_sms);
+}
+
 inline void define_three_region_attention(pybind11::module_& m) {
   namespace py = pybind11;
   m.def("three_region_attention_unsupported", &unsupported_by_name, py::arg("dtype"),
@@ -36,6 +47,10 @@ inline void define_three_region_attention(pybind11::module_& m) {
         "Why no kernel takes the problem on a GPU of this compute capability; None if one does.");
   m.def("three_region_attention_split_rows", &split_rows, py::arg("k_len"), py::arg("num_pivots"),
         "Rows of the backward's `partial` for each split, batch and head.");
+  m.def("three_region_attention_forward_splits", &forward_splits, py::arg("batch"),
+        py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("q_len"), py::arg("k_len"),
+        py::arg("has_kv_lens"), py::arg("num_sms"),
+        "Into how many parts a forward splits the keys of few queries; 1: not at all.");
 }
 
 }  // namespace cogview

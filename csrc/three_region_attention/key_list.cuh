@@ -14,6 +14,8 @@
 // registers are scarce.
 #pragma once
 
+#include <climits>
+
 #include "../instructions/common.cuh"
 #include "three_region_attention.h"
 
@@ -43,28 +45,32 @@ template <int kBounds>
 __device__ __forceinline__ void count_below(const int32_t* sorted, int size,
                                             const int (&bounds)[kBounds], int (&counts)[kBounds]) {
   const int lane = threadIdx.x % kWarpSize;
-  int ends[kBounds];  // the answer lies in [counts, ends]
+  // 32 segments, one to a lane: the segments whose last number lies below come first. They are the
+  // same for all bounds.
+  int step = (size + kWarpSize - 1) / kWarpSize;
+  const int segment = lane * step;
+  const int last = segment < size ? sorted[min(segment + step, size) - 1] : INT_MAX;
 #pragma unroll
   for (int i = 0; i < kBounds; ++i) {
-    counts[i] = 0;
-    ends[i] = size;
+    counts[i] = min(popc(vote_ballot(last < bounds[i])) * step, size);
   }
-  // The ranges of all bounds have one length, but for the last one of the table.
-  for (int length = size; length > 0;) {
-    // 32 segments, one to a lane: the segments whose last number lies below come first.
-    const int step = (length + kWarpSize - 1) / kWarpSize;
-    bool below[kBounds];
+  // Then the numbers of one segment but its last, in segments again where they are more than 32.
+  int length = step - 1;
+  while (length > kWarpSize) {
+    step = (length + kWarpSize - 1) / kWarpSize;
 #pragma unroll
     for (int i = 0; i < kBounds; ++i) {
-      const int segment = counts[i] + lane * step;
-      below[i] = segment < ends[i] && sorted[min(segment + step, ends[i]) - 1] < bounds[i];
-    }
-#pragma unroll
-    for (int i = 0; i < kBounds; ++i) {
-      counts[i] = min(counts[i] + popc(vote_ballot(below[i])) * step, ends[i]);
-      ends[i] = min(counts[i] + step - 1, ends[i]);
+      const int begin = counts[i] + lane * step, end = min(counts[i] + length, size);
+      const bool below = begin < end && sorted[min(begin + step, end) - 1] < bounds[i];
+      counts[i] = min(counts[i] + popc(vote_ballot(below)) * step, end);
     }
     length = step - 1;
+  }
+#pragma unroll
+  for (int i = 0; i < kBounds; ++i) {
+    const int index = counts[i] + lane;
+    const bool below = lane < length && index < size && sorted[index] < bounds[i];
+    counts[i] += popc(vote_ballot(below));
   }
 }
 
@@ -88,7 +94,7 @@ __device__ __forceinline__ int count_below_alone(const int32_t* sorted, int size
   return begin;
 }
 
-// The text length and the pivots of a sample, as packed by three_region_attention_far_keys.
+// The text length and the pivots of a sample's key/value head, as packed by three_region_attention_far_keys.
 struct FarKeys {
   const int32_t* pivots;
   int num_pivots;
@@ -100,8 +106,10 @@ struct FarKeys {
   __device__ __forceinline__ int pivot(int index) const { return clamp(pivots[index]); }
 };
 
-__device__ __forceinline__ FarKeys far_keys_of(const ThreeRegionProblem& problem, int batch) {
-  const int32_t* packed = problem.far_keys + int64_t(batch) * (2 + problem.num_pivots);
+__device__ __forceinline__ FarKeys far_keys_of(const ThreeRegionProblem& problem, int batch,
+                                               int kv_head) {
+  const int row = batch * problem.far_key_heads + min(kv_head, problem.far_key_heads - 1);
+  const int32_t* packed = problem.far_keys + int64_t(row) * (2 + problem.num_pivots);
   return {packed + 2, min(max(packed[1], 0), problem.num_pivots),
           min(max(packed[0], 0), problem.k_len), problem.k_len};
 }
@@ -143,8 +151,8 @@ __device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem
 
 // The same, with a search for the pivots. Whole warps must call it.
 __device__ __forceinline__ KeyList key_list_of(const ThreeRegionProblem& problem, int batch,
-                                               int begin, int end) {
-  const FarKeys far = far_keys_of(problem, batch);
+                                               int kv_head, int begin, int end) {
+  const FarKeys far = far_keys_of(problem, batch, kv_head);
   const int start = window_start(end - 1, problem);
   return key_list_of(problem, far, begin, end, count_below(far.pivots, problem.num_pivots, start));
 }

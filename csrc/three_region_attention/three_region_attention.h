@@ -57,10 +57,11 @@ struct ThreeRegionProblem {
   Divisor tile_divisor;  // of a head's tiles: set by the launch of kernels that own query rows
   int num_windows;       // n, key_window_times, at most k_len / w + 1
   float softmax_scale;
-  float text_bias;   // nats
-  float pivot_bias;  // nats
-  // (batch, 2 + num_pivots): text length in [0, k_len], number of pivots, then the pivots,
-  // ascending, unique, in [text length, k_len). Written by three_region_attention_far_keys.
+  float text_bias;    // nats
+  float pivot_bias;   // nats
+  int far_key_heads;  // num_kv_heads, or 1 where they share far_keys
+  // (batch, far_key_heads, 2 + num_pivots): text length in [0, k_len], number of pivots, then the
+  // pivots, ascending, unique, in [text length, k_len). Written by three_region_attention_far_keys.
   const int32_t* far_keys;
 };
 
@@ -68,14 +69,17 @@ struct ThreeRegionProblem {
 // in [text_len, k_len) and above all entries before it that count.
 struct ThreeRegionFarKeysParams {
   int batch;
+  int num_heads;         // 1, or that of keys and values where each has pivots of its own
+  Divisor head_divisor;  // of num_heads
   int num_pivots;
   int k_len;
   const int32_t* text_len;  // (batch), text_len_stride apart
   int64_t text_len_stride;
-  const int32_t* pivot_idx;  // (batch, num_pivots)
+  const int32_t* pivot_idx;  // (batch, num_heads, num_pivots)
   int64_t pivot_batch_stride;
+  int64_t pivot_head_stride;
   int64_t pivot_stride;
-  int32_t* far_keys;  // (batch, 2 + num_pivots)
+  int32_t* far_keys;  // (batch, num_heads, 2 + num_pivots)
 };
 
 struct ThreeRegionForwardParams {
@@ -86,7 +90,19 @@ struct ThreeRegionForwardParams {
   Heads out;           // as q
   float* row_max;      // (batch, num_heads, q_len): largest logit of the row, in bits (log2)
   float* row_log_sum;  // as row_max: log2 of the sum of 2^(logit - row_max)
+  // (batch), may be null: the first kv_lens[b] rows of k and v are the keys of sample b, and its
+  // queries are the last of their positions. Rows without a position get zeros and an lse of -inf.
+  // Any values are safe.
+  const int32_t* kv_lens;
+  // Up to `num_splits` blocks share the keys of few queries. Their float32 sums go to `partial`
+  // (num_splits, batch, num_heads, q_len, head_dim + 4). May be null where num_splits is 1.
+  int num_splits;
+  float* partial;
 };
+
+// The num_splits of a forward that make use of a GPU with num_sms multiprocessors.
+int three_region_attention_forward_splits(const ThreeRegionProblem& problem, bool has_kv_lens,
+                                          int num_sms);
 
 struct ThreeRegionBackwardParams {
   ThreeRegionProblem problem;

@@ -29,6 +29,11 @@ CASES = {
     "B": AttentionCase(4224, 128, 2, 256, batch=4),
     "C": AttentionCase(4224, 128, 6, 704, batch=4),
     "D": AttentionCase(16448, 128, 2, 512),
+    # Decoding: printed where it is asked for.
+    "E": AttentionCase(4224, 128, 2, 256, batch=16, q_len=1),
+    "F": AttentionCase(4224, 128, 2, 256, batch=16, q_len=1, num_kv_heads=5),
+    "G": AttentionCase(4224, 128, 2, 256, batch=1, q_len=1),
+    "H": AttentionCase(4224, 128, 2, 256, batch=16, q_len=8, num_kv_heads=5),
 }
 
 
@@ -111,7 +116,7 @@ def machine_code(name: str) -> Kernel:
 
 
 def source_of(name: str) -> Path:
-    file = re.sub("backward_(row|partial)", "backward", short(name))
+    file = re.sub("(backward|decode)_(row|partial|merge)", r"\1", short(name))
     (source,) = (CSRC / "three_region_attention").rglob(f"{file}.cu")
     return source
 

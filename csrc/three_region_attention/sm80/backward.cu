@@ -112,7 +112,7 @@ __global__ void __launch_bounds__(kThreads) three_region_attention_backward_part
   const int batch = int(head_idx / problem.num_kv_heads);
   const int head = int(head_idx % problem.num_kv_heads);
 
-  const FarKeys far = far_keys_of(problem, batch);
+  const FarKeys far = far_keys_of(problem, batch, head);
   int key = row - partial_pivot_rows(problem);
   if (key < 0) {
     if (row >= far.num_pivots) return;

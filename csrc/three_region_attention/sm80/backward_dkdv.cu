@@ -539,7 +539,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const DkdvGrid<kBlockN> grid(params);
   const DkdvWork work = grid.work_of(blockIdx.x);
   const int batch = work.batch, kv_head = work.kv_head;
-  const FarKeys far = far_keys_of(problem, batch);
+  const FarKeys far = far_keys_of(problem, batch, kv_head);
   if (work.pivot_tile >= 0 && work.pivot_tile * kBlockN >= far.num_pivots) return;  // all threads
 
   KeyTile<kBlockN>& keys = *shared_array<KeyTile<kBlockN>, 1>();

@@ -58,7 +58,7 @@ __device__ __noinline__ void dq_row(const ThreeRegionBackwardParams& params, int
   const int lane = threadIdx.x % kWarpSize, row = i - (problem.k_len - problem.q_len);
   const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
   const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len + row;
-  const KeyList list = key_list_of(problem, batch, i, i + 1);  // exactly what the row sees
+  const KeyList list = key_list_of(problem, batch, kv_head, i, i + 1);  // exactly what the row sees
   const T* q = row_of_head<T>(params.q, batch, head, row);
   const T* dout = row_of_head<T>(params.dout, batch, head, row);
   float dq[kPerLane] = {};
@@ -212,7 +212,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const ThreeRegionProblem& problem = params.problem;
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   const QueryTile<kBlockM> tile(problem);
-  const FarKeys far = far_keys_of(problem, tile.batch);
+  const FarKeys far = far_keys_of(problem, tile.batch, tile.kv_head);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   tile.template copy<kHeadDim, kThreads>(shared.q, params.q);
   tile.template copy<kHeadDim, kThreads>(shared.dout, params.dout);

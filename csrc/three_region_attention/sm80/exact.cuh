@@ -78,4 +78,47 @@ __device__ __forceinline__ void for_rows_with_nan(const bool (&has_nan)[kRowTile
   for (; rows != 0; rows &= rows - 1) f(popc((rows & -rows) - 1));
 }
 
+// Computes out and the statistics of the row at position i again. k_len: of its sample.
+template <typename T, int kHeadDim>
+__device__ __noinline__ void forward_row(const ThreeRegionForwardParams& params, int batch,
+                                         int head, int i, int k_len) {
+  constexpr int kPerLane = kHeadDim / kWarpSize;
+  const ThreeRegionProblem& problem = params.problem;
+  const int lane = threadIdx.x % kWarpSize, row = i - (k_len - problem.q_len);
+  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
+  FarKeys far = far_keys_of(problem, batch, kv_head);
+  far.k_len = k_len;
+  const int far_pivots = count_below(far.pivots, problem.num_pivots, window_start(i, problem));
+  // Exactly what the row sees.
+  const KeyList list = key_list_of(problem, far, i, i + 1, far_pivots);
+  const T* q = row_of_head<T>(params.q, batch, head, row);
+  float m = -INFINITY, l = 0.f, o[kPerLane] = {};
+  for (int entry = 0; entry < list.size; ++entry) {
+    const int key = list.key(entry);
+    const T* v = row_of_head<T>(params.v, batch, kv_head, key);
+    const float s =
+        exact_logit<T, kHeadDim>(q, row_of_head<T>(params.k, batch, kv_head, key),
+                                 problem.softmax_scale * kLog2e, bias_of(problem, list, entry));
+    const float new_m = fmaxf(m, s);
+    const float keep = m == new_m ? l : l * exp2f(m - new_m);
+    const float p = s == -INFINITY ? 0.f : exp2f(s - new_m);
+    m = new_m;
+    l = keep + p;
+    if (l != l) break;
+    // o is the mean so far, so it stays within the range of v.
+#pragma unroll
+    for (int d = 0; d < kPerLane; ++d) {
+      o[d] = l == 0.f ? 0.f : o[d] * (keep / l) + to_float(v[lane + d * kWarpSize]) * (p / l);
+    }
+  }
+  T* out = reinterpret_cast<T*>(head_of(params.out, batch, head) + row * params.out.stride.row);
+#pragma unroll
+  for (int d = 0; d < kPerLane; ++d) out[lane + d * kWarpSize] = from_float<T>(l != l ? l : o[d]);
+  if (lane == 0) {
+    const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len + row;
+    params.row_max[at] = m;
+    params.row_log_sum[at] = log2f(l);
+  }
+}
+
 }  // namespace cogview::sm80

@@ -49,6 +49,14 @@ inline std::optional<std::string> unsupported(const ThreeRegionProblem& problem,
   return std::nullopt;
 }
 
+// Whether the forward runs as decode.cu: few queries, or caches of fixed size.
+constexpr int kMaxDecodeQueries = 8;
+inline bool is_decode(const ThreeRegionProblem& problem, bool has_kv_lens) {
+  return problem.q_len <= kMaxDecodeQueries || has_kv_lens;
+}
+
+cudaError_t three_region_attention_decode(const ThreeRegionForwardParams& params,
+                                          cudaStream_t stream);
 cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& params,
                                            cudaStream_t stream);
 cudaError_t three_region_attention_backward(const ThreeRegionBackwardParams& params,

@@ -56,45 +56,6 @@ struct ForwardShape {
   };
 };
 
-// Computes the row at position i again (exact.cuh).
-template <typename T, int kHeadDim>
-__device__ __noinline__ void forward_row(const ThreeRegionForwardParams& params, int batch,
-                                         int head, int i) {
-  constexpr int kPerLane = kHeadDim / kWarpSize;
-  const ThreeRegionProblem& problem = params.problem;
-  const int lane = threadIdx.x % kWarpSize, row = i - (problem.k_len - problem.q_len);
-  const int kv_head = head / (problem.num_heads / problem.num_kv_heads);
-  const KeyList list = key_list_of(problem, batch, i, i + 1);  // exactly what the row sees
-  const T* q = row_of_head<T>(params.q, batch, head, row);
-  float m = -INFINITY, l = 0.f, o[kPerLane] = {};
-  for (int entry = 0; entry < list.size; ++entry) {
-    const int key = list.key(entry);
-    const T* v = row_of_head<T>(params.v, batch, kv_head, key);
-    const float s =
-        exact_logit<T, kHeadDim>(q, row_of_head<T>(params.k, batch, kv_head, key),
-                                 problem.softmax_scale * kLog2e, bias_of(problem, list, entry));
-    const float new_m = fmaxf(m, s);
-    const float keep = m == new_m ? l : l * exp2f(m - new_m);
-    const float p = s == -INFINITY ? 0.f : exp2f(s - new_m);
-    m = new_m;
-    l = keep + p;
-    if (l != l) break;
-    // o is the mean so far, so it stays within the range of v.
-#pragma unroll
-    for (int d = 0; d < kPerLane; ++d) {
-      o[d] = l == 0.f ? 0.f : o[d] * (keep / l) + to_float(v[lane + d * kWarpSize]) * (p / l);
-    }
-  }
-  T* out = reinterpret_cast<T*>(head_of(params.out, batch, head) + row * params.out.stride.row);
-#pragma unroll
-  for (int d = 0; d < kPerLane; ++d) out[lane + d * kWarpSize] = from_float<T>(l != l ? l : o[d]);
-  if (lane == 0) {
-    const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len + row;
-    params.row_max[at] = m;
-    params.row_log_sum[at] = log2f(l);
-  }
-}
-
 // One warp's part of the online softmax and its products with a tile of keys and values.
 template <typename T, typename Shape>
 struct ForwardWarp {
@@ -248,7 +209,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
   unsigned char* sQ = shared.q;
   const QueryTile<kBlockM> tile(problem);
-  const FarKeys far = far_keys_of(problem, tile.batch);
+  const FarKeys far = far_keys_of(problem, tile.batch, tile.kv_head);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   tile.template copy<kHeadDim, kThreads>(sQ, params.q);
   WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
@@ -331,7 +292,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                                      params.out.stride.row, row_of);
   bar_warp_sync();
   for_rows_with_nan(has_nan, [&](int row) {
-    forward_row<T, kHeadDim>(params, tile.batch, tile.head, tile.origin + warp_row + row);
+    forward_row<T, kHeadDim>(params, tile.batch, tile.head, tile.origin + warp_row + row,
+                             problem.k_len);
   });
 }
 
@@ -355,6 +317,9 @@ cudaError_t launch_forward(const ThreeRegionForwardParams& params, cudaStream_t 
 cudaError_t three_region_attention_forward(const ThreeRegionForwardParams& params,
                                            cudaStream_t stream) {
   if (params.problem.batch == 0 || params.problem.q_len == 0) return cudaSuccess;
+  if (is_decode(params.problem, params.kv_lens != nullptr)) {
+    return three_region_attention_decode(params, stream);
+  }
   return params.problem.dtype == DType::kFloat16 ? launch_forward<Half>(params, stream)
                                                  : launch_forward<BFloat16>(params, stream);
 }
