@@ -89,7 +89,11 @@ def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
 # - the view of a warp without queries, whose results go nowhere;
 # - exponents of ds that are too large (of another head, of bounds too small): what overflows is
 #   computed again;
-# - the warp's barrier before rows are computed again: the model sees races in shared memory alone.
+# - the warp's barrier before rows are computed again: the model sees races in shared memory alone;
+# - a variance's clamp at zero: what lies below is a rounding error, and rstd_of clamps again;
+# - that a known peak is not computed again: the same maximum, one launch later;
+# - whether dx is aligned: operators allocate it;
+# - eps where all elements are dropped: the row is zero, whatever it is divided by.
 MUTATIONS = [
     *mutations(
         "three_region_attention/far_keys.cu",
@@ -532,6 +536,7 @@ MUTATIONS = [
     ),
     *mutations(
         "pb_relax_layer_norm/dropout.cuh",
+        ("seed-of-32-bits", SANDWICH, "key1 = uint32_t(key >> 32)", "key1 = 0"),
         ("philox-of-nine-rounds", DROPPED, "round < 10;", "round < 9;"),
         ("dropout-halves-swapped", DROPPED, "16 * (j % 2)", "16 * (1 - j % 2)"),
         (
@@ -721,6 +726,13 @@ MUTATIONS = [
             "float_as_uint(fmaxf(fabsf(value[j]), 0.f))",
         ),
         (
+            "parameters-without-barrier",
+            OVERFLOW,
+            "0.f, hidden, me);\n  bar_sync();",
+            "0.f, hidden, me);",
+        ),
+        ("peak-of-the-first-round", ROUNDS, "row += step", "row += params.rows"),
+        (
             "y-peak-of-padding",
             KINDS,
             "peak_bits(y_peak, y, hidden - me.column(i))",
@@ -766,6 +778,7 @@ MUTATIONS = [
     ),
     *mutations(
         "pb_relax_layer_norm/pb_relax_layer_norm_backward.cu",
+        ("backward-row-behind-the-last", OFFSET, "if (!is_row) return;", ""),
         ("dx-of-dropped", DROPPED, "(kept[i] >> j & 1u) == 0) g[i][j] = 0.f;", "false) {}"),
         ("wide-dx-of-dropped", DROPPED, "(kept >> j & 1u) == 0) g[j] = 0.f;", "false) {}"),
         (

@@ -530,6 +530,15 @@ def test_many_rounds(
         check(make_sandwich(rows, hidden, dtypes, **options), backend)
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_peak_after_many_rounds(backend: str, dtype: torch.dtype) -> None:
+    """The largest number of a tensor stands in a row that a block reaches in its third round."""
+    problem = make_norm(150, 300, dtype, relax="tensor", eps=0.1)
+    x = problem.tensors["x"].clone()
+    x[149] *= 64
+    check(problem.change("x", x), backend)
+
+
 @pytest.mark.parametrize("hidden", [1, 9, 8200, 17000])
 @pytest.mark.parametrize("final_norm", [True, False])
 def test_no_rows(backend: str, hidden: int, final_norm: bool) -> None:
