@@ -93,13 +93,16 @@ struct DqWarp {
   int far_end;     // of the lane's row of the warp, see find_context
   int position;    // of the lane's first row
   float scale;     // from a product to a logit in bits
-  float ds_scale;  // of ds before it is rounded
-  float row_max[kRowTiles][2], row_log_sum[kRowTiles][2],
-      minus_delta[kRowTiles][2];  // scaled as ds
+  bool is_large;   // whether some row of the warp has a logit that kLargeLogit says to round
+  float row_max[kRowTiles][2];
+  float factor[kRowTiles][2];       // 2^-row_log_sum, and what ds is multiplied by
+  float minus_delta[kRowTiles][2];  // times factor
   float dq[kRowTiles][kHeadDim / 8][4];
 
   __device__ __forceinline__ void initialize(const ThreeRegionBackwardParams& params,
-                                             const QueryTile<Shape::kBlockM>& tile) {
+                                             const QueryTile<Shape::kBlockM>& tile,
+                                             float ds_scale) {
+    bool large = false;
     const ThreeRegionProblem& problem = params.problem;
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -108,15 +111,16 @@ struct DqWarp {
         const int row = tile.row(position - tile.origin + 16 * rt + 8 * half);
         const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
         row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
-        row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
-        // The scale is a power of two: the same as (ds - delta) ds_scale.
-        minus_delta[rt][half] = row < 0 ? 0.f : -params.delta[at] * ds_scale;
+        factor[rt][half] = row < 0 ? 0.f : exp2f(-params.row_log_sum[at]) * ds_scale;
+        minus_delta[rt][half] = row < 0 ? 0.f : -params.delta[at] * factor[rt][half];
+        large = large || is_large_logit(row_max[rt][half]);
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           dq[rt][n][2 * half] = dq[rt][n][2 * half + 1] = 0.f;
         }
       }
     }
+    is_large = vote_ballot(large) != 0;
   }
 
   // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
@@ -147,32 +151,28 @@ struct DqWarp {
       }
     }
 
-    const auto to_gradients = [&](auto bias_of_column) {
+    float of_product = scale, bias = 0.f;
+    const EntryBiases biases(list, view);
+    if (view.has_one_bias(entry, entry + kBlockN) && !is_large) {
+      bias = biases(entry);
+    } else {
+      to_logits(s, scale, biases, entry + lane % 4 * 2);
+      of_product = 1.f;
+    }
 #pragma unroll
-      for (int n = 0; n < kBlockN / 8; ++n) {
+    for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          const float bias = bias_of_column(8 * n + column);
+      for (int half = 0; half < 2; ++half) {
+        const float shift = bias - row_max[rt][half];
 #pragma unroll
-          for (int rt = 0; rt < kRowTiles; ++rt) {
+        for (int n = 0; n < kBlockN / 8; ++n) {
 #pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int c = 2 * half + column;
-              const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias) - row_max[rt][half] -
-                                         row_log_sum[rt][half]);
-              ds[rt][n][c] = p * fmaf(ds[rt][n][c], ds_scale, minus_delta[rt][half]);
-            }
+          for (int c = 2 * half; c < 2 * half + 2; ++c) {
+            const float p = ex2_approx(fmaf(s[rt][n][c], of_product, shift));
+            ds[rt][n][c] = p * fmaf(ds[rt][n][c], factor[rt][half], minus_delta[rt][half]);
           }
         }
       }
-    };
-    const EntryBiases biases(list, view);
-    if (view.has_one_bias(entry, entry + kBlockN)) {
-      const float bias = biases(entry);
-      to_gradients([=](int) { return bias; });
-    } else {
-      const int column = entry + lane % 4 * 2;
-      to_gradients([&](int at) { return biases(column + at); });
     }
     if (!view.all(entry, entry + kBlockN)) {
       const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
@@ -241,9 +241,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                          {kept(lane_row<kHeadDim>(0).offset)},
                          far_end,
                          tile.origin + warp_row + lane / 4,
-                         scale,
-                         ds_scale};
-  state.initialize(params, tile);
+                         scale};
+  state.initialize(params, tile, ds_scale);
 
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
     const int stage = stages.wait(entry);
@@ -264,7 +263,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       }
       // A row that sees a NaN has one in its own statistics.
       const float own =
-          state.row_max[rt][half] + state.row_log_sum[rt][half] + state.minus_delta[rt][half];
+          state.row_max[rt][half] + state.factor[rt][half] + state.minus_delta[rt][half];
       has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 &&
                           fabsf(own) <= kLargestFloat && sum != 0.f;
     }

@@ -134,6 +134,26 @@ struct VisibleEntries {
   }
 };
 
+// Weights are 2^(product scale + bias - max) in one multiply-add, which does not round the logit.
+// The row's largest logit is rounded, though: beyond this, logits are rounded as well, so that no
+// weight is far above one.
+__device__ __forceinline__ bool is_large_logit(float logit) { return !(fabsf(logit) < 1024.f); }
+
+// Products become logits in bits. column: the entry of the lane's first column.
+template <int kRowTiles, int kColumns>
+__device__ __forceinline__ void to_logits(float (&s)[kRowTiles][kColumns][4], float scale,
+                                          const EntryBiases& biases, int column) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float bias = biases(column + 8 * n + c % 2);
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) s[rt][n][c] = fmaf(s[rt][n][c], scale, bias);
+    }
+  }
+}
+
 // A tile of keys and its values in shared memory.
 template <int kHeadDim, int kBlockN>
 struct KeyStage {
