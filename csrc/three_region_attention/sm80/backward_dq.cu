@@ -123,10 +123,12 @@ struct DqWarp {
     is_large = vote_ballot(large) != 0;
   }
 
-  // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
+  // Takes up the kEntries entries of keys from `entry` on, `tile` bytes behind the first stage.
+  template <int kEntries>
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry,
+                                       bool is_plain) {
     const int lane = threadIdx.x % kWarpSize;
-    float s[kRowTiles][kBlockN / 8][4] = {}, ds[kRowTiles][kBlockN / 8][4] = {};
+    float s[kRowTiles][kEntries / 8][4] = {}, ds[kRowTiles][kEntries / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t q[kRowTiles][4], dout[kRowTiles][4];
@@ -136,7 +138,7 @@ struct DqWarp {
         ldmatrix_x4(dout[rt], sDout + q_row.at(rt, d));
       }
 #pragma unroll
-      for (int n = 0; n < kBlockN / 16; ++n) {
+      for (int n = 0; n < kEntries / 16; ++n) {
         uint32_t k[4], v[4];
         const LaneRow<kHeadDim> key{key_row.offset + tile};
         ldmatrix_x4(k, stages[0].k + key.at(n, d));
@@ -153,7 +155,7 @@ struct DqWarp {
 
     float of_product = scale, bias = 0.f;
     const EntryBiases biases(list, view);
-    if (view.has_one_bias(entry, entry + kBlockN) && !is_large) {
+    if (is_plain && !is_large) {
       bias = biases(entry);
     } else {
       to_logits(s, scale, biases, entry + lane % 4 * 2);
@@ -165,7 +167,7 @@ struct DqWarp {
       for (int half = 0; half < 2; ++half) {
         const float shift = bias - row_max[rt][half];
 #pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) {
+        for (int n = 0; n < kEntries / 8; ++n) {
 #pragma unroll
           for (int c = 2 * half; c < 2 * half + 2; ++c) {
             const float p = ex2_approx(fmaf(s[rt][n][c], of_product, shift));
@@ -174,8 +176,8 @@ struct DqWarp {
         }
       }
     }
-    if (!view.all(entry, entry + kBlockN)) {
-      const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
+    if (!is_plain) {
+      const VisibleEntries<kRowTiles, kEntries> visible(problem, list, view, far_end, position,
                                                        entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
         if (!sees) ds[rt][n][c] = 0.f;
@@ -183,7 +185,7 @@ struct DqWarp {
     }
 
 #pragma unroll
-    for (int n = 0; n < kBlockN / 16; ++n) {
+    for (int n = 0; n < kEntries / 16; ++n) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -244,9 +246,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                          scale};
   state.initialize(params, tile, ds_scale);
 
+  SeenTiles<kBlockN> seen_tiles(view, list.size - kBlockN);
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const int stage = stages.wait(entry);
-    if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
+    const int seen = seen_tiles(entry);
+    step_over<kHeadDim, kBlockN>(
+        seen, stages.wait(entry), entry, [&](auto entries, int at, int from, bool is_plain) {
+          state.template step<decltype(entries)::value>(problem, at, from, is_plain);
+        });
   }
 
   const float factor = problem.softmax_scale * exp2f(float(-exponent));

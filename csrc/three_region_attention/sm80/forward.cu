@@ -127,10 +127,12 @@ struct ForwardWarp {
     }
   }
 
-  // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
+  // Takes up the kEntries entries of keys from `entry` on, `tile` bytes behind the first stage.
+  template <int kEntries>
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry,
+                                       bool is_plain) {
     const int lane = threadIdx.x % kWarpSize;
-    float s[kRowTiles][kBlockN / 8][4] = {};
+    float s[kRowTiles][kEntries / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
       uint32_t a[kRowTiles][4];
@@ -139,7 +141,7 @@ struct ForwardWarp {
         ldmatrix_x4(a[rt], sQ + q_row.at(rt, d));
       }
 #pragma unroll
-      for (int n = 0; n < kBlockN / 16; ++n) {
+      for (int n = 0; n < kEntries / 16; ++n) {
         uint32_t b[4];
         ldmatrix_x4(b, stages[0].k + LaneRow<kHeadDim>{k_row.offset + tile}.at(n, d));
 #pragma unroll
@@ -150,62 +152,57 @@ struct ForwardWarp {
       }
     }
 
-    // Logits in bits. They are rounded here, so that the largest weight is exactly one, however
-    // large the logits are, in every tile and in the backward.
-    const auto to_logits = [&](auto bias_of_column) {
-#pragma unroll
-      for (int n = 0; n < kBlockN / 8; ++n) {
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          const float bias = bias_of_column(8 * n + column);
-#pragma unroll
-          for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float& logit = s[rt][n][2 * half + column];
-              logit = fmaf(logit, scale, bias);
-            }
-          }
-        }
-      }
-    };
+    float of_product = scale, bias = 0.f;
     const EntryBiases biases(list, view);
-    if (view.has_one_bias(entry, entry + kBlockN)) {
-      const float bias = biases(entry);
-      to_logits([=](int) { return bias; });
+    const int column = entry + lane % 4 * 2;
+    if (is_plain) {
+      bias = biases(entry);
     } else {
-      const int column = entry + lane % 4 * 2;
-      to_logits([&](int at) { return biases(column + at); });
-    }
-    if (!view.all(entry, entry + kBlockN)) {
-      const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
-                                                       entry);
+      to_logits(s, scale, biases, column);
+      of_product = 1.f;
+      const VisibleEntries<kRowTiles, kEntries> visible(problem, list, view, far_end, position,
+                                                        entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
         if (!sees) s[rt][n][c] = -INFINITY;
       });
     }
 
+    float new_m[kRowTiles][2];
+    bool is_large = false;
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float new_m = m[rt][half];
+        float largest = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) {
-          new_m = fmaxf(new_m, fmaxf(s[rt][n][2 * half], s[rt][n][2 * half + 1]));
+        for (int n = 0; n < kEntries / 8; ++n) {
+          largest = fmaxf(largest, fmaxf(s[rt][n][2 * half], s[rt][n][2 * half + 1]));
         }
-        new_m = quad_max(new_m);
+        new_m[rt][half] = fmaxf(m[rt][half], fmaf(largest, of_product, bias));
+        is_large = is_large || is_large_logit(new_m[rt][half]);
+      }
+    }
+    if (is_plain && vote_ballot(is_large) != 0) {
+      to_logits(s, scale, biases, column);
+      of_product = 1.f;
+      bias = 0.f;
+    }
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float row_m = quad_max(new_m[rt][half]);
         // Before its first key a row has weights of zero.
-        const float shift = new_m == -INFINITY ? 0.f : new_m;
+        const float shift = row_m == -INFINITY ? 0.f : row_m;
         const float keep = ex2_approx(m[rt][half] - shift);
-        m[rt][half] = new_m;
+        m[rt][half] = row_m;
         float sum = 0.f;
 #pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) {
+        for (int n = 0; n < kEntries / 8; ++n) {
 #pragma unroll
           for (int column = 0; column < 2; ++column) {
             float& p = s[rt][n][2 * half + column];
-            p = ex2_approx(p - shift);
+            p = ex2_approx(fmaf(p, of_product, bias - shift));
             sum += p;
           }
         }
@@ -219,7 +216,7 @@ struct ForwardWarp {
     }
 
 #pragma unroll
-    for (int n = 0; n < kBlockN / 16; ++n) {
+    for (int n = 0; n < kEntries / 16; ++n) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -285,9 +282,13 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                               scale};
   state.initialize();
 
+  SeenTiles<kBlockN> seen_tiles(view, list.size - kBlockN);
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const int stage = stages.wait(entry);
-    if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
+    const int seen = seen_tiles(entry);
+    step_over<kHeadDim, kBlockN>(
+        seen, stages.wait(entry), entry, [&](auto entries, int at, int from, bool is_plain) {
+          state.template step<decltype(entries)::value>(problem, at, from, is_plain);
+        });
   }
 
   // Each of the four lanes that share rows finishes the sum of one of them, for all four.

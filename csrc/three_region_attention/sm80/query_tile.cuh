@@ -168,6 +168,61 @@ struct KeyBuffers {
   int keys[2][kBlockN];
 };
 
+// What a warp sees of the tiles of its block's list. Each lane keeps it for one of 32 tiles.
+template <int kBlockN>
+struct SeenTiles {
+  // Beyond a head dim of 64 tiles are small, and have no halves.
+  static constexpr int kPart = kBlockN == 64 ? 32 : kBlockN;
+  static constexpr int kFirst = 1, kLast = 2;  // some row sees some entry of the part
+  static constexpr int kPlain = 4;  // all rows see all of these parts, which have one bias
+  static constexpr int kWhole = kBlockN == kPart ? kFirst : kFirst | kLast;
+
+  const WarpView& view;
+  int of_lane;
+
+  __device__ __forceinline__ SeenTiles(const WarpView& warp_view, int entry) : view(warp_view) {
+    find(entry);
+  }
+
+  // Of the tile that begins at `entry`, one tile in front of the last one asked for.
+  __device__ __forceinline__ int operator()(int entry) {
+    const int turn = entry >> kShift & (kWarpSize - 1);
+    if (turn == kWarpSize - 1) find(entry);
+    return shfl_idx(of_lane, turn);
+  }
+
+ private:
+  static constexpr int kShift = kBlockN == 64 ? 6 : 5;
+  static_assert(1 << kShift == kBlockN);
+
+  // Of the tile at `entry` and those in front of it.
+  __device__ __forceinline__ void find(int entry) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int mine = entry - ((entry >> kShift) - lane & (kWarpSize - 1)) * kBlockN;
+    const bool first = view.any(mine, mine + kPart);
+    const bool last = kPart < kBlockN && view.any(mine + kPart, mine + kBlockN);
+    const int begin = first ? mine : mine + kPart;
+    const int end = last ? mine + kBlockN : mine + kPart;
+    const bool plain = begin < end && view.all(begin, end) && view.has_one_bias(begin, end);
+    of_lane = (first ? kFirst : 0) | (last ? kLast : 0) | (plain ? kPlain : 0);
+  }
+};
+
+// Calls step(entries, tile, entry, is_plain) for what a warp sees of a tile: all of it, one half, or
+// not at all. entries: a constant.
+template <int kHeadDim, int kBlockN, typename Step>
+__device__ __forceinline__ void step_over(int seen, int tile, int entry, Step step) {
+  using Seen = SeenTiles<kBlockN>;
+  const bool is_plain = seen & Seen::kPlain;
+  if ((seen & Seen::kWhole) == Seen::kWhole) {
+    step(std::integral_constant<int, kBlockN>(), tile, entry, is_plain);
+  } else if (Seen::kPart < kBlockN && (seen & Seen::kWhole) != 0) {
+    const int rows = seen & Seen::kLast ? Seen::kPart : 0;
+    step(std::integral_constant<int, Seen::kPart>(), tile + rows * kHeadDim * 2, entry + rows,
+         is_plain);
+  }
+}
+
 // Tiles of kBlockN entries of a key list, in two stages. Tiles are taken from the end of the list.
 // While one is used, the next is copied, and the keys of the one after it are looked up.
 template <int kHeadDim, int kBlockN, int kThreads>
@@ -209,9 +264,9 @@ struct KeyStages {
     if (thread < kBlockN) shared.keys[of_stage][thread] = list.far.clamp(next_key);
   }
 
-  // Copies the tile whose row r holds key key_of(r).
-  template <typename KeyOf>
-  __device__ __forceinline__ void copy(int of_stage, KeyOf key_of) {
+  // Copies the tile whose row r holds key key_of(r). The first `absent` rows become zeros.
+  template <bool kHasAbsent, typename KeyOf>
+  __device__ __forceinline__ void copy(int of_stage, int absent, KeyOf key_of) {
     int keys[Items::kSteps];
 #pragma unroll
     for (int step = 0; step < Items::kSteps; ++step) {
@@ -219,24 +274,33 @@ struct KeyStages {
     }
     auto& to = shared.stages[of_stage];
     const auto first = [&](int) { return offset; };
+    const auto exists = [&](int step) {
+      return !kHasAbsent || first_row + step * Items::kStepRows >= absent;
+    };
     Items::for_each_from(first, [&](int at, int step, int chunk) {
-      cp_async_16(to.k + at, row_at(k, k_bytes, keys[step]) + chunk * 16, true);
+      cp_async_16(to.k + at, row_at(k, k_bytes, keys[step]) + chunk * 16, exists(step));
     });
     Items::for_each_from(first, [&](int at, int step, int chunk) {
-      cp_async_16(to.v + at, row_at(v, v_bytes, keys[step]) + chunk * 16, true);
+      cp_async_16(to.v + at, row_at(v, v_bytes, keys[step]) + chunk * 16, exists(step));
     });
     cp_async_commit_group();
   }
 
-  __device__ __forceinline__ void copy_found(int of_stage) {
-    copy(of_stage, [&](int row) { return shared.keys[of_stage][row]; });
+  // Of the tile that begins at `entry`.
+  __device__ __forceinline__ void copy_found(int of_stage, int entry) {
+    const auto key_of = [&](int row) { return shared.keys[of_stage][row]; };
+    if (entry >= 0) {
+      copy<false>(of_stage, 0, key_of);
+    } else {
+      copy<true>(of_stage, -entry, key_of);
+    }
   }
 
   // The first tile: `size` entries of the list at its end are the keys up to `end`. Where they fill
   // the tile, it is copied before the list is known.
   __device__ __forceinline__ bool start_in_window(int size, int end) {
     if (size < kBlockN) return false;
-    copy(0, [&](int row) { return end - kBlockN + row; });
+    copy<false>(0, 0, [&](int row) { return end - kBlockN + row; });
     return true;
   }
 
@@ -246,7 +310,7 @@ struct KeyStages {
       find(list.size - kBlockN);
       store_key(0);
       bar_sync();
-      copy_found(0);
+      copy_found(0, list.size - kBlockN);
     }
     find(list.size - 2 * kBlockN);
   }
@@ -259,7 +323,7 @@ struct KeyStages {
     cp_async_wait_group<0>();
     bar_sync();
     if (entry > 0) {
-      copy_found(stage);
+      copy_found(stage, entry - kBlockN);
       find(entry - 2 * kBlockN);
     }
     return tile;
