@@ -187,26 +187,18 @@ struct ForwardWarp {
       of_product = 1.f;
       bias = 0.f;
     }
+    float shift[kRowTiles][2];
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const float row_m = quad_max(new_m[rt][half]);
         // Before its first key a row has weights of zero.
-        const float shift = row_m == -INFINITY ? 0.f : row_m;
-        const float keep = ex2_approx(m[rt][half] - shift);
+        const float finite_m = row_m == -INFINITY ? 0.f : row_m;
+        const float keep = ex2_approx(m[rt][half] - finite_m);
         m[rt][half] = row_m;
-        float sum = 0.f;
-#pragma unroll
-        for (int n = 0; n < kEntries / 8; ++n) {
-#pragma unroll
-          for (int column = 0; column < 2; ++column) {
-            float& p = s[rt][n][2 * half + column];
-            p = ex2_approx(fmaf(p, of_product, bias - shift));
-            sum += p;
-          }
-        }
-        l[rt][half] = l[rt][half] * keep + sum;
+        shift[rt][half] = bias - finite_m;
+        l[rt][half] *= keep;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           o[rt][n][2 * half] *= keep;
@@ -215,11 +207,18 @@ struct ForwardWarp {
       }
     }
 
+    // Sixteen entries at a time, so that some become weights while others are multiplied by v.
 #pragma unroll
     for (int n = 0; n < kEntries / 16; ++n) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& p = s[rt][2 * n + i / 4][i % 4];
+          p = ex2_approx(fmaf(p, of_product, shift[rt][i / 2 % 2]));
+          l[rt][i / 2 % 2] += p;
+        }
         convert_c_to_a<T>(a[rt], s[rt][2 * n], s[rt][2 * n + 1]);
       }
 #pragma unroll
