@@ -161,34 +161,34 @@ struct DqWarp {
       to_logits(s, scale, biases, entry + lane % 4 * 2);
       of_product = 1.f;
     }
-#pragma unroll
-    for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const float shift = bias - row_max[rt][half];
-#pragma unroll
-        for (int n = 0; n < kEntries / 8; ++n) {
-#pragma unroll
-          for (int c = 2 * half; c < 2 * half + 2; ++c) {
-            const float p = ex2_approx(fmaf(s[rt][n][c], of_product, shift));
-            ds[rt][n][c] = p * fmaf(ds[rt][n][c], factor[rt][half], minus_delta[rt][half]);
-          }
-        }
-      }
-    }
     if (!is_plain) {
       const VisibleEntries<kRowTiles, kEntries> visible(problem, list, view, far_end, position,
-                                                       entry);
+                                                        entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
+        if (!sees) s[rt][n][c] = -INFINITY;
         if (!sees) ds[rt][n][c] = 0.f;
       });
     }
+    float shift[kRowTiles][2];
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) shift[rt][half] = bias - row_max[rt][half];
+    }
 
+    // Sixteen entries at a time, so that some become gradients while others are multiplied by k.
 #pragma unroll
     for (int n = 0; n < kEntries / 16; ++n) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int half = i / 2 % 2;
+          const float p = ex2_approx(fmaf(s[rt][2 * n + i / 4][i % 4], of_product, shift[rt][half]));
+          float& product = ds[rt][2 * n + i / 4][i % 4];
+          product = p * fmaf(product, factor[rt][half], minus_delta[rt][half]);
+        }
         convert_c_to_a<T>(a[rt], ds[rt][2 * n], ds[rt][2 * n + 1]);
       }
 #pragma unroll
