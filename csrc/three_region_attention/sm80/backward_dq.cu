@@ -98,6 +98,18 @@ struct DqWarp {
   float factor[kRowTiles][2];       // 2^-row_log_sum, and what ds is multiplied by
   float minus_delta[kRowTiles][2];  // times factor
   float dq[kRowTiles][kHeadDim / 8][4];
+  uint32_t qf[kRowTiles][kHeadDim / 16][4], doutf[kRowTiles][kHeadDim / 16][4];
+
+  __device__ __forceinline__ void load() {
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+        ldmatrix_x4(qf[rt][d], sQ + q_row.at(rt, d));
+        ldmatrix_x4(doutf[rt][d], sDout + q_row.at(rt, d));
+      }
+    }
+  }
 
   __device__ __forceinline__ void initialize(const ThreeRegionBackwardParams& params,
                                              const QueryTile<Shape::kBlockM>& tile,
@@ -131,12 +143,6 @@ struct DqWarp {
     float s[kRowTiles][kEntries / 8][4] = {}, ds[kRowTiles][kEntries / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-      uint32_t q[kRowTiles][4], dout[kRowTiles][4];
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        ldmatrix_x4(q[rt], sQ + q_row.at(rt, d));
-        ldmatrix_x4(dout[rt], sDout + q_row.at(rt, d));
-      }
 #pragma unroll
       for (int n = 0; n < kEntries / 16; ++n) {
         uint32_t k[4], v[4];
@@ -145,17 +151,17 @@ struct DqWarp {
         ldmatrix_x4(v, stages[0].v + key.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
-          mma_m16n8k16<T>(s[rt][2 * n], q[rt], k[0], k[1]);
-          mma_m16n8k16<T>(s[rt][2 * n + 1], q[rt], k[2], k[3]);
-          mma_m16n8k16<T>(ds[rt][2 * n], dout[rt], v[0], v[1]);
-          mma_m16n8k16<T>(ds[rt][2 * n + 1], dout[rt], v[2], v[3]);
+          mma_m16n8k16<T>(s[rt][2 * n], qf[rt][d], k[0], k[1]);
+          mma_m16n8k16<T>(s[rt][2 * n + 1], qf[rt][d], k[2], k[3]);
+          mma_m16n8k16<T>(ds[rt][2 * n], doutf[rt][d], v[0], v[1]);
+          mma_m16n8k16<T>(ds[rt][2 * n + 1], doutf[rt][d], v[2], v[3]);
         }
       }
     }
 
     float of_product = scale, bias = 0.f;
     const EntryBiases biases(list, view);
-    if (is_plain && !is_large) {
+    if (is_plain) {
       bias = biases(entry);
     } else {
       to_logits(s, scale, biases, entry + lane % 4 * 2);
@@ -247,11 +253,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   state.initialize(params, tile, ds_scale);
 
   SeenTiles<kBlockN> seen_tiles(view, list.size - kBlockN);
+  cp_async_wait_group<0>();
+  bar_sync();
+  state.load();
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
     const int seen = seen_tiles(entry);
     step_over<kHeadDim, kBlockN>(
-        seen, stages.wait(entry), entry, [&](auto entries, int at, int from, bool is_plain) {
-          state.template step<decltype(entries)::value>(problem, at, from, is_plain);
+        seen, stages.wait(entry), entry, [&](auto entries, int at, int from, auto is_plain) {
+          state.template step<decltype(entries)::value>(problem, at, from,
+                                                        decltype(is_plain)::value);
         });
   }
 

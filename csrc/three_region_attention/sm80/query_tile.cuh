@@ -214,12 +214,20 @@ template <int kHeadDim, int kBlockN, typename Step>
 __device__ __forceinline__ void step_over(int seen, int tile, int entry, Step step) {
   using Seen = SeenTiles<kBlockN>;
   const bool is_plain = seen & Seen::kPlain;
-  if ((seen & Seen::kWhole) == Seen::kWhole) {
-    step(std::integral_constant<int, kBlockN>(), tile, entry, is_plain);
-  } else if (Seen::kPart < kBlockN && (seen & Seen::kWhole) != 0) {
-    const int rows = seen & Seen::kLast ? Seen::kPart : 0;
-    step(std::integral_constant<int, Seen::kPart>(), tile + rows * kHeadDim * 2, entry + rows,
-         is_plain);
+  if (is_plain && (seen & Seen::kWhole) == Seen::kWhole) {
+#pragma unroll
+    for (int part = 0; part < kBlockN / Seen::kPart; ++part) {
+      step(std::integral_constant<int, Seen::kPart>(),
+           tile + part * Seen::kPart * kHeadDim * 2, entry + part * Seen::kPart, std::true_type());
+    }
+    return;
+  }
+#pragma unroll 1
+  for (int part = 0; part < kBlockN / Seen::kPart; ++part) {
+    if (seen >> part & 1) {
+      step(std::integral_constant<int, Seen::kPart>(), tile + part * Seen::kPart * kHeadDim * 2,
+           entry + part * Seen::kPart, std::false_type());
+    }
   }
 }
 
