@@ -93,20 +93,20 @@ struct DqWarp {
   int far_end;     // of the lane's row of the warp, see find_context
   int position;    // of the lane's first row
   float scale;     // from a product to a logit in bits
-  bool is_large;   // whether some row of the warp has a logit that kLargeLogit says to round
+  bool has_fused_logits;  // see is_large_logit; and hidden ones are products of -inf
   float row_max[kRowTiles][2];
   float factor[kRowTiles][2];       // 2^-row_log_sum, and what ds is multiplied by
   float minus_delta[kRowTiles][2];  // times factor
   float dq[kRowTiles][kHeadDim / 8][4];
-  uint32_t qf[kRowTiles][kHeadDim / 16][4], doutf[kRowTiles][kHeadDim / 16][4];
+  uint32_t q[kRowTiles][kHeadDim / 16][4], dout[kRowTiles][kHeadDim / 16][4];
 
-  __device__ __forceinline__ void load() {
+  __device__ __forceinline__ void load_rows() {
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
-        ldmatrix_x4(qf[rt][d], sQ + q_row.at(rt, d));
-        ldmatrix_x4(doutf[rt][d], sDout + q_row.at(rt, d));
+        ldmatrix_x4(q[rt][d], sQ + q_row.at(rt, d));
+        ldmatrix_x4(dout[rt][d], sDout + q_row.at(rt, d));
       }
     }
   }
@@ -132,13 +132,12 @@ struct DqWarp {
         }
       }
     }
-    is_large = vote_ballot(large) != 0;
+    has_fused_logits = scale > 0.f && vote_ballot(large) == 0;
   }
 
   // Takes up the kEntries entries of keys from `entry` on, `tile` bytes behind the first stage.
-  template <int kEntries>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry,
-                                       bool is_plain) {
+  template <int kEntries, bool kIsPlain>
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
     const int lane = threadIdx.x % kWarpSize;
     float s[kRowTiles][kEntries / 8][4] = {}, ds[kRowTiles][kEntries / 8][4] = {};
 #pragma unroll
@@ -151,23 +150,23 @@ struct DqWarp {
         ldmatrix_x4(v, stages[0].v + key.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
-          mma_m16n8k16<T>(s[rt][2 * n], qf[rt][d], k[0], k[1]);
-          mma_m16n8k16<T>(s[rt][2 * n + 1], qf[rt][d], k[2], k[3]);
-          mma_m16n8k16<T>(ds[rt][2 * n], doutf[rt][d], v[0], v[1]);
-          mma_m16n8k16<T>(ds[rt][2 * n + 1], doutf[rt][d], v[2], v[3]);
+          mma_m16n8k16<T>(s[rt][2 * n], q[rt][d], k[0], k[1]);
+          mma_m16n8k16<T>(s[rt][2 * n + 1], q[rt][d], k[2], k[3]);
+          mma_m16n8k16<T>(ds[rt][2 * n], dout[rt][d], v[0], v[1]);
+          mma_m16n8k16<T>(ds[rt][2 * n + 1], dout[rt][d], v[2], v[3]);
         }
       }
     }
 
     float of_product = scale, bias = 0.f;
     const EntryBiases biases(list, view);
-    if (is_plain) {
+    if (kIsPlain || (has_fused_logits && view.has_one_bias(entry, entry + kEntries))) {
       bias = biases(entry);
     } else {
       to_logits(s, scale, biases, entry + lane % 4 * 2);
       of_product = 1.f;
     }
-    if (!is_plain) {
+    if (!kIsPlain && !view.all(entry, entry + kEntries)) {
       const VisibleEntries<kRowTiles, kEntries> visible(problem, list, view, far_end, position,
                                                         entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
@@ -253,16 +252,19 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   state.initialize(params, tile, ds_scale);
 
   SeenTiles<kBlockN> seen_tiles(view, list.size - kBlockN);
-  cp_async_wait_group<0>();
-  bar_sync();
-  state.load();
-  for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const int seen = seen_tiles(entry);
-    step_over<kHeadDim, kBlockN>(
-        seen, stages.wait(entry), entry, [&](auto entries, int at, int from, auto is_plain) {
-          state.template step<decltype(entries)::value>(problem, at, from,
-                                                        decltype(is_plain)::value);
+  int entry = list.size - kBlockN, stage = stages.wait(entry);
+  state.load_rows();
+  while (true) {
+    int seen = seen_tiles(entry);
+    if (!state.has_fused_logits) seen &= ~seen_tiles.kPlain;
+    step_over<kHeadDim, kBlockN, 32, 32>(
+        seen, stage, entry, [&](auto entries, auto is_plain, int at, int from) {
+          state.template step<decltype(entries)::value, decltype(is_plain)::value>(problem, at,
+                                                                                   from);
         });
+    entry -= kBlockN;
+    if (entry <= -kBlockN) break;
+    stage = stages.wait(entry);
   }
 
   const float factor = problem.softmax_scale * exp2f(float(-exponent));

@@ -49,6 +49,7 @@ struct ForwardShape {
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
   static constexpr int kMinBlocks = 2;
+  static constexpr bool kKeepsQueries = kHeadDim <= 64;  // in registers
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of out
     KeyBuffers<kHeadDim, kBlockN> keys;
@@ -111,6 +112,14 @@ struct ForwardWarp {
   float scale;                             // from a product to a logit in bits
   float m[kRowTiles][2], l[kRowTiles][2];  // l: of the lane's columns until the end
   float o[kRowTiles][kHeadDim / 8][4];
+  uint32_t q[kRowTiles][Shape::kKeepsQueries ? kHeadDim / 16 : 1][4];
+
+  __device__ __forceinline__ void load_queries(int d) {
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+      ldmatrix_x4(q[rt][Shape::kKeepsQueries ? d : 0], sQ + q_row.at(rt, d));
+    }
+  }
 
   __device__ __forceinline__ void initialize() {
 #pragma unroll
@@ -128,26 +137,21 @@ struct ForwardWarp {
   }
 
   // Takes up the kEntries entries of keys from `entry` on, `tile` bytes behind the first stage.
-  template <int kEntries>
-  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry,
-                                       bool is_plain) {
+  template <int kEntries, bool kIsPlain>
+  __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
     const int lane = threadIdx.x % kWarpSize;
     float s[kRowTiles][kEntries / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-      uint32_t a[kRowTiles][4];
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        ldmatrix_x4(a[rt], sQ + q_row.at(rt, d));
-      }
+      if (!Shape::kKeepsQueries) load_queries(d);
 #pragma unroll
       for (int n = 0; n < kEntries / 16; ++n) {
         uint32_t b[4];
         ldmatrix_x4(b, stages[0].k + LaneRow<kHeadDim>{k_row.offset + tile}.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
-          mma_m16n8k16<T>(s[rt][2 * n], a[rt], b[0], b[1]);
-          mma_m16n8k16<T>(s[rt][2 * n + 1], a[rt], b[2], b[3]);
+          mma_m16n8k16<T>(s[rt][2 * n], q[rt][Shape::kKeepsQueries ? d : 0], b[0], b[1]);
+          mma_m16n8k16<T>(s[rt][2 * n + 1], q[rt][Shape::kKeepsQueries ? d : 0], b[2], b[3]);
         }
       }
     }
@@ -155,11 +159,15 @@ struct ForwardWarp {
     float of_product = scale, bias = 0.f;
     const EntryBiases biases(list, view);
     const int column = entry + lane % 4 * 2;
-    if (is_plain) {
-      bias = biases(entry);
-    } else {
+    const bool has_logits =
+        !kIsPlain && !(scale > 0.f && view.has_one_bias(entry, entry + kEntries));
+    if (has_logits) {
       to_logits(s, scale, biases, column);
       of_product = 1.f;
+    } else {
+      bias = biases(entry);
+    }
+    if (!kIsPlain && !view.all(entry, entry + kEntries)) {
       const VisibleEntries<kRowTiles, kEntries> visible(problem, list, view, far_end, position,
                                                         entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
@@ -182,7 +190,7 @@ struct ForwardWarp {
         is_large = is_large || is_large_logit(new_m[rt][half]);
       }
     }
-    if (is_plain && vote_ballot(is_large) != 0) {
+    if (vote_ballot(is_large) != 0 && !has_logits) {
       to_logits(s, scale, biases, column);
       of_product = 1.f;
       bias = 0.f;
@@ -282,12 +290,20 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   state.initialize();
 
   SeenTiles<kBlockN> seen_tiles(view, list.size - kBlockN);
-  for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const int seen = seen_tiles(entry);
-    step_over<kHeadDim, kBlockN>(
-        seen, stages.wait(entry), entry, [&](auto entries, int at, int from, bool is_plain) {
-          state.template step<decltype(entries)::value>(problem, at, from, is_plain);
+  int entry = list.size - kBlockN, stage = stages.wait(entry);
+  if (Shape::kKeepsQueries) {
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) state.load_queries(d);
+  }
+  while (true) {
+    step_over<kHeadDim, kBlockN, kBlockN, kBlockN>(
+        seen_tiles(entry), stage, entry, [&](auto entries, auto is_plain, int at, int from) {
+          state.template step<decltype(entries)::value, decltype(is_plain)::value>(problem, at,
+                                                                                   from);
         });
+    entry -= kBlockN;
+    if (entry <= -kBlockN) break;
+    stage = stages.wait(entry);
   }
 
   // Each of the four lanes that share rows finishes the sum of one of them, for all four.

@@ -168,23 +168,23 @@ struct KeyBuffers {
   int keys[2][kBlockN];
 };
 
-// What a warp sees of the tiles of its block's list. Each lane keeps it for one of 32 tiles.
+// What a warp sees of the tiles of its block's list. Each lane knows it for one of 32 tiles.
 template <int kBlockN>
 struct SeenTiles {
-  // Beyond a head dim of 64 tiles are small, and have no halves.
-  static constexpr int kPart = kBlockN == 64 ? 32 : kBlockN;
+  static constexpr int kPart = 32;             // a tile has one or two parts
   static constexpr int kFirst = 1, kLast = 2;  // some row sees some entry of the part
-  static constexpr int kPlain = 4;  // all rows see all of these parts, which have one bias
   static constexpr int kWhole = kBlockN == kPart ? kFirst : kFirst | kLast;
+  static constexpr int kPlain = 4;  // all rows see all entries, and the entries have one bias
 
   const WarpView& view;
   int of_lane;
 
+  // The first one asked for begins at `entry`.
   __device__ __forceinline__ SeenTiles(const WarpView& warp_view, int entry) : view(warp_view) {
     find(entry);
   }
 
-  // Of the tile that begins at `entry`, one tile in front of the last one asked for.
+  // Of the tile that begins at `entry`, in front of the one asked for before.
   __device__ __forceinline__ int operator()(int entry) {
     const int turn = entry >> kShift & (kWarpSize - 1);
     if (turn == kWarpSize - 1) find(entry);
@@ -195,38 +195,40 @@ struct SeenTiles {
   static constexpr int kShift = kBlockN == 64 ? 6 : 5;
   static_assert(1 << kShift == kBlockN);
 
-  // Of the tile at `entry` and those in front of it.
+  // Of the tile that begins at `entry`, and those in front of it.
   __device__ __forceinline__ void find(int entry) {
     const int lane = threadIdx.x % kWarpSize;
-    const int mine = entry - ((entry >> kShift) - lane & (kWarpSize - 1)) * kBlockN;
-    const bool first = view.any(mine, mine + kPart);
-    const bool last = kPart < kBlockN && view.any(mine + kPart, mine + kBlockN);
-    const int begin = first ? mine : mine + kPart;
-    const int end = last ? mine + kBlockN : mine + kPart;
-    const bool plain = begin < end && view.all(begin, end) && view.has_one_bias(begin, end);
-    of_lane = (first ? kFirst : 0) | (last ? kLast : 0) | (plain ? kPlain : 0);
+    const int begin = entry - ((entry >> kShift) - lane & (kWarpSize - 1)) * kBlockN;
+    const int end = begin + kBlockN;
+    of_lane = view.any(begin, begin + kPart) ? kFirst : 0;
+    if (kPart < kBlockN && view.any(begin + kPart, end)) of_lane |= kLast;
+    if (view.all(begin, end) && view.has_one_bias(begin, end)) of_lane |= kPlain;
   }
 };
 
-// Calls step(entries, tile, entry, is_plain) for what a warp sees of a tile: all of it, one half, or
-// not at all. entries: a constant.
-template <int kHeadDim, int kBlockN, typename Step>
+// Takes up what a warp sees of the tile that begins at `entry`, `tile` bytes behind the first stage:
+// step(entries, is_plain, tile, entry) with the constants how many entries, and whether all rows see
+// all of them, which have one bias. kPlainStep, kMaskedStep: the most entries of a step.
+template <int kHeadDim, int kBlockN, int kPlainStep, int kMaskedStep, typename Step>
 __device__ __forceinline__ void step_over(int seen, int tile, int entry, Step step) {
   using Seen = SeenTiles<kBlockN>;
-  const bool is_plain = seen & Seen::kPlain;
-  if (is_plain && (seen & Seen::kWhole) == Seen::kWhole) {
+  constexpr int kPart = Seen::kPart;
+  const bool is_whole = (seen & Seen::kWhole) == Seen::kWhole;
+  if (seen & Seen::kPlain) {
+    // One straight line, so that ptxas may mix products of one step with what follows those of another.
 #pragma unroll
-    for (int part = 0; part < kBlockN / Seen::kPart; ++part) {
-      step(std::integral_constant<int, Seen::kPart>(),
-           tile + part * Seen::kPart * kHeadDim * 2, entry + part * Seen::kPart, std::true_type());
+    for (int first = 0; first < kBlockN; first += kPlainStep) {
+      step(std::integral_constant<int, kPlainStep>(), std::true_type(),
+           tile + first * kHeadDim * 2, entry + first);
     }
-    return;
-  }
+  } else if (kMaskedStep > kPart && is_whole) {
+    step(std::integral_constant<int, kMaskedStep>(), std::false_type(), tile, entry);
+  } else {
 #pragma unroll 1
-  for (int part = 0; part < kBlockN / Seen::kPart; ++part) {
-    if (seen >> part & 1) {
-      step(std::integral_constant<int, Seen::kPart>(), tile + part * Seen::kPart * kHeadDim * 2,
-           entry + part * Seen::kPart, std::false_type());
+    for (int part = 0; part < kBlockN / kPart; ++part) {
+      if ((seen >> part & 1) == 0) continue;
+      step(std::integral_constant<int, kPart>(), std::false_type(),
+           tile + part * kPart * kHeadDim * 2, entry + part * kPart);
     }
   }
 }
