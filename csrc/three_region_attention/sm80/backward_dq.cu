@@ -223,6 +223,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   tile.template copy<kHeadDim, kThreads>(shared.q, params.q);
   tile.template copy<kHeadDim, kThreads>(shared.dout, params.dout);
+  cp_async_commit_group();
   WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
@@ -252,9 +253,11 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   state.initialize(params, tile, ds_scale);
 
   SeenTiles<kBlockN> seen_tiles(view, list.size - kBlockN);
-  int entry = list.size - kBlockN, stage = stages.wait(entry);
+  cp_async_wait_group<1>();
+  bar_sync();
   state.load_rows();
-  while (true) {
+  for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
+    const int stage = stages.wait(entry);
     int seen = seen_tiles(entry);
     if (!state.has_fused_logits) seen &= ~seen_tiles.kPlain;
     step_over<kHeadDim, kBlockN, 32, 32>(
@@ -262,12 +265,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
           state.template step<decltype(entries)::value, decltype(is_plain)::value>(problem, at,
                                                                                    from);
         });
-    entry -= kBlockN;
-    if (entry <= -kBlockN) break;
-    stage = stages.wait(entry);
   }
 
-  const float factor = problem.softmax_scale * exp2f(float(-exponent));
+  const float factor = problem.softmax_scale *
+                       exp2f(float(-ds_exponent<T>(params, tile.batch, tile.head)));
   bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {

@@ -255,6 +255,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const FarKeys far = far_keys_of(problem, tile.batch);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   tile.template copy<kHeadDim, kThreads>(sQ, params.q);
+  cp_async_commit_group();
   WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,

@@ -247,7 +247,6 @@ struct KeyStages {
   int thread, first_row;       // in the block; of a tile, of those that the thread copies
   int offset;                  // of the thread's first chunk in a tile
   int stage = 0;               // of the next tile
-  int next_key;                // the thread's key of the tile behind that
 
   __device__ __forceinline__ KeyStages(const KeyList& key_list, Buffers& buffers,
                                        const ConstHeads& gK, const ConstHeads& gV, int batch,
@@ -265,13 +264,16 @@ struct KeyStages {
     if (kHeadDim <= 64) first_row = kept(first_row);  // beyond, registers do not suffice
   }
 
-  // Looks up the thread's key of the tile that begins at `entry`: a load that nothing waits for.
-  __device__ __forceinline__ void find(int entry) {
-    if (thread < kBlockN) next_key = list.packed_key(entry + thread);
-  }
-
-  __device__ __forceinline__ void store_key(int of_stage) {
-    if (thread < kBlockN) shared.keys[of_stage][thread] = list.far.clamp(next_key);
+  // Starts to look up the keys of the tile that begins at `entry`.
+  __device__ __forceinline__ void find(int of_stage, int entry) {
+    if (thread >= kBlockN) return;
+    int& key = shared.keys[of_stage][thread];
+    const int own = entry + thread;
+    if (own >= list.num_text && own < list.num_far) {
+      cp_async_4(&key, list.far.pivots + own - list.num_text, true);
+    } else {
+      key = own < list.num_text ? own : list.first_window + own - list.num_far;
+    }
   }
 
   // Copies the tile whose row r holds key key_of(r). The first `absent` rows become zeros.
@@ -293,12 +295,11 @@ struct KeyStages {
     Items::for_each_from(first, [&](int at, int step, int chunk) {
       cp_async_16(to.v + at, row_at(v, v_bytes, keys[step]) + chunk * 16, exists(step));
     });
-    cp_async_commit_group();
   }
 
   // Of the tile that begins at `entry`.
   __device__ __forceinline__ void copy_found(int of_stage, int entry) {
-    const auto key_of = [&](int row) { return shared.keys[of_stage][row]; };
+    const auto key_of = [&](int row) { return list.far.clamp(shared.keys[of_stage][row]); };
     if (entry >= 0) {
       copy<false>(of_stage, 0, key_of);
     } else {
@@ -317,24 +318,26 @@ struct KeyStages {
   // Takes the list. has_started: what start_in_window gave.
   __device__ __forceinline__ void start(bool has_started) {
     if (!has_started) {
-      find(list.size - kBlockN);
-      store_key(0);
+      find(0, list.size - kBlockN);
+      cp_async_commit_group();
+      cp_async_wait_group<0>();
       bar_sync();
       copy_found(0, list.size - kBlockN);
     }
-    find(list.size - 2 * kBlockN);
+    find(1, list.size - 2 * kBlockN);
+    cp_async_commit_group();
   }
 
   // The tile that begins at `entry`: how far behind the first stage it lies, in bytes.
   __device__ __forceinline__ int wait(int entry) {
     const int tile = stage * int(sizeof(shared.stages[0]));
     stage ^= 1;
-    if (entry > 0) store_key(stage);
     cp_async_wait_group<0>();
     bar_sync();
     if (entry > 0) {
       copy_found(stage, entry - kBlockN);
-      find(entry - 2 * kBlockN);
+      find(stage ^ 1, entry - 2 * kBlockN);
+      cp_async_commit_group();
     }
     return tile;
   }
