@@ -73,7 +73,8 @@ __device__ __forceinline__ void find_context(const ThreeRegionProblem& problem,
 // Which of kEntries entries the rows of a lane's fragments see, a bit for each.
 template <int kRowTiles, int kEntries>
 struct VisibleEntries {
-  uint32_t words[kRowTiles][2][kEntries / 32];
+  static constexpr int kWords = (kEntries + 31) / 32;
+  uint32_t words[kRowTiles][2][kWords];
 
   // The entries from `entry` on. position: of the lane's first row. far_end: see find_context.
   __device__ __forceinline__ VisibleEntries(const ThreeRegionProblem& problem, const KeyList& list,
@@ -93,7 +94,7 @@ struct VisibleEntries {
           const int row = 16 * rt + 8 * half, end = list.entry_of(position + row + 1);
           const auto bits = seen(row);
 #pragma unroll
-          for (int word = 0; word < kEntries / 32; ++word) {
+          for (int word = 0; word < kWords; ++word) {
             words[rt][half][word] = bits(word) & ~from(end, word);
           }
         }
@@ -171,10 +172,9 @@ struct KeyBuffers {
 // What a warp sees of the tiles of its block's list. Each lane knows it for one of 32 tiles.
 template <int kBlockN>
 struct SeenTiles {
-  static constexpr int kPart = 32;             // a tile has one or two parts
-  static constexpr int kFirst = 1, kLast = 2;  // some row sees some entry of the part
-  static constexpr int kWhole = kBlockN == kPart ? kFirst : kFirst | kLast;
-  static constexpr int kPlain = 4;  // all rows see all entries, and the entries have one bias
+  // A bit for each sixteen entries, of which some row sees one; and one more where all rows see all
+  // entries of the tile, and these have one bias.
+  static constexpr int kParts = kBlockN / 16, kWhole = (1 << kParts) - 1, kPlain = 1 << kParts;
 
   const WarpView& view;
   int of_lane;
@@ -186,7 +186,7 @@ struct SeenTiles {
 
   // Of the tile that begins at `entry`, in front of the one asked for before.
   __device__ __forceinline__ int operator()(int entry) {
-    const int turn = entry >> kShift & (kWarpSize - 1);
+    const int turn = (entry >> kShift) & (kWarpSize - 1);
     if (turn == kWarpSize - 1) find(entry);
     return shfl_idx(of_lane, turn);
   }
@@ -198,37 +198,43 @@ struct SeenTiles {
   // Of the tile that begins at `entry`, and those in front of it.
   __device__ __forceinline__ void find(int entry) {
     const int lane = threadIdx.x % kWarpSize;
-    const int begin = entry - ((entry >> kShift) - lane & (kWarpSize - 1)) * kBlockN;
+    const int begin = entry - (((entry >> kShift) - lane) & (kWarpSize - 1)) * kBlockN;
     const int end = begin + kBlockN;
-    of_lane = view.any(begin, begin + kPart) ? kFirst : 0;
-    if (kPart < kBlockN && view.any(begin + kPart, end)) of_lane |= kLast;
-    if (view.all(begin, end) && view.has_one_bias(begin, end)) of_lane |= kPlain;
+    of_lane = view.all(begin, end) && view.has_one_bias(begin, end) ? kPlain : 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (view.any(begin + 16 * part, begin + 16 * part + 16)) of_lane |= 1 << part;
+    }
   }
 };
 
 // Takes up what a warp sees of the tile that begins at `entry`, `tile` bytes behind the first stage:
 // step(entries, is_plain, tile, entry) with the constants how many entries, and whether all rows see
-// all of them, which have one bias. kPlainStep, kMaskedStep: the most entries of a step.
-template <int kHeadDim, int kBlockN, int kPlainStep, int kMaskedStep, typename Step>
+// all of them, which have one bias. The most and the fewest entries of a step are the kernel's choice.
+template <int kHeadDim, int kBlockN, int kPlainStep, int kLargeStep, int kSmallStep, typename Step>
 __device__ __forceinline__ void step_over(int seen, int tile, int entry, Step step) {
-  using Seen = SeenTiles<kBlockN>;
-  constexpr int kPart = Seen::kPart;
-  const bool is_whole = (seen & Seen::kWhole) == Seen::kWhole;
-  if (seen & Seen::kPlain) {
-    // One straight line, so that ptxas may mix products of one step with what follows those of another.
+  if (seen & SeenTiles<kBlockN>::kPlain) {
+    // One straight line, so that ptxas may mix the products of a step with those of the one before.
 #pragma unroll
     for (int first = 0; first < kBlockN; first += kPlainStep) {
       step(std::integral_constant<int, kPlainStep>(), std::true_type(),
            tile + first * kHeadDim * 2, entry + first);
     }
-  } else if (kMaskedStep > kPart && is_whole) {
-    step(std::integral_constant<int, kMaskedStep>(), std::false_type(), tile, entry);
-  } else {
+    return;
+  }
 #pragma unroll 1
-    for (int part = 0; part < kBlockN / kPart; ++part) {
-      if ((seen >> part & 1) == 0) continue;
-      step(std::integral_constant<int, kPart>(), std::false_type(),
-           tile + part * kPart * kHeadDim * 2, entry + part * kPart);
+  for (int first = 0; first < kBlockN; first += kLargeStep) {
+    const auto has = [&](int begin, int size) {
+      return (seen >> begin / 16 & ((1 << size / 16) - 1)) != 0;
+    };
+    const bool front = has(first, kSmallStep), back = has(first + kSmallStep, kSmallStep);
+    if (kSmallStep == kLargeStep ? front : front && back) {
+      step(std::integral_constant<int, kLargeStep>(), std::false_type(),
+           tile + first * kHeadDim * 2, entry + first);
+    } else if (kSmallStep < kLargeStep && (front || back)) {
+      const int from = first + (front ? 0 : kSmallStep);
+      step(std::integral_constant<int, kSmallStep>(), std::false_type(), tile + from * kHeadDim * 2,
+           entry + from);
     }
   }
 }
