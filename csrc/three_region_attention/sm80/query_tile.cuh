@@ -224,18 +224,23 @@ __device__ __forceinline__ void step_over(int seen, int tile, int entry, Step st
   }
 #pragma unroll 1
   for (int first = 0; first < kBlockN; first += kLargeStep) {
-    const auto has = [&](int begin, int size) {
-      return (seen >> begin / 16 & ((1 << size / 16) - 1)) != 0;
-    };
-    const bool front = has(first, kSmallStep), back = has(first + kSmallStep, kSmallStep);
-    if (kSmallStep == kLargeStep ? front : front && back) {
+    constexpr int kSmall = (1 << kSmallStep / 16) - 1;
+    static_assert(kLargeStep <= 2 * kSmallStep);
+    bool is_whole = true;
+#pragma unroll
+    for (int part = 0; part < kLargeStep; part += kSmallStep) {
+      is_whole = is_whole && (seen >> (first + part) / 16 & kSmall) != 0;
+    }
+    if (is_whole) {
       step(std::integral_constant<int, kLargeStep>(), std::false_type(),
            tile + first * kHeadDim * 2, entry + first);
-    } else if (kSmallStep < kLargeStep && (front || back)) {
-      const int from = first + (front ? 0 : kSmallStep);
-      step(std::integral_constant<int, kSmallStep>(), std::false_type(), tile + from * kHeadDim * 2,
-           entry + from);
+      continue;
     }
+    int part = first;  // at most one
+    if ((seen >> part / 16 & kSmall) == 0) part += kSmallStep;
+    if ((seen >> part / 16 & kSmall) == 0) continue;
+    step(std::integral_constant<int, kSmallStep>(), std::false_type(), tile + part * kHeadDim * 2,
+         entry + part);
   }
 }
 
