@@ -260,7 +260,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     const int stage = stages.wait(entry);
     int seen = seen_tiles(entry);
     if (!state.has_fused_logits) seen &= ~seen_tiles.kPlain;
-    step_over<kHeadDim, kBlockN, 32, 32, 16>(
+    step_over<kHeadDim, kBlockN, 32, 16>(
         seen, stage, entry, [&](auto entries, auto is_plain, int at, int from) {
           state.template step<decltype(entries)::value, decltype(is_plain)::value>(problem, at,
                                                                                    from);

@@ -297,7 +297,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     for (int d = 0; d < kHeadDim / 16; ++d) state.load_queries(d);
   }
   while (true) {
-    step_over<kHeadDim, kBlockN, kBlockN, kBlockN, 32>(
+    step_over<kHeadDim, kBlockN, kBlockN, 32>(
         seen_tiles(entry), stage, entry, [&](auto entries, auto is_plain, int at, int from) {
           state.template step<decltype(entries)::value, decltype(is_plain)::value>(problem, at,
                                                                                    from);

@@ -210,37 +210,36 @@ struct SeenTiles {
 
 // Takes up what a warp sees of the tile that begins at `entry`, `tile` bytes behind the first stage:
 // step(entries, is_plain, tile, entry) with the constants how many entries, and whether all rows see
-// all of them, which have one bias. The most and the fewest entries of a step are the kernel's choice.
-template <int kHeadDim, int kBlockN, int kPlainStep, int kLargeStep, int kSmallStep, typename Step>
+// all of them, which have one bias. kMost, kFewest: entries of a step.
+template <int kHeadDim, int kBlockN, int kMost, int kFewest, typename Step>
 __device__ __forceinline__ void step_over(int seen, int tile, int entry, Step step) {
+  constexpr int kHalf = 32;
+  const auto masked_step = [&](auto entries, int first) {
+    step(entries, std::false_type(), tile + first * kHeadDim * 2, entry + first);
+  };
+  const auto sees = [=](int first, int entries) {
+    return (seen >> first / 16 & ((1 << entries / 16) - 1)) != 0;
+  };
   if (seen & SeenTiles<kBlockN>::kPlain) {
     // One straight line, so that ptxas may mix the products of a step with those of the one before.
 #pragma unroll
-    for (int first = 0; first < kBlockN; first += kPlainStep) {
-      step(std::integral_constant<int, kPlainStep>(), std::true_type(),
-           tile + first * kHeadDim * 2, entry + first);
+    for (int first = 0; first < kBlockN; first += kMost) {
+      step(std::integral_constant<int, kMost>(), std::true_type(), tile + first * kHeadDim * 2,
+           entry + first);
     }
-    return;
-  }
+  } else if (kMost > kHalf && sees(0, kHalf) && sees(kHalf, kHalf)) {
+    masked_step(std::integral_constant<int, kMost>(), 0);
+  } else {
 #pragma unroll 1
-  for (int first = 0; first < kBlockN; first += kLargeStep) {
-    constexpr int kSmall = (1 << kSmallStep / 16) - 1;
-    static_assert(kLargeStep <= 2 * kSmallStep);
-    bool is_whole = true;
-#pragma unroll
-    for (int part = 0; part < kLargeStep; part += kSmallStep) {
-      is_whole = is_whole && (seen >> (first + part) / 16 & kSmall) != 0;
+    for (int first = 0; first < kBlockN; first += kHalf) {
+      if (!sees(first, kHalf)) continue;
+      if (kFewest == kHalf || (sees(first, kFewest) && sees(first + kFewest, kFewest))) {
+        masked_step(std::integral_constant<int, kHalf>(), first);
+      } else {
+        masked_step(std::integral_constant<int, kFewest>(),
+                    sees(first, kFewest) ? first : first + kFewest);
+      }
     }
-    if (is_whole) {
-      step(std::integral_constant<int, kLargeStep>(), std::false_type(),
-           tile + first * kHeadDim * 2, entry + first);
-      continue;
-    }
-    int part = first;  // at most one
-    if ((seen >> part / 16 & kSmall) == 0) part += kSmallStep;
-    if ((seen >> part / 16 & kSmall) == 0) continue;
-    step(std::integral_constant<int, kSmallStep>(), std::false_type(), tile + part * kHeadDim * 2,
-         entry + part);
   }
 }
 
