@@ -90,9 +90,9 @@ struct DqWarp {
   const unsigned char *sQ, *sDout;
   const KeyStage<kHeadDim, kBlockN>* stages;
   LaneRow<kHeadDim> q_row, key_row, ds_row;
-  int far_end;     // of the lane's row of the warp, see find_context
-  int position;    // of the lane's first row
-  float scale;     // from a product to a logit in bits
+  int far_end;            // of the lane's row of the warp, see find_context
+  int position;           // of the lane's first row
+  float scale;            // from a product to a logit in bits
   bool has_fused_logits;  // see is_large_logit; and hidden ones are products of -inf
   float row_max[kRowTiles][2];
   float factor[kRowTiles][2];       // 2^-row_log_sum, and what ds is multiplied by
@@ -171,7 +171,6 @@ struct DqWarp {
                                                         entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
         if (!sees) s[rt][n][c] = -INFINITY;
-        if (!sees) ds[rt][n][c] = 0.f;
       });
     }
     float shift[kRowTiles][2];
@@ -190,7 +189,8 @@ struct DqWarp {
 #pragma unroll
         for (int i = 0; i < 8; ++i) {
           const int half = i / 2 % 2;
-          const float p = ex2_approx(fmaf(s[rt][2 * n + i / 4][i % 4], of_product, shift[rt][half]));
+          const float p =
+              ex2_approx(fmaf(s[rt][2 * n + i / 4][i % 4], of_product, shift[rt][half]));
           float& product = ds[rt][2 * n + i / 4][i % 4];
           product = p * fmaf(product, factor[rt][half], minus_delta[rt][half]);
         }
@@ -267,8 +267,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
         });
   }
 
-  const float factor = problem.softmax_scale *
-                       exp2f(float(-ds_exponent<T>(params, tile.batch, tile.head)));
+  const float factor =
+      problem.softmax_scale * exp2f(float(-ds_exponent<T>(params, tile.batch, tile.head)));
   bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
