@@ -331,7 +331,12 @@ MUTATIONS = [
     *mutations(
         "three_region_attention/sm80/backward_dq.cu",
         ("dq-no-softmax-scale", VALUES, "problem.softmax_scale * exp2f(", "exp2f("),
-        ("dq-exponent-not-undone", VALUES, "exp2f(float(-exponent))", "1.f"),
+        (
+            "dq-exponent-not-undone",
+            VALUES,
+            "exp2f(float(-ds_exponent<T>(params, tile.batch, tile.head)))",
+            "1.f",
+        ),
         ("dq-no-delta", VALUES, "minus_delta[rt][half]);", "0.f);"),
         ("dq-nothing-masked", VALUES, "if (!sees) s[rt][n][c] = -INFINITY;", ""),
         ("dq-nan-rows-kept", LEAKS, "&& sum != 0.f", "&& false"),

@@ -8,8 +8,9 @@
 //            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers. What a warp
-//            skips and masks is as in the forward.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose q, dout and dq stay in registers.
+//            What a warp skips and masks is as in the forward, but that it takes 32 entries in a
+//            step, or 16 where it sees no more.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  12288  16384
 //            dout                           8192  16384  12288  16384
@@ -17,10 +18,11 @@
 //            keys of the stages              512    512    256    256
 //            key lists and views of warps    384    384    384    384
 //            total, dynamic                33664  66432  49792  66176
-// Barriers   those of KeyStages, as the forward; bar_warp_sync: a warp's key list, its rows of dq
+// Barriers   those of KeyStages, as the forward; bar_sync: q and dout have arrived; bar_warp_sync: a
+//            warp's key list, its rows of dq
 // Writers    one thread writes each element of dq: deterministic.
-// Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
-//            before ds k; dq once.
+// Rounding   float32 products, p and sums, logits as in the forward; ds rounded to the element type
+//            (scaled, see backward.cuh) before ds k; dq once.
 // Reference  gradient of cogview_kernels.attention.reference.three_region_attention
 
 #include "backward.cuh"

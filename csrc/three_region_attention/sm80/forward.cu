@@ -14,9 +14,11 @@
 // Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len,
 //            head_dim); any strides, rows contiguous and aligned to 16 bytes.
 // Grid       one block per head and tile of kBlockM query positions (query_tile.cuh).
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers. A warp skips
-//            tiles that none of its rows sees; all others take the same step, in which hidden
-//            entries are masked where some row does not see some entry.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers, and up to a
+//            head dim of 64 their q. A warp skips the halves of a tile that none of its rows sees. A
+//            tile that all rows see takes a step without branches; in the others hidden entries are
+//            masked. Weights are taken sixteen entries at a time, among the products with v of those
+//            before.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  24576  32768
 //            stages: 2 x (k, v)            16384  32768  24576  32768
@@ -25,10 +27,12 @@
 //            total, dynamic                25472  50048  49792  66176
 // Barriers   bar_sync in KeyStages::start    the keys of the first tile are looked up
 //            bar_sync in KeyStages::wait     the tile has arrived for all threads, and the keys of
-//                                            the next; all warps have left the stage that is filled
+//                                            the next; all warps have left the stage and the keys
+//                                            that are filled; before the first tile: q has arrived
 //            bar_sync, negative scale only   the q tile has arrived, before its sign changes
 //            bar_warp_sync                   a warp's key list; its rows of the out tile
-// Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
+// Rounding   float32 products, softmax and sums; below 1024 bits (is_large_logit) only the largest
+//            logit of a row is rounded; p rounded to the element type before p v; out once.
 // Reference  cogview_kernels.attention.reference.three_region_attention
 
 #include "exact.cuh"
