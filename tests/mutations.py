@@ -55,6 +55,8 @@ SIGN = "any_scale_and_sign"
 LOSS_SCALE = "any_loss_scale"
 SMALL = "small_weights"
 LARGE = "beyond_float32"
+LARGE_LOGITS = "large_logits"
+LONG = "long_lists"
 NORMS = "norm_equals or sandwich_equals"  # from here on: of LayerNorm
 SANDWICH = "sandwich_equals"
 KINDS = "each_kind_of_row"
@@ -243,8 +245,29 @@ MUTATIONS = [
             "context = {list, view};\n  bar_warp_sync();",
             "context = {list, view};",
         ),
-        ("keys-copied-without-barrier", VALUES, "(0);\n      bar_sync();", "(0);"),
-        ("keys-not-stored", VALUES, "if (entry > 0) store_key(stage);", ""),
+        ("keys-copied-without-barrier", VALUES, "<0>();\n      bar_sync();", "<0>();"),
+        ("keys-not-looked-up", VALUES, "find(stage ^ 1, entry - 2 * kBlockN);", ""),
+        ("first-entry-of-the-list-zero", VALUES, "-entry, key_of", "-entry + 1, key_of"),
+        ("hidden-entries-taken-for-plain", VALUES, "view.all(begin, end) && view.has", "view.has"),
+        (
+            "biases-of-a-plain-tile-taken-for-one",
+            DEFINITION,
+            "&& view.has_one_bias(begin, end) ?",
+            "?",
+        ),
+        (
+            "tiles-not-looked-at-again",
+            LONG,
+            "if (turn == kWarpSize - 1) find(entry);",
+            "",
+        ),
+        (
+            "step-of-the-other-half",
+            VALUES,
+            "sees(first, kFewest) ? first : first + kFewest",
+            "first",
+        ),
+        ("large-logits-not-rounded", LARGE_LOGITS, "!(fabsf(logit) < 1024.f)", "false"),
         ("first-tile-a-key-early", VALUES, "end - kBlockN + row;", "end - kBlockN + row - 1;"),
         ("diagonal-hidden", VALUES, "entry_of(position + row + 1);", "entry_of(position + row);"),
         (
@@ -266,7 +289,12 @@ MUTATIONS = [
             "shfl_idx(far_end, row + lane / 4)",
             "shfl_idx(far_end, row)",
         ),
-        ("stage-not-waited-for", VALUES, "cp_async_wait_group<0>();", ""),
+        (
+            "stage-not-waited-for",
+            VALUES,
+            "cp_async_wait_group<0>();\n    bar_sync();",
+            "bar_sync();",
+        ),
         (
             "stage-without-barrier",
             VALUES,
@@ -329,7 +357,7 @@ MUTATIONS = [
             "far_keys_of(problem, tile.batch, 0)",
         ),
         ("forward-nothing-masked", VALUES, "if (!sees) s[rt][n][c] = -INFINITY;", ""),
-        ("forward-first-entries-lost", VALUES, "entry > -kBlockN;", "entry > 0;"),
+        ("forward-first-entries-lost", VALUES, "entry <= -kBlockN", "entry <= 0"),
         (
             "forward-no-log2e",
             VALUES,
@@ -343,7 +371,7 @@ MUTATIONS = [
             "cp_async_wait_group<0>();\n    bar_sync();",
             "cp_async_wait_group<0>();",
         ),
-        ("forward-l-not-rescaled", VALUES, "l[rt][half] * keep + sum", "l[rt][half] + sum"),
+        ("forward-l-not-rescaled", VALUES, "l[rt][half] *= keep;", ""),
         ("forward-o-not-rescaled", VALUES, "o[rt][n][2 * half] *= keep;", ""),
         (
             "forward-sum-of-one-lane",
@@ -400,9 +428,14 @@ MUTATIONS = [
             "far_keys_of(problem, tile.batch, 0)",
         ),
         ("dq-no-softmax-scale", VALUES, "problem.softmax_scale * exp2f(", "exp2f("),
-        ("dq-exponent-not-undone", VALUES, "exp2f(float(-exponent))", "1.f"),
-        ("dq-no-delta", VALUES, "ds_scale, minus_delta[rt][half]);", "ds_scale, 0.f);"),
-        ("dq-nothing-masked", VALUES, "if (!sees) ds[rt][n][c] = 0.f;", ""),
+        (
+            "dq-exponent-not-undone",
+            VALUES,
+            "exp2f(float(-ds_exponent<T>(params, tile.batch, tile.head)))",
+            "1.f",
+        ),
+        ("dq-no-delta", VALUES, "minus_delta[rt][half]);", "0.f);"),
+        ("dq-nothing-masked", VALUES, "if (!sees) s[rt][n][c] = -INFINITY;", ""),
         ("dq-nan-rows-kept", LEAKS, "&& sum != 0.f", "&& false"),
         ("dq-exact-no-delta", LEAKS, "p * (dp - params.delta[at])", "p * dp"),
     ),

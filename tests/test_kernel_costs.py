@@ -23,14 +23,14 @@ NORMS = {(row["case"], row["operator"]): row for row in COMMITTED["norms"]}
 
 # Issued over useful products, and moved over necessary bytes.
 BOUNDS = {
-    "forward": (1.25, 1.15),
+    "forward": (1.15, 1.05),
     "backward_row": (0, 1.0),
     "backward_dkdv": (1.2, 1.05),
-    "backward_dq": (1.25, 1.1),
-    "backward": (1.2, 1.1),
+    "backward_dq": (1.1, 1.05),
+    "backward": (1.15, 1.05),
 }
 # The last is relative to the definition's five products: scores and dout v^T are computed twice.
-BACKWARD_OF_FIVE = 1.7
+BACKWARD_OF_FIVE = 1.6
 # Compilers may merge two loads of the same value, and only rows use special load instructions.
 TOLERANCE = {"moved_far_keys": 0.05, "shared_accesses": 0.05, "bank_conflicts": 0.1}
 
