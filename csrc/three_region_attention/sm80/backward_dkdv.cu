@@ -382,83 +382,106 @@ struct DkdvWarp {
   }
 };
 
-// The queries that see a block's keys.
+// The queries that see a block's keys: positions [begin, end) of each head of the group.
 struct QueryRange {
+  int begin, end;
+  int num_tiles;               // of a head
+  int first_tile, last_tile;   // the block's tiles, of those of all heads
   int batch, first_head;
-  int begin, end;  // positions
-  int num_tiles;   // of a head
+  // Of the head whose tiles are copied: its number; where row `begin` lies.
+  int head;
+  const unsigned char *q, *dout;
+  int64_t statistic;
 };
 
-// A warp's own copy of its keys and the block's queries.
+// A warp's own copy of what it works on. In shared memory, since registers are scarce.
 template <int kRowTiles>
-struct WarpWork {
+struct WarpContext {
   WarpKeys<kRowTiles> keys;
   QueryRange queries;
+  DkdvWork work;
+  float dk_factor;  // from the sums to dk
 };
 
-__device__ __forceinline__ QueryRange query_range_of(const ThreeRegionProblem& problem,
-                                                     const DkdvWork& work, const FarList& list,
-                                                     int block_m, int block_n) {
-  QueryRange range;
-  range.batch = work.batch;
-  range.first_head = work.kv_head * (problem.num_heads / problem.num_kv_heads);
-  range.end = problem.k_len;
-  if (work.is_far) {
-    range.begin = list.key(work.first);
-  } else {
-    range.begin = max(work.first, list.num_text);
-    const int last = min(work.first + block_n, problem.k_len) - 1;
-    if (range.begin >= list.far.text_len) range.end = first_far_query(last, problem);
-  }
-  range.begin = max(range.begin, problem.k_len - problem.q_len);
-  range.num_tiles = (max(range.end - range.begin, 0) + block_m - 1) / block_m;
-  return range;
-}
-
-// Tiles of them, head after head of the group, in two stages.
+// Tiles of the queries, head after head of the group, in two stages.
 template <typename Shape>
 struct QueryTiles {
   static constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM;
   using Stage = QueryStage<kHeadDim, kBlockM>;
   using Items = TileItems<kHeadDim, kBlockM, Shape::kThreads>;
 
-  const QueryRange& range;
+  QueryRange& range;
   Stage* stages;
   int stage = 0;  // of the next tile
+  int query;      // first one of the tile that is copied next
 
-  // Of the tile that is copied next: its head and first query; where the thread's part begins.
-  int head, query;
-  const unsigned char *q, *dout;
-  int64_t statistic;
-
-  __device__ __forceinline__ QueryTiles(const QueryRange& queries, Stage (&shared)[2])
+  __device__ __forceinline__ QueryTiles(QueryRange& queries, Stage (&shared)[2])
       : range(queries), stages(shared) {}
 
-  // The next tile is `tile` of the tiles of all heads.
-  __device__ __forceinline__ void start(const ThreeRegionBackwardParams& params, int tile) {
-    const int of_group = tile < range.num_tiles ? 0 : tile / range.num_tiles;
-    query = range.begin + (tile - of_group * range.num_tiles) * kBlockM;
-    head = range.first_head + of_group;
-    find_rows(params);
+  // Finds the block's tiles and starts to copy the first one. Returns how many there are.
+  __device__ __forceinline__ int start(const ThreeRegionBackwardParams& params,
+                                       const DkdvWork& work, const FarList& list) {
+    const ThreeRegionProblem& problem = params.problem;
+    int begin, end = problem.k_len;
+    if (work.is_far) {
+      begin = list.key(work.first);
+    } else {
+      begin = max(work.first, list.num_text);
+      const int last = min(work.first + Shape::kBlockN, problem.k_len) - 1;
+      if (begin >= list.far.text_len) end = first_far_query(last, problem);
+    }
+    begin = max(begin, problem.k_len - problem.q_len);
+    const int group = problem.num_heads / problem.num_kv_heads;
+    const int first_head = work.kv_head * group;
+    const int num_tiles = (max(end - begin, 0) + kBlockM - 1) / kBlockM;
+    int first_tile = 0, last_tile = group * num_tiles;
+    if (work.num_splits > 1) {
+      first_tile = int(int64_t(last_tile) * work.split / work.num_splits);
+      last_tile = int(int64_t(last_tile) * (work.split + 1) / work.num_splits);
+    }
+    if (threadIdx.x % kWarpSize == 0) {
+      range.begin = begin;
+      range.end = end;
+      range.num_tiles = num_tiles;
+      range.first_tile = first_tile;
+      range.last_tile = last_tile;
+      range.batch = work.batch;
+      range.first_head = first_head;
+    }
+    if (first_tile < last_tile) {
+      const int of_group = first_tile < num_tiles ? 0 : first_tile / num_tiles;
+      query = begin + (first_tile - of_group * num_tiles) * kBlockM;
+      find_head(params, first_head + of_group);
+      bar_warp_sync();
+      copy(params);
+    }
+    return last_tile - first_tile;
   }
 
-  __device__ __forceinline__ void find_rows(const ThreeRegionBackwardParams& params) {
-    const int first_position = params.problem.k_len - params.problem.q_len;
-    const auto first_row = [&](const ConstHeads& tensor) {
-      const int row = query - first_position + int(threadIdx.x / Items::kLanes);
-      return row_at(Items::first_chunk(head_of(tensor, range.batch, head)), tensor.stride.row * 2, row);
-    };
-    q = first_row(params.q);
-    dout = first_row(params.dout);
-    statistic = (int64_t(range.batch) * params.problem.num_heads + head) * params.problem.q_len + query -
-                first_position + threadIdx.x % kBlockM;
+  __device__ __forceinline__ void find_head(const ThreeRegionBackwardParams& params, int head) {
+    if (threadIdx.x % kWarpSize == 0) {
+      const int batch = range.batch;
+      const int row = range.begin - (params.problem.k_len - params.problem.q_len);
+      const auto row_of = [&](const ConstHeads& tensor) {
+        const auto* rows = reinterpret_cast<const unsigned char*>(head_of(tensor, batch, head));
+        return row_at(rows, tensor.stride.row * 2, row);
+      };
+      range.head = head;
+      range.q = row_of(params.q);
+      range.dout = row_of(params.dout);
+      range.statistic =
+          (int64_t(batch) * params.problem.num_heads + head) * params.problem.q_len + row;
+    }
   }
 
   __device__ __forceinline__ void copy(const ThreeRegionBackwardParams& params) {
     Stage& to = stages[stage];
-    const int left = range.end - query;  // queries from the first one on
-    const auto copy_rows = [&](unsigned char* tile, const unsigned char* rows, int64_t row_bytes,
+    const int first = query - range.begin, left = range.end - query;
+    const int row = int(threadIdx.x / Items::kLanes);
+    const auto copy_rows = [&](unsigned char* tile, const unsigned char* head, int64_t row_bytes,
                                auto is_inside) {
+      const unsigned char* rows =
+          row_at(head, row_bytes, first + row) + threadIdx.x % Items::kLanes * 16;
       const int64_t step_bytes = Items::kStepRows * row_bytes;
       Items::for_each(threadIdx.x, [&](int offset, int step, int chunk) {
         cp_async_16(tile + offset, rows + chunk * 16 + step * step_bytes, is_inside(step));
@@ -467,16 +490,15 @@ struct QueryTiles {
     const int64_t q_bytes = params.q.stride.row * 2, dout_bytes = params.dout.stride.row * 2;
     if (left >= kBlockM) {
       const auto always = [](int) { return true; };
-      copy_rows(to.q, q, q_bytes, always);
-      copy_rows(to.dout, dout, dout_bytes, always);
+      copy_rows(to.q, range.q, q_bytes, always);
+      copy_rows(to.dout, range.dout, dout_bytes, always);
     } else {
-      const auto is_inside = [=](int step) {
-        return int(threadIdx.x / Items::kLanes) + step * Items::kStepRows < left;
-      };
-      copy_rows(to.q, q, q_bytes, is_inside);
-      copy_rows(to.dout, dout, dout_bytes, is_inside);
+      const auto is_inside = [=](int step) { return row + step * Items::kStepRows < left; };
+      copy_rows(to.q, range.q, q_bytes, is_inside);
+      copy_rows(to.dout, range.dout, dout_bytes, is_inside);
     }
     const int i = threadIdx.x % kBlockM;
+    const int64_t statistic = range.statistic + first + i;
     if (threadIdx.x < kBlockM) {
       float* pair = to.maxima_and_sums[i / 2] + i % 2;
       cp_async_4(pair, params.row_max + statistic, i < left);
@@ -486,14 +508,11 @@ struct QueryTiles {
     }
     cp_async_commit_group();
     query += kBlockM;
-    if (query < range.end) {
-      q += kBlockM * q_bytes;
-      dout += kBlockM * dout_bytes;
-      statistic += kBlockM;
-    } else {
+    if (left <= kBlockM) {
       query = range.begin;
-      ++head;
-      find_rows(params);
+      const int next = range.head + 1;
+      bar_warp_sync();
+      find_head(params, next);
     }
   }
 
@@ -511,14 +530,13 @@ struct QueryTiles {
   }
 };
 
-// Computes dk and dv of a key again (exact.cuh), from the block's tiles of queries [begin, end);
-// writes to `partial_*` where the block is one of several. Leaves them alone where a query that sees
-// the key has a NaN of its own.
+// Computes dk and dv of a key again (exact.cuh), from the block's queries; writes to `partial_*`
+// where the block is one of several. Leaves them alone where a query that sees the key has a NaN of
+// its own.
 template <typename T, typename Shape>
 __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
                                       const QueryRange& queries, const KeyRow& own,
-                                      int kv_head, int begin, int end, float* partial_dk,
-                                      float* partial_dv) {
+                                      int kv_head, float* partial_dk, float* partial_dv) {
   constexpr int kHeadDim = Shape::kHeadDim, kPerLane = kHeadDim / kWarpSize;
   const ThreeRegionProblem& problem = params.problem;
   const int lane = threadIdx.x % kWarpSize, first = problem.k_len - problem.q_len;
@@ -533,7 +551,7 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
       min(from + Shape::kBlockM, own.end));
   };
   bool finite = true;
-  for (int tile = begin; tile < end; ++tile) {
+  for (int tile = queries.first_tile; tile < queries.last_tile; ++tile) {
     for_tile(tile, [&](int, int64_t statistics, int from, int to) {
       for (int i = from + lane; i < to; i += kWarpSize) {
         const int64_t at = statistics + i;
@@ -545,7 +563,7 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
   if (vote_ballot(!finite) != 0) return;
 
   float dk[kPerLane] = {}, dv[kPerLane] = {};
-  for (int tile = begin; tile < end; ++tile) {
+  for (int tile = queries.first_tile; tile < queries.last_tile; ++tile) {
     for_tile(tile, [&](int head, int64_t statistics, int from, int to) {
       for (int i = from; i < to; ++i) {
         const int64_t at = statistics + i;
@@ -581,20 +599,18 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
   }
 }
 
-// Stores the block's dk and dv, and computes keys with a NaN again. [begin, end): its query tiles.
+// Stores a warp's dk and dv, and computes keys with a NaN again.
 template <typename T, typename Shape>
 __device__ __forceinline__ void epilogue(const DkdvParams& params, DkdvWarp<T, Shape>& state,
-                                         const QueryRange& queries, unsigned char* sK,
-                                         unsigned char* sV, const DkdvWork& work, int exponent,
-                                         int begin, int end) {
+                                         const WarpContext<Shape::kRowTiles>& context,
+                                         unsigned char* sK, unsigned char* sV) {
   constexpr int kHeadDim = Shape::kHeadDim, kRowTiles = Shape::kRowTiles;
   const ThreeRegionBackwardParams& backward = params.backward;
-  const ThreeRegionProblem& problem = backward.problem;
-  const auto& rows = state.keys.rows;
+  const DkdvWork& work = context.work;
+  const auto& rows = context.keys.rows;
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x / kWarpSize) * 16 * kRowTiles;
-  const float dk_factor = problem.softmax_scale * exp2f(float(-exponent));
-  const float dv_factor = exp2f(float(-kBackwardShift<T>));
+  const float dk_factor = context.dk_factor, dv_factor = exp2f(float(-kBackwardShift<T>));
   bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -615,7 +631,7 @@ __device__ __forceinline__ void epilogue(const DkdvParams& params, DkdvWarp<T, S
   float *partial_dk = nullptr, *partial_dv = nullptr;  // of the warp's first row
   if (work.num_splits > 1) {
     // (num_splits, 2, batch, num_kv_heads, partial_rows, head_dim)
-    const int64_t num_heads = params.grid.num_heads, num_rows = partial_rows(problem);
+    const int64_t num_heads = params.grid.num_heads, num_rows = partial_rows(backward.problem);
     const int64_t head = 2 * work.split * num_heads + work.head_idx;
     partial_dk = backward.partial + (head * num_rows + work.first + warp_row) * kHeadDim;
     partial_dv = partial_dk + num_heads * num_rows * kHeadDim;
@@ -648,7 +664,7 @@ __device__ __forceinline__ void epilogue(const DkdvParams& params, DkdvWarp<T, S
   bar_warp_sync();
   for_rows_with_nan(has_nan, [&](int row) {
     const bool is_part = partial_dk != nullptr;
-    dkdv_row<T, Shape>(backward, queries, rows[row], work.kv_head, begin, end,
+    dkdv_row<T, Shape>(backward, context.queries, rows[row], work.kv_head,
                        is_part ? partial_dk + row * kHeadDim : nullptr,
                        is_part ? partial_dv + row * kHeadDim : nullptr);
   });
@@ -668,29 +684,15 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   // All threads of a block without keys.
   if (work.is_far ? work.first >= list.size : work.first + kBlockN <= list.num_text) return;
 
-  // This block's tiles of queries are [begin, end).
-  const int group = problem.num_heads / problem.num_kv_heads;
-  const int lane = threadIdx.x % kWarpSize;
-  auto& [keys, range] =
-      shared_array<WarpWork<kRowTiles>, Shape::kWarps>()[kept(int(threadIdx.x / kWarpSize))];
-  const QueryRange found = query_range_of(problem, work, list, kBlockM, kBlockN);
-  if (lane == 0) range = found;
-  bar_warp_sync();
-  QueryTiles<Shape> queries(range, shared.stages);
-  const int num_tiles = group * found.num_tiles;
-  int begin = 0, end = num_tiles;
-  if (work.num_splits > 1) {
-    begin = int(int64_t(num_tiles) * work.split / work.num_splits);
-    end = int(int64_t(num_tiles) * (work.split + 1) / work.num_splits);
-  }
-  if (begin < end) {
-    queries.start(backward, begin);
-    queries.copy(backward);
-  }
+  WarpContext<kRowTiles>& context =
+      shared_array<WarpContext<kRowTiles>, Shape::kWarps>()[kept(int(threadIdx.x / kWarpSize))];
+  QueryTiles<Shape> queries(context.queries, shared.stages);
+  const int num_tiles = queries.start(backward, work, list);
 
   // A warp finds and copies its own rows, and uses no others.
+  const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x / kWarpSize) * kRows;
-  const int own_key = find_keys(keys, problem, list, work.is_far, work.first + warp_row);
+  const int own_key = find_keys(context.keys, problem, list, work.is_far, work.first + warp_row);
   using Items = TileItems<kHeadDim, kRows, kWarpSize>;
   int copied[Items::kSteps];
 #pragma unroll
@@ -711,12 +713,17 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
 
   int exponent = 0;  // one for all heads of the group: their sums meet in dk
   if constexpr (kIsFloat16<T>) {
+    const int group = problem.num_heads / problem.num_kv_heads;
     for (int i = 0; i < group; ++i) {
       const int of_head = ds_exponent<T>(backward, work.batch, work.kv_head * group + i);
       exponent = i == 0 ? of_head : min(exponent, of_head);
     }
   }
-  DkdvWarp<T, Shape> state{keys,
+  if (lane == 0) {
+    context.work = work;
+    context.dk_factor = problem.softmax_scale * exp2f(float(-exponent));
+  }
+  DkdvWarp<T, Shape> state{context.keys,
                            shared.k,
                            shared.v,
                            {kept(lane_row<kHeadDim>(warp_row).offset)},
@@ -726,9 +733,9 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                            exp2f(float(exponent - kBackwardShift<T>))};
   state.initialize();
 
-  for (int tile = begin; tile < end; ++tile) {
+  for (int left = num_tiles; left > 0; --left) {
     int query;
-    const auto& stage = queries.wait(backward, tile + 1 < end, query);
+    const auto& stage = queries.wait(backward, left > 1, query);
 #pragma unroll 1
     for (int row = 0; row < kBlockM; row += kStep) state.step(stage, row, query + row);
   }
@@ -736,7 +743,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   // Where there was no query, k and v are still under way.
   cp_async_wait_group<0>();
   bar_warp_sync();
-  epilogue<T, Shape>(params, state, range, shared.k, shared.v, work, exponent, begin, end);
+  epilogue<T, Shape>(params, state, context, shared.k, shared.v);
 }
 
 template <typename T, int kHeadDim>
