@@ -247,25 +247,31 @@ struct DkdvWarp {
   // Takes up the queries at positions [query, query + kStep), rows `row`.. of the tile of queries.
   __device__ __forceinline__ void step(const QueryStage<kHeadDim, kBlockM>& queries, int row,
                                        int query) {
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-    // Row tiles without a key that a query sees.
-    bool live[kRowTiles], any = false;
-#pragma unroll
-    for (int rt = 0; rt < kRowTiles; ++rt) {
-      live[rt] = query + kStep > keys.some_begin[rt] && query < keys.some_end[rt];
-      any = any || live[rt];
+    const auto sees = [&](int rt) {
+      return query + kStep > keys.some_begin[rt] && query < keys.some_end[rt];
+    };
+    if (sees(kRowTiles - 1)) {
+      step<kRowTiles>(queries, row, query);
+    } else if (kRowTiles > 1 && sees(0)) {  // far keys ascend: the first queries see the first ones alone
+      step<1>(queries, row, query);
     }
-    if (!any) return;
+  }
+
+  // The same, with the keys of the first kLive row tiles.
+  template <int kLive>
+  __device__ __forceinline__ void step(const QueryStage<kHeadDim, kBlockM>& queries, int row,
+                                       int query) {
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
     const int at = row * kHeadDim * 2;
     const LaneRow<kHeadDim> transposed{query_row_transposed.offset + at};
     const LaneRow<kHeadDim> straight{query_row.offset + at};
 
-    float p[kRowTiles][kStep / 8][4] = {}, ds[kRowTiles][kStep / 8][4] = {};
+    float p[kLive][kStep / 8][4] = {}, ds[kLive][kStep / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-      uint32_t k[kRowTiles][4], v[kRowTiles][4];
+      uint32_t k[kLive][4], v[kLive][4];
 #pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
+      for (int rt = 0; rt < kLive; ++rt) {
         ldmatrix_x4(k[rt], sK + key_row.at(rt, d));
         ldmatrix_x4(v[rt], sV + key_row.at(rt, d));
       }
@@ -275,7 +281,7 @@ struct DkdvWarp {
         ldmatrix_x4(q, queries.q + transposed.at(n, d));
         ldmatrix_x4(dout, queries.dout + transposed.at(n, d));
 #pragma unroll
-        for (int rt = 0; rt < kRowTiles; ++rt) {
+        for (int rt = 0; rt < kLive; ++rt) {
           mma_m16n8k16<T>(p[rt][2 * n], k[rt], q[0], q[1]);
           mma_m16n8k16<T>(p[rt][2 * n + 1], k[rt], q[2], q[3]);
           mma_m16n8k16<T>(ds[rt][2 * n], v[rt], dout[0], dout[1]);
@@ -291,38 +297,43 @@ struct DkdvWarp {
 #pragma unroll
         for (int column = 0; column < 2; ++column) {
 #pragma unroll
-          for (int rt = 0; rt < kRowTiles; ++rt) {
+          for (int rt = 0; rt < kLive; ++rt) {
 #pragma unroll
             for (int half = 0; half < 2; ++half) f(rt, half, n, column);
           }
         }
       }
     };
-    if (query >= keys.all_far || query + kStep <= keys.some_far) {
-      const float bias = query >= keys.all_far ? keys.bias : 0.f;
+    const auto to_logits = [&](auto bias_of) {
       for_each([&](int rt, int half, int n, int column) {
         float& logit = p[rt][n][2 * half + column];
-        logit = fmaf(logit, scale, bias);
+        logit = fmaf(logit, scale, bias_of(rt, half, 8 * n + column));
       });
+    };
+    const bool all_far = query >= keys.all_far;
+    const bool has_one_bias = all_far || query + kStep <= keys.some_far;
+    const float one_bias = all_far ? keys.bias : 0.f;
+    const bool all_visible = query >= keys.all_begin && query + kStep <= keys.all_end;
+    if (has_one_bias && all_visible) {
+      to_logits([=](int, int, int) { return one_bias; });
     } else {
-      for_each([&](int rt, int half, int n, int column) {
-        const KeyRow& own = keys.rows[16 * rt + 8 * half + g];
-        const bool is_far = query + 2 * t + 8 * n + column >= own.far;
-        float& logit = p[rt][n][2 * half + column];
-        logit = fmaf(logit, scale, is_far ? own.bias : 0.f);
-      });
-    }
-    if (query < keys.all_begin || query + kStep > keys.all_end) {
-      // A bit for each query that sees the row's key; bit 0 is the lane's first column.
-      const int base = query + 2 * t;
-      uint32_t visible[kRowTiles][2];
+      const int first = query + 2 * t;  // of the lane's queries
+      if (has_one_bias) {
+        to_logits([=](int, int, int) { return one_bias; });
+      } else {
+        to_logits([&](int rt, int half, int column) {
+          const KeyRow& own = keys.rows[16 * rt + 8 * half + g];
+          return first + column >= own.far ? own.bias : 0.f;
+        });
+      }
+      uint32_t visible[kLive][2];  // a bit for each query; bit 0 is the lane's first
 #pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
+      for (int rt = 0; rt < kLive; ++rt) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
           const KeyRow& own = keys.rows[16 * rt + 8 * half + g];
           visible[rt][half] =
-              shl(~0u, max(own.key - base, 0)) & ~shl(~0u, max(own.end - base, 0));
+              shl(~0u, max(own.key - first, 0)) & ~shl(~0u, max(own.end - first, 0));
         }
       }
       for_each([&](int rt, int half, int n, int column) {
@@ -343,7 +354,7 @@ struct DkdvWarp {
         // The scale is a power of two: the same as (ds - delta) ds_scale.
         const float minus_delta = kIsFloat16<T> ? -delta[column] * ds_scale : -delta[column];
 #pragma unroll
-        for (int rt = 0; rt < kRowTiles; ++rt) {
+        for (int rt = 0; rt < kLive; ++rt) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int c = 2 * half + column;
@@ -359,9 +370,9 @@ struct DkdvWarp {
 
 #pragma unroll
     for (int n = 0; n < kStep / 16; ++n) {
-      uint32_t a_p[kRowTiles][4], a_ds[kRowTiles][4];
+      uint32_t a_p[kLive][4], a_ds[kLive][4];
 #pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
+      for (int rt = 0; rt < kLive; ++rt) {
         convert_c_to_a<T>(a_p[rt], p[rt][2 * n], p[rt][2 * n + 1]);
         convert_c_to_a<T>(a_ds[rt], ds[rt][2 * n], ds[rt][2 * n + 1]);
       }
@@ -371,7 +382,7 @@ struct DkdvWarp {
         ldmatrix_x4_trans(q, queries.q + straight.at(n, d));
         ldmatrix_x4_trans(dout, queries.dout + straight.at(n, d));
 #pragma unroll
-        for (int rt = 0; rt < kRowTiles; ++rt) {
+        for (int rt = 0; rt < kLive; ++rt) {
           mma_m16n8k16<T>(dk[rt][2 * d], a_ds[rt], q[0], q[1]);
           mma_m16n8k16<T>(dk[rt][2 * d + 1], a_ds[rt], q[2], q[3]);
           mma_m16n8k16<T>(dv[rt][2 * d], a_p[rt], dout[0], dout[1]);
