@@ -63,7 +63,7 @@ struct DkdvShape {
   static constexpr int kBlockN = 16 * kRowTiles * kWarps;
   // Two stages of 64 queries beside k and v would not fit kMaxSharedBytes at 128.
   static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = 32;
+  static constexpr int kStep = kHeadDim == 32 ? 16 : 32;
   // Blocks on a multiprocessor: 255 registers a thread leave room for two, 168 for three.
   static constexpr int kMinBlocks = kHeadDim == 32 ? 3 : 2;
   struct SharedMemoryPlan {
@@ -423,14 +423,14 @@ struct QueryTiles {
 
   QueryRange& range;
   Stage* stages;
-  int stage = 0;  // of the next tile
-  int query;      // first one of the tile that is copied next
+  int left;   // tiles from the next one on; the stage of a tile is left % 2
+  int query;  // first one of the tile that was copied last
 
   __device__ __forceinline__ QueryTiles(QueryRange& queries, Stage (&shared)[2])
       : range(queries), stages(shared) {}
 
-  // Finds the block's tiles and starts to copy the first one. Returns how many there are.
-  __device__ __forceinline__ int start(const ThreeRegionBackwardParams& params,
+  // Finds the block's tiles and starts to copy the first one.
+  __device__ __forceinline__ void start(const ThreeRegionBackwardParams& params,
                                        const DkdvWork& work, const FarList& list) {
     const ThreeRegionProblem& problem = params.problem;
     int begin, end = problem.k_len;
@@ -459,14 +459,14 @@ struct QueryTiles {
       range.batch = work.batch;
       range.first_head = first_head;
     }
-    if (first_tile < last_tile) {
+    left = last_tile - first_tile;
+    if (left > 0) {
       const int of_group = first_tile < num_tiles ? 0 : first_tile / num_tiles;
       query = begin + (first_tile - of_group * num_tiles) * kBlockM;
       find_head(params, first_head + of_group);
       bar_warp_sync();
-      copy(params);
+      copy(params, left % 2);
     }
-    return last_tile - first_tile;
   }
 
   __device__ __forceinline__ void find_head(const ThreeRegionBackwardParams& params, int head) {
@@ -485,9 +485,9 @@ struct QueryTiles {
     }
   }
 
-  __device__ __forceinline__ void copy(const ThreeRegionBackwardParams& params) {
-    Stage& to = stages[stage];
-    const int first = query - range.begin, left = range.end - query;
+  __device__ __forceinline__ void copy(const ThreeRegionBackwardParams& params, int to_stage) {
+    Stage& to = stages[to_stage];
+    const int first = query - range.begin, inside = range.end - query;
     const int row = int(threadIdx.x / Items::kLanes);
     const auto copy_rows = [&](unsigned char* tile, const unsigned char* head, int64_t row_bytes,
                                auto is_inside) {
@@ -499,12 +499,12 @@ struct QueryTiles {
       });
     };
     const int64_t q_bytes = params.q.stride.row * 2, dout_bytes = params.dout.stride.row * 2;
-    if (left >= kBlockM) {
+    if (inside >= kBlockM) {
       const auto always = [](int) { return true; };
       copy_rows(to.q, range.q, q_bytes, always);
       copy_rows(to.dout, range.dout, dout_bytes, always);
     } else {
-      const auto is_inside = [=](int step) { return row + step * Items::kStepRows < left; };
+      const auto is_inside = [=](int step) { return row + step * Items::kStepRows < inside; };
       copy_rows(to.q, range.q, q_bytes, is_inside);
       copy_rows(to.dout, range.dout, dout_bytes, is_inside);
     }
@@ -512,32 +512,34 @@ struct QueryTiles {
     const int64_t statistic = range.statistic + first + i;
     if (threadIdx.x < kBlockM) {
       float* pair = to.maxima_and_sums[i / 2] + i % 2;
-      cp_async_4(pair, params.row_max + statistic, i < left);
-      cp_async_4(pair + 2, params.row_log_sum + statistic, i < left);
+      cp_async_4(pair, params.row_max + statistic, i < inside);
+      cp_async_4(pair + 2, params.row_log_sum + statistic, i < inside);
     } else if (threadIdx.x < 2 * kBlockM) {
-      cp_async_4(to.delta + i, params.delta + statistic, i < left);
+      cp_async_4(to.delta + i, params.delta + statistic, i < inside);
     }
     cp_async_commit_group();
-    query += kBlockM;
-    if (left <= kBlockM) {
-      query = range.begin;
-      const int next = range.head + 1;
-      bar_warp_sync();
-      find_head(params, next);
-    }
   }
 
-  // The next tile, and its first query; another one is copied meanwhile, where there is one.
-  __device__ __forceinline__ const Stage& wait(const ThreeRegionBackwardParams& params,
-                                               bool has_next, int& first_query) {
-    const Stage& tile = stages[stage];
-    first_query =
-        (query > range.begin ? query : range.begin + range.num_tiles * kBlockM) - kBlockM;
-    stage ^= 1;
-    cp_async_wait_group<0>();
-    bar_sync();
-    if (has_next) copy(params);
-    return tile;
+  // f(tile, position of its first query) for each tile; the next one is copied meanwhile.
+  template <typename Function>
+  __device__ __forceinline__ void for_each(const ThreeRegionBackwardParams& params, Function f) {
+    for (; left > 0; --left) {
+      cp_async_wait_group<0>();
+      bar_sync();
+      const int first_query = query;
+      if (left > 1) {
+        query += kBlockM;
+        if (query >= range.end) {
+          const int next = range.head + 1;
+          query = range.begin;
+          bar_warp_sync();
+          find_head(params, next);
+          bar_warp_sync();
+        }
+        copy(params, (left - 1) % 2);
+      }
+      f(stages[left % 2], first_query);
+    }
   }
 };
 
@@ -698,7 +700,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   WarpContext<kRowTiles>& context =
       shared_array<WarpContext<kRowTiles>, Shape::kWarps>()[kept(int(threadIdx.x / kWarpSize))];
   QueryTiles<Shape> queries(context.queries, shared.stages);
-  const int num_tiles = queries.start(backward, work, list);
+  queries.start(backward, work, list);
 
   // A warp finds and copies its own rows, and uses no others.
   const int lane = threadIdx.x % kWarpSize;
@@ -744,12 +746,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                            exp2f(float(exponent - kBackwardShift<T>))};
   state.initialize();
 
-  for (int left = num_tiles; left > 0; --left) {
-    int query;
-    const auto& stage = queries.wait(backward, left > 1, query);
+  queries.for_each(backward, [&](const auto& tile, int query) {
 #pragma unroll 1
-    for (int row = 0; row < kBlockM; row += kStep) state.step(stage, row, query + row);
-  }
+    for (int row = 0; row < kBlockM; row += kStep) state.step(tile, row, query + row);
+  });
 
   // Where there was no query, k and v are still under way.
   cp_async_wait_group<0>();
