@@ -63,7 +63,10 @@ struct DkdvShape {
   static constexpr int kBlockN = 16 * kRowTiles * kWarps;
   // Two stages of 64 queries beside k and v would not fit kMaxSharedBytes at 128.
   static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = kHeadDim == 32 ? 16 : 32;
+  // Beyond 64 the fragments of k and v stay in registers, which then suffice for 16 queries at once;
+  // up to 64 reading them again for every 32 queries takes less time.
+  static constexpr bool kKeepsKeys = kHeadDim > 64;
+  static constexpr int kStep = kHeadDim == 64 ? 32 : 16;
   // Blocks on a multiprocessor: 255 registers a thread leave room for two, 168 for three.
   static constexpr int kMinBlocks = kHeadDim == 32 ? 3 : 2;
   struct SharedMemoryPlan {
@@ -232,7 +235,14 @@ struct DkdvWarp {
   float scale;     // from a product to a logit in bits
   float ds_scale;  // of ds before it is rounded; one where kIsFloat16<T> is false
   float dk[kRowTiles][kHeadDim / 8][4], dv[kRowTiles][kHeadDim / 8][4];
+  uint32_t k[kRowTiles][kHeadDim / 16][4], v[kRowTiles][kHeadDim / 16][4];  // where kKeepsKeys
 
+  __device__ __forceinline__ void load_keys(int rt, int d, uint32_t (&to_k)[4], uint32_t (&to_v)[4]) const {
+    ldmatrix_x4(to_k, sK + key_row.at(rt, d));
+    ldmatrix_x4(to_v, sV + key_row.at(rt, d));
+  }
+
+  // The tiles of k and v have arrived.
   __device__ __forceinline__ void initialize() {
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -240,6 +250,10 @@ struct DkdvWarp {
       for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
         for (int c = 0; c < 4; ++c) dk[rt][n][c] = dv[rt][n][c] = 0.f;
+      }
+      if constexpr (Shape::kKeepsKeys) {
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 16; ++d) load_keys(rt, d, k[rt][d], v[rt][d]);
       }
     }
   }
@@ -269,11 +283,9 @@ struct DkdvWarp {
     float p[kLive][kStep / 8][4] = {}, ds[kLive][kStep / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-      uint32_t k[kLive][4], v[kLive][4];
+      if constexpr (!Shape::kKeepsKeys) {
 #pragma unroll
-      for (int rt = 0; rt < kLive; ++rt) {
-        ldmatrix_x4(k[rt], sK + key_row.at(rt, d));
-        ldmatrix_x4(v[rt], sV + key_row.at(rt, d));
+        for (int rt = 0; rt < kLive; ++rt) load_keys(rt, d, k[rt][d], v[rt][d]);
       }
 #pragma unroll
       for (int n = 0; n < kStep / 16; ++n) {
@@ -282,10 +294,10 @@ struct DkdvWarp {
         ldmatrix_x4(dout, queries.dout + transposed.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kLive; ++rt) {
-          mma_m16n8k16<T>(p[rt][2 * n], k[rt], q[0], q[1]);
-          mma_m16n8k16<T>(p[rt][2 * n + 1], k[rt], q[2], q[3]);
-          mma_m16n8k16<T>(ds[rt][2 * n], v[rt], dout[0], dout[1]);
-          mma_m16n8k16<T>(ds[rt][2 * n + 1], v[rt], dout[2], dout[3]);
+          mma_m16n8k16<T>(p[rt][2 * n], k[rt][d], q[0], q[1]);
+          mma_m16n8k16<T>(p[rt][2 * n + 1], k[rt][d], q[2], q[3]);
+          mma_m16n8k16<T>(ds[rt][2 * n], v[rt][d], dout[0], dout[1]);
+          mma_m16n8k16<T>(ds[rt][2 * n + 1], v[rt][d], dout[2], dout[3]);
         }
       }
     }
@@ -744,6 +756,10 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                            {kept(lane_row_transposed<kHeadDim>().offset)},
                            problem.softmax_scale * kLog2e,
                            exp2f(float(exponent - kBackwardShift<T>))};
+  if constexpr (Shape::kKeepsKeys) {
+    cp_async_wait_group<0>();
+    bar_warp_sync();
+  }
   state.initialize();
 
   queries.for_each(backward, [&](const auto& tile, int query) {
