@@ -237,11 +237,6 @@ struct DkdvWarp {
   float dk[kRowTiles][kHeadDim / 8][4], dv[kRowTiles][kHeadDim / 8][4];
   uint32_t k[kRowTiles][kHeadDim / 16][4], v[kRowTiles][kHeadDim / 16][4];  // where kKeepsKeys
 
-  __device__ __forceinline__ void load_keys(int rt, int d, uint32_t (&to_k)[4], uint32_t (&to_v)[4]) const {
-    ldmatrix_x4(to_k, sK + key_row.at(rt, d));
-    ldmatrix_x4(to_v, sV + key_row.at(rt, d));
-  }
-
   // The tiles of k and v have arrived.
   __device__ __forceinline__ void initialize() {
 #pragma unroll
@@ -253,7 +248,10 @@ struct DkdvWarp {
       }
       if constexpr (Shape::kKeepsKeys) {
 #pragma unroll
-        for (int d = 0; d < kHeadDim / 16; ++d) load_keys(rt, d, k[rt][d], v[rt][d]);
+        for (int d = 0; d < kHeadDim / 16; ++d) {
+          ldmatrix_x4(k[rt][d], sK + key_row.at(rt, d));
+          ldmatrix_x4(v[rt][d], sV + key_row.at(rt, d));
+        }
       }
     }
   }
@@ -281,26 +279,27 @@ struct DkdvWarp {
     const LaneRow<kHeadDim> straight{query_row.offset + at};
 
     float p[kLive][kStep / 8][4] = {}, ds[kLive][kStep / 8][4] = {};
+    // c += keys queries^T
+    const auto multiply = [&](auto& c, const unsigned char* tile, auto& kept, const unsigned char* of_queries) {
 #pragma unroll
-    for (int d = 0; d < kHeadDim / 16; ++d) {
-      if constexpr (!Shape::kKeepsKeys) {
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        if constexpr (!Shape::kKeepsKeys) {
 #pragma unroll
-        for (int rt = 0; rt < kLive; ++rt) load_keys(rt, d, k[rt][d], v[rt][d]);
-      }
+          for (int rt = 0; rt < kLive; ++rt) ldmatrix_x4(kept[rt][d], tile + key_row.at(rt, d));
+        }
 #pragma unroll
-      for (int n = 0; n < kStep / 16; ++n) {
-        uint32_t q[4], dout[4];
-        ldmatrix_x4(q, queries.q + transposed.at(n, d));
-        ldmatrix_x4(dout, queries.dout + transposed.at(n, d));
+        for (int n = 0; n < kStep / 16; ++n) {
+          uint32_t b[4];
+          ldmatrix_x4(b, of_queries + transposed.at(n, d));
 #pragma unroll
-        for (int rt = 0; rt < kLive; ++rt) {
-          mma_m16n8k16<T>(p[rt][2 * n], k[rt][d], q[0], q[1]);
-          mma_m16n8k16<T>(p[rt][2 * n + 1], k[rt][d], q[2], q[3]);
-          mma_m16n8k16<T>(ds[rt][2 * n], v[rt][d], dout[0], dout[1]);
-          mma_m16n8k16<T>(ds[rt][2 * n + 1], v[rt][d], dout[2], dout[3]);
+          for (int rt = 0; rt < kLive; ++rt) {
+            mma_m16n8k16<T>(c[rt][2 * n], kept[rt][d], b[0], b[1]);
+            mma_m16n8k16<T>(c[rt][2 * n + 1], kept[rt][d], b[2], b[3]);
+          }
         }
       }
-    }
+    };
+    multiply(p, sK, k, queries.q);
 
     // f(rt, half, n, column) for the lane's elements.
     const auto for_each = [&](auto f) {
@@ -354,15 +353,51 @@ struct DkdvWarp {
         }
       });
     }
+    multiply(ds, sV, v, queries.dout);
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
-      const int pair = row / 2 + 4 * n + t;
-      const float* statistics = queries.maxima_and_sums[pair];
-      const float* delta = queries.delta + 2 * pair;
+      const float* statistics = queries.maxima_and_sums[row / 2 + 4 * n + t];
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
         const float max_here = statistics[column];
         const float log_sum_here = statistics[2 + column] - float(kBackwardShift<T>);
+#pragma unroll
+        for (int rt = 0; rt < kLive; ++rt) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            float& weight = p[rt][n][2 * half + column];
+            weight = ex2_approx(weight - max_here - log_sum_here);
+          }
+        }
+      }
+    }
+    // c += weights^T queries
+    const auto accumulate = [&](auto& c, const auto& weights, const unsigned char* of_queries) {
+#pragma unroll
+      for (int n = 0; n < kStep / 16; ++n) {
+        uint32_t a[kLive][4];
+#pragma unroll
+        for (int rt = 0; rt < kLive; ++rt) {
+          convert_c_to_a<T>(a[rt], weights[rt][2 * n], weights[rt][2 * n + 1]);
+        }
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 16; ++d) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, of_queries + straight.at(n, d));
+#pragma unroll
+          for (int rt = 0; rt < kLive; ++rt) {
+            mma_m16n8k16<T>(c[rt][2 * d], a[rt], b[0], b[1]);
+            mma_m16n8k16<T>(c[rt][2 * d + 1], a[rt], b[2], b[3]);
+          }
+        }
+      }
+    };
+    accumulate(dv, p, queries.dout);
+#pragma unroll
+    for (int n = 0; n < kStep / 8; ++n) {
+      const float* delta = queries.delta + row + 8 * n + 2 * t;
+#pragma unroll
+      for (int column = 0; column < 2; ++column) {
         // The scale is a power of two: the same as (ds - delta) ds_scale.
         const float minus_delta = kIsFloat16<T> ? -delta[column] * ds_scale : -delta[column];
 #pragma unroll
@@ -370,38 +405,14 @@ struct DkdvWarp {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
             const int c = 2 * half + column;
-            const float weight = ex2_approx(p[rt][n][c] - max_here - log_sum_here);
-            const float gradient =
-                kIsFloat16<T> ? fmaf(ds[rt][n][c], ds_scale, minus_delta) : ds[rt][n][c] + minus_delta;
-            p[rt][n][c] = weight;
-            ds[rt][n][c] = weight * gradient;
+            const float gradient = kIsFloat16<T> ? fmaf(ds[rt][n][c], ds_scale, minus_delta)
+                                                 : ds[rt][n][c] + minus_delta;
+            ds[rt][n][c] = p[rt][n][c] * gradient;
           }
         }
       }
     }
-
-#pragma unroll
-    for (int n = 0; n < kStep / 16; ++n) {
-      uint32_t a_p[kLive][4], a_ds[kLive][4];
-#pragma unroll
-      for (int rt = 0; rt < kLive; ++rt) {
-        convert_c_to_a<T>(a_p[rt], p[rt][2 * n], p[rt][2 * n + 1]);
-        convert_c_to_a<T>(a_ds[rt], ds[rt][2 * n], ds[rt][2 * n + 1]);
-      }
-#pragma unroll
-      for (int d = 0; d < kHeadDim / 16; ++d) {
-        uint32_t q[4], dout[4];
-        ldmatrix_x4_trans(q, queries.q + straight.at(n, d));
-        ldmatrix_x4_trans(dout, queries.dout + straight.at(n, d));
-#pragma unroll
-        for (int rt = 0; rt < kLive; ++rt) {
-          mma_m16n8k16<T>(dk[rt][2 * d], a_ds[rt], q[0], q[1]);
-          mma_m16n8k16<T>(dk[rt][2 * d + 1], a_ds[rt], q[2], q[3]);
-          mma_m16n8k16<T>(dv[rt][2 * d], a_p[rt], dout[0], dout[1]);
-          mma_m16n8k16<T>(dv[rt][2 * d + 1], a_p[rt], dout[2], dout[3]);
-        }
-      }
-    }
+    accumulate(dk, ds, queries.q);
   }
 };
 
