@@ -157,6 +157,28 @@ struct DkdvParams {
   DkdvGrid grid;
 };
 
+// The queries that see a block's keys: positions [begin, end) of each head of the group.
+struct QueryRange {
+  int begin, end;
+  int num_tiles;               // of a head
+  int first_tile, last_tile;   // the block's tiles, of those of all heads
+  int batch, first_head;
+  // Of the head whose tiles are copied: its number; where row `begin` lies.
+  int head;
+  const unsigned char *q, *dout;
+  int64_t statistic;
+};
+
+// A warp's own copy of what it works on. In shared memory, since registers are scarce.
+template <int kRowTiles>
+struct WarpContext {
+  WarpKeys<kRowTiles> keys;
+  QueryRange queries;
+  DkdvWork work;
+  float ds_scale;   // of ds before it is rounded; one but for float16
+  float dk_factor;  // from the sums to dk
+};
+
 // Finds the keys of a warp, from row `first` of the block's kind of keys on; its copy of `keys`.
 // Returns the key of the lane's row, which is lane % (16 * kRowTiles).
 template <int kRowTiles>
@@ -229,11 +251,10 @@ struct DkdvWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
   static constexpr int kBlockM = Shape::kBlockM, kStep = Shape::kStep;
 
-  const WarpKeys<kRowTiles>& keys;
+  const WarpContext<kRowTiles>& context;
   const unsigned char *sK, *sV;
   LaneRow<kHeadDim> key_row, query_row, query_row_transposed;
   float scale;     // from a product to a logit in bits
-  float ds_scale;  // of ds before it is rounded; one where kIsFloat16<T> is false
   float dk[kRowTiles][kHeadDim / 8][4], dv[kRowTiles][kHeadDim / 8][4];
   uint32_t k[kRowTiles][kHeadDim / 16][4], v[kRowTiles][kHeadDim / 16][4];  // where kKeepsKeys
 
@@ -259,6 +280,7 @@ struct DkdvWarp {
   // Takes up the queries at positions [query, query + kStep), rows `row`.. of the tile of queries.
   __device__ __forceinline__ void step(const QueryStage<kHeadDim, kBlockM>& queries, int row,
                                        int query) {
+    const auto& keys = context.keys;
     const auto sees = [&](int rt) {
       return query + kStep > keys.some_begin[rt] && query < keys.some_end[rt];
     };
@@ -273,6 +295,7 @@ struct DkdvWarp {
   template <int kLive>
   __device__ __forceinline__ void step(const QueryStage<kHeadDim, kBlockM>& queries, int row,
                                        int query) {
+    const auto& keys = context.keys;
     const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
     const int at = row * kHeadDim * 2;
     const LaneRow<kHeadDim> transposed{query_row_transposed.offset + at};
@@ -398,8 +421,9 @@ struct DkdvWarp {
       const float* delta = queries.delta + row + 8 * n + 2 * t;
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        // The scale is a power of two: the same as (ds - delta) ds_scale.
-        const float minus_delta = kIsFloat16<T> ? -delta[column] * ds_scale : -delta[column];
+        // The scale is a power of two: the same as (ds - delta) scale.
+        const float ds_scale = kIsFloat16<T> ? context.ds_scale : 1.f;
+        const float minus_delta = -delta[column] * ds_scale;
 #pragma unroll
         for (int rt = 0; rt < kLive; ++rt) {
 #pragma unroll
@@ -414,27 +438,6 @@ struct DkdvWarp {
     }
     accumulate(dk, ds, queries.q);
   }
-};
-
-// The queries that see a block's keys: positions [begin, end) of each head of the group.
-struct QueryRange {
-  int begin, end;
-  int num_tiles;               // of a head
-  int first_tile, last_tile;   // the block's tiles, of those of all heads
-  int batch, first_head;
-  // Of the head whose tiles are copied: its number; where row `begin` lies.
-  int head;
-  const unsigned char *q, *dout;
-  int64_t statistic;
-};
-
-// A warp's own copy of what it works on. In shared memory, since registers are scarce.
-template <int kRowTiles>
-struct WarpContext {
-  WarpKeys<kRowTiles> keys;
-  QueryRange queries;
-  DkdvWork work;
-  float dk_factor;  // from the sums to dk
 };
 
 // Tiles of the queries, head after head of the group, in two stages.
@@ -757,16 +760,16 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   }
   if (lane == 0) {
     context.work = work;
+    context.ds_scale = exp2f(float(exponent - kBackwardShift<T>));
     context.dk_factor = problem.softmax_scale * exp2f(float(-exponent));
   }
-  DkdvWarp<T, Shape> state{context.keys,
+  DkdvWarp<T, Shape> state{context,
                            shared.k,
                            shared.v,
                            {kept(lane_row<kHeadDim>(warp_row).offset)},
                            {kept(lane_row<kHeadDim>(0).offset)},
                            {kept(lane_row_transposed<kHeadDim>().offset)},
-                           problem.softmax_scale * kLog2e,
-                           exp2f(float(exponent - kBackwardShift<T>))};
+                           problem.softmax_scale * kLog2e};
   if constexpr (Shape::kKeepsKeys) {
     cp_async_wait_group<0>();
     bar_warp_sync();
