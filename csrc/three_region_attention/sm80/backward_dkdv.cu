@@ -723,8 +723,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   // All threads of a block without keys.
   if (work.is_far ? work.first >= list.size : work.first + kBlockN <= list.num_text) return;
 
-  WarpContext<kRowTiles>& context =
-      shared_array<WarpContext<kRowTiles>, Shape::kWarps>()[kept(int(threadIdx.x / kWarpSize))];
+  auto* contexts = shared_array<WarpContext<kRowTiles>, Shape::kWarps>();
+  auto& context = contexts[kept(int(threadIdx.x / kWarpSize))];
   QueryTiles<Shape> queries(context.queries, shared.stages);
   queries.start(backward, work, list);
 
@@ -784,7 +784,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   // Where there was no query, k and v are still under way.
   cp_async_wait_group<0>();
   bar_warp_sync();
-  epilogue<T, Shape>(params, state, context, shared.k, shared.v);
+  epilogue<T, Shape>(params, state, contexts[threadIdx.x / kWarpSize], shared.k, shared.v);
 }
 
 template <typename T, int kHeadDim>
