@@ -1,38 +1,40 @@
 // Three-region attention, backward: dk and dv. The math stands in backward.cuh.
 //
 // Every later query sees a far key (text or pivot); only the queries of its window see another one.
-// Queries i with j <= i < last(j) see key j: last(j) is k_len for far keys, else
-// first_far_query(j). From first_far_query(j) on, the logit of a far key carries its bias.
+// Queries i with j <= i < end(j) see key j: end(j) is k_len for far keys, else first_far_query(j).
+// From first_far_query(j) on, the logit of a far key carries its bias.
 //
 // Phases     1. work_of: which tile of keys, which split of the queries, which head.
-//            2. Find the keys of the tile and who sees them; copy the k and v tiles.
-//            3. For each tile of queries that see them, head after head of the group: wait for q,
-//               dout and the statistics, start the copy of the next tile, then in steps of kStep
-//               queries: p, ds, dv += p^T dout, dk += ds^T q.
+//            2. Find the queries that see the tile and start to copy the first ones. Each warp finds
+//               its keys and who sees them, and copies their rows of k and v.
+//            3. For each tile of queries, head after head of the group: wait for q, dout and the
+//               statistics, start the copy of the next tile, then per warp in steps of kStep queries:
+//               p, dout v^T, dv += p^T dout, ds, dk += ds^T q. The scalar work of one sum can run
+//               beside the products of the next one.
 //            4. Scale dk and dv; write them through the k and v tiles, or as float32 to `partial`.
 //            5. Compute keys again that have a NaN of a query that does not see them (exact.cuh).
 // Layout     as the forward; row_max, row_log_sum, delta (batch, num_heads, q_len).
-// Grid       one block per tile of kBlockN keys, split and (batch, kv head). The tiles with long
-//            loops come first: the packed pivots, and the first kPartialKeys keys, which may be
-//            text; `num_splits` blocks share the queries of each. The other keys follow in order.
+// Grid       one block per tile of kBlockN keys, split and (batch, kv head). The tiles of the FarList
+//            come first, since their loops are long; `num_splits` blocks share the queries of each.
+//            Tiles of neighbouring keys follow, which leave out the keys of that list. Which tiles
+//            hold keys is known on the device alone: some blocks end at once.
 // Warps      kWarps; each owns 16 * kRowTiles keys, whose dk and dv stay in registers. Scores are
 //            computed transposed (keys x queries), so that p^T and ds^T are A fragments of the next
-//            products without a shuffle.
+//            products without a shuffle. A step with queries that see none of the warp's keys is
+//            skipped; one whose queries see the first row tile alone leaves out the others.
 // Smem       head_dim                         32     64     96    128
 //            k                              8192  16384  12288  16384
 //            v                              8192  16384  12288  16384
 //            stages: 2 x (q, dout)         16384  32768  24576  32768
 //                    2 x statistics         1536   1536    768    768
 //            total, dynamic                34304  67072  49920  66304
-//            static: KeyTile
-// Barriers   bar_sync in find_keys           the keys of the tile; those that are no pivots; who
-//                                            sees them; the views; the range of queries
-//            bar_sync in QueryStages::wait   the tile has arrived for all threads, and all warps
-//                                            have left the stage that is filled next
-//            bar_sync before the epilogue    k and v have arrived, and all warps have left them
-// Writers    the block that owns a key writes its dk and dv: for a pivot the block of the packed
-//            pivots, not that of its neighbours. With several splits each writes float32 sums to
-//            `partial`, and the partial kernel adds them in order. No atomics: deterministic.
+//            static: WarpContext of each warp
+// Barriers   bar_sync in QueryTiles::for_each   the tile has arrived for all threads, and all warps
+//                                               have left the stage that is filled next
+//            bar_warp_sync                      a warp's context, and its rows of k, v, dk and dv:
+//                                               no other warp touches these
+// Writers    the block that owns a key writes its dk and dv. With several splits each writes float32
+//            sums to `partial`, and the partial kernel adds them in order. No atomics: deterministic.
 // Rounding   float32 logits, p and sums; p and ds rounded to the element type (float16: scaled, see
 //            backward.cuh and kBackwardShift) before p^T dout and ds^T q; dk and dv once.
 // Reference  gradient of cogview_kernels.attention.reference.three_region_attention
@@ -49,7 +51,7 @@ template <int kHeadDim, int kBlockM>
 struct QueryStage {
   unsigned char q[kTileBytes<kHeadDim, kBlockM>];
   unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
-  float maxima_and_sums[kBlockM / 2][4];  // of two queries: row_max twice, then row_log_sum twice
+  float maxima_and_sums[kBlockM / 2][4];  // of two queries: both row_max, then both row_log_sum
   float delta[kBlockM];
 };
 
@@ -63,10 +65,10 @@ struct DkdvShape {
   static constexpr int kBlockN = 16 * kRowTiles * kWarps;
   // Two stages of 64 queries beside k and v would not fit kMaxSharedBytes at 128.
   static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
-  // Beyond 64 the fragments of k and v stay in registers, which then suffice for 16 queries at once;
-  // up to 64 reading them again for every 32 queries takes less time.
+  // Whether the fragments of k and v stay in registers. Up to 64 it takes less time to read them
+  // again, for more queries at once.
   static constexpr bool kKeepsKeys = kHeadDim > 64;
-  static constexpr int kStep = kHeadDim == 64 ? 32 : 16;
+  static constexpr int kStep = kHeadDim == 64 ? 32 : 16;  // queries; what the registers allow
   // Blocks on a multiprocessor: 255 registers a thread leave room for two, 168 for three.
   static constexpr int kMinBlocks = kHeadDim == 32 ? 3 : 2;
   struct SharedMemoryPlan {
@@ -99,7 +101,7 @@ struct alignas(16) WarpKeys {
 
 // What one block does: which tile of keys, and which share of the queries that see it.
 struct DkdvWork {
-  bool is_far;  // the rows are entries of the FarList, else the keys between them, in order
+  bool is_far;  // the rows are entries of the FarList, else neighbouring keys
   int first;    // entry or key of row 0
   int split, num_splits;
   int head_idx;  // batch * num_kv_heads + kv_head
@@ -108,32 +110,30 @@ struct DkdvWork {
 
 // Tiles of far keys, and of the others.
 struct DkdvGrid {
-  int num_far_tiles, num_other_tiles, num_splits;
-  int num_kv_heads, num_heads;  // of a sample; of all
-  int num_far_items, num_far_blocks;
+  int num_other_tiles, num_splits, num_kv_heads;
+  int num_far_items;       // tiles times splits
+  int64_t num_heads;       // of all samples
+  int64_t num_far_blocks;  // below num_blocks(), which a launch limits to 2^31 - 1
   Divisor far_items, splits, other_tiles, kv_heads;
 
   DkdvGrid(const ThreeRegionBackwardParams& params, int block_n) {
     const ThreeRegionProblem& problem = params.problem;
-    num_far_tiles = (partial_rows(problem) + block_n - 1) / block_n;
     num_other_tiles = (problem.k_len + block_n - 1) / block_n;
     num_splits = params.num_splits;
     num_kv_heads = problem.num_kv_heads;
-    num_heads = problem.batch * problem.num_kv_heads;
-    num_far_items = num_far_tiles * num_splits;
+    num_far_items = (partial_rows(problem) + block_n - 1) / block_n * num_splits;
+    num_heads = int64_t(problem.batch) * num_kv_heads;
     num_far_blocks = num_heads * num_far_items;
     far_items = Divisor::of(num_far_items);
     splits = Divisor::of(num_splits);
     other_tiles = Divisor::of(num_other_tiles);
     kv_heads = Divisor::of(num_kv_heads);
   }
-  int64_t num_blocks() const {
-    return int64_t(num_heads) * (int64_t(num_far_items) + num_other_tiles);
-  }
+  int64_t num_blocks() const { return num_far_blocks + num_heads * num_other_tiles; }
 
   __device__ __forceinline__ DkdvWork work_of(int block, int block_n) const {
     DkdvWork work = {};
-    work.is_far = block < num_far_blocks;
+    work.is_far = block < int(num_far_blocks);
     if (work.is_far) {
       work.head_idx = divide(block, far_items);
       const int item = block - work.head_idx * num_far_items, tile = divide(item, splits);
@@ -141,7 +141,7 @@ struct DkdvGrid {
       work.split = item - tile * num_splits;
       work.num_splits = num_splits;
     } else {
-      block -= num_far_blocks;
+      block -= int(num_far_blocks);
       work.head_idx = divide(block, other_tiles);
       work.first = (block - work.head_idx * num_other_tiles) * block_n;
       work.num_splits = 1;
@@ -157,13 +157,14 @@ struct DkdvParams {
   DkdvGrid grid;
 };
 
-// The queries that see a block's keys: positions [begin, end) of each head of the group.
+// The queries that see a block's keys: positions [begin, end) of each head of the group. The block
+// takes up tiles [first_tile, last_tile) of them, head after head.
 struct QueryRange {
   int begin, end;
-  int num_tiles;               // of a head
-  int first_tile, last_tile;   // the block's tiles, of those of all heads
+  int num_tiles;  // of a head
+  int first_tile, last_tile;
   int batch, first_head;
-  // Of the head whose tiles are copied: its number; where row `begin` lies.
+  // Of the head whose tiles are copied: its number, and where the query at `begin` lies.
   int head;
   const unsigned char *q, *dout;
   int64_t statistic;
@@ -179,8 +180,8 @@ struct WarpContext {
   float dk_factor;  // from the sums to dk
 };
 
-// Finds the keys of a warp, from row `first` of the block's kind of keys on; its copy of `keys`.
-// Returns the key of the lane's row, which is lane % (16 * kRowTiles).
+// Finds the keys of a warp, the first of which is entry or key `first`. Returns the key of the lane's
+// row, which is lane % (16 * kRowTiles).
 template <int kRowTiles>
 __device__ __forceinline__ int find_keys(WarpKeys<kRowTiles>& keys,
                                          const ThreeRegionProblem& problem, const FarList& list,
@@ -205,12 +206,12 @@ __device__ __forceinline__ int find_keys(WarpKeys<kRowTiles>& keys,
     bar_warp_sync();
     key = keys.rows[row].key;
   }
-  const bool has_key = key >= 0, sees_all = is_far || key < far.text_len;
-  const float bias =
-      (sees_all ? key < far.text_len ? problem.text_bias : problem.pivot_bias : 0.f) * kLog2e;
+  const bool has_key = key >= 0, is_text = key < far.text_len;
+  const float far_bias = is_text ? problem.text_bias : problem.pivot_bias;
+  const float bias = is_far || is_text ? far_bias * kLog2e : 0.f;
   const int first_far = first_far_query(max(key, 0), problem);
-  const KeyRow own = {key, !has_key ? 0 : sees_all ? problem.k_len : first_far,
-                      bias == 0.f ? INT_MAX : first_far, bias};
+  const int end = is_far || is_text ? problem.k_len : first_far;
+  const KeyRow own = {key, has_key ? end : 0, bias == 0.f ? INT_MAX : first_far, bias};
 
   // Minima and maxima over the rows with a key, of a row tile, then of the warp.
   constexpr uint32_t kNone = INT_MAX;
@@ -254,7 +255,7 @@ struct DkdvWarp {
   const WarpContext<kRowTiles>& context;
   const unsigned char *sK, *sV;
   LaneRow<kHeadDim> key_row, query_row, query_row_transposed;
-  float scale;     // from a product to a logit in bits
+  float scale;  // from a product to a logit in bits
   float dk[kRowTiles][kHeadDim / 8][4], dv[kRowTiles][kHeadDim / 8][4];
   uint32_t k[kRowTiles][kHeadDim / 16][4], v[kRowTiles][kHeadDim / 16][4];  // where kKeepsKeys
 
@@ -286,7 +287,7 @@ struct DkdvWarp {
     };
     if (sees(kRowTiles - 1)) {
       step<kRowTiles>(queries, row, query);
-    } else if (kRowTiles > 1 && sees(0)) {  // far keys ascend: the first queries see the first ones alone
+    } else if (kRowTiles > 1 && sees(0)) {  // keys ascend: the first queries see the first alone
       step<1>(queries, row, query);
     }
   }
@@ -302,13 +303,15 @@ struct DkdvWarp {
     const LaneRow<kHeadDim> straight{query_row.offset + at};
 
     float p[kLive][kStep / 8][4] = {}, ds[kLive][kStep / 8][4] = {};
-    // c += keys queries^T
-    const auto multiply = [&](auto& c, const unsigned char* tile, auto& kept, const unsigned char* of_queries) {
+    // c += keys queries^T. fragments: of the keys.
+    const auto multiply = [&](auto& c, const unsigned char* keys, auto& fragments,
+                              const unsigned char* of_queries) {
 #pragma unroll
       for (int d = 0; d < kHeadDim / 16; ++d) {
         if constexpr (!Shape::kKeepsKeys) {
 #pragma unroll
-          for (int rt = 0; rt < kLive; ++rt) ldmatrix_x4(kept[rt][d], tile + key_row.at(rt, d));
+          for (int rt = 0; rt < kLive; ++rt)
+            ldmatrix_x4(fragments[rt][d], keys + key_row.at(rt, d));
         }
 #pragma unroll
         for (int n = 0; n < kStep / 16; ++n) {
@@ -316,8 +319,8 @@ struct DkdvWarp {
           ldmatrix_x4(b, of_queries + transposed.at(n, d));
 #pragma unroll
           for (int rt = 0; rt < kLive; ++rt) {
-            mma_m16n8k16<T>(c[rt][2 * n], kept[rt][d], b[0], b[1]);
-            mma_m16n8k16<T>(c[rt][2 * n + 1], kept[rt][d], b[2], b[3]);
+            mma_m16n8k16<T>(c[rt][2 * n], fragments[rt][d], b[0], b[1]);
+            mma_m16n8k16<T>(c[rt][2 * n + 1], fragments[rt][d], b[2], b[3]);
           }
         }
       }
@@ -394,7 +397,7 @@ struct DkdvWarp {
         }
       }
     }
-    // c += weights^T queries
+    // c += weights queries
     const auto accumulate = [&](auto& c, const auto& weights, const unsigned char* of_queries) {
 #pragma unroll
       for (int n = 0; n < kStep / 16; ++n) {
@@ -455,9 +458,9 @@ struct QueryTiles {
   __device__ __forceinline__ QueryTiles(QueryRange& queries, Stage (&shared)[2])
       : range(queries), stages(shared) {}
 
-  // Finds the block's tiles and starts to copy the first one.
+  // Finds the block's tiles, and starts to copy the first one.
   __device__ __forceinline__ void start(const ThreeRegionBackwardParams& params,
-                                       const DkdvWork& work, const FarList& list) {
+                                        const DkdvWork& work, const FarList& list) {
     const ThreeRegionProblem& problem = params.problem;
     int begin, end = problem.k_len;
     if (work.is_far) {
@@ -486,15 +489,17 @@ struct QueryTiles {
       range.first_head = first_head;
     }
     left = last_tile - first_tile;
+    query = begin;
     if (left > 0) {
       const int of_group = first_tile < num_tiles ? 0 : first_tile / num_tiles;
-      query = begin + (first_tile - of_group * num_tiles) * kBlockM;
+      query += (first_tile - of_group * num_tiles) * kBlockM;
       find_head(params, first_head + of_group);
       bar_warp_sync();
       copy(params, left % 2);
     }
   }
 
+  // The next tiles to be copied are those of this head.
   __device__ __forceinline__ void find_head(const ThreeRegionBackwardParams& params, int head) {
     if (threadIdx.x % kWarpSize == 0) {
       const int batch = range.batch;
@@ -511,6 +516,7 @@ struct QueryTiles {
     }
   }
 
+  // Starts to copy the tile whose first query is `query`.
   __device__ __forceinline__ void copy(const ThreeRegionBackwardParams& params, int to_stage) {
     Stage& to = stages[to_stage];
     const int first = query - range.begin, inside = range.end - query;
@@ -574,8 +580,8 @@ struct QueryTiles {
 // its own.
 template <typename T, typename Shape>
 __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
-                                      const QueryRange& queries, const KeyRow& own,
-                                      int kv_head, float* partial_dk, float* partial_dv) {
+                                      const QueryRange& queries, const KeyRow& own, int kv_head,
+                                      float* partial_dk, float* partial_dv) {
   constexpr int kHeadDim = Shape::kHeadDim, kPerLane = kHeadDim / kWarpSize;
   const ThreeRegionProblem& problem = params.problem;
   const int lane = threadIdx.x % kWarpSize, first = problem.k_len - problem.q_len;
@@ -702,10 +708,9 @@ __device__ __forceinline__ void epilogue(const DkdvParams& params, DkdvWarp<T, S
   }
   bar_warp_sync();
   for_rows_with_nan(has_nan, [&](int row) {
-    const bool is_part = partial_dk != nullptr;
-    dkdv_row<T, Shape>(backward, context.queries, rows[row], work.kv_head,
-                       is_part ? partial_dk + row * kHeadDim : nullptr,
-                       is_part ? partial_dv + row * kHeadDim : nullptr);
+    const int at = work.num_splits > 1 ? row * kHeadDim : 0;
+    dkdv_row<T, Shape>(backward, context.queries, rows[row], work.kv_head, partial_dk + at,
+                       partial_dv + at);
   });
 }
 
@@ -728,7 +733,6 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   QueryTiles<Shape> queries(context.queries, shared.stages);
   queries.start(backward, work, list);
 
-  // A warp finds and copies its own rows, and uses no others.
   const int lane = threadIdx.x % kWarpSize;
   const int warp_row = int(threadIdx.x / kWarpSize) * kRows;
   const int own_key = find_keys(context.keys, problem, list, work.is_far, work.first + warp_row);
