@@ -733,7 +733,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   QueryTiles<Shape> queries(context.queries, shared.stages);
   queries.start(backward, work, list);
 
-  const int lane = threadIdx.x % kWarpSize;
+  // Otherwise offsets that the epilogue needs again would stay in registers.
+  const int lane = kept(int(threadIdx.x % kWarpSize));
   const int warp_row = int(threadIdx.x / kWarpSize) * kRows;
   const int own_key = find_keys(context.keys, problem, list, work.is_far, work.first + warp_row);
   using Items = TileItems<kHeadDim, kRows, kWarpSize>;
@@ -743,7 +744,8 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
     copied[step] = shfl_idx(own_key, lane / Items::kLanes + step * Items::kStepRows);
   }
   const auto copy_keys = [&](unsigned char* tile, const ConstHeads& tensor) {
-    const unsigned char* rows = Items::first_chunk(head_of(tensor, work.batch, work.kv_head));
+    const auto* rows = reinterpret_cast<const unsigned char*>(
+        head_of(tensor, work.batch, work.kv_head) + lane % Items::kLanes * 8);
     Items::for_each(lane, [&](int offset, int step, int chunk) {
       const int key = copied[step];
       cp_async_16(tile + warp_row * kHeadDim * 2 + offset,
