@@ -464,7 +464,8 @@ struct QueryTiles {
     const ThreeRegionProblem& problem = params.problem;
     int begin, end = problem.k_len;
     if (work.is_far) {
-      begin = list.key(work.first);
+      // Windows end at multiples of powers of two more often than not.
+      begin = list.key(work.first) / Shape::kStep * Shape::kStep;
     } else {
       begin = max(work.first, list.num_text);
       const int last = min(work.first + Shape::kBlockN, problem.k_len) - 1;
@@ -540,14 +541,15 @@ struct QueryTiles {
       copy_rows(to.q, range.q, q_bytes, is_inside);
       copy_rows(to.dout, range.dout, dout_bytes, is_inside);
     }
-    const int i = threadIdx.x % kBlockM;
-    const int64_t statistic = range.statistic + first + i;
-    if (threadIdx.x < kBlockM) {
-      float* pair = to.maxima_and_sums[i / 2] + i % 2;
-      cp_async_4(pair, params.row_max + statistic, i < inside);
-      cp_async_4(pair + 2, params.row_log_sum + statistic, i < inside);
-    } else if (threadIdx.x < 2 * kBlockM) {
-      cp_async_4(to.delta + i, params.delta + statistic, i < inside);
+    if (const int word = threadIdx.x; word < 2 * kBlockM) {
+      const int i = word / 4 * 2 + word % 2;
+      const int64_t statistic = range.statistic + first + i;
+      if (word / 2 % 2 == 0) {
+        cp_async_4(to.maxima_and_sums[0] + word, params.row_max + statistic, i < inside);
+        cp_async_4(to.delta + i, params.delta + statistic, i < inside);
+      } else {
+        cp_async_4(to.maxima_and_sums[0] + word, params.row_log_sum + statistic, i < inside);
+      }
     }
     cp_async_commit_group();
   }
