@@ -243,8 +243,7 @@ __device__ __forceinline__ int find_keys(WarpKeys<kRowTiles>& keys,
     keys.all_far = one_bias ? int(high[2]) : INT_MAX;
     keys.bias = bias;
   }
-  bar_warp_sync();
-  return key;
+  return key;  // who sees it can be read behind the next barrier
 }
 
 template <typename T, typename Shape>
