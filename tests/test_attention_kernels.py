@@ -19,6 +19,7 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from cogview_kernels import extension
+from cogview_kernels.attention import operators
 from cogview_kernels.extension import modelled_device
 
 HEAD_DIMS = (32, 64, 96, 128)
@@ -211,6 +212,18 @@ def test_more_pivots_than_two_searches_of_a_warp_find(backend: str, bound: int) 
     layout = ck.ThreeRegionLayout(0, pivots, 1, 100)
     problem = make_problem(1, 1, 1, 20, bound + 120, 32, torch.bfloat16, layout)
     check(problem, backend)
+
+
+@pytest.mark.parametrize("text_len", [40, 300])
+def test_blocks_share_the_queries_of_a_tile(
+    backend: str, text_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tiles of queries than blocks that share them, and not a multiple; text beyond what is
+    packed with the pivots."""
+    monkeypatch.setattr(operators, "_num_splits", lambda *_: 4)
+    pivots = (text_len + int32([1, 20, 21, 90])).view(1, -1)
+    layout = ck.ThreeRegionLayout(text_len, pivots, 48, 2, 0.7, -0.4)
+    check(make_problem(1, 2, 1, 400, 400, 32, torch.bfloat16, layout), backend)
 
 
 @pytest.mark.parametrize("name", RESULTS)

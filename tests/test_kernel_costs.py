@@ -64,7 +64,7 @@ def test_committed_counts_are_within_bounds(case: AttentionCase) -> None:
         first = (case.seqlen - case.queries) // height
         assert blocks[kernel] == case.num_heads * (-(-case.seqlen // height) - first)
     height = costs.tile_rows("backward_dkdv", case.head_dim)
-    tiles = -(-case.seqlen // height) + -(-case.num_pivots // height)
+    tiles = -(-case.seqlen // height) + -(-costs.far_rows(case) // height)
     assert blocks["backward_dkdv"] == case.kv_heads * tiles
 
 
@@ -107,10 +107,11 @@ def test_needs_by_hand(q_len: int) -> None:
     }
     pairs = 4 * sum(map(len, seen_by.values()))
     tiles = [range(begin, begin + 128) for begin in (0, 128, 256)]
+    far = {*range(20), *pivots}
     keys = 4 * sum(len(set().union(*(seen_by.get(i, ()) for i in tile))) for tile in tiles)
     queries = 4 * sum(
         any(key in seen for key in tile)
-        for tile in (set(pivots), *(set(tile) - set(pivots) for tile in tiles))
+        for tile in (far, *(set(tile) - far for tile in tiles))
         for seen in seen_by.values()
     )
     row = 2 * 64
