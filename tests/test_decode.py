@@ -4,6 +4,7 @@ definition; the decode kernels on the CPU simulator and, where there is a GPU, o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -430,21 +431,22 @@ def test_bad_lengths() -> None:
 
 def test_number_of_parts() -> None:
     """A block for each of 132 multiprocessors, where the keys are worth as many."""
-    expected = {  # batch, heads, kv heads, Sq, Sk
-        (16, 40, 40, 1, 4224): 1,
-        (16, 40, 5, 1, 4224): 1,
-        (1, 40, 40, 1, 4224): 3,
-        (1, 8, 1, 1, 4224): 16,
-        (1, 8, 1, 8, 4224): 4,
-        (1, 1, 1, 1, 2**20): 64,
-        (1, 1, 1, 1, 511): 1,
-        (1, 1, 1, 9, 4224): 1,
-        (0, 1, 1, 1, 4224): 1,
+    expected = {  # batch, heads, kv heads, Sq, Sk, pivots, window
+        (16, 40, 40, 1, 4224, 256, 256): 1,
+        (16, 40, 5, 1, 4224, 256, 256): 1,
+        (1, 40, 40, 1, 4224, 256, 256): 3,
+        (1, 8, 1, 1, 4224, 256, 256): 16,
+        (1, 8, 1, 8, 4224, 256, 256): 3,
+        (1, 1, 1, 1, 2**20, 256, 256): 18,
+        (1, 1, 1, 1, 2**20, 0, 2**20): 64,
+        (1, 1, 1, 1, 511, 256, 256): 1,
+        (1, 1, 1, 9, 4224, 256, 256): 1,
+        (0, 1, 1, 1, 4224, 256, 256): 1,
     }
     if extension.why_not_host_model() is not None:
         pytest.skip(str(extension.why_not_host_model()))
+    of = functools.partial(extension.attention_forward_splits, device=torch.device("cpu"))
     with modelled_device(132):
         for shape, parts in expected.items():
-            cpu = torch.device("cpu")
-            assert extension.attention_forward_splits(*shape, False, cpu) == parts, shape
-        assert extension.attention_forward_splits(1, 1, 1, 9, 4224, True, cpu) == 16
+            assert of(*shape, has_kv_lens=False) == parts, shape
+        assert of(1, 1, 1, 9, 4224, 256, 256, has_kv_lens=True) == 16

