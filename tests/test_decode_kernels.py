@@ -141,7 +141,7 @@ def check(step: Step, backend: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", HALVES)
 @given(data=st.data())
 @settings(max_examples=settings().max_examples // 2)
-def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_decoding_as_defined(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     draw = data.draw
     batch, k_len = draw(st.integers(0, 3)), draw(st.integers(1, draw(st.sampled_from([300, 800]))))
     num_kv_heads = draw(st.integers(1, 2))
@@ -176,7 +176,7 @@ def test_few_queries(backend: str, q_len: int, head_dim: int, dtype: torch.dtype
     text_len = int32([600, 9, 300, 600])
     pivots = ck.sample_pivots(text_len, 900, 200, torch.Generator().manual_seed(1))
     layout = ck.ThreeRegionLayout(text_len, pivots, 33, 2, math.log(2), -0.5)
-    shape = {"batch": 4, "num_heads": 3, "head_dim": head_dim, "dtype": dtype}
+    shape = {"batch": 4, "head_dim": head_dim, "dtype": dtype}
     for kv_lens in (None, [900, q_len - 1, 641, 64 + q_len]):
         step = make_step(q_len, 900, layout, kv_lens, **shape)  # type: ignore[arg-type]
         results = []
@@ -229,7 +229,7 @@ def test_gradients_without_kv_lens(backend: str) -> None:
 @kernels
 @pytest.mark.parametrize("what", ["k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_poisoned_keys(backend: str, what: str, value: float) -> None:
+def test_poisoned_keys_of_a_cache(backend: str, what: str, value: float) -> None:
     """Exactly the rows that may see a poisoned key know of it, in whichever part it lies."""
     layout = ck.ThreeRegionLayout(300, int32([[340, 390, 550]]), 1, 230)
     clean = make_step(8, 700, layout, [690])
@@ -250,7 +250,7 @@ def test_poisoned_keys(backend: str, what: str, value: float) -> None:
 
 @kernels
 @pytest.mark.parametrize("num_sms", [1, 132])
-def test_nothing_overflows(backend: str, num_sms: int) -> None:
+def test_decoding_does_not_overflow(backend: str, num_sms: int) -> None:
     layout = ck.ThreeRegionLayout(5, None, 128, 5)
     with modelled_device(num_sms):
         # Products beyond float32.
