@@ -157,24 +157,15 @@ def attention_split_rows(k_len: int, num_pivots: int, device: torch.device) -> i
     return _kernels_of(device).three_region_attention_split_rows(k_len, num_pivots)
 
 
-def attention_forward_splits(
-    batch: int,
-    num_heads: int,
-    num_kv_heads: int,
-    q_len: int,
-    k_len: int,
-    has_kv_lens: bool,
-    device: torch.device,
-) -> int:
-    """Into how many parts the forward splits the keys of few queries; 1: not at all."""
-    shape = batch, num_heads, num_kv_heads, q_len, k_len
-    return _attention_forward_splits(*shape, has_kv_lens, num_sms(device), device)
+def attention_forward_splits(*shape: int, has_kv_lens: bool, device: torch.device) -> int:
+    """Into how many parts the forward splits the keys of few queries; 1: not at all. ``shape``:
+    batch, heads, key/value heads, queries, keys, pivots, and keys of a window."""
+    return _attention_forward_splits(device, *shape, has_kv_lens, num_sms(device))
 
 
 @functools.lru_cache(maxsize=256)
-def _attention_forward_splits(*args: Any) -> int:
-    *shape_and_sms, device = args
-    return _kernels_of(device).three_region_attention_forward_splits(*shape_and_sms)
+def _attention_forward_splits(device: torch.device, *arguments: int) -> int:
+    return _kernels_of(device).three_region_attention_forward_splits(*arguments)
 
 
 def _kernels_of(device: torch.device) -> Any:

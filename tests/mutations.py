@@ -58,6 +58,11 @@ SMALL = "small_weights"
 LARGE = "beyond_float32"
 LARGE_LOGITS = "large_logits"
 LONG = "long_lists"
+FEW = "few_queries and 5-64"  # from here on: of the decode kernels
+EACH = "window_of_each_query"
+ROWS = "more_rows_than_a_block"
+POISON = "poisoned_keys_of_a_cache"
+ANY_LENGTHS = "any_kv_lens"
 NORMS = "norm_equals or sandwich_equals"  # from here on: of LayerNorm
 SANDWICH = "sandwich_equals"
 KINDS = "each_kind_of_row"
@@ -342,15 +347,90 @@ MUTATIONS = [
             "return logit;",
         ),
         ("exact-row-without-bias", LEAKS, "if (entry >= list.num_far) return 0.f;", "return 0.f;"),
-    ),
-    *mutations(
-        "three_region_attention/sm80/forward.cu",
+        ("forward-exact-o-not-rescaled", LEAKS, "o[d] * (keep / l)", "o[d]"),
         (
             "row-reads-pivots-of-the-first-head",
             HEADS,
-            "key_list_of(problem, batch, kv_head, i, i + 1)",
-            "key_list_of(problem, batch, 0, i, i + 1)",
+            "far_keys_of(problem, batch, kv_head)",
+            "far_keys_of(problem, batch, 0)",
         ),
+    ),
+    *mutations(
+        "three_region_attention/sm80/decode.cu",
+        (
+            "decode-keys-of-another-part",
+            FEW,
+            "if (at < part.begin || !sees[c / 2](at))",
+            "if (!sees[c / 2](at))",
+        ),
+        ("decode-nothing-masked", EACH, "if (!part.all_see(entry, kStepKeys)) {", "if (false) {"),
+        (
+            "decode-windows-begin-together",
+            EACH,
+            "(entry >= window_begin) & (entry + number <= window_end)",
+            "entry + number <= window_end",
+        ),
+        (
+            "decode-far-keys-of-another-query",
+            EACH,
+            "far_ends[position - max(first + tile.first_query, 0)]",
+            "far_ends[0]",
+        ),
+        (
+            "decode-window-keys-as-pivots",
+            FEW,
+            "if (index >= num_pivots) keys[step] = at + beyond;",
+            "",
+        ),
+        (
+            "decode-o-of-some-rows-not-rescaled",
+            ROWS,
+            "keep[0] != 1.f || keep[1] != 1.f",
+            "keep[0] != 1.f",
+        ),
+        (
+            "decode-warps-l-not-weighted",
+            FEW,
+            "l += shared.l[i][at] * weight_of(shared.m[i][at], m);",
+            "l += shared.l[i][at];",
+        ),
+        ("decode-parts-o-not-weighted", FEW, "four[d] * weight;", "four[d];"),
+        ("decode-last-part-lost", FEW, "int(first[2]);", "int(first[2]) - 1;"),
+        ("decode-rows-without-position", FEW, "if (!has_position) o[i] = 0.f;", ""),
+        ("decode-nan-rows-kept", POISON, "writes && has_position && zero != 0.f", "false"),
+        (
+            "decode-one-nan-row-computed-again",
+            POISON,
+            "lanes &= ~(((1u << kLanes) - 1) << row_lanes);",
+            "lanes = 0;",
+        ),
+        (
+            "decode-reads-any-kv-lens",
+            ANY_LENGTHS,
+            "min(max(params.kv_lens[batch], 0), k_len)",
+            "params.kv_lens[batch]",
+        ),
+        (
+            "decode-copies-not-waited-for",
+            FEW,
+            "cp_async_wait_group<kStages - 2>();",
+            "cp_async_wait_group<kStages - 1>();",
+        ),
+        (
+            "decode-stage-without-barrier",
+            FEW,
+            "bar_sync();\n    const auto& stage = stages[from];",
+            "const auto& stage = stages[from];",
+        ),
+        (
+            "decode-mean-beyond-float16",
+            "does_not_overflow",
+            "o[i] = fminf(fmaxf(o[i], -65504.f), 65504.f);",
+            "{}",
+        ),
+    ),
+    *mutations(
+        "three_region_attention/sm80/forward.cu",
         (
             "forward-reads-pivots-of-the-first-head",
             HEADS,
@@ -382,7 +462,6 @@ MUTATIONS = [
         ),
         ("forward-factor-of-another-row", VALUES, "lane / 4 * 4 + 2 * rt + half", "lane / 4 * 4"),
         ("forward-nan-rows-kept", LEAKS, ">= 0 && zero != 0.f", "< 0"),
-        ("forward-exact-o-not-rescaled", LEAKS, "o[d] * (keep / l)", "o[d]"),
     ),
     *mutations(
         "three_region_attention/sm80/backward.cuh",

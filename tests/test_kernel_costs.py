@@ -19,6 +19,7 @@ COMMITTED = json.loads((DOCS / "kernel_costs.json").read_text())
 BY_CASE = {
     case: list(rows) for case, rows in groupby(COMMITTED["attention"], lambda row: row["case"])
 }
+DECODE = {case: list(rows) for case, rows in groupby(COMMITTED["decode"], lambda row: row["case"])}
 NORMS = {(row["case"], row["operator"]): row for row in COMMITTED["norms"]}
 
 # Issued over useful products, and moved over necessary bytes.
@@ -29,6 +30,7 @@ BOUNDS = {
     "backward_dq": (1.1, 1.05),
     "backward": (1.15, 1.05),
 }
+DECODE_BOUND = 1.15  # moved over necessary bytes
 # The last is relative to the definition's five products: scores and dout v^T are computed twice.
 BACKWARD_OF_FIVE = 1.6
 # Compilers may merge two loads of the same value, and only rows use special load instructions.
@@ -53,11 +55,9 @@ def test_committed_counts_are_within_bounds(case: AttentionCase) -> None:
         products, moved = BOUNDS[row["kernel"]]
         assert row["must_touch"] <= costs.moved(row) <= moved * row["must_touch"], row
         assert row["products"] >= row["useful_products"]
-        # One query leaves most of a tile empty; only its bytes matter.
-        if case.queries > 1:
-            assert row["products"] <= products * row["useful_products"], row
-            if row["kernel"] == "backward":
-                assert row["products"] <= BACKWARD_OF_FIVE * row["useful_products"] * 5 / 7
+        assert row["products"] <= products * row["useful_products"], row
+        if row["kernel"] == "backward":
+            assert row["products"] <= BACKWARD_OF_FIVE * row["useful_products"] * 5 / 7
     blocks = {row["kernel"]: row["blocks"] for row in rows}
     for kernel in ("forward", "backward_dq"):
         height = costs.tile_rows(kernel, case.head_dim)
@@ -90,6 +90,43 @@ def test_counts_equal_the_committed_ones(case: AttentionCase) -> None:
     one_query = costs.attention_launches(dataclasses.replace(case, q_len=1))
     assert conflicts["backward_dkdv"] == one_query["backward_dkdv"]["bank_conflicts"]
     assert conflicts["forward"] == conflicts["backward_dq"] == 0
+
+
+@pytest.mark.parametrize("case", costs.DECODE_CASES, ids=costs.describe)
+def test_decoding_moves_what_it_must(case: AttentionCase) -> None:
+    """However long the cache: the list has the text, the pivots and two blocks at most."""
+    row = 2 * case.head_dim
+    longest = case.text_len + case.num_pivots + 2 * case.query_window + case.queries - 1
+    floor = case.num_heads * case.queries * (2 * row + 4) + case.kv_heads * 2 * row * longest
+    rows = DECODE[costs.describe(case)]
+    assert [row["multiprocessors"] for row in rows] == [1, costs.NUM_SMS]
+    for counts in rows:
+        assert counts["must_touch"] <= costs.moved(counts) <= DECODE_BOUND * counts["must_touch"]
+        assert costs.moved(counts) <= DECODE_BOUND * floor
+    assert rows[0]["moved_partial"] == 0 and rows[0]["blocks"] == case.kv_heads
+    # At the end alone, where warps exchange their sums.
+    assert rows[0]["bank_conflicts"] <= 2 * case.head_dim
+
+
+@needs_host_model
+@pytest.mark.parametrize("case", costs.DECODE_CASES[::2], ids=costs.describe)
+def test_decode_counts_equal_the_committed_ones(case: AttentionCase) -> None:
+    for row, committed in zip(costs.decode_rows(case), DECODE[costs.describe(case)], strict=True):
+        assert row.keys() == committed.keys()
+        for name, value in committed.items():
+            tolerance = value * TOLERANCE.get(name, 0)
+            assert row[name] == value or abs(row[name] - value) <= tolerance, f"{name} {STALE}"
+
+
+def test_decode_needs_by_hand() -> None:
+    case = AttentionCase(
+        300, 48, 2, 40, num_heads=4, num_kv_heads=2, head_dim=64, text_len=20, q_len=30
+    )
+    pivot_idx = case.layout("cpu").pivot_idx
+    assert pivot_idx is not None
+    pivots = pivot_idx[0].tolist()
+    seen = {j for j in range(300) for i in range(270, 300) if region_of(i, j, 20, pivots, 48, 2)}
+    assert costs.decode_needs(case) == 4 * 30 * (2 * 128 + 4) + 2 * 2 * 128 * len(seen)
 
 
 @pytest.mark.parametrize("q_len", [0, 150])

@@ -29,6 +29,7 @@ MOVED = {  # by the names of buffers
     "moved_rows": "q|k|v|out|dout|dq|dk|dv",
     "moved_statistics": "row_max|row_log_sum|delta",
     "moved_far_keys": "far_keys",
+    "moved_partial": "partial",
 }
 
 # More heads and samples repeat the counts.
@@ -38,7 +39,16 @@ ATTENTION_CASES = (
     AttentionCase(4224, 128, 6, 704, num_heads=1),
     AttentionCase(16448, 128, 2, 512, num_heads=1),
     AttentionCase(4096, 128, 8, 256, num_heads=2, num_kv_heads=1, head_dim=128),
-    AttentionCase(4224, 128, 2, 256, num_heads=1, q_len=1),
+)
+# Where the window is full at each length: lists differ in the pivots behind its start alone.
+DECODE_CASES = tuple(
+    AttentionCase(k_len, 128, 2, 256, num_heads=heads, num_kv_heads=1, head_dim=dim, q_len=q_len)
+    for heads, dim, lengths in (
+        (1, 64, (1024, 4096, 65536)),
+        (8, 64, (1024, 65536)),
+        (4, 128, (65536,)),
+    )
+    for q_len, k_len in product((1, 4, 8), lengths)
 )
 
 
@@ -196,6 +206,34 @@ def attention_rows(case: AttentionCase) -> list[Row]:
     return rows
 
 
+def decode_needs(case: AttentionCase) -> int:
+    """The bytes that decoding must touch: q, out and lse of each row, and k and v of each key that
+    some query sees, once for all queries and heads that share it."""
+    row, queries = 2 * case.head_dim, case.num_heads * case.queries
+    seen = case.layout("cpu").dense_mask(1, case.queries, case.seqlen)[0].any(0)
+    return queries * (2 * row + 4) + case.kv_heads * 2 * row * int(seen.sum())
+
+
+def decode_row(case: AttentionCase, num_sms: int) -> Row:
+    """Counts of the host model beside what is needed, on this many multiprocessors."""
+    q, k, v = (
+        torch.randn(1, heads, rows, case.head_dim).to(case.torch_dtype)
+        for heads, rows in ((case.num_heads, case.queries), *[(case.kv_heads, case.seqlen)] * 2)
+    )
+    layout = case.layout("cpu")
+    run = partial(ck.three_region_attention, q, k, v, layout, backend="host_model")
+    launched = [row for row in counted(run, num_sms)[1] if "decode" in row["kernel"]]
+    row: Row = {"case": describe(case), "multiprocessors": num_sms}
+    row |= {"blocks": launched[0]["grid"][0], "must_touch": decode_needs(case)}
+    row |= bytes_by_kind(launched, MOVED)
+    return row | {"bank_conflicts": sum(launch["bank_conflicts"] for launch in launched)}
+
+
+def decode_rows(case: AttentionCase) -> list[Row]:
+    """On one multiprocessor, whose blocks share no list, and on those of an H200."""
+    return [decode_row(case, num_sms) for num_sms in (1, NUM_SMS)]
+
+
 def norm_launches(
     case: NormCase, num_sms: int = NUM_SMS, shared_kib: int = 227
 ) -> dict[str, list[Row]]:
@@ -289,6 +327,17 @@ def tables(record: dict[str, list[Row]]) -> dict[str, str]:
             }
             for row in (*rows, backward(rows))
         ]
+    decode = [
+        {
+            "case": row["case"],
+            "multiprocessors": row["multiprocessors"],
+            "blocks": row["blocks"],
+            "must touch": row["must_touch"],
+            "moved / must touch": moved(row) / row["must_touch"],
+            "bank conflicts": row["bank_conflicts"],
+        }
+        for row in record["decode"]
+    ]
     launch = "{kernel} {blocks} x {threads}, {shared}"
     norms = [
         {
@@ -301,13 +350,18 @@ def tables(record: dict[str, list[Row]]) -> dict[str, str]:
         }
         for row in record["norms"]
     ]
-    return {"attention costs": markdown(attention), "norms costs": markdown(norms)}
+    return {
+        "attention costs": markdown(attention),
+        "decode costs": markdown(decode),
+        "norms costs": markdown(norms),
+    }
 
 
 def main() -> None:
     attention = [row for case in ATTENTION_CASES for row in attention_rows(case)]
     norms = [row for case in NORM_CASES for row in norm_rows(case)]
-    record = {"attention": attention, "norms": norms}
+    decode = [row for case in DECODE_CASES for row in decode_rows(case)]
+    record = {"attention": attention, "decode": decode, "norms": norms}
     write("kernel_costs", record, tables(record))
 
 

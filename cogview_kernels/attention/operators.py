@@ -87,8 +87,12 @@ def _forward(
     if q.numel() == 0:
         return outputs
     batch, num_heads, q_len, head_dim = q.shape
+    num_kv_heads, k_len = k.shape[1:3]
     num_splits = extension.attention_forward_splits(
-        batch, num_heads, k.shape[1], q_len, k.shape[2], kv_lens is not None, q.device
+        *(batch, num_heads, num_kv_heads, q_len, k_len, far_keys.shape[1] - 2),
+        min(query_window * key_window_times, k_len),
+        has_kv_lens=kv_lens is not None,
+        device=q.device,
     )
     partial = None
     if num_splits > 1:

@@ -30,13 +30,16 @@ inline int split_rows(int k_len, int num_pivots) {
 }
 
 inline int forward_splits(int batch, int num_heads, int num_kv_heads, int q_len, int k_len,
-                          bool has_kv_lens, int num_sms) {
+                          int num_pivots, int window, bool has_kv_lens, int num_sms) {
   ThreeRegionProblem problem = {};
   problem.batch = batch;
   problem.num_heads = num_heads;
   problem.num_kv_heads = num_kv_heads;
   problem.q_len = q_len;
   problem.k_len = k_len;
+  problem.num_pivots = num_pivots;
+  problem.query_window = window;
+  problem.num_windows = 1;
   return three_region_attention_forward_splits(problem, has_kv_lens, num_sms);
 }
 
@@ -49,7 +52,7 @@ inline void define_three_region_attention(pybind11::module_& m) {
         "Rows of the backward's `partial` for each split, batch and head.");
   m.def("three_region_attention_forward_splits", &forward_splits, py::arg("batch"),
         py::arg("num_heads"), py::arg("num_kv_heads"), py::arg("q_len"), py::arg("k_len"),
-        py::arg("has_kv_lens"), py::arg("num_sms"),
+        py::arg("num_pivots"), py::arg("window"), py::arg("has_kv_lens"), py::arg("num_sms"),
         "Into how many parts a forward splits the keys of few queries; 1: not at all.");
 }
 

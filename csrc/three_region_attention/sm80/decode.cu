@@ -27,7 +27,8 @@
 //            ends among the far keys         128    128    128    128
 //            key list                         48     48     48     48
 //            total, dynamic                25264  49840  49840  66224
-// Barriers   bar_sync before the loop       q, the key list and the ends among the far keys are there
+// Barriers   bar_sync before the loop       the key list and the ends among the far keys are there;
+//                                           then q, before its stage is filled
 //            bar_sync in KeyRing::wait      the tile has arrived for all threads; all warps have left
 //                                           the stage that is filled
 //            bar_sync, twice at the end     all warps have left the stages, m and l of all warps are
@@ -91,8 +92,8 @@ struct DecodePlan {
     const int used = std::min(rows, kMaxRows);
     plan.row_warps_log2 = used <= 16 ? 0 : used <= 32 ? 1 : 2;
     // Shorter parts save less time than merging them takes. A part writes and reads 8 D bytes for a
-    // row, and reads 4 D for a key: an eighth more at most.
-    plan.min_part = std::max(256, 16 * used);
+    // row, and reads 4 D for a key: a ninth more at most.
+    plan.min_part = std::max(256, 20 * used);
     return plan;
   }
 };
@@ -406,6 +407,10 @@ __device__ __forceinline__ float weight_of(float m, float largest) {
   return m == -INFINITY ? 0.f : ex2_approx(m - largest);
 }
 
+struct alignas(8) Pair {
+  float x, y;
+};
+
 // Whether a part holds no key that the row sees: its o is not written.
 __device__ __forceinline__ bool is_empty(float m, float l) { return m == -INFINITY && l == 0.f; }
 
@@ -481,17 +486,20 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
 
   KeyRing<Shape> ring(shared.stages, forward.k, forward.v, tile.batch, tile.kv_head);
   unsigned char* sQ = shared.stages[kStages - 1].k;
-  tile.template copy_rows<kHeadDim>(sQ, params, 16 * row_warps);
-  cp_async_commit_group();
+  const auto copy_q = [&] {
+    tile.template copy_rows<kHeadDim>(sQ, params, 16 * row_warps);
+    cp_async_commit_group();
+  };
   // The first tile of a list that is not split: its last keys are those up to the last query.
   const int window_size = end - window_start(begin, problem);
   const bool has_started = has_keys && forward.num_splits == 1 && window_size >= kBlockN;
+  if (forward.num_splits == 1) copy_q();
   if (has_started) {
     ring.copy(0, 0, [&](int step) {
       return end - kBlockN + ring.first_row + step * decltype(ring)::Items::kStepRows;
     });
+    cp_async_commit_group();
   }
-  cp_async_commit_group();
   const bool is_uniform = window_start(begin, problem) == window_start(end - 1, problem);
   if (warp == 0) {
     const int far_pivots =
@@ -506,18 +514,15 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
     shared.far_ends[lane] = far_end;
     if (lane == 0) shared.list = found;
   }
-  cp_async_wait_group<1>();
   bar_sync();
   KeyList list = shared.list;
   list.far = far;  // pointers of parameters are known to be global
-  DecodeWarp<T, kHeadDim> state;
-  state.initialize(params, tile, sQ, list, shared.far_ends, first, row_tile);
-
   Part part = {0, has_keys ? list.size : 0};
   int num_parts = 1;
   if (forward.num_splits > 1) {
     num_parts = min(max(part.end / params.plan.min_part, 1), forward.num_splits);
     if (tile.split >= num_parts) return;
+    copy_q();
     const int size = ((part.end - 1) / num_parts / kStepKeys + 1) * kStepKeys;
     part.begin = min(tile.split * size, part.end);
     part.end = min(part.begin + size, part.end);
@@ -540,6 +545,10 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
   if (!has_started) copy_next();
 #pragma unroll
   for (int stage = 1; stage < kStages - 1; ++stage) copy_next();
+  cp_async_wait_group<kStages - 1>();
+  bar_sync();
+  DecodeWarp<T, kHeadDim> state;
+  state.initialize(params, tile, sQ, list, shared.far_ends, first, row_tile);
 
   for (int entry = part.end - kBlockN; entry > part.begin - kBlockN; entry -= kBlockN) {
     const auto& stage = ring.wait();
@@ -576,8 +585,8 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
     float* to = parts + (warp * 16 + row) * kRowFloats + lane % 4 * 2;
 #pragma unroll
     for (int n = 0; n < kHeadDim / 8; ++n) {
-      to[8 * n] = state.o[n][2 * half] * weight;
-      to[8 * n + 1] = state.o[n][2 * half + 1] * weight;
+      *reinterpret_cast<Pair*>(to + 8 * n) = {state.o[n][2 * half] * weight,
+                                              state.o[n][2 * half + 1] * weight};
     }
   }
   bar_sync();
@@ -594,8 +603,16 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
         l += shared.l[i][at] * weight_of(shared.m[i][at], m);
         if (chunk >= kChunks<kHeadDim>) continue;
         const float* from = parts + (i * 16 + at) * kRowFloats + chunk * 8;
+        // Eight lanes that read at once take different halves, in different banks.
+        const int own = lane / 4 % 2 * 4;
+        const uint4 halves[] = {ld_shared_v4(from + own), ld_shared_v4(from + (own ^ 4))};
 #pragma unroll
-        for (int d = 0; d < 8; ++d) o[d] += from[d];
+        for (int d = 0; d < 4; ++d) {
+          const float one = reinterpret_cast<const float*>(&halves[0])[d];
+          const float other = reinterpret_cast<const float*>(&halves[1])[d];
+          o[d] += own == 0 ? one : other;
+          o[4 + d] += own == 0 ? other : one;
+        }
       }
     }
     if (forward.num_splits > 1 && row.query >= 0) {
@@ -697,14 +714,17 @@ cudaError_t three_region_attention_decode(const ThreeRegionForwardParams& params
 
 }  // namespace cogview::sm80
 
-// A block for each multiprocessor, if the longest list has as many parts that are worth one: half as
-// many copy as fast as the memory can.
+// A block for each multiprocessor, if lists may have as many parts that are worth one: half as many
+// copy as fast as the memory can. Blocks without a part cost little, but not nothing; so texts count
+// up to 4096 keys, and longer ones have longer parts.
 int cogview::three_region_attention_forward_splits(const ThreeRegionProblem& problem,
                                                    bool has_kv_lens, int num_sms) {
   using namespace sm80;
   const int64_t num_heads = int64_t(problem.batch) * problem.num_kv_heads;
   if (num_heads == 0 || problem.q_len == 0 || !is_decode(problem, has_kv_lens)) return 1;
   const DecodePlan plan = DecodePlan::of(problem);
-  const int64_t parts = std::min(problem.k_len / plan.min_part, kMaxSplits);
+  const int64_t window = int64_t(problem.query_window) * problem.num_windows + plan.tile_queries;
+  const int64_t keys = std::min(window + problem.num_pivots + 4096, int64_t(problem.k_len));
+  const int64_t parts = std::min(keys / plan.min_part, int64_t(kMaxSplits));
   return int(std::max(std::min(num_sms / (num_heads * plan.tiles), parts), int64_t{1}));
 }

@@ -4,6 +4,7 @@ definition; the decode kernels on the CPU simulator and, where there is a GPU, o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -140,7 +141,7 @@ def check(step: Step, backend: str) -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("dtype", HALVES)
 @given(data=st.data())
 @settings(max_examples=settings().max_examples // 2)
-def test_equals_the_definition(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
+def test_decoding_as_defined(backend: str, dtype: torch.dtype, data: st.DataObject) -> None:
     draw = data.draw
     batch, k_len = draw(st.integers(0, 3)), draw(st.integers(1, draw(st.sampled_from([300, 800]))))
     num_kv_heads = draw(st.integers(1, 2))
@@ -175,7 +176,7 @@ def test_few_queries(backend: str, q_len: int, head_dim: int, dtype: torch.dtype
     text_len = int32([600, 9, 300, 600])
     pivots = ck.sample_pivots(text_len, 900, 200, torch.Generator().manual_seed(1))
     layout = ck.ThreeRegionLayout(text_len, pivots, 33, 2, math.log(2), -0.5)
-    shape = {"batch": 4, "num_heads": 3, "head_dim": head_dim, "dtype": dtype}
+    shape = {"batch": 4, "head_dim": head_dim, "dtype": dtype}
     for kv_lens in (None, [900, q_len - 1, 641, 64 + q_len]):
         step = make_step(q_len, 900, layout, kv_lens, **shape)  # type: ignore[arg-type]
         results = []
@@ -228,7 +229,7 @@ def test_gradients_without_kv_lens(backend: str) -> None:
 @kernels
 @pytest.mark.parametrize("what", ["k", "v"])
 @pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_poisoned_keys(backend: str, what: str, value: float) -> None:
+def test_poisoned_keys_of_a_cache(backend: str, what: str, value: float) -> None:
     """Exactly the rows that may see a poisoned key know of it, in whichever part it lies."""
     layout = ck.ThreeRegionLayout(300, int32([[340, 390, 550]]), 1, 230)
     clean = make_step(8, 700, layout, [690])
@@ -249,7 +250,7 @@ def test_poisoned_keys(backend: str, what: str, value: float) -> None:
 
 @kernels
 @pytest.mark.parametrize("num_sms", [1, 132])
-def test_nothing_overflows(backend: str, num_sms: int) -> None:
+def test_decoding_does_not_overflow(backend: str, num_sms: int) -> None:
     layout = ck.ThreeRegionLayout(5, None, 128, 5)
     with modelled_device(num_sms):
         # Products beyond float32.
@@ -430,21 +431,22 @@ def test_bad_lengths() -> None:
 
 def test_number_of_parts() -> None:
     """A block for each of 132 multiprocessors, where the keys are worth as many."""
-    expected = {  # batch, heads, kv heads, Sq, Sk
-        (16, 40, 40, 1, 4224): 1,
-        (16, 40, 5, 1, 4224): 1,
-        (1, 40, 40, 1, 4224): 3,
-        (1, 8, 1, 1, 4224): 16,
-        (1, 8, 1, 8, 4224): 4,
-        (1, 1, 1, 1, 2**20): 64,
-        (1, 1, 1, 1, 511): 1,
-        (1, 1, 1, 9, 4224): 1,
-        (0, 1, 1, 1, 4224): 1,
+    expected = {  # batch, heads, kv heads, Sq, Sk, pivots, window
+        (16, 40, 40, 1, 4224, 256, 256): 1,
+        (16, 40, 5, 1, 4224, 256, 256): 1,
+        (1, 40, 40, 1, 4224, 256, 256): 3,
+        (1, 8, 1, 1, 4224, 256, 256): 16,
+        (1, 8, 1, 8, 4224, 256, 256): 3,
+        (1, 1, 1, 1, 2**20, 256, 256): 18,
+        (1, 1, 1, 1, 2**20, 0, 2**20): 64,
+        (1, 1, 1, 1, 511, 256, 256): 1,
+        (1, 1, 1, 9, 4224, 256, 256): 1,
+        (0, 1, 1, 1, 4224, 256, 256): 1,
     }
     if extension.why_not_host_model() is not None:
         pytest.skip(str(extension.why_not_host_model()))
+    of = functools.partial(extension.attention_forward_splits, device=torch.device("cpu"))
     with modelled_device(132):
         for shape, parts in expected.items():
-            cpu = torch.device("cpu")
-            assert extension.attention_forward_splits(*shape, False, cpu) == parts, shape
-        assert extension.attention_forward_splits(1, 1, 1, 9, 4224, True, cpu) == 16
+            assert of(*shape, has_kv_lens=False) == parts, shape
+        assert of(1, 1, 1, 9, 4224, 256, 256, has_kv_lens=True) == 16
