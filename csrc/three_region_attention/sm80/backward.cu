@@ -45,8 +45,9 @@ __global__ void __launch_bounds__(kThreads)
   const int num_heads = params.of_v ? problem.num_kv_heads : problem.num_heads;
   const int num_rows = params.of_v ? problem.k_len : problem.q_len;
   const int tiles = (num_rows + kRows - 1) / kRows;
-  const int64_t head_idx = blockIdx.x / unsigned(tiles);
-  const int batch = int(head_idx / num_heads), head = int(head_idx % num_heads);
+  const unsigned head_idx = blockIdx.x / unsigned(tiles);
+  const int batch = int(head_idx / unsigned(num_heads));
+  const int head = int(head_idx % unsigned(num_heads));
   const int row = int(blockIdx.x % unsigned(tiles)) * kRows + int(threadIdx.x) / kLanes;
   const int chunk = threadIdx.x % kLanes;
   const bool reads = row < num_rows && chunk < kChunks<kHeadDim>;
@@ -75,7 +76,7 @@ __global__ void __launch_bounds__(kThreads)
     product += shfl_bfly(product, mask);
   }
   if (!params.of_v && reads) {
-    const int64_t at = head_idx * num_rows + row;
+    const int64_t at = int64_t(head_idx) * num_rows + row;
     if (backward.dlse != nullptr) product -= backward.dlse[at];
     if (chunk == 0) backward.delta[at] = product;
   }
@@ -92,7 +93,7 @@ __global__ void __launch_bounds__(kThreads)
     if (threadIdx.x % kWarpSize == 0) {
       uint32_t* bounds =
           params.of_v ? backward.bounds + 2 * int64_t(problem.batch) * problem.num_heads + head_idx
-                      : backward.bounds + 2 * head_idx;
+                      : backward.bounds + 2 * int64_t(head_idx);
       red_global_max(bounds, float_as_uint(norm));
       if (!params.of_v) red_global_max(bounds + 1, float_as_uint(delta));
     }
