@@ -55,6 +55,8 @@ SIGN = "any_scale_and_sign"
 LOSS_SCALE = "any_loss_scale"
 SMALL = "small_weights"
 LARGE = "beyond_float32"
+DECODE = "few_queries or window_of_each_query or more_rows_than or poisoned_keys"
+DECODE_LENGTHS = "any_kv_lens"
 NORMS = "norm_equals or sandwich_equals"  # from here on: of LayerNorm
 SANDWICH = "sandwich_equals"
 KINDS = "each_kind_of_row"
@@ -312,16 +314,17 @@ MUTATIONS = [
             "return logit != logit ? bias : fminf(fmaxf(logit, -kLargestFloat), kLargestFloat);",
             "return logit;",
         ),
+        ("exact-o-not-rescaled", LEAKS, "o[d] * (keep / l)", "o[d]"),
+        (
+            "exact-row-reads-pivots-of-the-first-head",
+            HEADS,
+            "far_keys_of(problem, batch, kv_head);",
+            "far_keys_of(problem, batch, 0);",
+        ),
         ("exact-row-without-bias", LEAKS, "if (entry >= list.num_far) return 0.f;", "return 0.f;"),
     ),
     *mutations(
         "three_region_attention/sm80/forward.cu",
-        (
-            "row-reads-pivots-of-the-first-head",
-            HEADS,
-            "key_list_of(problem, batch, kv_head, i, i + 1)",
-            "key_list_of(problem, batch, 0, i, i + 1)",
-        ),
         (
             "forward-reads-pivots-of-the-first-head",
             HEADS,
@@ -353,7 +356,81 @@ MUTATIONS = [
         ),
         ("forward-factor-of-another-row", VALUES, "lane / 4 * 4 + 2 * rt + half", "lane / 4 * 4"),
         ("forward-nan-rows-kept", LEAKS, ">= 0 && zero != 0.f", "< 0"),
-        ("forward-exact-o-not-rescaled", LEAKS, "o[d] * (keep / l)", "o[d]"),
+    ),
+    *mutations(
+        "three_region_attention/sm80/decode.cu",
+        (
+            "decode-row-of-another-head",
+            DEFINITION,
+            "{kv_head * group + of_group, exists ? query : -1}",
+            "{kv_head + of_group, exists ? query : -1}",
+        ),
+        (
+            "decode-length-not-clamped",
+            DECODE_LENGTHS,
+            "min(max(params.kv_lens[batch], 0), k_len)",
+            "params.kv_lens[batch]",
+        ),
+        (
+            "decode-keys-before-the-part",
+            DECODE,
+            "if (at < part.begin || !sees[c / 2](at))",
+            "if (!sees[c / 2](at))",
+        ),
+        (
+            "decode-window-seen-by-all",
+            DECODE,
+            "(entry + number <= window_end);",
+            "(entry <= window_end);",
+        ),
+        (
+            "decode-window-of-all-queries",
+            DECODE,
+            "if (is_uniform) part.window_begin = 0;",
+            "part.window_begin = 0;",
+        ),
+        (
+            "decode-pivot-bias-alone-ignored",
+            DEFINITION,
+            "problem.text_bias != 0.f || problem.pivot_bias != 0.f;",
+            "problem.text_bias != 0.f;",
+        ),
+        ("decode-o-not-rescaled", DECODE, "o[n][c] *= keep[c / 2];", ";"),
+        ("decode-l-not-rescaled", DECODE, "l[half] * keep[half] + sum", "l[half] + sum"),
+        ("decode-stage-not-waited-for", DECODE, "cp_async_wait_group<kStages - 2>();", ""),
+        (
+            "decode-stage-without-barrier",
+            DECODE,
+            "cp_async_wait_group<kStages - 2>();\n    bar_sync();",
+            "cp_async_wait_group<kStages - 2>();",
+        ),
+        (
+            "decode-q-not-waited-for",
+            DECODE,
+            "cp_async_wait_group<1>();\n  bar_sync();\n  KeyList",
+            "bar_sync();\n  KeyList",
+        ),
+        (
+            "decode-statistics-without-barrier",
+            DECODE,
+            "bar_sync();\n  const auto largest_of",
+            "const auto largest_of",
+        ),
+        (
+            "decode-sums-without-barrier",
+            DECODE,
+            "bar_sync();\n  const int num_rows",
+            "const int num_rows",
+        ),
+        (
+            "decode-parts-overlap",
+            DECODE,
+            "min(part.begin + size, part.end);",
+            "min(part.begin + size + 1, part.end);",
+        ),
+        ("decode-merge-not-weighted", DECODE, "+= four[d] * weight;", "+= four[d];"),
+        ("decode-nan-rows-kept", DECODE, "writes && has_position && zero != 0.f", "false"),
+        ("decode-row-without-position", DECODE_LENGTHS, "if (!has_position) o[i] = 0.f;", ""),
     ),
     *mutations(
         "three_region_attention/sm80/backward.cuh",
@@ -930,7 +1007,9 @@ MUTATIONS = [
 # Profiles in place of the suite's: the first failing example is enough. What fails without any
 # mutation is found by the suite itself: fewer examples.
 EXAMPLES = {"mutations": 600, "without-mutations": 60}
-TEST_FILES = [f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*_kernels.py")]
+TEST_FILES = [
+    f"tests/test_{name}.py" for name in ("attention_kernels", "decode", "layer_norm_kernels")
+]
 # Seconds of tests that a mutation of a header is shown to before every kernel is compiled with it.
 FIRST_TESTS_SECONDS = 3.0
 LONGEST_SECONDS = 900.0  # then a test hangs
