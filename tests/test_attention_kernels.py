@@ -19,6 +19,7 @@ from torch import Tensor
 
 import cogview_kernels as ck
 from cogview_kernels import extension
+from cogview_kernels.attention import operators
 from cogview_kernels.extension import modelled_device
 
 HEAD_DIMS = (32, 64, 96, 128)
@@ -139,6 +140,12 @@ def test_many_tiles(backend: str, dtype: torch.dtype, head_dim: int, w: int, n: 
         check(make_problem(2, 2, 1, 450, 520, head_dim, dtype, layout), backend)
 
 
+def test_long_lists_of_keys(backend: str) -> None:
+    """What a warp sees is found for 32 tiles of 32 keys at once."""
+    layout = ck.ThreeRegionLayout(5, None, 1100, 1)
+    check(make_problem(1, 1, 1, 128, 1100, 96, torch.bfloat16, layout), backend)
+
+
 @pytest.mark.parametrize("w, n", [(32, 2), (128, 1)])
 def test_pivots_at_the_edges_of_windows(backend: str, w: int, n: int) -> None:
     """A pivot on a window's first key, or beside it: counted once."""
@@ -205,6 +212,18 @@ def test_more_pivots_than_two_searches_of_a_warp_find(backend: str, bound: int) 
     layout = ck.ThreeRegionLayout(0, pivots, 1, 100)
     problem = make_problem(1, 1, 1, 20, bound + 120, 32, torch.bfloat16, layout)
     check(problem, backend)
+
+
+@pytest.mark.parametrize("text_len", [40, 300])
+def test_blocks_share_the_queries_of_a_tile(
+    backend: str, text_len: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More tiles of queries than blocks that share them, and not a multiple; text beyond what is
+    packed with the pivots."""
+    monkeypatch.setattr(operators, "_num_splits", lambda *_: 4)
+    pivots = (text_len + int32([1, 20, 21, 90])).view(1, -1)
+    layout = ck.ThreeRegionLayout(text_len, pivots, 48, 2, 0.7, -0.4)
+    check(make_problem(1, 2, 1, 400, 400, 32, torch.bfloat16, layout), backend)
 
 
 @pytest.mark.parametrize("name", RESULTS)
@@ -613,3 +632,19 @@ def test_strides_do_not_matter(backend: str) -> None:
     expected = run(single.map(lambda t: t.contiguous()), backend)
     results = run(single, backend)
     assert all(torch.equal(results[key], expected[key]) for key in ("out", "lse", "dq"))
+
+
+def test_rows_more_than_four_gigabytes_apart(backend: str) -> None:
+    """Products of rows and strides need 64 bits; rows in between are never touched."""
+    problem = make_problem(1, 1, k_len=2, head_dim=32, dtype=torch.bfloat16)
+    expected = run(problem, backend)
+    row = 2**31 + 8  # elements of two bytes
+
+    def far_apart(tensor: Tensor) -> Tensor:
+        if tensor.ndim != 4:
+            return tensor
+        spread = torch.empty(row + 32, dtype=tensor.dtype).as_strided((1, 1, 2, 32), (1, 1, row, 1))
+        return spread.copy_(tensor)
+
+    results = run(problem.map(far_apart), backend)
+    assert all(torch.equal(results[name], expected[name]) for name in RESULTS)

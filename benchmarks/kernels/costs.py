@@ -122,13 +122,19 @@ def query_tiles(case: AttentionCase, kernel: str) -> Iterator[Tensor]:
         yield case.layout("cpu").dense_mask(1, end - begin, end)[0]
 
 
+def far_rows(case: AttentionCase) -> int:
+    """Rows of the dkdv kernel's tiles of far keys: at most 256 of the text, and the pivots."""
+    return -(-case.num_pivots // 64) * 64 + min(-(-case.seqlen // 64) * 64, 256)
+
+
 def queries_of_key_tiles(case: AttentionCase) -> int:
-    """The queries that see any key of a tile, summed over the tiles of the dkdv kernel: the pivots
-    packed, then all keys in order, but for the pivots."""
+    """The queries that see any key of a tile, summed over the tiles of the dkdv kernel: text and
+    pivots packed, then all keys in order, but for those."""
     rows, pivots = tile_rows("backward_dkdv", case.head_dim), case.layout("cpu").pivot_idx
     assert pivots is not None
-    tile = -(-case.num_pivots // rows) + torch.arange(case.seqlen) // rows
-    tile[pivots[0].long()] = torch.arange(case.num_pivots) // rows
+    far = torch.cat([torch.arange(min(case.text_len, 256)), pivots[0].long()])
+    tile = -(-len(far) // rows) + torch.arange(case.seqlen) // rows
+    tile[far] = torch.arange(len(far)) // rows
     seen = (visible.nonzero().unbind(1) for visible in query_tiles(case, "forward"))
     return sum((query * case.seqlen + tile[key]).unique().numel() for query, key in seen)
 

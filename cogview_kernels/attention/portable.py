@@ -93,9 +93,9 @@ def attention_forward(
     scalars: Any = (query_window, key_window_times, text_bias, pivot_bias, softmax_scale)
     if pivot_idx.ndim == 3:
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
-        rows = _rows_of_groups(text_len, pivot_idx)
+        regions_of_groups = _rows_of_groups(text_len, pivot_idx)
         kv_lens = None if kv_lens is None else kv_lens.repeat_interleave(pivot_idx.shape[1])
-        of_groups: Any = (fold(q), fold(k), fold(v), *rows, *scalars, kv_lens)
+        of_groups: Any = (fold(q), fold(k), fold(v), *regions_of_groups, *scalars, kv_lens)
         out, lse = attention_forward(*of_groups)
         return _samples_as_groups(out, q), lse.view(q.shape[:3])
     dtype = accumulate_dtype(q.dtype)
@@ -149,10 +149,10 @@ def attention_backward(
     if pivot_idx.ndim == 3:
         fold = functools.partial(_groups_as_samples, num_groups=pivot_idx.shape[1])
         tensors = fold(dout), fold(dlse), fold(q), fold(k), fold(v), fold(out)
-        rows = _rows_of_groups(text_len, pivot_idx)
+        regions_of_groups = _rows_of_groups(text_len, pivot_idx)
         lse = None if lse is None else fold(lse)
         kv_lens = None if kv_lens is None else kv_lens.repeat_interleave(pivot_idx.shape[1])
-        of_groups: Any = (*tensors, *rows, *scalars, lse, kv_lens)
+        of_groups: Any = (*tensors, *regions_of_groups, *scalars, lse, kv_lens)
         gradients = attention_backward(*of_groups)
         dq, dk, dv = map(_samples_as_groups, gradients, (q, k, v))
         return dq, dk, dv

@@ -1049,12 +1049,14 @@ class Warp {
       case VOTE:
       case VOTEU: {
         const uint32_t full = groups_.empty() ? kAll : current().lanes;
-        const uint32_t votes = predicate(o[2]) & full;
-        Lanes out;
-        out.fill(votes);
-        set(o[0], out, lanes);
+        const uint32_t votes = predicate(o.back()) & full;
+        if (o.size() > 2) {  // the register may be missing
+          Lanes out;
+          out.fill(votes);
+          set(o[0], out, lanes);
+        }
         const bool result = in.has(ALL) ? votes == full : votes != 0;
-        set_predicate(o[1], result ? kAll : 0, lanes);
+        set_predicate(o[o.size() - 2], result ? kAll : 0, lanes);
         break;
       }
       case SHFL: {

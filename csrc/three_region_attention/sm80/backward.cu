@@ -112,24 +112,9 @@ __global__ void __launch_bounds__(kThreads) three_region_attention_backward_part
   const int batch = int(head_idx / problem.num_kv_heads);
   const int head = int(head_idx % problem.num_kv_heads);
 
-  const FarKeys far = far_keys_of(problem, batch, head);
-  int key = row - partial_pivot_rows(problem);
-  if (key < 0) {
-    if (row >= far.num_pivots) return;
-    key = far.pivot(row);
-  } else {
-    if (key >= problem.k_len) return;
-    int begin = 0, end = far.num_pivots;  // the first pivot that is not below the key
-    while (begin < end) {
-      const int middle = (begin + end) / 2;
-      if (far.pivots[middle] < key) {
-        begin = middle + 1;
-      } else {
-        end = middle;
-      }
-    }
-    if (begin < far.num_pivots && far.pivots[begin] == key && key >= far.text_len) return;
-  }
+  const FarList list(far_keys_of(problem, batch, head));
+  if (row >= list.size) return;
+  const int key = list.key(row);
 
 #pragma unroll
   for (int which = 0; which < 2; ++which) {

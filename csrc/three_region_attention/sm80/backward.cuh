@@ -38,16 +38,26 @@ __device__ __forceinline__ int ds_exponent(const ThreeRegionBackwardParams& para
 template <typename T>
 constexpr int kBackwardShift = kIsFloat16<T> ? 15 : 0;
 
-// Rows of `partial`: the pivots, then the first keys. Text beyond those is not split.
-constexpr int kPartialKeys = 256;
+// Far keys in one list, so that few tiles have long loops: the text, as far as it is among the first
+// kFarText keys, then the pivots.
+constexpr int kFarText = 256;
 
-__host__ __device__ inline int partial_pivot_rows(const ThreeRegionProblem& problem) {
-  return (problem.num_pivots + 63) / 64 * 64;
-}
+struct FarList {
+  FarKeys far;
+  int num_text, size;
 
+  __device__ __forceinline__ explicit FarList(const FarKeys& keys)
+      : far(keys), num_text(min(keys.text_len, kFarText)), size(num_text + keys.num_pivots) {}
+
+  __device__ __forceinline__ int key(int entry) const {
+    return entry < num_text ? entry : far.pivot(entry - num_text);
+  }
+};
+
+// Rows of `partial`, at least as many as there may be entries of the list.
 __host__ __device__ inline int partial_rows(const ThreeRegionProblem& problem) {
   const int keys = (problem.k_len + 63) / 64 * 64;
-  return partial_pivot_rows(problem) + (keys < kPartialKeys ? keys : kPartialKeys);
+  return (problem.num_pivots + 63) / 64 * 64 + (keys < kFarText ? keys : kFarText);
 }
 
 }  // namespace cogview::sm80

@@ -1,38 +1,40 @@
 // Three-region attention, backward: dk and dv. The math stands in backward.cuh.
 //
 // Every later query sees a far key (text or pivot); only the queries of its window see another one.
-// Queries i with j <= i < last(j) see key j: last(j) is k_len for far keys, else
-// first_far_query(j). From first_far_query(j) on, the logit of a far key carries its bias.
+// Queries i with j <= i < end(j) see key j: end(j) is k_len for far keys, else first_far_query(j).
+// From first_far_query(j) on, the logit of a far key carries its bias.
 //
 // Phases     1. work_of: which tile of keys, which split of the queries, which head.
-//            2. Find the keys of the tile and who sees them; copy the k and v tiles.
-//            3. For each tile of queries that see them, head after head of the group: wait for q,
-//               dout and the statistics, start the copy of the next tile, then in steps of kStep
-//               queries: p, ds, dv += p^T dout, dk += ds^T q.
+//            2. Find the queries that see the tile and start to copy the first ones. Each warp finds
+//               its keys and who sees them, and copies their rows of k and v.
+//            3. For each tile of queries, head after head of the group: wait for q, dout and the
+//               statistics, start the copy of the next tile, then per warp in steps of kStep queries:
+//               p, dout v^T, dv += p^T dout, ds, dk += ds^T q. The scalar work of one sum can run
+//               beside the products of the next one.
 //            4. Scale dk and dv; write them through the k and v tiles, or as float32 to `partial`.
 //            5. Compute keys again that have a NaN of a query that does not see them (exact.cuh).
 // Layout     as the forward; row_max, row_log_sum, delta (batch, num_heads, q_len).
-// Grid       one block per tile of kBlockN keys, split and (batch, kv head). The tiles with long
-//            loops come first: the packed pivots, and the first kPartialKeys keys, which may be
-//            text; `num_splits` blocks share the queries of each. The other keys follow in order.
+// Grid       one block per tile of kBlockN keys, split and (batch, kv head). The tiles of the FarList
+//            come first, since their loops are long; `num_splits` blocks share the queries of each.
+//            Tiles of neighbouring keys follow, which leave out the keys of that list. Which tiles
+//            hold keys is known on the device alone: some blocks end at once.
 // Warps      kWarps; each owns 16 * kRowTiles keys, whose dk and dv stay in registers. Scores are
 //            computed transposed (keys x queries), so that p^T and ds^T are A fragments of the next
-//            products without a shuffle.
+//            products without a shuffle. A step with queries that see none of the warp's keys is
+//            skipped; one whose queries see the first row tile alone leaves out the others.
 // Smem       head_dim                         32     64     96    128
 //            k                              8192  16384  12288  16384
 //            v                              8192  16384  12288  16384
 //            stages: 2 x (q, dout)         16384  32768  24576  32768
 //                    2 x statistics         1536   1536    768    768
 //            total, dynamic                34304  67072  49920  66304
-//            static: KeyTile
-// Barriers   bar_sync in find_keys           the keys of the tile; those that are no pivots; who
-//                                            sees them; the views; the range of queries
-//            bar_sync in QueryStages::wait   the tile has arrived for all threads, and all warps
-//                                            have left the stage that is filled next
-//            bar_sync before the epilogue    k and v have arrived, and all warps have left them
-// Writers    the block that owns a key writes its dk and dv: for a pivot the block of the packed
-//            pivots, not that of its neighbours. With several splits each writes float32 sums to
-//            `partial`, and the partial kernel adds them in order. No atomics: deterministic.
+//            static: WarpContext of each warp
+// Barriers   bar_sync in QueryTiles::for_each   the tile has arrived for all threads, and all warps
+//                                               have left the stage that is filled next
+//            bar_warp_sync                      a warp's context, and its rows of k, v, dk and dv:
+//                                               no other warp touches these
+// Writers    the block that owns a key writes its dk and dv. With several splits each writes float32
+//            sums to `partial`, and the partial kernel adds them in order. No atomics: deterministic.
 // Rounding   float32 logits, p and sums; p and ds rounded to the element type (float16: scaled, see
 //            backward.cuh and kBackwardShift) before p^T dout and ds^T q; dk and dv once.
 // Reference  gradient of cogview_kernels.attention.reference.three_region_attention
@@ -49,7 +51,8 @@ template <int kHeadDim, int kBlockM>
 struct QueryStage {
   unsigned char q[kTileBytes<kHeadDim, kBlockM>];
   unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
-  float statistics[3 * kBlockM];  // row_max, then row_log_sum, then delta
+  float maxima_and_sums[kBlockM / 2][4];  // of two queries: both row_max, then both row_log_sum
+  float delta[kBlockM];
 };
 
 template <int kHeadDim_>
@@ -62,7 +65,10 @@ struct DkdvShape {
   static constexpr int kBlockN = 16 * kRowTiles * kWarps;
   // Two stages of 64 queries beside k and v would not fit kMaxSharedBytes at 128.
   static constexpr int kBlockM = kHeadDim <= 64 ? 64 : 32;
-  static constexpr int kStep = 16;  // p and ds of more queries do not fit the registers
+  // Whether the fragments of k and v stay in registers. Up to 64 it takes less time to read them
+  // again, for more queries at once.
+  static constexpr bool kKeepsKeys = kHeadDim > 64;
+  static constexpr int kStep = kHeadDim == 64 ? 32 : 16;  // queries; what the registers allow
   // Blocks on a multiprocessor: 255 registers a thread leave room for two, 168 for three.
   static constexpr int kMinBlocks = kHeadDim == 32 ? 3 : 2;
   struct SharedMemoryPlan {
@@ -72,41 +78,187 @@ struct DkdvShape {
   };
 };
 
-// Who sees sixteen keys. Queries in [some_begin, some_end) may see some of them, those in
-// [all_begin, all_end) see all. From some_far on some, from all_far on all are seen as far keys.
-struct KeyView {
-  int some_begin, all_begin;
-  int all_end, some_end;
-  int some_far, all_far;
+// The key of a row: the queries [key, end) see it. No query sees a row without a key, and nobody
+// writes it.
+struct alignas(16) KeyRow {
+  int key;     // -1: none
+  int end;     // 0: none
+  int far;     // first query that sees it with a bias; INT_MAX: none does
+  float bias;  // in bits
 };
 
-// The keys of a block. No query sees a row without a key, and nobody writes it.
-template <int kBlockN>
-struct KeyTile {
-  int key[kBlockN];  // -1: none
-  int end[kBlockN];  // behind the last query that sees the key
-  int far[kBlockN];  // first query that sees it as a far key
-  KeyView view[kBlockN / 16];
-  int first_query, last_query;  // positions [first, last) that see any of them
-  int first_pivot;              // the first of the packed pivots; -1: the keys are neighbours
+// The keys of a warp, and who sees them.
+template <int kRowTiles>
+struct alignas(16) WarpKeys {
+  KeyRow rows[16 * kRowTiles];
+  // Queries [some_begin, some_end) see some key of a row tile, [all_begin, all_end) all keys.
+  int some_begin[kRowTiles], some_end[kRowTiles];
+  int all_begin, all_end;
+  // From some_far on some keys have a bias, from all_far on all have `bias`.
+  int some_far, all_far;
+  float bias;
+};
 
-  __device__ __forceinline__ int num_query_tiles(int block_m) const {
-    return (max(last_query - first_query, 0) + block_m - 1) / block_m;
+// What one block does: which tile of keys, and which share of the queries that see it.
+struct DkdvWork {
+  bool is_far;  // the rows are entries of the FarList, else neighbouring keys
+  int first;    // entry or key of row 0
+  int split, num_splits;
+  int head_idx;  // batch * num_kv_heads + kv_head
+  int batch, kv_head;
+};
+
+// Tiles of far keys, and of the others.
+struct DkdvGrid {
+  int num_other_tiles, num_splits, num_kv_heads;
+  int num_far_items;       // tiles times splits
+  int64_t num_heads;       // of all samples
+  int64_t num_far_blocks;  // below num_blocks(), which a launch limits to 2^31 - 1
+  Divisor far_items, splits, other_tiles, kv_heads;
+
+  DkdvGrid(const ThreeRegionBackwardParams& params, int block_n) {
+    const ThreeRegionProblem& problem = params.problem;
+    num_other_tiles = (problem.k_len + block_n - 1) / block_n;
+    num_splits = params.num_splits;
+    num_kv_heads = problem.num_kv_heads;
+    num_far_items = (partial_rows(problem) + block_n - 1) / block_n * num_splits;
+    num_heads = int64_t(problem.batch) * num_kv_heads;
+    num_far_blocks = num_heads * num_far_items;
+    far_items = Divisor::of(num_far_items);
+    splits = Divisor::of(num_splits);
+    other_tiles = Divisor::of(num_other_tiles);
+    kv_heads = Divisor::of(num_kv_heads);
+  }
+  int64_t num_blocks() const { return num_far_blocks + num_heads * num_other_tiles; }
+
+  __device__ __forceinline__ DkdvWork work_of(int block, int block_n) const {
+    DkdvWork work = {};
+    work.is_far = block < int(num_far_blocks);
+    if (work.is_far) {
+      work.head_idx = divide(block, far_items);
+      const int item = block - work.head_idx * num_far_items, tile = divide(item, splits);
+      work.first = tile * block_n;
+      work.split = item - tile * num_splits;
+      work.num_splits = num_splits;
+    } else {
+      block -= int(num_far_blocks);
+      work.head_idx = divide(block, other_tiles);
+      work.first = (block - work.head_idx * num_other_tiles) * block_n;
+      work.num_splits = 1;
+    }
+    work.batch = divide(work.head_idx, kv_heads);
+    work.kv_head = work.head_idx - work.batch * num_kv_heads;
+    return work;
   }
 };
+
+struct DkdvParams {
+  ThreeRegionBackwardParams backward;
+  DkdvGrid grid;
+};
+
+// The queries that see a block's keys: positions [begin, end) of each head of the group. The block
+// takes up tiles [first_tile, last_tile) of them, head after head.
+struct QueryRange {
+  int begin, end;
+  int num_tiles;  // of a head
+  int first_tile, last_tile;
+  int batch, first_head;
+  // Of the head whose tiles are copied: its number, and where the query at `begin` lies.
+  int head;
+  const unsigned char *q, *dout;
+  int64_t statistic;
+};
+
+// A warp's own copy of what it works on. In shared memory, since registers are scarce.
+template <int kRowTiles>
+struct WarpContext {
+  WarpKeys<kRowTiles> keys;
+  QueryRange queries;
+  DkdvWork work;
+  float ds_scale;   // of ds before it is rounded; one but for float16
+  float dk_factor;  // from the sums to dk
+};
+
+// Finds the keys of a warp, the first of which is entry or key `first`. Returns the key of the lane's
+// row, which is lane % (16 * kRowTiles).
+template <int kRowTiles>
+__device__ __forceinline__ int find_keys(WarpKeys<kRowTiles>& keys,
+                                         const ThreeRegionProblem& problem, const FarList& list,
+                                         bool is_far, int first) {
+  constexpr int kRows = 16 * kRowTiles;
+  const int lane = threadIdx.x % kWarpSize, row = lane % kRows;
+  const FarKeys& far = list.far;
+  int key = first + row;
+  if (is_far) {
+    key = key < list.size ? list.key(key) : -1;
+  } else {
+    // The pivots among the keys belong to the blocks of far keys.
+    const int index = count_below(far.pivots, far.num_pivots, first) + row;
+    if (lane < kRows) keys.rows[row].key = key < list.num_text || key >= problem.k_len ? -1 : key;
+    bar_warp_sync();
+    if (index < far.num_pivots) {
+      const int pivot = far.pivot(index);
+      if (pivot >= max(first, far.text_len) && pivot < first + kRows && lane < kRows) {
+        keys.rows[pivot - first].key = -1;
+      }
+    }
+    bar_warp_sync();
+    key = keys.rows[row].key;
+  }
+  const bool has_key = key >= 0, is_text = key < far.text_len;
+  const float far_bias = is_text ? problem.text_bias : problem.pivot_bias;
+  const float bias = is_far || is_text ? far_bias * kLog2e : 0.f;
+  const int first_far = first_far_query(max(key, 0), problem);
+  const int end = is_far || is_text ? problem.k_len : first_far;
+  const KeyRow own = {key, has_key ? end : 0, bias == 0.f ? INT_MAX : first_far, bias};
+
+  // Minima and maxima over the rows with a key, of a row tile, then of the warp.
+  constexpr uint32_t kNone = INT_MAX;
+  uint32_t low[] = {has_key ? uint32_t(key) : kNone, has_key ? uint32_t(own.end) : kNone,
+                    has_key ? uint32_t(own.far) : kNone};
+  uint32_t high[] = {uint32_t(max(key, 0)), uint32_t(own.end), has_key ? uint32_t(own.far) : 0};
+  const auto combine = [&](int mask) {
+#pragma unroll
+    for (int i = 0; i < 3; ++i) {
+      low[i] = min(low[i], shfl_bfly(low[i], mask));
+      high[i] = max(high[i], shfl_bfly(high[i], mask));
+    }
+  };
+#pragma unroll
+  for (int mask = 1; mask < 16; mask *= 2) combine(mask);
+  bar_warp_sync();
+  if (lane < kRows) keys.rows[row] = own;
+  if (lane < kRows && lane % 16 == 0) {
+    keys.some_begin[lane / 16] = int(low[0]);
+    keys.some_end[lane / 16] = int(high[1]);
+  }
+  if (kRowTiles == 2) combine(16);
+  const float first_bias = shfl_idx(bias, 0);
+  const bool one_bias = vote_ballot(has_key && bias != first_bias) == 0;
+  if (lane == 0) {
+    keys.all_begin = int(high[0]);
+    keys.all_end = int(low[1]);
+    keys.some_far = int(low[2]);
+    keys.all_far = one_bias ? int(high[2]) : INT_MAX;
+    keys.bias = bias;
+  }
+  return key;  // who sees it can be read behind the next barrier
+}
 
 template <typename T, typename Shape>
 struct DkdvWarp {
   static constexpr int kRowTiles = Shape::kRowTiles, kHeadDim = Shape::kHeadDim;
   static constexpr int kBlockM = Shape::kBlockM, kStep = Shape::kStep;
 
-  const KeyTile<Shape::kBlockN>& keys;
+  const WarpContext<kRowTiles>& context;
   const unsigned char *sK, *sV;
-  int warp_row;    // the warp's first row in the tile of keys
-  float scale;     // from a product to a logit in bits
-  float ds_scale;  // of ds before it is rounded
+  LaneRow<kHeadDim> key_row, query_row, query_row_transposed;
+  float scale;  // from a product to a logit in bits
   float dk[kRowTiles][kHeadDim / 8][4], dv[kRowTiles][kHeadDim / 8][4];
+  uint32_t k[kRowTiles][kHeadDim / 16][4], v[kRowTiles][kHeadDim / 16][4];  // where kKeepsKeys
 
+  // The tiles of k and v have arrived.
   __device__ __forceinline__ void initialize() {
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -115,243 +267,337 @@ struct DkdvWarp {
 #pragma unroll
         for (int c = 0; c < 4; ++c) dk[rt][n][c] = dv[rt][n][c] = 0.f;
       }
+      if constexpr (Shape::kKeepsKeys) {
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 16; ++d) {
+          ldmatrix_x4(k[rt][d], sK + key_row.at(rt, d));
+          ldmatrix_x4(v[rt][d], sV + key_row.at(rt, d));
+        }
+      }
     }
   }
 
   // Takes up the queries at positions [query, query + kStep), rows `row`.. of the tile of queries.
-  // kMasked: some key is not seen by some query, or biases differ. live: groups of sixteen keys
-  // that some query sees. far_bias: of far keys; of all keys where not kMasked.
-  template <bool kMasked>
   __device__ __forceinline__ void step(const QueryStage<kHeadDim, kBlockM>& queries, int row,
-                                       int query, uint32_t live, float far_bias) {
-    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
-    const float* row_max = queries.statistics;
-    const float* row_log_sum = row_max + kBlockM;
-    const float* delta = row_max + 2 * kBlockM;
+                                       int query) {
+    const auto& keys = context.keys;
+    const auto sees = [&](int rt) {
+      return query + kStep > keys.some_begin[rt] && query < keys.some_end[rt];
+    };
+    if (sees(kRowTiles - 1)) {
+      step<kRowTiles>(queries, row, query);
+    } else if (kRowTiles > 1 && sees(0)) {  // keys ascend: the first queries see the first alone
+      step<1>(queries, row, query);
+    }
+  }
 
-    float p[kRowTiles][kStep / 8][4] = {}, ds[kRowTiles][kStep / 8][4] = {};
+  // The same, with the keys of the first kLive row tiles.
+  template <int kLive>
+  __device__ __forceinline__ void step(const QueryStage<kHeadDim, kBlockM>& queries, int row,
+                                       int query) {
+    const auto& keys = context.keys;
+    const int lane = threadIdx.x % kWarpSize, g = lane / 4, t = lane % 4;
+    const int at = row * kHeadDim * 2;
+    const LaneRow<kHeadDim> transposed{query_row_transposed.offset + at};
+    const LaneRow<kHeadDim> straight{query_row.offset + at};
+
+    float p[kLive][kStep / 8][4] = {}, ds[kLive][kStep / 8][4] = {};
+    // c += keys queries^T. fragments: of the keys.
+    const auto multiply = [&](auto& c, const unsigned char* keys, auto& fragments,
+                              const unsigned char* of_queries) {
 #pragma unroll
-    for (int d = 0; d < kHeadDim / 16; ++d) {
-      uint32_t q[kStep / 16][4], dout[kStep / 16][4];
+      for (int d = 0; d < kHeadDim / 16; ++d) {
+        if constexpr (!Shape::kKeepsKeys) {
 #pragma unroll
-      for (int n = 0; n < kStep / 16; ++n) {
-        load_b_transposed<kHeadDim>(q[n], queries.q, row + 16 * n, d);
-        load_b_transposed<kHeadDim>(dout[n], queries.dout, row + 16 * n, d);
-      }
-#pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        if (kMasked && !(live >> rt & 1)) continue;
-        uint32_t k[4], v[4];
-        load_a<kHeadDim>(k, sK, warp_row + 16 * rt, d);
-        load_a<kHeadDim>(v, sV, warp_row + 16 * rt, d);
+          for (int rt = 0; rt < kLive; ++rt)
+            ldmatrix_x4(fragments[rt][d], keys + key_row.at(rt, d));
+        }
 #pragma unroll
         for (int n = 0; n < kStep / 16; ++n) {
-          mma_m16n8k16<T>(p[rt][2 * n], k, q[n][0], q[n][1]);
-          mma_m16n8k16<T>(p[rt][2 * n + 1], k, q[n][2], q[n][3]);
-          mma_m16n8k16<T>(ds[rt][2 * n], v, dout[n][0], dout[n][1]);
-          mma_m16n8k16<T>(ds[rt][2 * n + 1], v, dout[n][2], dout[n][3]);
+          uint32_t b[4];
+          ldmatrix_x4(b, of_queries + transposed.at(n, d));
+#pragma unroll
+          for (int rt = 0; rt < kLive; ++rt) {
+            mma_m16n8k16<T>(c[rt][2 * n], fragments[rt][d], b[0], b[1]);
+            mma_m16n8k16<T>(c[rt][2 * n + 1], fragments[rt][d], b[2], b[3]);
+          }
         }
       }
-    }
+    };
+    multiply(p, sK, k, queries.q);
 
+    // f(rt, half, n, column) for the lane's elements.
+    const auto for_each = [&](auto f) {
+#pragma unroll
+      for (int n = 0; n < kStep / 8; ++n) {
+#pragma unroll
+        for (int column = 0; column < 2; ++column) {
+#pragma unroll
+          for (int rt = 0; rt < kLive; ++rt) {
+#pragma unroll
+            for (int half = 0; half < 2; ++half) f(rt, half, n, column);
+          }
+        }
+      }
+    };
+    const auto to_logits = [&](auto bias_of) {
+      for_each([&](int rt, int half, int n, int column) {
+        float& logit = p[rt][n][2 * half + column];
+        logit = fmaf(logit, scale, bias_of(rt, half, 8 * n + column));
+      });
+    };
+    const bool all_far = query >= keys.all_far;
+    const bool has_one_bias = all_far || query + kStep <= keys.some_far;
+    const float one_bias = all_far ? keys.bias : 0.f;
+    const bool all_visible = query >= keys.all_begin && query + kStep <= keys.all_end;
+    if (has_one_bias && all_visible) {
+      to_logits([=](int, int, int) { return one_bias; });
+    } else {
+      const int first = query + 2 * t;  // of the lane's queries
+      if (has_one_bias) {
+        to_logits([=](int, int, int) { return one_bias; });
+      } else {
+        to_logits([&](int rt, int half, int column) {
+          const KeyRow& own = keys.rows[16 * rt + 8 * half + g];
+          return first + column >= own.far ? own.bias : 0.f;
+        });
+      }
+      uint32_t visible[kLive][2];  // a bit for each query; bit 0 is the lane's first
+#pragma unroll
+      for (int rt = 0; rt < kLive; ++rt) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const KeyRow& own = keys.rows[16 * rt + 8 * half + g];
+          visible[rt][half] =
+              shl(~0u, max(own.key - first, 0)) & ~shl(~0u, max(own.end - first, 0));
+        }
+      }
+      for_each([&](int rt, int half, int n, int column) {
+        if (!(visible[rt][half] & 1u << (8 * n + column))) {
+          p[rt][n][2 * half + column] = -INFINITY;
+        }
+      });
+    }
+    multiply(ds, sV, v, queries.dout);
 #pragma unroll
     for (int n = 0; n < kStep / 8; ++n) {
+      const float* statistics = queries.maxima_and_sums[row / 2 + 4 * n + t];
 #pragma unroll
       for (int column = 0; column < 2; ++column) {
-        const int at = row + 8 * n + 2 * t + column, i = query + 8 * n + 2 * t + column;
-        const float max_here = row_max[at], delta_here = delta[at];
-        const float log_sum_here = row_log_sum[at] - float(kBackwardShift<T>);
+        const float max_here = statistics[column];
+        const float log_sum_here = statistics[2 + column] - float(kBackwardShift<T>);
 #pragma unroll
-        for (int rt = 0; rt < kRowTiles; ++rt) {
+        for (int rt = 0; rt < kLive; ++rt) {
 #pragma unroll
           for (int half = 0; half < 2; ++half) {
-            const int c = 2 * half + column;
-            bool visible = true;
-            float bias = far_bias;  // of a plain step: of all its keys
-            if constexpr (kMasked) {
-              const int key_row = warp_row + 16 * rt + 8 * half + g;
-              visible = i >= keys.key[key_row] && i < keys.end[key_row];
-              bias = i >= keys.far[key_row] ? far_bias : 0.f;
-            }
-            const float weight =
-                ex2_approx(fmaf(p[rt][n][c], scale, bias) - max_here - log_sum_here);
-            const float gradient = weight * ((ds[rt][n][c] - delta_here) * ds_scale);
-            p[rt][n][c] = visible ? weight : 0.f;
-            ds[rt][n][c] = visible ? gradient : 0.f;
+            float& weight = p[rt][n][2 * half + column];
+            weight = ex2_approx(weight - max_here - log_sum_here);
           }
         }
       }
     }
-
+    // c += weights queries
+    const auto accumulate = [&](auto& c, const auto& weights, const unsigned char* of_queries) {
 #pragma unroll
-    for (int n = 0; n < kStep / 16; ++n) {
-      uint32_t a_p[kRowTiles][4], a_ds[kRowTiles][4];
+      for (int n = 0; n < kStep / 16; ++n) {
+        uint32_t a[kLive][4];
 #pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        convert_c_to_a<T>(a_p[rt], p[rt][2 * n], p[rt][2 * n + 1]);
-        convert_c_to_a<T>(a_ds[rt], ds[rt][2 * n], ds[rt][2 * n + 1]);
+        for (int rt = 0; rt < kLive; ++rt) {
+          convert_c_to_a<T>(a[rt], weights[rt][2 * n], weights[rt][2 * n + 1]);
+        }
+#pragma unroll
+        for (int d = 0; d < kHeadDim / 16; ++d) {
+          uint32_t b[4];
+          ldmatrix_x4_trans(b, of_queries + straight.at(n, d));
+#pragma unroll
+          for (int rt = 0; rt < kLive; ++rt) {
+            mma_m16n8k16<T>(c[rt][2 * d], a[rt], b[0], b[1]);
+            mma_m16n8k16<T>(c[rt][2 * d + 1], a[rt], b[2], b[3]);
+          }
+        }
       }
+    };
+    accumulate(dv, p, queries.dout);
 #pragma unroll
-      for (int d = 0; d < kHeadDim / 16; ++d) {
-        uint32_t q[4], dout[4];
-        load_b<kHeadDim>(q, queries.q, row + 16 * n, d);
-        load_b<kHeadDim>(dout, queries.dout, row + 16 * n, d);
+    for (int n = 0; n < kStep / 8; ++n) {
+      const float* delta = queries.delta + row + 8 * n + 2 * t;
 #pragma unroll
-        for (int rt = 0; rt < kRowTiles; ++rt) {
-          if (kMasked && !(live >> rt & 1)) continue;
-          mma_m16n8k16<T>(dk[rt][2 * d], a_ds[rt], q[0], q[1]);
-          mma_m16n8k16<T>(dk[rt][2 * d + 1], a_ds[rt], q[2], q[3]);
-          mma_m16n8k16<T>(dv[rt][2 * d], a_p[rt], dout[0], dout[1]);
-          mma_m16n8k16<T>(dv[rt][2 * d + 1], a_p[rt], dout[2], dout[3]);
+      for (int column = 0; column < 2; ++column) {
+        // The scale is a power of two: the same as (ds - delta) scale.
+        const float ds_scale = kIsFloat16<T> ? context.ds_scale : 1.f;
+        const float minus_delta = -delta[column] * ds_scale;
+#pragma unroll
+        for (int rt = 0; rt < kLive; ++rt) {
+#pragma unroll
+          for (int half = 0; half < 2; ++half) {
+            const int c = 2 * half + column;
+            const float gradient = kIsFloat16<T> ? fmaf(ds[rt][n][c], ds_scale, minus_delta)
+                                                 : ds[rt][n][c] + minus_delta;
+            ds[rt][n][c] = p[rt][n][c] * gradient;
+          }
         }
       }
     }
+    accumulate(dk, ds, queries.q);
   }
 };
 
-// What one block does: which tile of keys, and which share of the queries that see it.
-struct DkdvWork {
-  int pivot_tile;  // which kBlockN of the packed pivots; -1: the keys from first_key on
-  int first_key;
-  int split, num_splits;
-  int64_t head_idx;  // batch * num_kv_heads + kv_head
-  int batch, kv_head;
-};
+// Tiles of the queries, head after head of the group, in two stages.
+template <typename Shape>
+struct QueryTiles {
+  static constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM;
+  using Stage = QueryStage<kHeadDim, kBlockM>;
+  using Items = TileItems<kHeadDim, kBlockM, Shape::kThreads>;
 
-// Tiles of pivots, of the first keys and of the others.
-template <int kBlockN>
-struct DkdvGrid {
-  int num_pivot_tiles, num_first_tiles, num_other_tiles, num_splits;
-  int num_kv_heads;
-  int64_t num_heads;  // batch * num_kv_heads
+  QueryRange& range;
+  Stage* stages;
+  int left;   // tiles from the next one on; the stage of a tile is left % 2
+  int query;  // first one of the tile that was copied last
 
-  __host__ __device__ explicit DkdvGrid(const ThreeRegionBackwardParams& params) {
+  __device__ __forceinline__ QueryTiles(QueryRange& queries, Stage (&shared)[2])
+      : range(queries), stages(shared) {}
+
+  // Finds the block's tiles, and starts to copy the first one.
+  __device__ __forceinline__ void start(const ThreeRegionBackwardParams& params,
+                                        const DkdvWork& work, const FarList& list) {
     const ThreeRegionProblem& problem = params.problem;
-    const int num_tiles = (problem.k_len + kBlockN - 1) / kBlockN;
-    num_pivot_tiles = (problem.num_pivots + kBlockN - 1) / kBlockN;
-    num_first_tiles = num_tiles < kPartialKeys / kBlockN ? num_tiles : kPartialKeys / kBlockN;
-    num_other_tiles = num_tiles - num_first_tiles;
-    num_splits = params.num_splits;
-    num_kv_heads = problem.num_kv_heads;
-    num_heads = int64_t(problem.batch) * problem.num_kv_heads;
-  }
-  __host__ __device__ int num_long_items() const {
-    return (num_pivot_tiles + num_first_tiles) * num_splits;
-  }
-  __host__ __device__ int64_t num_blocks() const {
-    return num_heads * (int64_t(num_long_items()) + num_other_tiles);
+    int begin, end = problem.k_len;
+    if (work.is_far) {
+      // Windows end at multiples of powers of two more often than not.
+      begin = list.key(work.first) / Shape::kStep * Shape::kStep;
+    } else {
+      begin = max(work.first, list.num_text);
+      const int last = min(work.first + Shape::kBlockN, problem.k_len) - 1;
+      if (begin >= list.far.text_len) end = first_far_query(last, problem);
+    }
+    begin = max(begin, problem.k_len - problem.q_len);
+    const int group = problem.num_heads / problem.num_kv_heads;
+    const int first_head = work.kv_head * group;
+    const int num_tiles = (max(end - begin, 0) + kBlockM - 1) / kBlockM;
+    int first_tile = 0, last_tile = group * num_tiles;
+    if (work.num_splits > 1) {
+      first_tile = int(int64_t(last_tile) * work.split / work.num_splits);
+      last_tile = int(int64_t(last_tile) * (work.split + 1) / work.num_splits);
+    }
+    if (threadIdx.x % kWarpSize == 0) {
+      range.begin = begin;
+      range.end = end;
+      range.num_tiles = num_tiles;
+      range.first_tile = first_tile;
+      range.last_tile = last_tile;
+      range.batch = work.batch;
+      range.first_head = first_head;
+    }
+    left = last_tile - first_tile;
+    query = begin;
+    if (left > 0) {
+      const int of_group = first_tile < num_tiles ? 0 : first_tile / num_tiles;
+      query += (first_tile - of_group * num_tiles) * kBlockM;
+      find_head(params, first_head + of_group);
+      bar_warp_sync();
+      copy(params, left % 2);
+    }
   }
 
-  __device__ __forceinline__ DkdvWork work_of(int64_t block) const {
-    DkdvWork work = {};
-    work.pivot_tile = -1;
-    work.num_splits = 1;
-    const int64_t num_long_blocks = num_heads * num_long_items();
-    if (block < num_long_blocks) {
-      work.head_idx = block / num_long_items();
-      int item = int(block % num_long_items());
-      work.num_splits = num_splits;
-      work.split = item % num_splits;
-      item /= num_splits;
-      if (item < num_pivot_tiles) {
-        work.pivot_tile = item;
-      } else {
-        work.first_key = (item - num_pivot_tiles) * kBlockN;
-      }
-    } else {
-      block -= num_long_blocks;
-      work.head_idx = block / num_other_tiles;
-      work.first_key = (num_first_tiles + int(block % num_other_tiles)) * kBlockN;
+  // The next tiles to be copied are those of this head.
+  __device__ __forceinline__ void find_head(const ThreeRegionBackwardParams& params, int head) {
+    if (threadIdx.x % kWarpSize == 0) {
+      const int batch = range.batch;
+      const int row = range.begin - (params.problem.k_len - params.problem.q_len);
+      const auto row_of = [&](const ConstHeads& tensor) {
+        const auto* rows = reinterpret_cast<const unsigned char*>(head_of(tensor, batch, head));
+        return row_at(rows, tensor.stride.row * 2, row);
+      };
+      range.head = head;
+      range.q = row_of(params.q);
+      range.dout = row_of(params.dout);
+      range.statistic =
+          (int64_t(batch) * params.problem.num_heads + head) * params.problem.q_len + row;
     }
-    work.batch = int(work.head_idx / num_kv_heads);
-    work.kv_head = int(work.head_idx % num_kv_heads);
-    return work;
+  }
+
+  // Starts to copy the tile whose first query is `query`.
+  __device__ __forceinline__ void copy(const ThreeRegionBackwardParams& params, int to_stage) {
+    Stage& to = stages[to_stage];
+    const int first = query - range.begin, inside = range.end - query;
+    const int row = int(threadIdx.x / Items::kLanes);
+    const auto copy_rows = [&](unsigned char* tile, const unsigned char* head, int64_t row_bytes,
+                               auto is_inside) {
+      const unsigned char* rows =
+          row_at(head, row_bytes, first + row) + threadIdx.x % Items::kLanes * 16;
+      const int64_t step_bytes = Items::kStepRows * row_bytes;
+      Items::for_each(threadIdx.x, [&](int offset, int step, int chunk) {
+        cp_async_16(tile + offset, rows + chunk * 16 + step * step_bytes, is_inside(step));
+      });
+    };
+    const int64_t q_bytes = params.q.stride.row * 2, dout_bytes = params.dout.stride.row * 2;
+    if (inside >= kBlockM) {
+      const auto always = [](int) { return true; };
+      copy_rows(to.q, range.q, q_bytes, always);
+      copy_rows(to.dout, range.dout, dout_bytes, always);
+    } else {
+      const auto is_inside = [=](int step) { return row + step * Items::kStepRows < inside; };
+      copy_rows(to.q, range.q, q_bytes, is_inside);
+      copy_rows(to.dout, range.dout, dout_bytes, is_inside);
+    }
+    if (const int word = threadIdx.x; word < 2 * kBlockM) {
+      const int i = word / 4 * 2 + word % 2;
+      const int64_t statistic = range.statistic + first + i;
+      if (word / 2 % 2 == 0) {
+        cp_async_4(to.maxima_and_sums[0] + word, params.row_max + statistic, i < inside);
+        cp_async_4(to.delta + i, params.delta + statistic, i < inside);
+      } else {
+        cp_async_4(to.maxima_and_sums[0] + word, params.row_log_sum + statistic, i < inside);
+      }
+    }
+    cp_async_commit_group();
+  }
+
+  // f(tile, position of its first query) for each tile; the next one is copied meanwhile.
+  template <typename Function>
+  __device__ __forceinline__ void for_each(const ThreeRegionBackwardParams& params, Function f) {
+    for (; left > 0; --left) {
+      cp_async_wait_group<0>();
+      bar_sync();
+      const int first_query = query;
+      if (left > 1) {
+        query += kBlockM;
+        if (query >= range.end) {
+          const int next = range.head + 1;
+          query = range.begin;
+          bar_warp_sync();
+          find_head(params, next);
+          bar_warp_sync();
+        }
+        copy(params, (left - 1) % 2);
+      }
+      f(stages[left % 2], first_query);
+    }
   }
 };
 
-// Fills the block's key tile. `pivot_tile`: which kBlockN of the packed pivots; -1: the keys from
-// first_key on.
-template <int kBlockN>
-__device__ __forceinline__ void find_keys(KeyTile<kBlockN>& tile, const ThreeRegionProblem& problem,
-                                          const FarKeys& far, int pivot_tile, int first_key) {
-  const int row = threadIdx.x;
-  // The pivots among the keys from first_key on belong to the blocks of the packed pivots.
-  const int first_pivot =
-      pivot_tile >= 0 ? pivot_tile * kBlockN : count_below(far.pivots, far.num_pivots, first_key);
-  if (row < kBlockN) {
-    int key = first_key + row;
-    if (pivot_tile >= 0) {
-      key = first_pivot + row < far.num_pivots ? far.pivot(first_pivot + row) : -1;
-    } else if (key >= problem.k_len) {
-      key = -1;
-    }
-    tile.key[row] = key;
-  }
-  bar_sync();
-  if (pivot_tile < 0 && row < kBlockN && first_pivot + row < far.num_pivots) {
-    const int pivot = far.pivot(first_pivot + row) - first_key;
-    if (pivot >= 0 && pivot < kBlockN && pivot + first_key >= far.text_len) tile.key[pivot] = -1;
-  }
-  bar_sync();
-  if (row < kBlockN) {
-    const int key = tile.key[row];
-    const int first_far = key < 0 ? 0 : first_far_query(key, problem);
-    const bool is_far = pivot_tile >= 0 || key < far.text_len;
-    tile.far[row] = first_far;
-    tile.end[row] = key < 0 ? 0 : is_far ? problem.k_len : first_far;
-  }
-  bar_sync();
-  if (row < kBlockN / 16) {
-    KeyView view = {INT_MAX, 0, INT_MAX, 0, INT_MAX, 0};
-    for (int i = 16 * row; i < 16 * row + 16; ++i) {
-      if (tile.key[i] < 0) continue;
-      view.some_begin = min(view.some_begin, tile.key[i]);
-      view.all_begin = max(view.all_begin, tile.key[i]);
-      view.all_end = min(view.all_end, tile.end[i]);
-      view.some_end = max(view.some_end, tile.end[i]);
-      view.some_far = min(view.some_far, tile.far[i]);
-      view.all_far = max(view.all_far, tile.far[i]);
-    }
-    tile.view[row] = view;
-  }
-  bar_sync();
-  if (row == 0) {
-    int begin = INT_MAX, end = 0;
-    for (int i = 0; i < kBlockN / 16; ++i) {
-      begin = min(begin, tile.view[i].some_begin);
-      end = max(end, tile.view[i].some_end);
-    }
-    tile.first_query = max(begin, problem.k_len - problem.q_len);
-    tile.last_query = end;
-    tile.first_pivot = pivot_tile >= 0 ? first_pivot : -1;
-  }
-  bar_sync();
-}
-
-// Computes dk and dv of the key in a row of the block's tile again (exact.cuh), from the block's
-// tiles of queries [begin, end); writes to `partial_*` where the block is one of several. Leaves
-// them alone where a query that sees the key has a NaN of its own.
+// Computes dk and dv of a key again (exact.cuh), from the block's queries; writes to `partial_*`
+// where the block is one of several. Leaves them alone where a query that sees the key has a NaN of
+// its own.
 template <typename T, typename Shape>
 __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
-                                      const KeyTile<Shape::kBlockN>& keys, int row, int batch,
-                                      int kv_head, float far_bias, int begin, int end,
+                                      const QueryRange& queries, const KeyRow& own, int kv_head,
                                       float* partial_dk, float* partial_dv) {
   constexpr int kHeadDim = Shape::kHeadDim, kPerLane = kHeadDim / kWarpSize;
   const ThreeRegionProblem& problem = params.problem;
   const int lane = threadIdx.x % kWarpSize, first = problem.k_len - problem.q_len;
-  const int key = keys.key[row], num_query_tiles = keys.num_query_tiles(Shape::kBlockM);
+  const int batch = queries.batch, key = own.key;
   const T* k = row_of_head<T>(params.k, batch, kv_head, key);
   const T* v = row_of_head<T>(params.v, batch, kv_head, key);
   // f(head, where its statistics begin, begin, end) for the queries of a tile that see the key.
   const auto for_tile = [&](int tile, auto f) {
-    const int group = problem.num_heads / problem.num_kv_heads;
-    const int head = kv_head * group + tile / num_query_tiles;
-    const int from = keys.first_query + tile % num_query_tiles * Shape::kBlockM;
+    const int head = queries.first_head + tile / queries.num_tiles;
+    const int from = queries.begin + tile % queries.num_tiles * Shape::kBlockM;
     f(head, (int64_t(batch) * problem.num_heads + head) * problem.q_len - first, max(from, key),
-      min(from + Shape::kBlockM, keys.end[row]));
+      min(from + Shape::kBlockM, own.end));
   };
   bool finite = true;
-  for (int tile = begin; tile < end; ++tile) {
+  for (int tile = queries.first_tile; tile < queries.last_tile; ++tile) {
     for_tile(tile, [&](int, int64_t statistics, int from, int to) {
       for (int i = from + lane; i < to; i += kWarpSize) {
         const int64_t at = statistics + i;
@@ -363,7 +609,7 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
   if (vote_ballot(!finite) != 0) return;
 
   float dk[kPerLane] = {}, dv[kPerLane] = {};
-  for (int tile = begin; tile < end; ++tile) {
+  for (int tile = queries.first_tile; tile < queries.last_tile; ++tile) {
     for_tile(tile, [&](int head, int64_t statistics, int from, int to) {
       for (int i = from; i < to; ++i) {
         const int64_t at = statistics + i;
@@ -372,7 +618,7 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
         const T* q = row_of_head<T>(params.q, batch, head, i - first);
         const T* dout = row_of_head<T>(params.dout, batch, head, i - first);
         const float s = exact_logit<T, kHeadDim>(q, k, problem.softmax_scale * kLog2e,
-                                                 i >= keys.far[row] ? far_bias : 0.f);
+                                                 i >= own.far ? own.bias : 0.f);
         const float p = exp2f(s - row_max - row_log_sum);
         const float ds = p * (exact_dot<T, kHeadDim>(dout, v) - delta);
 #pragma unroll
@@ -399,220 +645,162 @@ __device__ __noinline__ void dkdv_row(const ThreeRegionBackwardParams& params,
   }
 }
 
-// The tiles of queries that see a block's keys, head after head of the group, in two stages.
-template <typename Shape>
-struct QueryStages {
-  static constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM;
-  static constexpr int kThreads = Shape::kThreads;
-  using Stage = QueryStage<kHeadDim, kBlockM>;
-
-  const KeyTile<Shape::kBlockN>& keys;
-  unsigned char* stages;
-  int batch, first_head, num_query_tiles;
-  int stage = 0;  // of the next tile
-
-  __device__ __forceinline__ QueryStages(const KeyTile<Shape::kBlockN>& key_tile,
-                                         Stage (&shared)[2], int batch_idx, int first_head_idx)
-      : keys(key_tile),
-        stages(shared[0].q),
-        batch(batch_idx),
-        first_head(first_head_idx),
-        num_query_tiles(key_tile.num_query_tiles(kBlockM)) {}
-
-  // Position of a tile's first query.
-  __device__ __forceinline__ int query_of(int tile) const {
-    return keys.first_query + tile % num_query_tiles * kBlockM;
-  }
-
-  __device__ __forceinline__ void copy(const ThreeRegionBackwardParams& params, int tile,
-                                       int to_stage) {
-    const ThreeRegionProblem& problem = params.problem;
-    const int head = first_head + tile / num_query_tiles;
-    const int query = query_of(tile), first = problem.k_len - problem.q_len;
-    unsigned char* sQ = stages + to_stage * int(sizeof(Stage));
-    Stage& to = *reinterpret_cast<Stage*>(sQ);
-    const auto row_of = [&](int row) {
-      return query + row < keys.last_query ? query + row - first : -1;
-    };
-    copy_rows<kHeadDim, kBlockM, kThreads>(to.q, head_of(params.q, batch, head),
-                                           params.q.stride.row, row_of);
-    copy_rows<kHeadDim, kBlockM, kThreads>(to.dout, head_of(params.dout, batch, head),
-                                           params.dout.stride.row, row_of);
-    const int64_t at = (int64_t(batch) * problem.num_heads + head) * problem.q_len;
-    for (int i = threadIdx.x; i < 3 * kBlockM; i += kThreads) {
-      const int row = row_of(i % kBlockM);
-      const float* from = i < kBlockM       ? params.row_max
-                          : i < 2 * kBlockM ? params.row_log_sum
-                                            : params.delta;
-      cp_async_4(to.statistics + i, from + at + max(row, 0), row >= 0);
-    }
-    cp_async_commit_group();
-  }
-
-  // The next tile; `next` is copied meanwhile, where it is below `end`.
-  __device__ __forceinline__ const Stage& wait(const ThreeRegionBackwardParams& params, int next,
-                                               int end) {
-    cp_async_wait_group<0>();
-    bar_sync();
-    const unsigned char* tile = stages + stage * int(sizeof(Stage));
-    stage ^= 1;
-    if (next < end) copy(params, next, stage);
-    return *reinterpret_cast<const Stage*>(tile);
-  }
-};
-
-// Stores the block's dk and dv, and computes keys with a NaN again. [begin, end): its query tiles.
+// Stores a warp's dk and dv, and computes keys with a NaN again.
 template <typename T, typename Shape>
-__device__ __forceinline__ void epilogue(const ThreeRegionBackwardParams& params,
-                                         DkdvWarp<T, Shape>& state, unsigned char* sK,
-                                         unsigned char* sV, const DkdvWork& work, int64_t num_heads,
-                                         int exponent, float far_bias, int begin, int end) {
+__device__ __forceinline__ void epilogue(const DkdvParams& params, DkdvWarp<T, Shape>& state,
+                                         const WarpContext<Shape::kRowTiles>& context,
+                                         unsigned char* sK, unsigned char* sV) {
   constexpr int kHeadDim = Shape::kHeadDim, kRowTiles = Shape::kRowTiles;
-  const ThreeRegionProblem& problem = params.problem;
-  const auto& keys = state.keys;
-  const int batch = work.batch, kv_head = work.kv_head;
-  const int num_splits = work.num_splits, warp_row = state.warp_row;
+  const ThreeRegionBackwardParams& backward = params.backward;
+  const DkdvWork& work = context.work;
+  const auto& rows = context.keys.rows;
   const int lane = threadIdx.x % kWarpSize;
-  const float dk_factor = problem.softmax_scale * exp2f(float(-exponent));
-  const float dv_factor = exp2f(float(-kBackwardShift<T>));
-  // (num_splits, 2, batch, num_kv_heads, rows, head_dim)
-  const int64_t partial_stride = int64_t(partial_rows(problem)) * kHeadDim;
-  const int64_t partial_begin = (2 * work.split * num_heads + work.head_idx) * partial_stride;
-  float* partial_dk = num_splits > 1 ? params.partial + partial_begin : nullptr;
-  float* partial_dv = num_splits > 1 ? partial_dk + num_heads * partial_stride : nullptr;
-  const auto partial_row = [&](int row) {
-    return keys.first_pivot >= 0 ? keys.first_pivot + row
-                                 : partial_pivot_rows(problem) + keys.key[row];
-  };
+  const int warp_row = int(threadIdx.x / kWarpSize) * 16 * kRowTiles;
+  const float dk_factor = context.dk_factor, dv_factor = exp2f(float(-kBackwardShift<T>));
   bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int row = warp_row + 16 * rt + 8 * half + lane / 4;
       float sum = 0.f;
 #pragma unroll
       for (int n = 0; n < kHeadDim / 8; ++n) {
 #pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          float& dk = state.dk[rt][n][2 * half + column];
-          float& dv = state.dv[rt][n][2 * half + column];
-          dk *= dk_factor;
-          dv *= dv_factor;
-          sum += 0.f * (dk + dv);
-          if (num_splits > 1 && keys.key[row] >= 0) {
-            const int64_t at = int64_t(partial_row(row)) * kHeadDim + 8 * n + lane % 4 * 2 + column;
-            partial_dk[at] = dk;
-            partial_dv[at] = dv;
+        for (int c = 2 * half; c < 2 * half + 2; ++c) {
+          sum += 0.f * (state.dk[rt][n][c] *= dk_factor);
+          sum += 0.f * (state.dv[rt][n][c] *= dv_factor);
+        }
+      }
+      has_nan[rt][half] = rows[16 * rt + 8 * half + lane / 4].key >= 0 && sum != 0.f;
+    }
+  }
+  float *partial_dk = nullptr, *partial_dv = nullptr;  // of the warp's first row
+  if (work.num_splits > 1) {
+    // (num_splits, 2, batch, num_kv_heads, partial_rows, head_dim)
+    const int64_t num_heads = params.grid.num_heads, num_rows = partial_rows(backward.problem);
+    const int64_t head = 2 * work.split * num_heads + work.head_idx;
+    partial_dk = backward.partial + (head * num_rows + work.first + warp_row) * kHeadDim;
+    partial_dv = partial_dk + num_heads * num_rows * kHeadDim;
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const int row = 16 * rt + 8 * half + lane / 4;
+        if (rows[row].key < 0) continue;
+#pragma unroll
+        for (int n = 0; n < kHeadDim / 8; ++n) {
+#pragma unroll
+          for (int column = 0; column < 2; ++column) {
+            const int at = row * kHeadDim + 8 * n + lane % 4 * 2 + column;
+            partial_dk[at] = state.dk[rt][n][2 * half + column];
+            partial_dv[at] = state.dv[rt][n][2 * half + column];
           }
         }
       }
-      has_nan[rt][half] = keys.key[row] >= 0 && sum != 0.f;
     }
-  }
-  const auto key_of = [&](int row) { return keys.key[row]; };
-  uint16_t* gDk = head_of(params.dk, batch, kv_head);
-  uint16_t* gDv = head_of(params.dv, batch, kv_head);
-  if (num_splits == 1) {
-    store_rows<T, kHeadDim, kRowTiles>(sK, warp_row, state.dk, gDk, params.dk.stride.row, key_of);
-    store_rows<T, kHeadDim, kRowTiles>(sV, warp_row, state.dv, gDv, params.dv.stride.row, key_of);
+  } else {
+    const auto key_of = [&](int row) { return rows[row - warp_row].key; };
+    store_rows<T, kHeadDim, kRowTiles>(sK, warp_row, state.dk,
+                                       head_of(backward.dk, work.batch, work.kv_head),
+                                       backward.dk.stride.row, key_of);
+    store_rows<T, kHeadDim, kRowTiles>(sV, warp_row, state.dv,
+                                       head_of(backward.dv, work.batch, work.kv_head),
+                                       backward.dv.stride.row, key_of);
   }
   bar_warp_sync();
-  for_rows_with_nan(has_nan, [&](int warp_key) {
-    const int row = warp_row + warp_key;
-    const int64_t at = num_splits > 1 ? int64_t(partial_row(row)) * kHeadDim : 0;
-    dkdv_row<T, Shape>(params, keys, row, batch, kv_head, far_bias, begin, end,
-                       num_splits > 1 ? partial_dk + at : nullptr,
-                       num_splits > 1 ? partial_dv + at : nullptr);
+  for_rows_with_nan(has_nan, [&](int row) {
+    const int at = work.num_splits > 1 ? row * kHeadDim : 0;
+    dkdv_row<T, Shape>(backward, context.queries, rows[row], work.kv_head, partial_dk + at,
+                       partial_dv + at);
   });
 }
 
 template <typename T, typename Shape>
 __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
-    three_region_attention_backward_dkdv_kernel(
-        const __grid_constant__ ThreeRegionBackwardParams params) {
+    three_region_attention_backward_dkdv_kernel(const __grid_constant__ DkdvParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kBlockM = Shape::kBlockM, kBlockN = Shape::kBlockN;
-  constexpr int kThreads = Shape::kThreads, kRowTiles = Shape::kRowTiles, kStep = Shape::kStep;
-  const ThreeRegionProblem& problem = params.problem;
+  constexpr int kRowTiles = Shape::kRowTiles, kStep = Shape::kStep, kRows = 16 * kRowTiles;
+  const ThreeRegionBackwardParams& backward = params.backward;
+  const ThreeRegionProblem& problem = backward.problem;
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
 
-  const DkdvGrid<kBlockN> grid(params);
-  const DkdvWork work = grid.work_of(blockIdx.x);
-  const int batch = work.batch, kv_head = work.kv_head;
-  const FarKeys far = far_keys_of(problem, batch, kv_head);
-  if (work.pivot_tile >= 0 && work.pivot_tile * kBlockN >= far.num_pivots) return;  // all threads
+  const DkdvWork work = params.grid.work_of(int(blockIdx.x), kBlockN);
+  const FarList list(far_keys_of(problem, work.batch, work.kv_head));
+  // All threads of a block without keys.
+  if (work.is_far ? work.first >= list.size : work.first + kBlockN <= list.num_text) return;
 
-  KeyTile<kBlockN>& keys = *shared_array<KeyTile<kBlockN>, 1>();
-  find_keys(keys, problem, far, work.pivot_tile, work.first_key);
-  const auto key_of = [&](int row) { return keys.key[row]; };
-  copy_rows<kHeadDim, kBlockN, kThreads>(shared.k, head_of(params.k, batch, kv_head),
-                                         params.k.stride.row, key_of);
-  copy_rows<kHeadDim, kBlockN, kThreads>(shared.v, head_of(params.v, batch, kv_head),
-                                         params.v.stride.row, key_of);
+  auto* contexts = shared_array<WarpContext<kRowTiles>, Shape::kWarps>();
+  auto& context = contexts[kept(int(threadIdx.x / kWarpSize))];
+  QueryTiles<Shape> queries(context.queries, shared.stages);
+  queries.start(backward, work, list);
 
-  // This block's tiles of queries are [begin, end).
-  const int group = problem.num_heads / problem.num_kv_heads;
-  QueryStages<Shape> stages(keys, shared.stages, batch, kv_head * group);
-  const int64_t num_tiles = int64_t(group) * stages.num_query_tiles;
-  const int begin = int(num_tiles * work.split / work.num_splits);
-  const int end = int(num_tiles * (work.split + 1) / work.num_splits);
-  if (begin < end) stages.copy(params, begin, 0);
-
-  const int warp_row = int(threadIdx.x) / kWarpSize * 16 * kRowTiles;
-  const float scale = problem.softmax_scale * kLog2e;
-  const float far_bias = (work.pivot_tile >= 0 ? problem.pivot_bias : problem.text_bias) * kLog2e;
-  int exponent = 0;  // one for all heads of the group: their sums meet in dk
-  for (int i = 0; i < group; ++i) {
-    const int of_head = ds_exponent<T>(params, batch, kv_head * group + i);
-    exponent = i == 0 ? of_head : min(exponent, of_head);
-  }
-  const float ds_scale = exp2f(float(exponent - kBackwardShift<T>));
-
-  DkdvWarp<T, Shape> state{keys, shared.k, shared.v, warp_row, scale, ds_scale};
-  state.initialize();
-
-  for (int tile = begin; tile < end; ++tile) {
-    const auto& stage = stages.wait(params, tile + 1, end);
-#pragma unroll 1
-    for (int row = 0; row < kBlockM; row += kStep) {
-      const int query = stages.query_of(tile) + row;
-      uint32_t live = 0;  // groups of sixteen keys that some query sees
-      bool plain = true;
-      float bias = 0.f;
+  // Otherwise offsets that the epilogue needs again would stay in registers.
+  const int lane = kept(int(threadIdx.x % kWarpSize));
+  const int warp_row = int(threadIdx.x / kWarpSize) * kRows;
+  const int own_key = find_keys(context.keys, problem, list, work.is_far, work.first + warp_row);
+  using Items = TileItems<kHeadDim, kRows, kWarpSize>;
+  int copied[Items::kSteps];
 #pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        const KeyView& view = keys.view[warp_row / 16 + rt];
-        if (query + kStep > view.some_begin && query < view.some_end) live |= 1u << rt;
-        plain = plain && query >= view.all_begin && query + kStep <= view.all_end;
-        const bool all_far = query >= view.all_far, none_far = query + kStep <= view.some_far;
-        if (far_bias != 0.f) {
-          plain = plain && (all_far || none_far) && (rt == 0 || bias == (all_far ? far_bias : 0.f));
-          bias = all_far ? far_bias : 0.f;
-        }
-      }
-      if (live == 0) continue;
-      if (plain) {
-        state.template step<false>(stage, row, query, live, bias);
-      } else {
-        state.template step<true>(stage, row, query, live, far_bias);
-      }
+  for (int step = 0; step < Items::kSteps; ++step) {
+    copied[step] = shfl_idx(own_key, lane / Items::kLanes + step * Items::kStepRows);
+  }
+  const auto copy_keys = [&](unsigned char* tile, const ConstHeads& tensor) {
+    const auto* rows = reinterpret_cast<const unsigned char*>(
+        head_of(tensor, work.batch, work.kv_head) + lane % Items::kLanes * 8);
+    Items::for_each(lane, [&](int offset, int step, int chunk) {
+      const int key = copied[step];
+      cp_async_16(tile + warp_row * kHeadDim * 2 + offset,
+                  row_at(rows, tensor.stride.row * 2, max(key, 0)) + chunk * 16, key >= 0);
+    });
+  };
+  copy_keys(shared.k, backward.k);
+  copy_keys(shared.v, backward.v);
+  cp_async_commit_group();
+
+  int exponent = 0;  // one for all heads of the group: their sums meet in dk
+  if constexpr (kIsFloat16<T>) {
+    const int group = problem.num_heads / problem.num_kv_heads;
+    for (int i = 0; i < group; ++i) {
+      const int of_head = ds_exponent<T>(backward, work.batch, work.kv_head * group + i);
+      exponent = i == 0 ? of_head : min(exponent, of_head);
     }
   }
+  if (lane == 0) {
+    context.work = work;
+    context.ds_scale = exp2f(float(exponent - kBackwardShift<T>));
+    context.dk_factor = problem.softmax_scale * exp2f(float(-exponent));
+  }
+  DkdvWarp<T, Shape> state{context,
+                           shared.k,
+                           shared.v,
+                           {kept(lane_row<kHeadDim>(warp_row).offset)},
+                           {kept(lane_row<kHeadDim>(0).offset)},
+                           {kept(lane_row_transposed<kHeadDim>().offset)},
+                           problem.softmax_scale * kLog2e};
+  if constexpr (Shape::kKeepsKeys) {
+    cp_async_wait_group<0>();
+    bar_warp_sync();
+  }
+  state.initialize();
+
+  queries.for_each(backward, [&](const auto& tile, int query) {
+#pragma unroll 1
+    for (int row = 0; row < kBlockM; row += kStep) state.step(tile, row, query + row);
+  });
 
   // Where there was no query, k and v are still under way.
-  cp_async_commit_group();
   cp_async_wait_group<0>();
-  bar_sync();
-  epilogue(params, state, shared.k, shared.v, work, grid.num_heads, exponent, far_bias, begin, end);
+  bar_warp_sync();
+  epilogue<T, Shape>(params, state, contexts[threadIdx.x / kWarpSize], shared.k, shared.v);
 }
 
 template <typename T, int kHeadDim>
 cudaError_t launch_dkdv(const ThreeRegionBackwardParams& params, cudaStream_t stream) {
   using Shape = DkdvShape<kHeadDim>;
-  const DkdvGrid<Shape::kBlockN> grid(params);
+  const DkdvGrid grid(params, Shape::kBlockN);
   return launch<three_region_attention_backward_dkdv_kernel<T, Shape>>(
       grid.num_blocks(), 1, Shape::kThreads, sizeof(typename Shape::SharedMemoryPlan), stream,
-      params);
+      DkdvParams{params, grid});
 }
 
 template <typename T>

@@ -8,8 +8,9 @@
 //            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dq stays in registers. What a warp
-//            skips and masks is as in the forward.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose q, dout and dq stay in registers.
+//            What a warp skips and masks is as in the forward, but that it takes 32 entries in a
+//            step, or 16 where it sees no more.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  12288  16384
 //            dout                           8192  16384  12288  16384
@@ -17,10 +18,11 @@
 //            keys of the stages              512    512    256    256
 //            key lists and views of warps    384    384    384    384
 //            total, dynamic                33664  66432  49792  66176
-// Barriers   those of KeyStages, as the forward; bar_warp_sync: a warp's key list, its rows of dq
+// Barriers   those of KeyStages, as the forward; bar_sync: q and dout have arrived; bar_warp_sync: a
+//            warp's key list, its rows of dq
 // Writers    one thread writes each element of dq: deterministic.
-// Rounding   float32 logits, p and sums; ds rounded to the element type (scaled, see backward.cuh)
-//            before ds k; dq once.
+// Rounding   float32 products, p and sums, logits as in the forward; ds rounded to the element type
+//            (scaled, see backward.cuh) before ds k; dq once.
 // Reference  gradient of cogview_kernels.attention.reference.three_region_attention
 
 #include "backward.cuh"
@@ -90,16 +92,31 @@ struct DqWarp {
   const unsigned char *sQ, *sDout;
   const KeyStage<kHeadDim, kBlockN>* stages;
   LaneRow<kHeadDim> q_row, key_row, ds_row;
-  int far_end;     // of the lane's row of the warp, see find_context
-  int position;    // of the lane's first row
-  float scale;     // from a product to a logit in bits
-  float ds_scale;  // of ds before it is rounded
-  float row_max[kRowTiles][2], row_log_sum[kRowTiles][2],
-      minus_delta[kRowTiles][2];  // scaled as ds
+  int far_end;            // of the lane's row of the warp, see find_context
+  int position;           // of the lane's first row
+  float scale;            // from a product to a logit in bits
+  bool has_fused_logits;  // see is_large_logit; and hidden ones are products of -inf
+  float row_max[kRowTiles][2];
+  float factor[kRowTiles][2];       // 2^-row_log_sum, and what ds is multiplied by
+  float minus_delta[kRowTiles][2];  // times factor
   float dq[kRowTiles][kHeadDim / 8][4];
+  uint32_t q[kRowTiles][kHeadDim / 16][4], dout[kRowTiles][kHeadDim / 16][4];
+
+  __device__ __forceinline__ void load_rows() {
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) {
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+        ldmatrix_x4(q[rt][d], sQ + q_row.at(rt, d));
+        ldmatrix_x4(dout[rt][d], sDout + q_row.at(rt, d));
+      }
+    }
+  }
 
   __device__ __forceinline__ void initialize(const ThreeRegionBackwardParams& params,
-                                             const QueryTile<Shape::kBlockM>& tile) {
+                                             const QueryTile<Shape::kBlockM>& tile,
+                                             float ds_scale) {
+    bool large = false;
     const ThreeRegionProblem& problem = params.problem;
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -108,85 +125,77 @@ struct DqWarp {
         const int row = tile.row(position - tile.origin + 16 * rt + 8 * half);
         const int64_t at = int64_t(tile.head_idx) * problem.q_len + row;
         row_max[rt][half] = row < 0 ? 0.f : params.row_max[at];
-        row_log_sum[rt][half] = row < 0 ? 0.f : params.row_log_sum[at];
-        // The scale is a power of two: the same as (ds - delta) ds_scale.
-        minus_delta[rt][half] = row < 0 ? 0.f : -params.delta[at] * ds_scale;
+        factor[rt][half] = row < 0 ? 0.f : exp2f(-params.row_log_sum[at]) * ds_scale;
+        minus_delta[rt][half] = row < 0 ? 0.f : -params.delta[at] * factor[rt][half];
+        large = large || is_large_logit(row_max[rt][half]);
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           dq[rt][n][2 * half] = dq[rt][n][2 * half + 1] = 0.f;
         }
       }
     }
+    has_fused_logits = scale > 0.f && vote_ballot(large) == 0;
   }
 
-  // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
+  // Takes up the kEntries entries of keys from `entry` on, `tile` bytes behind the first stage.
+  template <int kEntries, bool kIsPlain>
   __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
     const int lane = threadIdx.x % kWarpSize;
-    float s[kRowTiles][kBlockN / 8][4] = {}, ds[kRowTiles][kBlockN / 8][4] = {};
+    float s[kRowTiles][kEntries / 8][4] = {}, ds[kRowTiles][kEntries / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-      uint32_t q[kRowTiles][4], dout[kRowTiles][4];
 #pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        ldmatrix_x4(q[rt], sQ + q_row.at(rt, d));
-        ldmatrix_x4(dout[rt], sDout + q_row.at(rt, d));
-      }
-#pragma unroll
-      for (int n = 0; n < kBlockN / 16; ++n) {
+      for (int n = 0; n < kEntries / 16; ++n) {
         uint32_t k[4], v[4];
         const LaneRow<kHeadDim> key{key_row.offset + tile};
         ldmatrix_x4(k, stages[0].k + key.at(n, d));
         ldmatrix_x4(v, stages[0].v + key.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
-          mma_m16n8k16<T>(s[rt][2 * n], q[rt], k[0], k[1]);
-          mma_m16n8k16<T>(s[rt][2 * n + 1], q[rt], k[2], k[3]);
-          mma_m16n8k16<T>(ds[rt][2 * n], dout[rt], v[0], v[1]);
-          mma_m16n8k16<T>(ds[rt][2 * n + 1], dout[rt], v[2], v[3]);
+          mma_m16n8k16<T>(s[rt][2 * n], q[rt][d], k[0], k[1]);
+          mma_m16n8k16<T>(s[rt][2 * n + 1], q[rt][d], k[2], k[3]);
+          mma_m16n8k16<T>(ds[rt][2 * n], dout[rt][d], v[0], v[1]);
+          mma_m16n8k16<T>(ds[rt][2 * n + 1], dout[rt][d], v[2], v[3]);
         }
       }
     }
 
-    const auto to_gradients = [&](auto bias_of_column) {
-#pragma unroll
-      for (int n = 0; n < kBlockN / 8; ++n) {
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          const float bias = bias_of_column(8 * n + column);
-#pragma unroll
-          for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              const int c = 2 * half + column;
-              const float p = ex2_approx(fmaf(s[rt][n][c], scale, bias) - row_max[rt][half] -
-                                         row_log_sum[rt][half]);
-              ds[rt][n][c] = p * fmaf(ds[rt][n][c], ds_scale, minus_delta[rt][half]);
-            }
-          }
-        }
-      }
-    };
+    float of_product = scale, bias = 0.f;
     const EntryBiases biases(list, view);
-    if (view.has_one_bias(entry, entry + kBlockN)) {
-      const float bias = biases(entry);
-      to_gradients([=](int) { return bias; });
+    if (kIsPlain || (has_fused_logits && view.has_one_bias(entry, entry + kEntries))) {
+      bias = biases(entry);
     } else {
-      const int column = entry + lane % 4 * 2;
-      to_gradients([&](int at) { return biases(column + at); });
+      to_logits(s, scale, biases, entry + lane % 4 * 2);
+      of_product = 1.f;
     }
-    if (!view.all(entry, entry + kBlockN)) {
-      const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
-                                                       entry);
+    if (!kIsPlain && !view.all(entry, entry + kEntries)) {
+      const VisibleEntries<kRowTiles, kEntries> visible(problem, list, view, far_end, position,
+                                                        entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
-        if (!sees) ds[rt][n][c] = 0.f;
+        if (!sees) s[rt][n][c] = -INFINITY;
       });
     }
-
+    float shift[kRowTiles][2];
 #pragma unroll
-    for (int n = 0; n < kBlockN / 16; ++n) {
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) shift[rt][half] = bias - row_max[rt][half];
+    }
+
+    // Sixteen entries at a time, so that some become gradients while others are multiplied by k.
+#pragma unroll
+    for (int n = 0; n < kEntries / 16; ++n) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          const int half = i / 2 % 2;
+          const float p =
+              ex2_approx(fmaf(s[rt][2 * n + i / 4][i % 4], of_product, shift[rt][half]));
+          float& product = ds[rt][2 * n + i / 4][i % 4];
+          product = p * fmaf(product, factor[rt][half], minus_delta[rt][half]);
+        }
         convert_c_to_a<T>(a[rt], ds[rt][2 * n], ds[rt][2 * n + 1]);
       }
 #pragma unroll
@@ -216,6 +225,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   tile.template copy<kHeadDim, kThreads>(shared.q, params.q);
   tile.template copy<kHeadDim, kThreads>(shared.dout, params.dout);
+  cp_async_commit_group();
   WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
@@ -241,16 +251,26 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                          {kept(lane_row<kHeadDim>(0).offset)},
                          far_end,
                          tile.origin + warp_row + lane / 4,
-                         scale,
-                         ds_scale};
-  state.initialize(params, tile);
+                         scale};
+  state.initialize(params, tile, ds_scale);
 
+  SeenTiles<kBlockN> seen_tiles(view, list.size - kBlockN);
+  cp_async_wait_group<1>();
+  bar_sync();
+  state.load_rows();
   for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
     const int stage = stages.wait(entry);
-    if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
+    int seen = seen_tiles(entry);
+    if (!state.has_fused_logits) seen &= ~seen_tiles.kPlain;
+    step_over<kHeadDim, kBlockN, 32, 16>(
+        seen, stage, entry, [&](auto entries, auto is_plain, int at, int from) {
+          state.template step<decltype(entries)::value, decltype(is_plain)::value>(problem, at,
+                                                                                   from);
+        });
   }
 
-  const float factor = problem.softmax_scale * exp2f(float(-exponent));
+  const float factor =
+      problem.softmax_scale * exp2f(float(-ds_exponent<T>(params, tile.batch, tile.head)));
   bool has_nan[kRowTiles][2];
 #pragma unroll
   for (int rt = 0; rt < kRowTiles; ++rt) {
@@ -264,7 +284,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
       }
       // A row that sees a NaN has one in its own statistics.
       const float own =
-          state.row_max[rt][half] + state.row_log_sum[rt][half] + state.minus_delta[rt][half];
+          state.row_max[rt][half] + state.factor[rt][half] + state.minus_delta[rt][half];
       has_nan[rt][half] = row_of(warp_row + 16 * rt + 8 * half + lane / 4) >= 0 &&
                           fabsf(own) <= kLargestFloat && sum != 0.f;
     }

@@ -14,9 +14,11 @@
 // Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len,
 //            head_dim); any strides, rows contiguous and aligned to 16 bytes.
 // Grid       one block per head and tile of kBlockM query positions (query_tile.cuh).
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers. A warp skips
-//            tiles that none of its rows sees; all others take the same step, in which hidden
-//            entries are masked where some row does not see some entry.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers, and up to a
+//            head dim of 64 their q. A warp skips the halves of a tile that none of its rows sees. A
+//            tile that all rows see takes a step without branches; in the others hidden entries are
+//            masked. Weights are taken sixteen entries at a time, among the products with v of those
+//            before.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  24576  32768
 //            stages: 2 x (k, v)            16384  32768  24576  32768
@@ -25,10 +27,12 @@
 //            total, dynamic                25472  50048  49792  66176
 // Barriers   bar_sync in KeyStages::start    the keys of the first tile are looked up
 //            bar_sync in KeyStages::wait     the tile has arrived for all threads, and the keys of
-//                                            the next; all warps have left the stage that is filled
+//                                            the next; all warps have left the stage and the keys
+//                                            that are filled; before the first tile: q has arrived
 //            bar_sync, negative scale only   the q tile has arrived, before its sign changes
 //            bar_warp_sync                   a warp's key list; its rows of the out tile
-// Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
+// Rounding   float32 products, softmax and sums; below 1024 bits (is_large_logit) only the largest
+//            logit of a row is rounded; p rounded to the element type before p v; out once.
 // Reference  cogview_kernels.attention.reference.three_region_attention
 
 #include "exact.cuh"
@@ -49,6 +53,7 @@ struct ForwardShape {
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
   static constexpr int kMinBlocks = 2;
+  static constexpr bool kKeepsQueries = kHeadDim <= 64;  // in registers
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of out
     KeyBuffers<kHeadDim, kBlockN> keys;
@@ -72,6 +77,14 @@ struct ForwardWarp {
   float scale;                             // from a product to a logit in bits
   float m[kRowTiles][2], l[kRowTiles][2];  // l: of the lane's columns until the end
   float o[kRowTiles][kHeadDim / 8][4];
+  uint32_t q[kRowTiles][Shape::kKeepsQueries ? kHeadDim / 16 : 1][4];
+
+  __device__ __forceinline__ void load_queries(int d) {
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+      ldmatrix_x4(q[rt][Shape::kKeepsQueries ? d : 0], sQ + q_row.at(rt, d));
+    }
+  }
 
   __device__ __forceinline__ void initialize() {
 #pragma unroll
@@ -88,89 +101,77 @@ struct ForwardWarp {
     }
   }
 
-  // Takes up the tile of keys that begins at `entry`, `tile` bytes behind the first stage.
+  // Takes up the kEntries entries of keys from `entry` on, `tile` bytes behind the first stage.
+  template <int kEntries, bool kIsPlain>
   __device__ __forceinline__ void step(const ThreeRegionProblem& problem, int tile, int entry) {
     const int lane = threadIdx.x % kWarpSize;
-    float s[kRowTiles][kBlockN / 8][4] = {};
+    float s[kRowTiles][kEntries / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
-      uint32_t a[kRowTiles][4];
+      if (!Shape::kKeepsQueries) load_queries(d);
 #pragma unroll
-      for (int rt = 0; rt < kRowTiles; ++rt) {
-        ldmatrix_x4(a[rt], sQ + q_row.at(rt, d));
-      }
-#pragma unroll
-      for (int n = 0; n < kBlockN / 16; ++n) {
+      for (int n = 0; n < kEntries / 16; ++n) {
         uint32_t b[4];
         ldmatrix_x4(b, stages[0].k + LaneRow<kHeadDim>{k_row.offset + tile}.at(n, d));
 #pragma unroll
         for (int rt = 0; rt < kRowTiles; ++rt) {
-          mma_m16n8k16<T>(s[rt][2 * n], a[rt], b[0], b[1]);
-          mma_m16n8k16<T>(s[rt][2 * n + 1], a[rt], b[2], b[3]);
+          mma_m16n8k16<T>(s[rt][2 * n], q[rt][Shape::kKeepsQueries ? d : 0], b[0], b[1]);
+          mma_m16n8k16<T>(s[rt][2 * n + 1], q[rt][Shape::kKeepsQueries ? d : 0], b[2], b[3]);
         }
       }
     }
 
-    // Logits in bits. They are rounded here, so that the largest weight is exactly one, however
-    // large the logits are, in every tile and in the backward.
-    const auto to_logits = [&](auto bias_of_column) {
-#pragma unroll
-      for (int n = 0; n < kBlockN / 8; ++n) {
-#pragma unroll
-        for (int column = 0; column < 2; ++column) {
-          const float bias = bias_of_column(8 * n + column);
-#pragma unroll
-          for (int rt = 0; rt < kRowTiles; ++rt) {
-#pragma unroll
-            for (int half = 0; half < 2; ++half) {
-              float& logit = s[rt][n][2 * half + column];
-              logit = fmaf(logit, scale, bias);
-            }
-          }
-        }
-      }
-    };
+    float of_product = scale, bias = 0.f;
     const EntryBiases biases(list, view);
-    if (view.has_one_bias(entry, entry + kBlockN)) {
-      const float bias = biases(entry);
-      to_logits([=](int) { return bias; });
+    const int column = entry + lane % 4 * 2;
+    const bool has_logits =
+        !kIsPlain && !(scale > 0.f && view.has_one_bias(entry, entry + kEntries));
+    if (has_logits) {
+      to_logits(s, scale, biases, column);
+      of_product = 1.f;
     } else {
-      const int column = entry + lane % 4 * 2;
-      to_logits([&](int at) { return biases(column + at); });
+      bias = biases(entry);
     }
-    if (!view.all(entry, entry + kBlockN)) {
-      const VisibleEntries<kRowTiles, kBlockN> visible(problem, list, view, far_end, position,
-                                                       entry);
+    if (!kIsPlain && !view.all(entry, entry + kEntries)) {
+      const VisibleEntries<kRowTiles, kEntries> visible(problem, list, view, far_end, position,
+                                                        entry);
       visible.for_each([&](bool sees, int rt, int n, int c) {
         if (!sees) s[rt][n][c] = -INFINITY;
       });
     }
 
+    float new_m[kRowTiles][2];
+    bool is_large = false;
 #pragma unroll
     for (int rt = 0; rt < kRowTiles; ++rt) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        float new_m = m[rt][half];
+        float largest = -INFINITY;
 #pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) {
-          new_m = fmaxf(new_m, fmaxf(s[rt][n][2 * half], s[rt][n][2 * half + 1]));
+        for (int n = 0; n < kEntries / 8; ++n) {
+          largest = fmaxf(largest, fmaxf(s[rt][n][2 * half], s[rt][n][2 * half + 1]));
         }
-        new_m = quad_max(new_m);
+        new_m[rt][half] = fmaxf(m[rt][half], fmaf(largest, of_product, bias));
+        is_large = is_large || is_large_logit(new_m[rt][half]);
+      }
+    }
+    if (vote_ballot(is_large) != 0 && !has_logits) {
+      to_logits(s, scale, biases, column);
+      of_product = 1.f;
+      bias = 0.f;
+    }
+    float shift[kRowTiles][2];
+#pragma unroll
+    for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half) {
+        const float row_m = quad_max(new_m[rt][half]);
         // Before its first key a row has weights of zero.
-        const float shift = new_m == -INFINITY ? 0.f : new_m;
-        const float keep = ex2_approx(m[rt][half] - shift);
-        m[rt][half] = new_m;
-        float sum = 0.f;
-#pragma unroll
-        for (int n = 0; n < kBlockN / 8; ++n) {
-#pragma unroll
-          for (int column = 0; column < 2; ++column) {
-            float& p = s[rt][n][2 * half + column];
-            p = ex2_approx(p - shift);
-            sum += p;
-          }
-        }
-        l[rt][half] = l[rt][half] * keep + sum;
+        const float finite_m = row_m == -INFINITY ? 0.f : row_m;
+        const float keep = ex2_approx(m[rt][half] - finite_m);
+        m[rt][half] = row_m;
+        shift[rt][half] = bias - finite_m;
+        l[rt][half] *= keep;
 #pragma unroll
         for (int n = 0; n < kHeadDim / 8; ++n) {
           o[rt][n][2 * half] *= keep;
@@ -179,11 +180,18 @@ struct ForwardWarp {
       }
     }
 
+    // Sixteen entries at a time, so that some become weights while others are multiplied by v.
 #pragma unroll
-    for (int n = 0; n < kBlockN / 16; ++n) {
+    for (int n = 0; n < kEntries / 16; ++n) {
       uint32_t a[kRowTiles][4];
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
+#pragma unroll
+        for (int i = 0; i < 8; ++i) {
+          float& p = s[rt][2 * n + i / 4][i % 4];
+          p = ex2_approx(fmaf(p, of_product, shift[rt][i / 2 % 2]));
+          l[rt][i / 2 % 2] += p;
+        }
         convert_c_to_a<T>(a[rt], s[rt][2 * n], s[rt][2 * n + 1]);
       }
 #pragma unroll
@@ -212,6 +220,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const FarKeys far = far_keys_of(problem, tile.batch, tile.kv_head);
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   tile.template copy<kHeadDim, kThreads>(sQ, params.q);
+  cp_async_commit_group();
   WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
@@ -246,9 +255,21 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
                               scale};
   state.initialize();
 
-  for (int entry = list.size - kBlockN; entry > -kBlockN; entry -= kBlockN) {
-    const int stage = stages.wait(entry);
-    if (view.any(entry, entry + kBlockN)) state.step(problem, stage, entry);
+  SeenTiles<kBlockN> seen_tiles(view, list.size - kBlockN);
+  int entry = list.size - kBlockN, stage = stages.wait(entry);
+  if (Shape::kKeepsQueries) {
+#pragma unroll
+    for (int d = 0; d < kHeadDim / 16; ++d) state.load_queries(d);
+  }
+  while (true) {
+    step_over<kHeadDim, kBlockN, kBlockN, 32>(
+        seen_tiles(entry), stage, entry, [&](auto entries, auto is_plain, int at, int from) {
+          state.template step<decltype(entries)::value, decltype(is_plain)::value>(problem, at,
+                                                                                   from);
+        });
+    entry -= kBlockN;
+    if (entry <= -kBlockN) break;
+    stage = stages.wait(entry);
   }
 
   // Each of the four lanes that share rows finishes the sum of one of them, for all four.

@@ -73,7 +73,8 @@ __device__ __forceinline__ void find_context(const ThreeRegionProblem& problem,
 // Which of kEntries entries the rows of a lane's fragments see, a bit for each.
 template <int kRowTiles, int kEntries>
 struct VisibleEntries {
-  uint32_t words[kRowTiles][2][kEntries / 32];
+  static constexpr int kWords = (kEntries + 31) / 32;
+  uint32_t words[kRowTiles][2][kWords];
 
   // The entries from `entry` on. position: of the lane's first row. far_end: see find_context.
   __device__ __forceinline__ VisibleEntries(const ThreeRegionProblem& problem, const KeyList& list,
@@ -93,7 +94,7 @@ struct VisibleEntries {
           const int row = 16 * rt + 8 * half, end = list.entry_of(position + row + 1);
           const auto bits = seen(row);
 #pragma unroll
-          for (int word = 0; word < kEntries / 32; ++word) {
+          for (int word = 0; word < kWords; ++word) {
             words[rt][half][word] = bits(word) & ~from(end, word);
           }
         }
@@ -134,6 +135,26 @@ struct VisibleEntries {
   }
 };
 
+// Weights are 2^(product scale + bias - max) in one multiply-add, which does not round the logit.
+// The row's largest logit is rounded, though: beyond this, logits are rounded as well, so that no
+// weight is far above one.
+__device__ __forceinline__ bool is_large_logit(float logit) { return !(fabsf(logit) < 1024.f); }
+
+// Products become logits in bits. column: the entry of the lane's first column.
+template <int kRowTiles, int kColumns>
+__device__ __forceinline__ void to_logits(float (&s)[kRowTiles][kColumns][4], float scale,
+                                          const EntryBiases& biases, int column) {
+#pragma unroll
+  for (int n = 0; n < kColumns; ++n) {
+#pragma unroll
+    for (int c = 0; c < 4; ++c) {
+      const float bias = biases(column + 8 * n + c % 2);
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) s[rt][n][c] = fmaf(s[rt][n][c], scale, bias);
+    }
+  }
+}
+
 // A tile of keys and its values in shared memory.
 template <int kHeadDim, int kBlockN>
 struct KeyStage {
@@ -147,6 +168,80 @@ struct KeyBuffers {
   KeyStage<kHeadDim, kBlockN> stages[2];
   int keys[2][kBlockN];
 };
+
+// What a warp sees of the tiles of its block's list. Each lane knows it for one of 32 tiles.
+template <int kBlockN>
+struct SeenTiles {
+  // A bit for each sixteen entries, of which some row sees one; and one more where all rows see all
+  // entries of the tile, and these have one bias.
+  static constexpr int kParts = kBlockN / 16, kWhole = (1 << kParts) - 1, kPlain = 1 << kParts;
+
+  const WarpView& view;
+  int of_lane;
+
+  // The first one asked for begins at `entry`.
+  __device__ __forceinline__ SeenTiles(const WarpView& warp_view, int entry) : view(warp_view) {
+    find(entry);
+  }
+
+  // Of the tile that begins at `entry`, in front of the one asked for before.
+  __device__ __forceinline__ int operator()(int entry) {
+    const int turn = (entry >> kShift) & (kWarpSize - 1);
+    if (turn == kWarpSize - 1) find(entry);
+    return shfl_idx(of_lane, turn);
+  }
+
+ private:
+  static constexpr int kShift = kBlockN == 64 ? 6 : 5;
+  static_assert(1 << kShift == kBlockN);
+
+  // Of the tile that begins at `entry`, and those in front of it.
+  __device__ __forceinline__ void find(int entry) {
+    const int lane = threadIdx.x % kWarpSize;
+    const int begin = entry - (((entry >> kShift) - lane) & (kWarpSize - 1)) * kBlockN;
+    const int end = begin + kBlockN;
+    of_lane = view.all(begin, end) && view.has_one_bias(begin, end) ? kPlain : 0;
+#pragma unroll
+    for (int part = 0; part < kParts; ++part) {
+      if (view.any(begin + 16 * part, begin + 16 * part + 16)) of_lane |= 1 << part;
+    }
+  }
+};
+
+// Takes up what a warp sees of the tile that begins at `entry`, `tile` bytes behind the first stage:
+// step(entries, is_plain, tile, entry) with the constants how many entries, and whether all rows see
+// all of them, which have one bias. kMost, kFewest: entries of a step.
+template <int kHeadDim, int kBlockN, int kMost, int kFewest, typename Step>
+__device__ __forceinline__ void step_over(int seen, int tile, int entry, Step step) {
+  constexpr int kHalf = 32;
+  const auto masked_step = [&](auto entries, int first) {
+    step(entries, std::false_type(), tile + first * kHeadDim * 2, entry + first);
+  };
+  const auto sees = [=](int first, int entries) {
+    return (seen >> first / 16 & ((1 << entries / 16) - 1)) != 0;
+  };
+  if (seen & SeenTiles<kBlockN>::kPlain) {
+    // One straight line, so that ptxas may mix the products of a step with those of the one before.
+#pragma unroll
+    for (int first = 0; first < kBlockN; first += kMost) {
+      step(std::integral_constant<int, kMost>(), std::true_type(), tile + first * kHeadDim * 2,
+           entry + first);
+    }
+  } else if (kMost > kHalf && sees(0, kHalf) && sees(kHalf, kHalf)) {
+    masked_step(std::integral_constant<int, kMost>(), 0);
+  } else {
+#pragma unroll 1
+    for (int first = 0; first < kBlockN; first += kHalf) {
+      if (!sees(first, kHalf)) continue;
+      if (kFewest == kHalf || (sees(first, kFewest) && sees(first + kFewest, kFewest))) {
+        masked_step(std::integral_constant<int, kHalf>(), first);
+      } else {
+        masked_step(std::integral_constant<int, kFewest>(),
+                    sees(first, kFewest) ? first : first + kFewest);
+      }
+    }
+  }
+}
 
 // Tiles of kBlockN entries of a key list, in two stages. Tiles are taken from the end of the list.
 // While one is used, the next is copied, and the keys of the one after it are looked up.
@@ -162,7 +257,6 @@ struct KeyStages {
   int thread, first_row;       // in the block; of a tile, of those that the thread copies
   int offset;                  // of the thread's first chunk in a tile
   int stage = 0;               // of the next tile
-  int next_key;                // the thread's key of the tile behind that
 
   __device__ __forceinline__ KeyStages(const KeyList& key_list, Buffers& buffers,
                                        const ConstHeads& gK, const ConstHeads& gV, int batch,
@@ -180,18 +274,21 @@ struct KeyStages {
     if (kHeadDim <= 64) first_row = kept(first_row);  // beyond, registers do not suffice
   }
 
-  // Looks up the thread's key of the tile that begins at `entry`: a load that nothing waits for.
-  __device__ __forceinline__ void find(int entry) {
-    if (thread < kBlockN) next_key = list.packed_key(entry + thread);
+  // Starts to look up the keys of the tile that begins at `entry`.
+  __device__ __forceinline__ void find(int of_stage, int entry) {
+    if (thread >= kBlockN) return;
+    int& key = shared.keys[of_stage][thread];
+    const int own = entry + thread;
+    if (own >= list.num_text && own < list.num_far) {
+      cp_async_4(&key, list.far.pivots + own - list.num_text, true);
+    } else {
+      key = own < list.num_text ? own : list.first_window + own - list.num_far;
+    }
   }
 
-  __device__ __forceinline__ void store_key(int of_stage) {
-    if (thread < kBlockN) shared.keys[of_stage][thread] = list.far.clamp(next_key);
-  }
-
-  // Copies the tile whose row r holds key key_of(r).
-  template <typename KeyOf>
-  __device__ __forceinline__ void copy(int of_stage, KeyOf key_of) {
+  // Copies the tile whose row r holds key key_of(r). The first `absent` rows become zeros.
+  template <bool kHasAbsent, typename KeyOf>
+  __device__ __forceinline__ void copy(int of_stage, int absent, KeyOf key_of) {
     int keys[Items::kSteps];
 #pragma unroll
     for (int step = 0; step < Items::kSteps; ++step) {
@@ -199,48 +296,58 @@ struct KeyStages {
     }
     auto& to = shared.stages[of_stage];
     const auto first = [&](int) { return offset; };
+    const auto exists = [&](int step) {
+      return !kHasAbsent || first_row + step * Items::kStepRows >= absent;
+    };
     Items::for_each_from(first, [&](int at, int step, int chunk) {
-      cp_async_16(to.k + at, row_at(k, k_bytes, keys[step]) + chunk * 16, true);
+      cp_async_16(to.k + at, row_at(k, k_bytes, keys[step]) + chunk * 16, exists(step));
     });
     Items::for_each_from(first, [&](int at, int step, int chunk) {
-      cp_async_16(to.v + at, row_at(v, v_bytes, keys[step]) + chunk * 16, true);
+      cp_async_16(to.v + at, row_at(v, v_bytes, keys[step]) + chunk * 16, exists(step));
     });
-    cp_async_commit_group();
   }
 
-  __device__ __forceinline__ void copy_found(int of_stage) {
-    copy(of_stage, [&](int row) { return shared.keys[of_stage][row]; });
+  // Of the tile that begins at `entry`.
+  __device__ __forceinline__ void copy_found(int of_stage, int entry) {
+    const auto key_of = [&](int row) { return list.far.clamp(shared.keys[of_stage][row]); };
+    if (entry >= 0) {
+      copy<false>(of_stage, 0, key_of);
+    } else {
+      copy<true>(of_stage, -entry, key_of);
+    }
   }
 
   // The first tile: `size` entries of the list at its end are the keys up to `end`. Where they fill
   // the tile, it is copied before the list is known.
   __device__ __forceinline__ bool start_in_window(int size, int end) {
     if (size < kBlockN) return false;
-    copy(0, [&](int row) { return end - kBlockN + row; });
+    copy<false>(0, 0, [&](int row) { return end - kBlockN + row; });
     return true;
   }
 
   // Takes the list. has_started: what start_in_window gave.
   __device__ __forceinline__ void start(bool has_started) {
     if (!has_started) {
-      find(list.size - kBlockN);
-      store_key(0);
+      find(0, list.size - kBlockN);
+      cp_async_commit_group();
+      cp_async_wait_group<0>();
       bar_sync();
-      copy_found(0);
+      copy_found(0, list.size - kBlockN);
     }
-    find(list.size - 2 * kBlockN);
+    find(1, list.size - 2 * kBlockN);
+    cp_async_commit_group();
   }
 
   // The tile that begins at `entry`: how far behind the first stage it lies, in bytes.
   __device__ __forceinline__ int wait(int entry) {
     const int tile = stage * int(sizeof(shared.stages[0]));
     stage ^= 1;
-    if (entry > 0) store_key(stage);
     cp_async_wait_group<0>();
     bar_sync();
     if (entry > 0) {
-      copy_found(stage);
-      find(entry - 2 * kBlockN);
+      copy_found(stage, entry - kBlockN);
+      find(stage ^ 1, entry - 2 * kBlockN);
+      cp_async_commit_group();
     }
     return tile;
   }
