@@ -56,9 +56,10 @@ SIGN = "any_scale_and_sign"
 LOSS_SCALE = "any_loss_scale"
 SMALL = "small_weights"
 LARGE = "beyond_float32"
+DECODE = "few_queries or window_of_each_query or more_rows_than or poisoned_keys"
 LARGE_LOGITS = "large_logits"
 LONG = "long_lists"
-FEW = "few_queries and 5-64"  # from here on: of the decode kernels
+FEW = "few_queries and 5-64"
 EACH = "window_of_each_query"
 ROWS = "more_rows_than_a_block"
 POISON = "poisoned_keys_of_a_cache"
@@ -346,14 +347,14 @@ MUTATIONS = [
             "return logit != logit ? bias : fminf(fmaxf(logit, -kLargestFloat), kLargestFloat);",
             "return logit;",
         ),
-        ("exact-row-without-bias", LEAKS, "if (entry >= list.num_far) return 0.f;", "return 0.f;"),
-        ("forward-exact-o-not-rescaled", LEAKS, "o[d] * (keep / l)", "o[d]"),
+        ("exact-o-not-rescaled", LEAKS, "o[d] * (keep / l)", "o[d]"),
         (
-            "row-reads-pivots-of-the-first-head",
+            "exact-row-reads-pivots-of-the-first-head",
             HEADS,
-            "far_keys_of(problem, batch, kv_head)",
-            "far_keys_of(problem, batch, 0)",
+            "far_keys_of(problem, batch, kv_head);",
+            "far_keys_of(problem, batch, 0);",
         ),
+        ("exact-row-without-bias", LEAKS, "if (entry >= list.num_far) return 0.f;", "return 0.f;"),
     ),
     *mutations(
         "three_region_attention/sm80/decode.cu",
@@ -421,6 +422,49 @@ MUTATIONS = [
             FEW,
             "bar_sync();\n    const auto& stage = stages[from];",
             "const auto& stage = stages[from];",
+        ),
+        (
+            "decode-row-of-another-head",
+            DEFINITION,
+            "{kv_head * group + of_group, exists ? query : -1}",
+            "{kv_head + of_group, exists ? query : -1}",
+        ),
+        (
+            "decode-window-seen-by-all",
+            DECODE,
+            "(entry + number <= window_end);",
+            "(entry <= window_end);",
+        ),
+        (
+            "decode-pivot-bias-alone-ignored",
+            DEFINITION,
+            "problem.text_bias != 0.f || problem.pivot_bias != 0.f;",
+            "problem.text_bias != 0.f;",
+        ),
+        ("decode-l-not-rescaled", DECODE, "l[half] * keep[half] + sum", "l[half] + sum"),
+        (
+            "decode-q-not-waited-for",
+            DECODE,
+            "cp_async_wait_group<kStages - 1>();\n  bar_sync();\n  DecodeWarp",
+            "bar_sync();\n  DecodeWarp",
+        ),
+        (
+            "decode-statistics-without-barrier",
+            DECODE,
+            "bar_sync();\n  const auto largest_of",
+            "const auto largest_of",
+        ),
+        (
+            "decode-sums-without-barrier",
+            DECODE,
+            "bar_sync();\n  const int num_rows",
+            "const int num_rows",
+        ),
+        (
+            "decode-parts-overlap",
+            DECODE,
+            "min(part.begin + size, part.end);",
+            "min(part.begin + size + 1, part.end);",
         ),
         (
             "decode-mean-beyond-float16",
@@ -1073,7 +1117,9 @@ MUTATIONS = [
 # Profiles in place of the suite's: the first failing example is enough. What fails without any
 # mutation is found by the suite itself: fewer examples.
 EXAMPLES = {"mutations": 600, "without-mutations": 60}
-TEST_FILES = [f"tests/{path.name}" for path in Path(__file__).parent.glob("test_*_kernels.py")]
+TEST_FILES = [
+    f"tests/test_{name}.py" for name in ("attention_kernels", "decode", "layer_norm_kernels")
+]
 # Seconds of tests that a mutation of a header is shown to before every kernel is compiled with it.
 FIRST_TESTS_SECONDS = 3.0
 LONGEST_SECONDS = 900.0  # then a test hangs
