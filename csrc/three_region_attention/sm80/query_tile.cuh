@@ -169,8 +169,8 @@ struct KeyBuffers {
   int keys[2][kBlockN];
 };
 
-// Whether plain steps of a tile make one straight line. It takes all registers; at a head dim of 32,
-// and on other architectures than sm_90, some would be spilled.
+// Whether plain steps of a tile make one straight line, and q stays in registers. It takes all of
+// them: at a head dim of 32, and on other architectures than sm_90, some would be spilled.
 template <int kHeadDim>
 #if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
 constexpr bool kMixesSteps = false;
