@@ -8,7 +8,8 @@
 //            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose q, dout and dq stay in registers.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dout and dq stay in registers, and q
+//            where kKeepsQueries says so.
 //            What a warp skips and masks is as in the forward, but that it takes 32 entries in a
 //            step, or 16 where it sees no more.
 // Smem       head_dim                         32     64     96    128
@@ -43,6 +44,8 @@ struct DqShape {
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
   static constexpr int kMinBlocks = 2;
+  // In registers for all tiles, as dout is, or read again in each step.
+  static constexpr bool kKeepsQueries = kHeadDim > 64 || kMixesSteps<kHeadDim>;
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of dq
     unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
@@ -107,7 +110,7 @@ struct DqWarp {
     for (int d = 0; d < kHeadDim / 16; ++d) {
 #pragma unroll
       for (int rt = 0; rt < kRowTiles; ++rt) {
-        ldmatrix_x4(q[rt][d], sQ + q_row.at(rt, d));
+        if (Shape::kKeepsQueries) ldmatrix_x4(q[rt][d], sQ + q_row.at(rt, d));
         ldmatrix_x4(dout[rt][d], sDout + q_row.at(rt, d));
       }
     }
@@ -144,6 +147,10 @@ struct DqWarp {
     float s[kRowTiles][kEntries / 8][4] = {}, ds[kRowTiles][kEntries / 8][4] = {};
 #pragma unroll
     for (int d = 0; d < kHeadDim / 16; ++d) {
+#pragma unroll
+      for (int rt = 0; rt < kRowTiles; ++rt) {
+        if (!Shape::kKeepsQueries) ldmatrix_x4(q[rt][d], sQ + q_row.at(rt, d));
+      }
 #pragma unroll
       for (int n = 0; n < kEntries / 16; ++n) {
         uint32_t k[4], v[4];

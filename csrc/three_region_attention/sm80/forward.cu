@@ -14,8 +14,8 @@
 // Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len,
 //            head_dim); any strides, rows contiguous and aligned to 16 bytes.
 // Grid       one block per head and tile of kBlockM query positions (query_tile.cuh).
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers, and up to a
-//            head dim of 64 their q. A warp skips the halves of a tile that none of its rows sees. A
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers, and where
+//            kKeepsQueries says so their q. A warp skips the halves of a tile that none of its rows sees. A
 //            tile that all rows see takes a step without branches; in the others hidden entries are
 //            masked. Weights are taken sixteen entries at a time, among the products with v of those
 //            before.
@@ -53,7 +53,8 @@ struct ForwardShape {
   static constexpr int kBlockN = kHeadDim <= 64 ? 64 : 32;
   // Blocks on a multiprocessor: 255 registers a thread, the most there are, leave room for two.
   static constexpr int kMinBlocks = 2;
-  static constexpr bool kKeepsQueries = kHeadDim <= 64;  // in registers
+  // In registers for all tiles, or read again in each step.
+  static constexpr bool kKeepsQueries = kHeadDim < 64 || kMixesSteps<kHeadDim>;
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of out
     KeyBuffers<kHeadDim, kBlockN> keys;

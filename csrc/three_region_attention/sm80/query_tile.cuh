@@ -169,6 +169,15 @@ struct KeyBuffers {
   int keys[2][kBlockN];
 };
 
+// Whether plain steps of a tile make one straight line, and q stays in registers. It takes all of
+// them: at a head dim of 32, and on other architectures than sm_90, some would be spilled.
+template <int kHeadDim>
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ != 900
+constexpr bool kMixesSteps = false;
+#else
+constexpr bool kMixesSteps = kHeadDim == 64;
+#endif
+
 // What a warp sees of the tiles of its block's list. Each lane knows it for one of 32 tiles.
 template <int kBlockN>
 struct SeenTiles {
@@ -221,9 +230,10 @@ __device__ __forceinline__ void step_over(int seen, int tile, int entry, Step st
     return (seen >> first / 16 & ((1 << entries / 16) - 1)) != 0;
   };
   if (seen & SeenTiles<kBlockN>::kPlain) {
-    // One straight line, so that ptxas may mix the products of a step with those of the one before.
-#pragma unroll
+    // In one line ptxas mixes the products of a step with those of the one before.
+#pragma unroll(kMixesSteps<kHeadDim> ? kBlockN / kMost : 1)
     for (int first = 0; first < kBlockN; first += kMost) {
+      if (first > 0) bar_warp_sync();
       step(std::integral_constant<int, kMost>(), std::true_type(), tile + first * kHeadDim * 2,
            entry + first);
     }
@@ -267,11 +277,10 @@ struct KeyStages {
         v(kept(Items::first_chunk(head_of(gV, batch, kv_head)))),
         k_bytes(gK.stride.row * 2),
         v_bytes(gV.stride.row * 2),
-        thread(kept(int(threadIdx.x))),
+        thread(int(threadIdx.x)),
         first_row(threadIdx.x / Items::kLanes),
-        offset(kept(Items::offset_of(threadIdx.x, 0))) {
+        offset(Items::offset_of(threadIdx.x, 0)) {
     static_assert(Items::kPeriod == 1);
-    if (kHeadDim <= 64) first_row = kept(first_row);  // beyond, registers do not suffice
   }
 
   // Starts to look up the keys of the tile that begins at `entry`.
