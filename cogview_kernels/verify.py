@@ -87,12 +87,14 @@ def kinds(backend: str, device: torch.device) -> list[Kind]:
 
 
 def _attention_cases(dtype: torch.dtype, head_dim: int) -> Iterator[Case]:
-    # A training sequence, a chunk behind a cache, one token: several tiles of each region, with
-    # ragged ends. The chunk's key/value heads have pivots of their own.
+    # A training sequence, a chunk behind a cache, one token, some tokens whose keys blocks share:
+    # several tiles of each region, with ragged ends. The chunk's key/value heads have pivots of
+    # their own.
     for q_len, k_len, w, n, text, rows, num_pivots in (
         (200, 200, 48, 2, (5, 70), (2,), 24),
         (33, 150, 64, 1, (0, 40), (2, 2), 30),
         (1, 150, 16, 2, (20, 3), (2,), 20),
+        (6, 800, 33, 3, (500, 3), (2,), 200),
     ):
         generator = torch.Generator().manual_seed(q_len)
         pivots = torch.rand(*rows, k_len, generator=generator).argsort()
@@ -113,8 +115,14 @@ def _attention_cases(dtype: torch.dtype, head_dim: int) -> Iterator[Case]:
             far_keys = _operator("three_region_attention", f"{suffix}_far_keys")
             attend = _operator("three_region_attention", suffix)
             packed = far_keys(text_len, pivots, k.shape[2])
-            out, row_max, row_log_sum = attend(q, k, v, packed, *window, 0.5, -0.5, 0.125)
-            return [out, row_max + row_log_sum]
+            inputs = q, k, v, packed, *window, 0.5, -0.5, 0.125
+            out, row_max, row_log_sum = attend(*inputs)
+            # A cache that is not full, and one that is: these have no gradients.
+            lengths = [max(k.shape[2] - 40, q.shape[2]), k.shape[2]]
+            kv_lens = torch.tensor(lengths, dtype=torch.int32).to(q.device)
+            with torch.no_grad():
+                cached, *of_cached = attend(*inputs, kv_lens)
+            return [out, row_max + row_log_sum, cached, sum(of_cached)]
 
         yield Case(f"{q_len} of {k_len} positions", [q[:, :, k_len - q_len :], k, v], call)
 

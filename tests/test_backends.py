@@ -742,7 +742,7 @@ def good_arguments() -> dict[str, Tensor]:
 
 
 def call_out(arguments: dict[str, Any], backward: bool) -> None:
-    a = {"window": WINDOW, "num_splits": 1, "partial": None, **arguments}
+    a = {"window": WINDOW, "kv_lens": None, "num_splits": 1, "partial": None, **arguments}
     window = a["window"]
     if backward:
         names = ("dout", "dlse", "q", "k", "v", "out", "row_max", "row_log_sum", "far_keys")
@@ -754,7 +754,9 @@ def call_out(arguments: dict[str, Any], backward: bool) -> None:
     else:
         inputs = [a[name] for name in ("q", "k", "v", "far_keys")]
         outputs = [a[name] for name in ("out", "row_max", "row_log_sum")]
-        OPS.three_region_attention_forward_out(*inputs, *window, *outputs)
+        OPS.three_region_attention_forward_out(
+            *inputs, *window, a["kv_lens"], *outputs, a["num_splits"], a["partial"]
+        )
 
 
 def misaligned(tensor: Tensor) -> Tensor:
@@ -794,6 +796,11 @@ BAD_FORWARD: list[tuple[str, Any, str]] = [
     ("out", lambda t: t.bfloat16(), "out: expected the dtype of q"),
     ("row_max", lambda t: t.half(), "row_max: expected float32"),
     ("row_log_sum", lambda t: t[..., :1], r"row_log_sum: expected shape \(2, 4, 30\)"),
+    ("kv_lens", lambda _: torch.ones(2), "kv_lens: expected int32"),
+    ("kv_lens", lambda _: torch.ones(1).int(), r"kv_lens: expected shape \(2\), got \(1\)"),
+    ("num_splits", lambda _: 0, "num_splits: expected at least 1"),
+    ("num_splits", lambda _: 2, "partial: expected with more than one split"),
+    ("partial", lambda _: torch.zeros(1), "partial: expected with more than one split"),
 ]
 BAD_BACKWARD: list[tuple[str, Any, str]] = [
     ("dout", misaligned, "dout: expected rows at multiples of 16 bytes"),
@@ -823,6 +830,7 @@ def test_operators_refuse_what_is_not_safe(
     backward: bool, name: str, change: Any, match: str
 ) -> None:
     arguments: dict[str, Any] = {"window": WINDOW, "num_splits": 1, "partial": None}
+    arguments["kv_lens"] = None
     arguments |= good_arguments()
     call_out(arguments, backward)
     with pytest.raises(RuntimeError, match=match) as raised:
@@ -845,6 +853,10 @@ def test_operators_refuse_workspaces_of_the_wrong_size() -> None:
         call_out({**arguments, "num_splits": 2, "partial": partial.half()}, True)
     with pytest.raises(RuntimeError, match="partial: expected to begin at a multiple of 16 bytes"):
         call_out({**arguments, "num_splits": 2, "partial": misaligned(partial)}, True)
+    of_forward = torch.zeros(2, 2, 4, 30, 36)
+    call_out({**arguments, "num_splits": 2, "partial": of_forward}, False)
+    with pytest.raises(RuntimeError, match=r"partial: expected shape \(2, 2, 4, 30, 36\)"):
+        call_out({**arguments, "num_splits": 2, "partial": partial}, False)
 
 
 @pytest.mark.skipif(NO_HOST_MODEL is not None, reason=str(NO_HOST_MODEL))

@@ -148,7 +148,9 @@ def three_region_attention(
         softmax_scale,
     )
     if kernels_wanted(backend, q.device) and kernels_usable(
-        "three_region_attention", backend, _unsupported(q, k, v, kv_lens, backend)
+        "three_region_attention",
+        backend,
+        _why_no_gradients(kv_lens, q, k, v) or _unsupported(q, k, backend),
     ):
         kernels = operators.HOST_MODEL if backend == "host_model" else operators.CUDA
         far_keys = regions.far_keys(kernels.far_keys)
@@ -161,13 +163,17 @@ def three_region_attention(
     return (out, lse.clone()) if return_lse else out
 
 
-def _unsupported(
-    q: Tensor, k: Tensor, v: Tensor, kv_lens: Tensor | None, backend: str
-) -> str | None:
+def _why_no_gradients(kv_lens: Tensor | None, *inputs: Tensor) -> str | None:
+    """Why the kernels lack gradients that are needed; ``None`` if they do not."""
+    if kv_lens is None or not torch.is_grad_enabled():
+        return None
+    if not any(tensor.requires_grad for tensor in inputs):
+        return None
+    return "the kernels have no gradients with kv_lens; torch.no_grad() does without"
+
+
+def _unsupported(q: Tensor, k: Tensor, backend: str) -> str | None:
     """Why the kernels of ``backend`` do not take these inputs; ``None`` if they do."""
-    if kv_lens is not None and torch.is_grad_enabled():
-        if any(tensor.requires_grad for tensor in (q, k, v)):
-            return "the kernels have no gradients with kv_lens; torch.no_grad() does without"
     if q.dtype not in (torch.float16, torch.bfloat16):
         cast = "; torch.autocast casts to them" if q.dtype == torch.float32 else ""
         return f"the kernels take float16 and bfloat16, got {q.dtype}{cast}"

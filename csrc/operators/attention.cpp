@@ -188,9 +188,8 @@ void three_region_attention_forward_out(const Tensor& q, const Tensor& k, const 
   }
   params.num_splits = read_splits(num_splits, partial);
   if (partial.has_value()) {
-    params.partial = call.write_partial(
-        *partial,
-        {num_splits, problem.batch, problem.num_heads, problem.q_len, problem.head_dim + 4});
+    params.partial = call.write_partial(*partial, {num_splits, problem.batch, problem.num_heads,
+                                                   problem.q_len, problem.head_dim + 4});
   }
   call.launch([&](cudaStream_t stream) { return three_region_attention_forward(params, stream); });
 }

@@ -301,6 +301,50 @@ def test_dropout_on_a_side_stream() -> None:
 # Graphs
 
 
+@pytest.mark.parametrize("batch, q_len", [(1, 1), (2, 3), (40, 1)])
+def test_graph_of_decoding(batch: int, q_len: int) -> None:
+    """One graph decodes while the sequences grow in a cache of fixed size: new tokens, lengths and
+    rows of the cache are written in place, and what lies behind the keys is NaN."""
+    size, pivots = 2000, torch.arange(3, 1400, 7, dtype=torch.int32).view(1, -1).cuda()
+    layout = ck.ThreeRegionLayout(5, pivots, 64, 2, 0.5, 1.5)
+    generator = torch.Generator("cuda").manual_seed(0)
+    shapes = (batch, 8, q_len, 64), (batch, 2, size, 64), (batch, 2, size, 64)
+    q, all_k, all_v = (
+        torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16) for s in shapes
+    )
+    k, v = (torch.full_like(tensor, float("nan")) for tensor in (all_k, all_v))
+    kv_lens = torch.full((batch,), q_len, dtype=torch.int32, device="cuda")
+
+    def attend() -> tuple[Tensor, Tensor]:
+        return ck.three_region_attention(
+            q, k, v, layout, backend="cuda", return_lse=True, kv_lens=kv_lens
+        )
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(2):
+            attend()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = attend()
+    for length in (q_len - 1, q_len, 60, 128, 129, 700, 1999, size):
+        lengths = [max(length - 9 * sample, 0) for sample in range(batch)]
+        for sample, own in enumerate(lengths):
+            k[sample, :, :own], v[sample, :, :own] = all_k[sample, :, :own], all_v[sample, :, :own]
+        q.copy_(torch.randn(q.shape, generator=generator, device="cuda"))
+        kv_lens.copy_(torch.tensor(lengths, dtype=torch.int32))
+        graph.replay()
+        torch.cuda.synchronize()
+        assert equal(results, attend()), length
+        truth = ck.three_region_attention(
+            q, k, v, layout, backend="reference", return_lse=True, kv_lens=kv_lens
+        )
+        torch.testing.assert_close(results[0], truth[0], rtol=2e-2, atol=2e-2)
+        torch.testing.assert_close(results[1], truth[1], rtol=1e-5, atol=1e-5)
+
+
 @OPERATORS
 def test_graph(inputs: Inputs, call: Call) -> None:
     """Forward and backward, captured once and replayed on other values, pivots and text lengths."""
