@@ -76,7 +76,9 @@ def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
 # - the view of a warp without queries, whose results go nowhere;
 # - exponents of ds that are too large (of another head, of bounds too small): what overflows is
 #   computed again;
-# - the warp's barrier before rows are computed again: the model sees races in shared memory alone.
+# - the warp's barrier before rows are computed again: the model sees races in shared memory alone;
+# - dkdv's barrier before a warp's first lane finds the next head: the host's compiler lets that lane
+#   alone read what it overwrites.
 MUTATIONS = [
     *mutations(
         "three_region_attention/far_keys.cu",
@@ -366,7 +368,7 @@ MUTATIONS = [
         ("dkdv-pivots-written-twice", EDGES, "keys.rows[pivot - first].key = -1;", ";"),
         (
             "dkdv-packed-text-written-twice",
-            VALUES,
+            DEFINITION,
             "key < list.num_text || key >= problem.k_len",
             "key >= problem.k_len",
         ),
@@ -396,14 +398,8 @@ MUTATIONS = [
             "+ of_group);",
         ),
         (
-            "dkdv-next-head-found-early",
-            VALUES,
-            "bar_warp_sync();\n          find_head(params, next);",
-            "find_head(params, next);",
-        ),
-        (
             "dkdv-next-head-without-barrier",
-            VALUES,
+            GROUPS,
             "find_head(params, next);\n          bar_warp_sync();",
             "find_head(params, next);",
         ),
