@@ -77,8 +77,8 @@ def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
 # - exponents of ds that are too large (of another head, of bounds too small): what overflows is
 #   computed again;
 # - the warp's barrier before rows are computed again: the model sees races in shared memory alone;
-# - dkdv's barrier before a warp's first lane finds the next head: the host's compiler lets that lane
-#   alone read what it overwrites.
+# - dkdv's barrier before a warp's first lane finds the next head: the host's compiler lets that
+#   lane alone read what it overwrites.
 MUTATIONS = [
     *mutations(
         "three_region_attention/far_keys.cu",
