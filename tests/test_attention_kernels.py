@@ -222,7 +222,7 @@ def test_blocks_share_the_queries_of_a_tile(
     packed with the pivots."""
     monkeypatch.setattr(operators, "_num_splits", lambda *_: 4)
     pivots = (text_len + int32([1, 20, 21, 90])).view(1, -1)
-    layout = ck.ThreeRegionLayout(text_len, pivots, 48, 2, 0.7, -0.4)
+    layout = ck.ThreeRegionLayout(text_len, pivots, 48, 1, 0.7, -0.4)
     check(make_problem(1, 2, 1, 400, 400, 32, torch.bfloat16, layout), backend)
 
 
