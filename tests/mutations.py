@@ -1113,9 +1113,7 @@ MUTATIONS = [
 # Profiles in place of the suite's: the first failing example is enough. What fails without any
 # mutation is found by the suite itself: fewer examples.
 EXAMPLES = {"mutations": 600, "without-mutations": 60}
-TEST_FILES = [
-    f"tests/test_{name}.py" for name in ("attention_kernels", "decode", "layer_norm_kernels")
-]
+TEST_FILES = [f"tests/test_{name}_kernels.py" for name in ("attention", "decode", "layer_norm")]
 # Seconds of tests that a mutation of a header is shown to before every kernel is compiled with it.
 FIRST_TESTS_SECONDS = 3.0
 LONGEST_SECONDS = 900.0  # then a test hangs
