@@ -82,6 +82,14 @@ def check_no_tangent(**tensors: Tensor | None) -> None:
             )
 
 
+def needs_gradient(tensor: Tensor) -> bool:
+    """Whether autograd follows the tensor, under ``torch.func.vmap`` too."""
+    if not torch.compiler.is_compiling():
+        while torch._C._functorch.is_batchedtensor(tensor):  # says False itself
+            tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor.requires_grad
+
+
 def check_choice(name: str, value: Any, choices: tuple[Any, ...]) -> None:
     if value not in choices:
         raise ValueError(f"{name}: expected one of {choices}, got {value!r}")

@@ -410,6 +410,13 @@ def test_kernels_have_no_gradients_with_kv_lens(
     out.sum().backward()
     assert q.grad is not None and q.grad.isfinite().all()
 
+    def attend(q: Tensor) -> Tensor:
+        arguments = q, step.k, step.v, layout
+        return ck.three_region_attention(*arguments, backend=backend, kv_lens=kv_lens)
+
+    with refused(KernelUnavailable, "the kernels have no gradients with kv_lens"):
+        torch.func.vmap(attend)(q.unsqueeze(0))
+
 
 def test_bad_lengths() -> None:
     step = make_step(3, 100, ck.ThreeRegionLayout(5, None, 16, 2), batch=2)
@@ -427,6 +434,26 @@ def test_bad_lengths() -> None:
     ):
         with refused(error, match):
             attend(wrong)
+        if "device" not in match:  # a mask lies where the layout does
+            with refused(error, match):
+                step.layout.dense_mask(2, 3, 100, wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("by_head", [False, True])
+def test_portable_reads_no_kv_lens_on_the_host(by_head: bool) -> None:
+    """A tensor without values cannot be read."""
+    pivots = int32([[[9, 40, 90], [3, 60, 70]]] if by_head else [[9, 40, 90]])
+    step = make_step(3, 100, ck.ThreeRegionLayout(5, pivots, 16, 2), [50], 1, 4, 2)
+    assert step.kv_lens is not None
+    tensors = step.layout.tensors(1, torch.device("cpu"))
+    q, k, v, *regions, kv_lens = (
+        t.to("meta") for t in (step.q, step.k, step.v, *tensors, step.kv_lens)
+    )
+    window = 16, 2, 0.5, -0.5, 0.2
+    out, lse = portable.attention_forward(q, k, v, *regions, *window, kv_lens)
+    inputs = out, lse, q, k, v, out
+    gradients = portable.attention_backward(*inputs, *regions, *window, lse, kv_lens)
+    assert [t.shape for t in (out, *gradients)] == [t.shape for t in (q, q, k, v)]
 
 
 def test_number_of_parts() -> None:
@@ -450,3 +477,19 @@ def test_number_of_parts() -> None:
         for shape, parts in expected.items():
             assert of(*shape, has_kv_lens=False) == parts, shape
         assert of(1, 1, 1, 9, 4224, 256, 256, has_kv_lens=True) == 16
+
+
+def test_parts_follow_the_pivots_of_a_head(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def splits(*shape: int, **_: Any) -> int:
+        asked.append(shape)
+        return 1
+
+    monkeypatch.setattr(extension, "attention_forward_splits", splits)
+    monkeypatch.setattr(operators, "_forward_out", lambda *_: None)
+    step = make_step(3, 100, ck.ThreeRegionLayout(5, None), num_kv_heads=2)
+    for shape in ((1, 2 + 30), (1, 2, 2 + 30)):
+        far_keys = torch.zeros(shape, dtype=torch.int32)
+        operators._forward(step.q, step.k, step.v, far_keys, 16, 2, 0.0, 0.0, 0.2)
+    assert asked == [(1, 2, 2, 3, 100, 30, 32)] * 2

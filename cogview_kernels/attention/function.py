@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cogview_kernels import extension
 from cogview_kernels.attention import operators, reference
-from cogview_kernels.attention.layout import ThreeRegionLayout
+from cogview_kernels.attention.layout import ThreeRegionLayout, check_kv_lens
 from cogview_kernels.backends import BACKENDS, kernels_usable, kernels_wanted
 from cogview_kernels.checks import (
     check_choice,
@@ -20,7 +20,7 @@ from cogview_kernels.checks import (
     check_no_tangent,
     check_tensor,
     describe,
-    values_readable,
+    needs_gradient,
 )
 from cogview_kernels.verify import why_not_trusted
 
@@ -133,7 +133,9 @@ def three_region_attention(
         q, k, v = (_cast(tensor, autocast_dtype) for tensor in (q, k, v))
     softmax_scale = _check_inputs(q, k, v, layout, softmax_scale)
     if kv_lens is not None:
-        _check_kv_lens(kv_lens, q, k)
+        check_kv_lens(kv_lens, q.shape[0], k.shape[2])
+        if kv_lens.device != q.device:
+            raise ValueError(f"kv_lens: expected device {q.device} as q, got {kv_lens.device}")
     regions = layout.of_call(q.shape[0], k.shape[1], k.shape[2], q.device)
 
     if backend == "reference":
@@ -167,7 +169,7 @@ def _why_no_gradients(kv_lens: Tensor | None, *inputs: Tensor) -> str | None:
     """Why the kernels lack gradients that are needed; ``None`` if they do not."""
     if kv_lens is None or not torch.is_grad_enabled():
         return None
-    if not any(tensor.requires_grad for tensor in inputs):
+    if not any(map(needs_gradient, inputs)):
         return None
     return "the kernels have no gradients with kv_lens; torch.no_grad() does without"
 
@@ -184,21 +186,6 @@ def _unsupported(q: Tensor, k: Tensor, backend: str) -> str | None:
     if reason is None and backend == "auto":
         reason = why_not_trusted("three_region_attention", q.dtype, head_dim, q.device)
     return reason
-
-
-def _check_kv_lens(kv_lens: Any, q: Tensor, k: Tensor) -> None:
-    if not isinstance(kv_lens, Tensor) or kv_lens.dtype != torch.int32:
-        raise TypeError(f"kv_lens: expected an int32 tensor (B,), got {describe(kv_lens)}")
-    if kv_lens.shape != q.shape[:1]:
-        raise ValueError(f"kv_lens: expected ({q.shape[0]},), got {tuple(kv_lens.shape)}")
-    if kv_lens.device != q.device:
-        raise ValueError(f"kv_lens: expected device {q.device} as q, got {kv_lens.device}")
-    if values_readable(kv_lens) and kv_lens.numel() > 0:
-        for number in (int(kv_lens.min()), int(kv_lens.max())):
-            if not 0 <= number <= k.shape[2]:
-                raise ValueError(
-                    f"kv_lens: expected lengths of 0 to Sk = {k.shape[2]}, got {number}"
-                )
 
 
 def _autocast_dtype(tensor: Tensor) -> torch.dtype | None:

@@ -314,6 +314,8 @@ class ThreeRegionLayout:
         check_int("k_len", k_len, minimum=0)
         if q_len > k_len:
             raise ValueError(f"q_len: expected at most k_len = {k_len}, got {q_len}")
+        if kv_lens is not None:
+            check_kv_lens(kv_lens, batch, k_len)
         device = next(
             (t.device for t in (self.text_len, self.pivot_idx) if isinstance(t, Tensor)),
             torch.device("cpu"),
@@ -347,6 +349,18 @@ class ThreeRegionLayout:
         """
         window, text, pivot = self.regions(batch, q_len, k_len, kv_lens)
         return window | text | pivot
+
+
+def check_kv_lens(kv_lens: Any, batch: int, k_len: int) -> None:
+    """Its values too, where that costs no synchronisation."""
+    if not isinstance(kv_lens, Tensor) or kv_lens.dtype != torch.int32:
+        raise TypeError(f"kv_lens: expected an int32 tensor (B,), got {describe(kv_lens)}")
+    if kv_lens.shape != (batch,):
+        raise ValueError(f"kv_lens: expected ({batch},), got {tuple(kv_lens.shape)}")
+    if values_readable(kv_lens) and kv_lens.numel() > 0:
+        for number in (int(kv_lens.min()), int(kv_lens.max())):
+            if not 0 <= number <= k_len:
+                raise ValueError(f"kv_lens: expected lengths of 0 to Sk = {k_len}, got {number}")
 
 
 def _check_batch_and_device(name: str, tensor: Tensor, batch: int, device: torch.device) -> None:
