@@ -317,9 +317,9 @@ MUTATIONS = [
         "three_region_attention/sm80/tile.cuh",
         (
             "swizzle-mismatch",
-            VALUES,
-            "tile_offset<kHeadDim>(row + n, 2 * k + lane / 8 % 2)",
-            "(row + n) * kHeadDim * 2 + (2 * k + lane / 8 % 2) * 16",
+            FEW,
+            "tile_offset<kHeadDim>(row + lane % 16, 2 * k + lane / 16)",
+            "(row + lane % 16) * kHeadDim * 2 + (2 * k + lane / 16) * 16",
         ),
         (
             "lane-row-without-swizzle",
@@ -1114,7 +1114,8 @@ MUTATIONS = [
 # mutation is found by the suite itself: fewer examples.
 EXAMPLES = {"mutations": 600, "without-mutations": 60}
 TEST_FILES = [
-    f"tests/test_{name}.py" for name in ("attention_kernels", "decode", "layer_norm_kernels")
+    f"tests/test_{name}.py"
+    for name in ("attention_kernels", "decode_kernels", "layer_norm_kernels")
 ]
 # Seconds of tests that a mutation of a header is shown to before every kernel is compiled with it.
 FIRST_TESTS_SECONDS = 3.0
