@@ -13,7 +13,7 @@ namespace cogview {
 
 // The most shared memory that a kernel has in arrays of its own, in bytes; what it asks for at launch
 // comes on top.
-constexpr int kMaxArrayBytes = 2048;
+constexpr int kMaxArrayBytes = 3072;
 
 // Left unused of the shared memory that a device allows a block: from compute capability 9.0 on,
 // compilers count 1 KB of the system's among a kernel's arrays.

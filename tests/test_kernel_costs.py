@@ -32,7 +32,7 @@ BOUNDS = {
 }
 DECODE_BOUND = 1.15  # moved over necessary bytes
 # The last is relative to the definition's five products: scores and dout v^T are computed twice.
-BACKWARD_OF_FIVE = 1.6
+BACKWARD_OF_FIVE = BOUNDS["backward"][0] * 7 / 5
 # Compilers may merge two loads of the same value, and only rows use special load instructions.
 TOLERANCE = {"moved_far_keys": 0.05, "shared_accesses": 0.05, "bank_conflicts": 0.1}
 

@@ -21,7 +21,7 @@ NARROW_STORES = (*NARROW_LOADS, "_backward_row_kernel", "_peak_kernel")
 # Rows this wide do not fit a small SM with float32 gradients; the launcher picks another kernel.
 FOUR_VECTORS = re.compile(r"pb_relax_layer_norm_backward_kernel<\w+, \w+, 4>")
 SMALL = ("sm_86", "sm_120")
-TENSOR_CORES = ("attention_forward_kernel", "_backward_dq_kernel", "_backward_dkdv_kernel")
+TENSOR_CORES = ("attention_forward_kernel", "_decode_kernel", "_backward_dq_kernel", "_backward_dkdv_kernel")
 
 
 COMMITTED = json.loads((DOCS / "kernels.json").read_text())
@@ -132,7 +132,7 @@ def test_committed_kernels_are_sound() -> None:
     assert_sound(COMMITTED["kernels"])
     architectures = {f"sm_{name.replace('.', '')}" for name in table.ARCHITECTURES}
     assert set(ROWS) == {(kernel, other) for kernel in KERNELS for other in architectures}
-    assert max(row["static_shared"] for row in ROWS.values()) <= 2048, "kMaxArrayBytes, launch.h"
+    assert max(row["static_shared"] for row in ROWS.values()) <= 3072, "kMaxArrayBytes, launch.h"
     pairs = [("float", "float")]
     pairs += [(x, y) for x in ("Half", "BFloat16") for y in (x, "float")]
     names = {

@@ -176,12 +176,14 @@ def launches() -> Launches:
     """Of each kernel, as the host model saw them, for each size of an SM's shared memory in KiB:
     the norms take what they find."""
     sizes = sorted({limits(architecture)[0] for architecture in ARCHITECTURES})
-    # So many multiprocessors that the keys which many queries see are dealt out to several blocks.
+    # So many multiprocessors that the keys which many queries see are dealt out to several blocks,
+    # and so is the list of a single query.
     attention = [
         launch
         for dtype, dim in product(("float16", "bfloat16"), (32, 64, 96, 128))
+        for seqlen, window, queries in ((65, 8, 0), (600, 600, 1))
         for launch in costs.attention_launches(
-            AttentionCase(65, 8, 1, 2, num_heads=1, head_dim=dim, text_len=4, dtype=dtype), 132
+            AttentionCase(seqlen, window, 1, 2, 1, 1, 0, dim, 4, queries, dtype), 132
         ).values()
     ]
     cases = [
