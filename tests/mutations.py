@@ -1113,10 +1113,7 @@ MUTATIONS = [
 # Profiles in place of the suite's: the first failing example is enough. What fails without any
 # mutation is found by the suite itself: fewer examples.
 EXAMPLES = {"mutations": 600, "without-mutations": 60}
-TEST_FILES = [
-    f"tests/test_{name}.py"
-    for name in ("attention_kernels", "decode_kernels", "layer_norm_kernels")
-]
+TEST_FILES = [f"tests/test_{name}_kernels.py" for name in ("attention", "decode", "layer_norm")]
 # Seconds of tests that a mutation of a header is shown to before every kernel is compiled with it.
 FIRST_TESTS_SECONDS = 3.0
 LONGEST_SECONDS = 900.0  # then a test hangs
@@ -1328,15 +1325,17 @@ def short(nodeid: str) -> str:
 
 
 def check_texts() -> None:
-    """Every mutation has a name of its own, and its text stands once in its file."""
+    """Every mutation has a name of its own, and its text stands once in its file. The tests' files
+    are there."""
     twice = [name for name, count in Counter(m.name for m in MUTATIONS).items() if count > 1]
     stale = [
         f"{m.name}: stands {count} times in csrc/{m.file}: {m.old!r}"
         for m in MUTATIONS
         if (count := (ROOT / "csrc" / m.file).read_text().count(m.old)) != 1
     ]
-    if twice or stale:
-        raise SystemExit("\n".join(["mutations:", *twice, *stale]))
+    missing = [name for name in TEST_FILES if not (ROOT / name).is_file()]
+    if twice or stale or missing:
+        raise SystemExit("\n".join(["mutations:", *twice, *stale, *missing]))
 
 
 # What a process of the pool does.

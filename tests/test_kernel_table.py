@@ -21,7 +21,12 @@ NARROW_STORES = (*NARROW_LOADS, "_backward_row_kernel", "_peak_kernel")
 # Rows this wide do not fit a small SM with float32 gradients; the launcher picks another kernel.
 FOUR_VECTORS = re.compile(r"pb_relax_layer_norm_backward_kernel<\w+, \w+, 4>")
 SMALL = ("sm_86", "sm_120")
-TENSOR_CORES = ("attention_forward_kernel", "_decode_kernel", "_backward_dq_kernel", "_backward_dkdv_kernel")
+TENSOR_CORES = (
+    "attention_forward_kernel",
+    "_decode_kernel",
+    "_backward_dq_kernel",
+    "_backward_dkdv_kernel",
+)
 
 
 COMMITTED = json.loads((DOCS / "kernels.json").read_text())
