@@ -317,9 +317,9 @@ MUTATIONS = [
         "three_region_attention/sm80/tile.cuh",
         (
             "swizzle-mismatch",
-            VALUES,
-            "tile_offset<kHeadDim>(row + n, 2 * k + lane / 8 % 2)",
-            "(row + n) * kHeadDim * 2 + (2 * k + lane / 8 % 2) * 16",
+            FEW,
+            "tile_offset<kHeadDim>(row + lane % 16, 2 * k + lane / 16)",
+            "(row + lane % 16) * kHeadDim * 2 + (2 * k + lane / 16) * 16",
         ),
         (
             "lane-row-without-swizzle",
@@ -1325,15 +1325,17 @@ def short(nodeid: str) -> str:
 
 
 def check_texts() -> None:
-    """Every mutation has a name of its own, and its text stands once in its file."""
+    """Every mutation has a name of its own, and its text stands once in its file. The tests' files
+    are there."""
     twice = [name for name, count in Counter(m.name for m in MUTATIONS).items() if count > 1]
     stale = [
         f"{m.name}: stands {count} times in csrc/{m.file}: {m.old!r}"
         for m in MUTATIONS
         if (count := (ROOT / "csrc" / m.file).read_text().count(m.old)) != 1
     ]
-    if twice or stale:
-        raise SystemExit("\n".join(["mutations:", *twice, *stale]))
+    missing = [name for name in TEST_FILES if not (ROOT / name).is_file()]
+    if twice or stale or missing:
+        raise SystemExit("\n".join(["mutations:", *twice, *stale, *missing]))
 
 
 # What a process of the pool does.

@@ -7,6 +7,7 @@ import dataclasses
 import itertools
 import json
 import shutil
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -236,6 +237,26 @@ def check_machine_code(dtype: torch.dtype, head_dim: int) -> None:
                 atol=tolerance,
                 msg=lambda text: f"D {head_dim}, {dtype}: {text}",
             )
+
+
+def test_a_kept_row_is_of_the_same_grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A row is kept for the machine code; the host may launch more blocks of it than before."""
+    (tmp_path / "code").write_bytes(b"code")
+    monkeypatch.setattr(machine, "CACHE", tmp_path)
+    monkeypatch.setattr(times, "source_of", Path)
+    monkeypatch.setattr(times, "compiled", lambda source: tmp_path / "code")
+    monkeypatch.setattr(times, "machine_code", str)
+    measured = []
+
+    def measure(code: str, launch: launches.Launch) -> dict[str, Any]:
+        measured.append(launch.blocks)
+        return {"us": 1.0, "blocks": launch.blocks}
+
+    monkeypatch.setattr(times, "measure", measure)
+    for blocks in (3, 3, 4, 4):
+        launch = launches.Launch("kernel", b"", blocks, 128, 0, [], [])
+        assert times.kept({"case": "A"}, launch)["blocks"] == blocks
+    assert measured == [3, 4]
 
 
 def test_the_table_is_that_of_the_sources() -> None:

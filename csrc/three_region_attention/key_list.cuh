@@ -122,13 +122,12 @@ struct KeyList {
   int last_start;    // window_start of the last query
   int size;
 
-  // Key at an entry, as the table holds it: clamp() it before use. Any entry below `size` will do.
-  __device__ __forceinline__ int packed_key(int entry) const {
+  // Key at an entry in [0, size).
+  __device__ __forceinline__ int key(int entry) const {
     int key = entry < num_text ? entry : first_window + entry - num_far;
     if (entry >= num_text && entry < num_far) key = far.pivots[entry - num_text];
-    return key;
+    return far.clamp(key);
   }
-  __device__ __forceinline__ int key(int entry) const { return far.clamp(packed_key(entry)); }
 
   // The entry of a window key.
   __device__ __forceinline__ int entry_of(int key) const { return num_far - first_window + key; }
@@ -204,7 +203,7 @@ struct EntryBiases {
 };
 
 // A warp's own copy of list and view.
-struct alignas(16) WarpContext {
+struct alignas(16) KeyContext {
   KeyList list;
   WarpView view;
 };

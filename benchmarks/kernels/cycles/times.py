@@ -55,8 +55,9 @@ KERNELS = {
 
 
 def rows(
-    which: str, cases: str, head_dims: Sequence[int], dtypes: Sequence[str], verbose: bool = True
+    which: str, cases: str, head_dims: Sequence[int], dtypes: Sequence[str]
 ) -> list[dict[str, Any]]:
+    """Of the launches whose kernel's name contains ``which``; prints each."""
     found: list[dict[str, Any]] = []
     for head_dim in head_dims:
         for dtype in dtypes:
@@ -76,9 +77,8 @@ def rows(
                     row = {"case": letter, "head_dim": head_dim, "dtype": dtype, "kernel": name}
                     row |= {"name": case.name} | kept(row, launch)
                     found.append(row)
-                    if verbose:
-                        seconds = time.perf_counter() - begin
-                        print(f"{_line(row)}  ({seconds:.0f} s)", flush=True)
+                    seconds = time.perf_counter() - begin
+                    print(f"{_line(row)}  ({seconds:.0f} s)", flush=True)
     return found
 
 
@@ -87,7 +87,8 @@ def kept(row: dict[str, Any], launch: Launch) -> dict[str, Any]:
     content = hashlib.sha256("".join([*map(str, row.values()), file_digest()]).encode())
     content.update(compiled(source_of(launch.kernel)).read_bytes())
     file = machine.CACHE / "rows" / f"{content.hexdigest()[:16]}.json"
-    if not file.is_file():
+    # What the host decides can change the grid of the same machine code.
+    if not file.is_file() or json.loads(file.read_text())["blocks"] != launch.blocks:
         measured = json.dumps(_rounded(measure(machine_code(launch.kernel), launch)))
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as partial:

@@ -6,7 +6,7 @@
 //                  3. partial kernel, only with num_splits > 1.
 //                  4. dq (backward_dq.cu).
 // row kernel       delta = sum(dout * out) - dlse for each query; for float16 also the bounds on
-//                  |dout| and |delta| of each head, or on |v| of each kv head. kLanes lanes read a
+//                  |dout| and |delta| of each head, or on |v| of each kv head. kRowLanes lanes read a
 //                  row in 16-byte vectors, each row once.
 // partial kernel   adds the splits' float32 sums of a key in their order, and rounds them to dk and
 //                  dv; 8 elements to a thread.
@@ -28,18 +28,14 @@ struct RowParams {
   bool of_v;  // rows of v, else of dout and out
 };
 
-// Lanes to a row in the row kernel: a power of two, for the sums; the first kChunks of them read.
+// Of the row kernel.
 template <int kHeadDim>
-constexpr int kLanes = kHeadDim <= 32   ? 4
-                       : kHeadDim <= 64 ? 8
-                                        : 16;
-template <int kHeadDim>
-constexpr int kRows = kThreads / kLanes<kHeadDim>;
+constexpr int kRows = kThreads / kRowLanes<kHeadDim>;
 
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads)
     three_region_attention_backward_row_kernel(const __grid_constant__ RowParams params) {
-  constexpr int kLanes = sm80::kLanes<kHeadDim>, kRows = sm80::kRows<kHeadDim>;
+  constexpr int kLanes = kRowLanes<kHeadDim>, kRows = sm80::kRows<kHeadDim>;
   const ThreeRegionBackwardParams& backward = params.backward;
   const ThreeRegionProblem& problem = backward.problem;
   const int num_heads = params.of_v ? problem.num_kv_heads : problem.num_heads;

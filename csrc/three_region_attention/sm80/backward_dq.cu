@@ -8,10 +8,9 @@
 //            4. Compute rows again that have a NaN which is not their own (exact.cuh).
 // Layout     as the forward; dout, dq as q; row_max, row_log_sum, delta (batch, num_heads, q_len).
 // Grid       as the forward.
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dout and dq stay in registers, and q
-//            where kKeepsQueries says so.
-//            What a warp skips and masks is as in the forward, but that it takes 32 entries in a
-//            step, or 16 where it sees no more.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose dout and dq stay in registers, and
+//            their q where kKeepsQueries says so. What a warp skips and masks is as in the forward; a
+//            step has 32 entries, or 16 where a warp sees no others of the 32.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  12288  16384
 //            dout                           8192  16384  12288  16384
@@ -50,7 +49,7 @@ struct DqShape {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of dq
     unsigned char dout[kTileBytes<kHeadDim, kBlockM>];
     KeyBuffers<kHeadDim, kBlockN> keys;
-    WarpContext contexts[kWarps];
+    KeyContext contexts[kWarps];
   };
 };
 
@@ -233,7 +232,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   tile.template copy<kHeadDim, kThreads>(shared.q, params.q);
   tile.template copy<kHeadDim, kThreads>(shared.dout, params.dout);
   cp_async_commit_group();
-  WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
+  KeyContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
                                                 tile.kv_head);

@@ -18,7 +18,7 @@
 //            batch, num_heads, q_len, head_dim + 4) float32: o, m, l, number of parts, unused.
 // Grid       decode kernel: one block per split, tile of rows, kv head and sample. A list has as many
 //            parts as are worth a block, up to num_splits: only the device knows its length.
-//            decode merge kernel: kLanes lanes per row.
+//            decode merge kernel: kRowLanes lanes per row.
 // Warps      four; those of a tile with up to 16 or 32 rows share its keys.
 // Smem       head_dim                         32     64     96    128
 //            stages: 3, 3, 2, 2 x (k, v)   24576  49152  49152  65536   the last one holds q before,
@@ -34,8 +34,8 @@
 //            bar_sync, twice at the end     all warps have left the stages, m and l of all warps are
 //                                           there; their o are there
 //            bar_warp_sync                  the stores of rows that are computed again
-// Rounding   as the forward: float32 logits, softmax and sums; p rounded to the element type before
-//            p v; out once. Deterministic: parts are merged in their order, without atomics.
+// Rounding   float32 logits, softmax and sums; p rounded to the element type before p v; out once.
+//            Deterministic: parts are merged in their order, without atomics.
 // Bytes      each row of k and v that some query sees is read once for each tile of rows. That bounds
 //            the time: a product of the tensor cores takes less than the copy of its keys even where
 //            one row of its sixteen is used.
@@ -55,7 +55,8 @@ constexpr int kMaxSplits = 64;
 template <int kHeadDim_>
 struct DecodeShape {
   static constexpr int kHeadDim = kHeadDim_;
-  // Up to 48 KB, so that four blocks fit a multiprocessor of sm_90 and two one of sm_86, but two.
+  // As many as 48 KB hold, so that four blocks fit a multiprocessor of sm_90, and two one of sm_86;
+  // at least two.
   static constexpr int kStages = kHeadDim <= 64 ? 3 : 2;
   static constexpr int kMinBlocks = kHeadDim <= 64 ? 4 : 3;
   // Of the warps' o, in floats: eight rows of a fragment lie in different banks.
@@ -322,7 +323,7 @@ struct DecodeWarp {
       mma_m16n8k16<T>(s[0], q[d], b[0], b[1]);
       mma_m16n8k16<T>(s[1], q[d], b[2], b[3]);
     }
-    // Logits in bits, rounded as in the forward and the backward.
+    // Logits in bits, always rounded, unlike the forward's: memory bounds the time.
     const int first_column = entry + column;
     const float scale = problem.softmax_scale * kLog2e;
     const auto to_logits = [&](auto bias_of_column) {
@@ -414,18 +415,12 @@ struct alignas(8) Pair {
 // Whether a part holds no key that the row sees: its o is not written.
 __device__ __forceinline__ bool is_empty(float m, float l) { return m == -INFINITY && l == 0.f; }
 
-// Lanes to a row at the end: a power of two; the first kChunks of them have eight columns each.
-template <int kHeadDim>
-constexpr int kLanes = kHeadDim <= 32   ? 4
-                       : kHeadDim <= 64 ? 8
-                                        : 16;
-
 // Divides o by l, and writes a lane's part of a row; query is negative where there is no row. The
 // whole warp must call it.
 template <typename T, int kHeadDim>
 __device__ __forceinline__ void finish_row(const ThreeRegionForwardParams& params, int batch,
                                            const DecodeRow& row, float m, float l, float (&o)[8]) {
-  constexpr int kLanes = sm80::kLanes<kHeadDim>;
+  constexpr int kLanes = kRowLanes<kHeadDim>;
   const ThreeRegionProblem& problem = params.problem;
   const int lane = threadIdx.x % kWarpSize, chunk = lane % kLanes;
   const int k_len = k_len_of(params, batch);
@@ -469,7 +464,7 @@ template <typename T, typename Shape>
 __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
     three_region_attention_decode_kernel(const __grid_constant__ DecodeParams params) {
   constexpr int kHeadDim = Shape::kHeadDim, kStages = Shape::kStages;
-  constexpr int kLanes = sm80::kLanes<kHeadDim>, kRowFloats = Shape::kRowFloats;
+  constexpr int kLanes = kRowLanes<kHeadDim>, kRowFloats = Shape::kRowFloats;
   const ThreeRegionForwardParams& forward = params.forward;
   const ThreeRegionProblem& problem = forward.problem;
   auto& shared = shared_memory<typename Shape::SharedMemoryPlan>();
@@ -631,7 +626,7 @@ __global__ void __launch_bounds__(kThreads, Shape::kMinBlocks)
 template <typename T, int kHeadDim>
 __global__ void __launch_bounds__(kThreads) three_region_attention_decode_merge_kernel(
     const __grid_constant__ ThreeRegionForwardParams params) {
-  constexpr int kLanes = sm80::kLanes<kHeadDim>;
+  constexpr int kLanes = kRowLanes<kHeadDim>;
   const ThreeRegionProblem& problem = params.problem;
   const int chunk = threadIdx.x % kLanes;
   const int64_t index = int64_t(blockIdx.x) * (kThreads / kLanes) + threadIdx.x / kLanes;
@@ -689,7 +684,7 @@ cudaError_t launch_decode(const ThreeRegionForwardParams& forward, cudaStream_t 
   cudaError_t status = launch<three_region_attention_decode_kernel<T, Shape>>(
       num_blocks, 1, kThreads, sizeof(typename Shape::SharedMemoryPlan), stream, params);
   if (status == cudaSuccess && forward.num_splits > 1) {
-    constexpr int kRows = kThreads / kLanes<kHeadDim>;
+    constexpr int kRows = kThreads / kRowLanes<kHeadDim>;
     const int64_t num_rows = int64_t(problem.batch) * problem.num_heads * problem.q_len;
     status = launch<three_region_attention_decode_merge_kernel<T, kHeadDim>>(
         (num_rows + kRows - 1) / kRows, 1, kThreads, 0, stream, forward);

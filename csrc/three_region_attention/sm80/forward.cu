@@ -14,11 +14,11 @@
 // Layout     q, out (batch, num_heads, q_len, head_dim); k, v (batch, num_kv_heads, k_len,
 //            head_dim); any strides, rows contiguous and aligned to 16 bytes.
 // Grid       one block per head and tile of kBlockM query positions (query_tile.cuh).
-// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers, and where
-//            kKeepsQueries says so their q. A warp skips the halves of a tile that none of its rows sees. A
-//            tile that all rows see takes a step without branches; in the others hidden entries are
-//            masked. Weights are taken sixteen entries at a time, among the products with v of those
-//            before.
+// Warps      kWarps; each owns 16 * kRowTiles query rows, whose o stays in registers, and their q
+//            where kKeepsQueries says so. A warp skips each 32 entries of a tile that none of its rows
+//            sees. A tile that all its rows see is one step without branches; in others hidden entries
+//            are masked. Weights are computed sixteen entries at a time, among the products with v of
+//            the sixteen before.
 // Smem       head_dim                         32     64     96    128
 //            q                              8192  16384  24576  32768
 //            stages: 2 x (k, v)            16384  32768  24576  32768
@@ -58,7 +58,7 @@ struct ForwardShape {
   struct SharedMemoryPlan {
     unsigned char q[kTileBytes<kHeadDim, kBlockM>];  // later the rows of out
     KeyBuffers<kHeadDim, kBlockN> keys;
-    WarpContext contexts[kWarps];
+    KeyContext contexts[kWarps];
   };
 };
 
@@ -222,7 +222,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   const auto row_of = [&](int tile_row) { return tile.row(tile_row); };
   tile.template copy<kHeadDim, kThreads>(sQ, params.q);
   cp_async_commit_group();
-  WarpContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
+  KeyContext& context = shared.contexts[kept(int(threadIdx.x / kWarpSize))];
   const auto& [list, view] = context;
   KeyStages<kHeadDim, kBlockN, kThreads> stages(list, shared.keys, params.k, params.v, tile.batch,
                                                 tile.kv_head);

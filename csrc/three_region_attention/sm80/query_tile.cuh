@@ -55,7 +55,7 @@ struct QueryTile {
 template <int kWarpRows, int kBlockM>
 __device__ __forceinline__ void find_context(const ThreeRegionProblem& problem,
                                              const QueryTile<kBlockM>& tile, const FarKeys& far,
-                                             WarpContext& context, int& far_end) {
+                                             KeyContext& context, int& far_end) {
   static_assert(kWarpRows <= kWarpSize);
   const int lane = threadIdx.x % kWarpSize;
   const int row = tile.origin + int(threadIdx.x / kWarpSize) * kWarpRows;

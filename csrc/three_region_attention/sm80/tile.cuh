@@ -15,6 +15,12 @@ namespace cogview::sm80 {
 template <int kHeadDim>
 constexpr int kChunks = kHeadDim / 8;
 
+// Lanes that share a row where each has a chunk of it: a power of two, the first kChunks of which work.
+template <int kHeadDim>
+constexpr int kRowLanes = kHeadDim <= 32   ? 4
+                          : kHeadDim <= 64 ? 8
+                                           : 16;
+
 template <int kHeadDim, int kRows>
 constexpr int kTileBytes = kHeadDim * kRows * 2;
 
@@ -29,22 +35,6 @@ template <int kHeadDim>
 __device__ __forceinline__ int tile_offset(int row, int chunk) {
   const int swizzle = kHeadDim % 64 == 0 ? row & 7 : row >> 1 & 3;
   return row * (kHeadDim * 2) + (chunk ^ swizzle) * 16;
-}
-
-// Starts to copy rows of a head to a tile: row r of the tile is row row_of(r) of the head, zeros
-// where that is negative.
-template <int kHeadDim, int kRows, int kThreads, typename RowOf>
-__device__ __forceinline__ void copy_rows(unsigned char* tile, const uint16_t* head,
-                                          int64_t row_stride, RowOf row_of) {
-  static_assert(kRows * kChunks<kHeadDim> % kThreads == 0);
-#pragma unroll 4
-  for (int i = 0; i < kRows * kChunks<kHeadDim> / kThreads; ++i) {
-    const int item = int(threadIdx.x) + i * kThreads;
-    const int row = item / kChunks<kHeadDim>, chunk = item % kChunks<kHeadDim>;
-    const int from = row_of(row);
-    cp_async_16(tile + tile_offset<kHeadDim>(row, chunk),
-                head + max(from, 0) * row_stride + chunk * 8, from >= 0);
-  }
 }
 
 // Row `row` of those that lie `row_bytes` apart.
@@ -119,30 +109,12 @@ __device__ __forceinline__ auto head_of(const Tensor& tensor, int batch, int hea
          head * tensor.stride.head;
 }
 
-// A fragment: rows row.. + 15, columns 16 * k.. + 15 of a tile.
+// A fragment: rows row.. + 15, columns 16 * k.. + 15 of a tile. For one use; LaneRow for many.
 template <int kHeadDim>
 __device__ __forceinline__ void load_a(uint32_t (&a)[4], const unsigned char* tile, int row,
                                        int k) {
   const int lane = threadIdx.x % kWarpSize;
   ldmatrix_x4(a, tile + tile_offset<kHeadDim>(row + lane % 16, 2 * k + lane / 16));
-}
-
-// Two B fragments of the transposed tile: its rows row.. + 15 are n, its columns 16 * k.. + 15 are
-// k. b[0], b[1]: the first eight n; b[2], b[3]: the others.
-template <int kHeadDim>
-__device__ __forceinline__ void load_b_transposed(uint32_t (&b)[4], const unsigned char* tile,
-                                                  int row, int k) {
-  const int lane = threadIdx.x % kWarpSize;
-  const int n = lane % 8 + lane / 16 * 8;
-  ldmatrix_x4(b, tile + tile_offset<kHeadDim>(row + n, 2 * k + lane / 8 % 2));
-}
-
-// Two B fragments of the tile itself: its rows row.. + 15 are k, its columns 16 * n.. + 15 are n.
-template <int kHeadDim>
-__device__ __forceinline__ void load_b(uint32_t (&b)[4], const unsigned char* tile, int row,
-                                       int n) {
-  const int lane = threadIdx.x % kWarpSize;
-  ldmatrix_x4_trans(b, tile + tile_offset<kHeadDim>(row + lane % 16, 2 * n + lane / 16));
 }
 
 // A lane's part in loading fragments of a tile: where in the tile lies the row that it gives to
@@ -158,14 +130,16 @@ struct LaneRow {
   }
 };
 
-// For A fragments from row `row` on, and for B fragments of the tile itself: load_a, load_b.
+// For A fragments from row `row` on; with ldmatrix_x4_trans, for two B fragments of the tile itself:
+// sixteen of its rows are k, sixteen of its columns are n.
 template <int kHeadDim>
 __device__ __forceinline__ LaneRow<kHeadDim> lane_row(int row) {
   const int lane = threadIdx.x % kWarpSize;
   return {tile_offset<kHeadDim>(row + lane % 16, lane / 16)};
 }
 
-// For B fragments of the transposed tile: load_b_transposed.
+// For two B fragments of the transposed tile: sixteen of its rows are n, sixteen of its columns are
+// k. b[0], b[1]: the first eight n; b[2], b[3]: the others.
 template <int kHeadDim>
 __device__ __forceinline__ LaneRow<kHeadDim> lane_row_transposed() {
   const int lane = threadIdx.x % kWarpSize;
