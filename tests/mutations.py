@@ -439,7 +439,7 @@ MUTATIONS = [
         ),
         (
             "decode-pivot-bias-alone-ignored",
-            DEFINITION,
+            EACH,
             "problem.text_bias != 0.f || problem.pivot_bias != 0.f;",
             "problem.text_bias != 0.f;",
         ),

@@ -202,7 +202,7 @@ def test_a_window_of_each_query(backend: str) -> None:
     """query_window = 1: no two queries see the same keys; a pivot is far for one and in the window
     of another."""
     pivots = torch.arange(0, 900, 3, dtype=torch.int32).view(1, -1)
-    layout = ck.ThreeRegionLayout(4, pivots, 1, 320, 0.3, -0.2)
+    layout = ck.ThreeRegionLayout(4, pivots, 1, 320, 0.0, -0.7)
     for num_sms in (1, 132):
         with modelled_device(num_sms):
             check(make_step(8, 900, layout), backend)
@@ -263,9 +263,14 @@ def test_decoding_does_not_overflow(backend: str, num_sms: int) -> None:
         right, _ = large.truth()
         out, _ = large.run(backend)
         torch.testing.assert_close(out.double(), right, rtol=2e-2, atol=2e36)
-        # A mean of 65504 with rounded weights.
+        # A mean of 65504, with weights that all are rounded up but for one of each sixteen.
         step = make_step(4, 700, layout, dtype=torch.float16)
-        out, _ = dataclasses.replace(step, v=torch.full_like(step.v, 65504.0)).run(backend)
+        q, k = torch.zeros_like(step.q), torch.zeros_like(step.k)
+        q[..., 0], k[..., 0] = 1, -1
+        k[:, :, ::16] = 0
+        scale = math.log(2 / (1 + 2**-11 + 2**-14))
+        v = torch.full_like(step.v, 65504.0)
+        out, _ = dataclasses.replace(step, q=q, k=k, v=v, softmax_scale=scale).run(backend)
         assert (out == 65504).all()
 
 
