@@ -89,7 +89,7 @@ def _forward(
     batch, num_heads, q_len, head_dim = q.shape
     num_kv_heads, k_len = k.shape[1:3]
     num_splits = extension.attention_forward_splits(
-        *(batch, num_heads, num_kv_heads, q_len, k_len, far_keys.shape[1] - 2),
+        *(batch, num_heads, num_kv_heads, q_len, k_len, far_keys.shape[-1] - 2),
         min(query_window * key_window_times, k_len),
         has_kv_lens=kv_lens is not None,
         device=q.device,
