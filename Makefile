@@ -20,7 +20,7 @@ help:
 	@echo "make gpu-check      on a machine with a GPU: build, and run every test that needs one"
 	@echo "make gpu-bench      on a machine with a GPU: build, time everything and its peers, and keep a record"
 	@echo "make sanitize       run the kernels on the CPU under AddressSanitizer, UBSan and the race check"
-	@echo "make mutations      break the kernels on purpose, about two hundred times: a test must fail each time"
+	@echo "make mutations      break the kernels on purpose, about 250 times: a test must fail each time"
 	@echo "make quality        train a small CogView dense and three-region, and compare what they learn"
 	@echo "make instability    train deep float16 models with Pre-LN, Sandwich-LN and PB-relax: what each changes"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"

@@ -28,7 +28,7 @@
 //            stages: 2 x (q, dout)         16384  32768  24576  32768
 //                    2 x statistics         1536   1536    768    768
 //            total, dynamic                34304  67072  49920  66304
-//            static: WarpContext of each warp
+//            static: contexts of warps      2688   2688   1536   1536
 // Barriers   bar_sync in QueryTiles::for_each   the tile has arrived for all threads, and all warps
 //                                               have left the stage that is filled next
 //            bar_warp_sync                      a warp's context, and its rows of k, v, dk and dv:
@@ -729,6 +729,7 @@ __global__ void __launch_bounds__(Shape::kThreads, Shape::kMinBlocks)
   // All threads of a block without keys.
   if (work.is_far ? work.first >= list.size : work.first + kBlockN <= list.num_text) return;
 
+  static_assert(sizeof(WarpContext<kRowTiles>[Shape::kWarps]) <= kMaxArrayBytes);
   auto* contexts = shared_array<WarpContext<kRowTiles>, Shape::kWarps>();
   auto& context = contexts[kept(int(threadIdx.x / kWarpSize))];
   QueryTiles<Shape> queries(context.queries, shared.stages);
