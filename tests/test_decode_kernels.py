@@ -374,6 +374,9 @@ def test_vmap_and_compile(backend: str) -> None:
     assert torch.equal(batched, torch.stack([out, attend(q, lengths[1])]))
     compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(q, kv_lens), out)
+    torch._dynamo.reset()
+    dynamic = torch.compile(attend, fullgraph=True, backend="aot_eager", dynamic=True)
+    assert torch.equal(dynamic(q, kv_lens), out)
 
 
 @pytest.mark.parametrize("backend", ["portable", *KERNELS])

@@ -181,7 +181,7 @@ def _unsupported(q: Tensor, k: Tensor, backend: str) -> str | None:
         return f"the kernels take float16 and bfloat16, got {q.dtype}{cast}"
     if k.shape[2] > 2**30:
         return f"the kernels take up to 2^30 keys, got {k.shape[2]}"
-    head_dim = int(q.shape[3])
+    head_dim = len(range(q.shape[3]))  # a number to torch.compile too, where shapes are dynamic
     reason = extension.why_no_attention_kernel(q.dtype, head_dim, q.device, backend)
     if reason is None and backend == "auto":
         reason = why_not_trusted("three_region_attention", q.dtype, head_dim, q.device)

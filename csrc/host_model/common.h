@@ -120,8 +120,6 @@ inline char shared_array_key;
 
 template <typename T, int kSize>
 __forceinline__ T* shared_array() {
-  // A GPU refuses kernels with more; kernels have one array each.
-  static_assert(sizeof(T) * kSize <= kMaxArrayBytes, "see kMaxArrayBytes");
   return static_cast<T*>(
       host_model::shared_array(&shared_array_key<T, kSize>, int(sizeof(T)) * kSize));
 }
