@@ -152,7 +152,7 @@ def test_decoding_as_defined(backend: str, dtype: torch.dtype, data: st.DataObje
     step = make_step(
         q_len,
         k_len,
-        draw(layouts(batch, k_len)),
+        draw(layouts(batch, k_len, num_kv_heads)),
         kv_lens,
         batch,
         num_kv_heads * draw(st.sampled_from([1, 2, 3, 8, 12])),

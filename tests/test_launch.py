@@ -79,7 +79,7 @@ def test_limits_are_set_once_for_each_kernel_and_device(cuda: ctypes.CDLL) -> No
     for _ in range(3):
         for device in (0, 1, 127):
             cuda.set_device(device)
-            most = (227 - device) * KB - 3 * KB
+            most = (227 - device) * KB - 4 * KB
             assert cuda.launch(KB) == cuda.launch(most) == 0
             assert cuda.limit_of_kernel() == most
             assert cuda.launch(most + 1) == 9
@@ -95,9 +95,9 @@ def test_a_kernel_without_shared_memory_has_no_limit(cuda: ctypes.CDLL) -> None:
 
 def test_a_device_number_that_is_not_remembered(cuda: ctypes.CDLL) -> None:
     cuda.set_device(128)
-    assert cuda.launch(50 * KB) == cuda.launch(96 * KB) == 0
+    assert cuda.launch(50 * KB) == cuda.launch(95 * KB) == 0
     cuda.set_device(0)
-    assert cuda.launch(224 * KB) == 0
+    assert cuda.launch(223 * KB) == 0
 
 
 def test_threads_launch_at_once(cuda: ctypes.CDLL) -> None:
