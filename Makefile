@@ -123,7 +123,8 @@ gpu-bench:
 # The kernels under AddressSanitizer and UBSan, then the same tests under the host model's own checks.
 SANITIZED := build/sanitize/lib
 SANITIZE_TESTS := -q -m "slow or not slow" --capture=sys tests/test_attention_kernels.py tests/test_pb_relax_layer_norm.py \
-  tests/test_layer_norm_kernels.py -k 'host_model and (many_tiles and 48-3 and dtype1 or any_values or any_packed \
+  tests/test_layer_norm_kernels.py tests/test_decode_kernels.py \
+  -k 'host_model and (many_tiles and 48-3 and dtype1 or any_values or any_packed or any_kv_lens or few_queries and 5-64 \
   or unseen or accuracy or many_rounds or places_do_not_matter)'
 ASAN = OMP_NUM_THREADS=1 PYTHONPATH=$(SANITIZED) ASAN_OPTIONS=detect_leaks=0 \
   LD_PRELOAD="$$($(CXX) -print-file-name=libasan.so) $$($(CXX) -print-file-name=libstdc++.so)"
