@@ -15,8 +15,20 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cogview_kernels as ck
+from cogview_kernels import extension
 
 RESULTS = ("out", "lse", "dq", "dk", "dv")
+
+
+def int32(values: Any) -> Tensor:
+    return torch.tensor(values, dtype=torch.int32)
+
+
+def backend_or_skip(name: str) -> Any:
+    """A parameter of tests that run the kernels."""
+    reasons = {"host_model": extension.why_not_host_model, "cuda": extension.why_not_usable}
+    reason = reasons[name]()
+    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
 
 
 def region_of(i: int, j: int, text_len: int, pivots: list[int], w: int, n: int) -> str | None:

@@ -12,7 +12,15 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import RESULTS, Problem, assert_as_accurate_as_torch, make_problem, problems
+from helpers import (
+    RESULTS,
+    Problem,
+    assert_as_accurate_as_torch,
+    backend_or_skip,
+    int32,
+    make_problem,
+    problems,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -24,16 +32,6 @@ from cogview_kernels.extension import modelled_device
 
 HEAD_DIMS = (32, 64, 96, 128)
 HALVES = (torch.bfloat16, torch.float16)
-
-
-def int32(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
-
-
-def backend_or_skip(name: str) -> Any:
-    reasons = {"host_model": extension.why_not_host_model, "cuda": extension.why_not_usable}
-    reason = reasons[name]()
-    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
 
 
 @pytest.fixture(params=[backend_or_skip("host_model"), backend_or_skip("cuda")], scope="module")

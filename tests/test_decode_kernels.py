@@ -11,7 +11,13 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layouts, make_problem, refused
+from helpers import (
+    backend_or_skip,
+    int32,
+    layouts,
+    make_problem,
+    refused,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -27,18 +33,8 @@ OPS = torch.ops.cogview_kernels
 HALVES = (torch.bfloat16, torch.float16)
 
 
-def backend_or_skip(name: str) -> Any:
-    reasons = {"host_model": extension.why_not_host_model, "cuda": extension.why_not_usable}
-    reason = reasons[name]()
-    return pytest.param(name, marks=pytest.mark.skipif(reason is not None, reason=str(reason)))
-
-
 KERNELS = [backend_or_skip("host_model"), backend_or_skip("cuda")]
 kernels = pytest.mark.parametrize("backend", KERNELS)
-
-
-def int32(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 @dataclasses.dataclass

@@ -10,17 +10,17 @@ from typing import Any
 
 import pytest
 import torch
-from helpers import layouts, region_of
+from helpers import (
+    int32,
+    layouts,
+    region_of,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import cogview_kernels as ck
-
-
-def int32(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def test_regions_worked_by_hand() -> None:

@@ -18,6 +18,7 @@ from helpers import (
     Problem,
     Recorder,
     assert_as_accurate_as_torch,
+    int32,
     loops,
     make_problem,
     problems,
@@ -36,10 +37,6 @@ BACKENDS = ("reference", "portable")
 HALVES = (torch.bfloat16, torch.float16)
 # Rows without a gradient of lse take torch's flash kernels backward on the CPU, others do not.
 both_backwards = pytest.mark.parametrize("with_dlse", [False, True], ids=["flash", "blocked"])
-
-
-def int32(values: Any) -> Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
