@@ -17,15 +17,16 @@ from PIL import Image
 
 from cogview.checkpoint import check_settings, load_latest, load_weights
 from cogview.config import Config, RunFolder, load_config, preset_names, save_config, to_yaml
-from cogview.data import CaptionedImages, read_image
-from cogview.demo import run_demo
+from cogview.data.captions import CaptionedImages
+from cogview.data.images import read_image
+from cogview.data.tokens import TokenDataset
+from cogview.demo.main import run_demo
 from cogview.files import atomic_write
 from cogview.image_tokenizer import ImageTokenizer, train_image_tokenizer
 from cogview.model import GPT
 from cogview.plots import save_grid
 from cogview.sample import draw_images, write_captions
 from cogview.text_tokenizer import TextTokenizer
-from cogview.tokens import TokenDataset
 from cogview.train import MODEL_SETTINGS, Trainer, choose_device, split_data
 
 DESCRIPTION = """\

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from cogview.config import ImageTokenizerConfig
-from cogview.data import Images, batch_indices
+from cogview.data.images import Images
+from cogview.data.order import batch_indices
 from cogview.files import atomic_write
 
 _DAMAGED = (UnpicklingError, zipfile.BadZipFile)

@@ -33,11 +33,11 @@ from cogview.checkpoint import (
     save_checkpoint,
 )
 from cogview.config import Config, ModelConfig, RunFolder
-from cogview.data import batch_indices
+from cogview.data.order import batch_indices
+from cogview.data.tokens import TokenDataset
 from cogview.files import atomic_write
 from cogview.model import GPT
 from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
-from cogview.tokens import TokenDataset
 
 # Settings that must not change: the weights of a model depend on the first list, the tokens and the
 # data split of a run on the second.

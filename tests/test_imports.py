@@ -133,7 +133,7 @@ def test_arrows_point_downwards() -> None:
     assert upwards == []
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "cogview").glob("*.py")), ids=lambda p: p.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "cogview").rglob("*.py")), ids=lambda p: p.stem)
 def test_the_model_uses_public_names_of_the_kernels(path: Path) -> None:
     assert private_names(path.read_text(), public_names()) == []
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from benchmarks.experiments import quality
 from benchmarks.experiments.quality import NEIGHBOURS, TASKS, VARIANTS, Experiment, Run
-from cogview.tokens import TokenDataset
+from cogview.data.tokens import TokenDataset
 
 SMALL = ("device=cpu", "model.num_layers=1", "model.hidden_size=32")
 TINY = (

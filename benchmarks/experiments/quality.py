@@ -44,15 +44,15 @@ from scipy import stats
 from benchmarks.machine import RESULTS, commit_info, machine_info, now, record_name, save_record
 from benchmarks.report.tables import table as markdown
 from cogview.config import Config, ModelConfig, RunFolder, load_config
-from cogview.digits import CANVAS_SIZE, compose_scenes, is_held_out, make_scenes
-from cogview.evaluate import DigitReader
+from cogview.data.tokens import TokenDataset
+from cogview.demo.digits import CANVAS_SIZE, compose_scenes, is_held_out, make_scenes
+from cogview.demo.reader import DigitReader
 from cogview.files import atomic_write
 from cogview.image_tokenizer import ImageTokenizer, train_image_tokenizer
 from cogview.model import GPT
 from cogview.sample import draw_images
 from cogview.sequence import Batch
 from cogview.text_tokenizer import TextTokenizer
-from cogview.tokens import TokenDataset
 from cogview.train import Trainer, choose_device, make_batch, read_metrics
 
 

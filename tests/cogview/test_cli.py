@@ -253,7 +253,7 @@ def test_demo_deletes_the_results_of_an_earlier_one(tmp_path, monkeypatch):
     def stop(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cogview.demo.make_scenes", stop)
+    monkeypatch.setattr("cogview.demo.main.make_scenes", stop)
     assert cogview("demo", "--out", tmp_path) == 130
     assert sorted(path.name for path in tmp_path.iterdir()) == ["config.yaml", "notes.txt"]
 

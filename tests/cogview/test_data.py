@@ -11,10 +11,12 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
 from cogview.config import ImageTokenizerConfig
-from cogview.data import CaptionedImages, batch_indices, read_image
+from cogview.data.captions import CaptionedImages
+from cogview.data.images import read_image
+from cogview.data.order import batch_indices
+from cogview.data.tokens import TokenDataset
 from cogview.image_tokenizer import ImageTokenizer
 from cogview.text_tokenizer import TextTokenizer
-from cogview.tokens import TokenDataset
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 

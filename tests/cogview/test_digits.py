@@ -3,8 +3,8 @@ import pytest
 import torch
 
 from cogview import digits
-from cogview.digits import CELL_SIZE, CELLS, SPLITS, caption_of, is_held_out, make_scenes
-from cogview.evaluate import DigitReader, caption_accuracy
+from cogview.demo.digits import CELL_SIZE, CELLS, SPLITS, caption_of, is_held_out, make_scenes
+from cogview.demo.reader import DigitReader, caption_accuracy
 
 
 @pytest.fixture(scope="module")

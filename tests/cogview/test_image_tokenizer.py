@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview.config import QUANTIZERS, ImageTokenizerConfig
-from cogview.digits import make_scenes
+from cogview.demo.digits import make_scenes
 from cogview.image_tokenizer import (
     ImageTokenizer,
     Quantizer,

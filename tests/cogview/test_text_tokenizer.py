@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogview.digits import caption_of, make_scenes
+from cogview.demo.digits import caption_of, make_scenes
 from cogview.text_tokenizer import TextTokenizer, caption_problem
 
 

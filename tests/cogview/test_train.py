@@ -11,8 +11,8 @@ import torch
 
 from cogview.checkpoint import list_checkpoints, load_checkpoint
 from cogview.config import Config, load_config
+from cogview.data.tokens import TokenDataset
 from cogview.model import GPT
-from cogview.tokens import TokenDataset
 from cogview.train import (
     Trainer,
     choose_device,

@@ -1,4 +1,4 @@
-"""A user's captioned images, and the order in which training reads its examples.
+"""Captioned images in a folder.
 
     folder/captions.tsv     path<TAB>caption, one record per line, or
     folder/captions.csv     path,caption, quoted as usual, or
@@ -9,7 +9,6 @@ Paths are relative to the folder. A first line `path<TAB>caption` or `path,capti
 """
 
 import csv
-import functools
 import io
 import json
 import os
@@ -18,25 +17,15 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
-import numpy as np
 import torch
-from PIL import Image, ImageOps
 from torch import Tensor
 from tqdm import tqdm
 
+from cogview.data.images import read_image
 from cogview.text_tokenizer import caption_problem
 
 CAPTION_FILES = ("captions.tsv", "captions.csv", "captions.jsonl")
-
-
-class Images(Protocol):
-    """A tensor of images (N, C, H, W), or any object that loads a batch of images by indices."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, indices: list[int], /) -> Tensor: ...
 
 
 class CaptionedImages:
@@ -126,81 +115,6 @@ class CaptionedImages:
         except (ValueError, OSError) as error:
             return error
         return record.path, record.caption.strip()
-
-
-def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3) -> Tensor:
-    """Read an image, crop it around its centre to a square, and resize it.
-
-    Transparent pixels become white, 16-bit grey is scaled to 8 bits, and the camera's orientation
-    tag is applied.
-
-    Returns:
-        (channels, image_size, image_size) uint8.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: the file is not an image, is corrupt or truncated, or holds 32-bit grey values,
-            whose range is unknown.
-    """
-    try:
-        with Image.open(path) as opened:
-            image = ImageOps.exif_transpose(opened)
-            # Pillow reads 16-bit PNG and PPM as mode I; in other formats mode I holds 32 bits.
-            if image.mode.startswith("I;16") or (
-                image.mode == "I" and opened.format in ("PNG", "PPM")
-            ):
-                pixels = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((pixels / 257).clip(0, 255).round().astype(np.uint8))
-            elif image.mode.startswith(("I", "F")):
-                raise ValueError(f"mode {image.mode}: grey values of unknown range")
-            if image.has_transparency_data:
-                image = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
-            image = image.convert("L" if channels == 1 else "RGB")
-            image = ImageOps.fit(image, (image_size, image_size), Image.Resampling.BICUBIC)
-    except (FileNotFoundError, MemoryError):
-        raise
-    except Exception as error:  # Pillow's decoders raise any exception on damaged files
-        raise ValueError(
-            f"{path}: expected an image, got a corrupt or unsupported file ({error})"
-        ) from error
-    return (
-        torch.from_numpy(np.array(image).reshape(image_size, image_size, channels))
-        .permute(2, 0, 1)
-        .contiguous()
-    )
-
-
-def batch_indices(seed: int, step: int, batch_size: int, num_examples: int) -> np.ndarray:
-    """Indices of the examples that a training step reads.
-
-    This is a pure function, so that a resumed run needs no iterator state. Every epoch is a new
-    permutation of all examples. The steps cut the sequence of epochs into batches; a batch may span
-    two epochs, and every example is read.
-
-    Returns:
-        (batch_size,) int64 in `[0, num_examples)`.
-
-    Raises:
-        ValueError: a negative step, or no batch or examples.
-    """
-    if step < 0 or batch_size < 1 or num_examples < 1:
-        raise ValueError(
-            "expected step >= 0, batch_size >= 1 and num_examples >= 1, "
-            f"got step={step}, batch_size={batch_size}, num_examples={num_examples}"
-        )
-    positions = np.arange(step * batch_size, (step + 1) * batch_size)
-    epochs, offsets = np.divmod(positions, num_examples)
-    indices = np.empty(batch_size, dtype=np.int64)
-    for epoch in np.unique(epochs):
-        in_epoch = epochs == epoch
-        indices[in_epoch] = _permutation(seed, int(epoch), num_examples)[offsets[in_epoch]]
-    return indices
-
-
-@functools.lru_cache(maxsize=2)
-def _permutation(seed: int, epoch: int, num_examples: int) -> np.ndarray:
-    return np.random.default_rng([seed, epoch]).permutation(num_examples)
 
 
 @dataclass

@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 from tqdm import tqdm
 
-from cogview.data import Images
+from cogview.data.images import Images
 from cogview.files import atomic_write
 from cogview.image_tokenizer import ImageTokenizer
 from cogview.text_tokenizer import TextTokenizer

@@ -19,14 +19,14 @@ import torch
 
 from cogview.checkpoint import prune_checkpoints
 from cogview.config import Config, RunFolder, save_config
-from cogview.digits import CANVAS_SIZE, make_scenes
-from cogview.evaluate import DigitReader, caption_accuracy
+from cogview.data.tokens import TokenDataset
+from cogview.demo.digits import CANVAS_SIZE, make_scenes
+from cogview.demo.reader import DigitReader, caption_accuracy
 from cogview.files import atomic_write
 from cogview.image_tokenizer import train_image_tokenizer
 from cogview.plots import save_curves, save_grid, save_reconstructions
 from cogview.sample import draw_images
 from cogview.text_tokenizer import TextTokenizer
-from cogview.tokens import TokenDataset
 from cogview.train import Trainer, choose_device, read_metrics
 
 NUM_TRAIN_SCENES = 8000

@@ -5,7 +5,7 @@ import torch
 from sklearn.svm import SVC
 from torch import Tensor
 
-from cogview.digits import CANVAS_SIZE, CELL_SIZE, CELLS, make_scenes
+from cogview.demo.digits import CANVAS_SIZE, CELL_SIZE, CELLS, make_scenes
 
 
 class DigitReader:

@@ -1,0 +1,1 @@
+"""Captioned images (`captions`, `images`), their tokens (`tokens`), and the order of training."""
