@@ -8,10 +8,10 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 from cogview.files import atomic_write
 from cogview.sequence import Vocabulary
@@ -108,20 +108,50 @@ class ImageTokenizerConfig:
 
 
 @dataclass
-class ImageTrainingConfig:
-    steps: int = 100_000
-    batch_size: int = 64
-    learning_rate: float = 3e-4
+class DataConfig:
+    # Share of the images that neither the image tokenizer nor the GPT is trained on. Their pixels
+    # and the seed decide which: all captions of an image go with it, and so do copies of it.
+    held_out_fraction: float = 0.01
 
     def __post_init__(self) -> None:
-        _expect("image_training.steps", self.steps, self.steps >= 1, "1 or more")
-        _expect("image_training.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
-        _expect(
-            "image_training.learning_rate",
-            self.learning_rate,
-            self.learning_rate > 0,
-            "more than 0",
-        )
+        fraction = self.held_out_fraction
+        _expect("data.held_out_fraction", fraction, 0 < fraction < 1, "between 0 and 1")
+
+
+@dataclass
+class LoopConfig:
+    """What the image tokenizer's training and the GPT's have in common."""
+
+    section: ClassVar[str]
+    steps: int = 100_000
+    batch_size: int = 64  # examples per step
+    learning_rate: float = 3e-4  # at the end of the warm-up
+    final_learning_rate: float = 0.0  # at the end of the cosine
+    warmup_steps: int = 0
+    clip_grad_norm: float = 1.0
+    eval_every: int = 1000  # steps between measurements of the held-out loss
+    eval_examples: int = 512  # largest number of examples for one measurement
+    save_every: int = 1000  # steps between checkpoints
+    keep_checkpoints: int = 3  # number of checkpoints to keep; older ones are deleted
+    pictures_every: int = 1000  # steps between pictures; 0: none
+    log_every: int = 0  # steps between lines of the log, without a terminal; 0: ten seconds
+
+    def __post_init__(self) -> None:
+        def check(names: str, condition: Callable[[float], bool], expected: str) -> None:
+            for name in names.split():
+                value = getattr(self, name)
+                _expect(f"{self.section}.{name}", value, condition(value), expected)
+
+        at_least_one = "steps batch_size eval_every eval_examples save_every keep_checkpoints"
+        check(at_least_one, lambda value: value >= 1, "1 or more")
+        check("learning_rate clip_grad_norm", lambda value: value > 0, "more than 0")
+        zero_or_more = "warmup_steps final_learning_rate pictures_every log_every"
+        check(zero_or_more, lambda value: value >= 0, "0 or more")
+
+
+@dataclass
+class ImageTrainingConfig(LoopConfig):
+    section: ClassVar[str] = "image_training"
 
 
 @dataclass
@@ -184,48 +214,25 @@ class ModelConfig:
 
 
 @dataclass
-class TrainingConfig:
-    task: Literal["text_to_image", "captioning"] = "text_to_image"
+class TrainingConfig(LoopConfig):
+    section: ClassVar[str] = "training"
     steps: int = 144_000
-    batch_size: int = 6144  # sequences per step
+    batch_size: int = 6144
+    final_learning_rate: float = 3e-5
+    warmup_steps: int = 2880
+    task: Literal["text_to_image", "captioning"] = "text_to_image"
     # Sequences per forward and backward pass; a step sums the gradients of its passes. 0: one pass.
     micro_batch_size: int = 0
-    learning_rate: float = 3e-4  # at the end of the warm-up
-    final_learning_rate: float = 3e-5  # at the end of the cosine
-    warmup_steps: int = 2880
     weight_decay: float = 0.04  # on matrices; not on biases, norms and embeddings
-    clip_grad_norm: float = 1.0
     text_weight: float = 1.0  # weight of text tokens in the loss
     image_weight: float = 1.0  # weight of image tokens in the loss
-    held_out_fraction: float = 0.01  # share of the data that is kept for the held-out loss
-    eval_every: int = 1000  # steps between measurements of the held-out loss
-    eval_examples: int = 512  # largest number of examples for one measurement
-    save_every: int = 1000  # steps between checkpoints
-    keep_checkpoints: int = 3  # number of checkpoints to keep; older ones are deleted
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 on CUDA
 
     def __post_init__(self) -> None:
-        for name in (
-            "steps",
-            "batch_size",
-            "eval_every",
-            "eval_examples",
-            "save_every",
-            "keep_checkpoints",
-        ):
-            _expect(f"training.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        for name in (
-            "warmup_steps",
-            "micro_batch_size",
-            "final_learning_rate",
-            "weight_decay",
-            "text_weight",
-        ):
+        super().__post_init__()
+        for name in ("micro_batch_size", "weight_decay", "text_weight"):
             _expect(f"training.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
-        for name in ("learning_rate", "clip_grad_norm", "image_weight"):
-            _expect(f"training.{name}", getattr(self, name), getattr(self, name) > 0, "more than 0")
-        fraction = self.held_out_fraction
-        _expect("training.held_out_fraction", fraction, 0 < fraction < 1, "between 0 and 1")
+        _expect("training.image_weight", self.image_weight, self.image_weight > 0, "more than 0")
 
 
 @dataclass
@@ -250,6 +257,7 @@ class Config:
 
     seed: int = 0  # for weights, data order, dropout, pivots and drawings
     device: str = "auto"  # auto: cuda if there is a GPU, else cpu
+    data: DataConfig = field(default_factory=DataConfig)
     text_tokenizer: TextTokenizerConfig = field(default_factory=TextTokenizerConfig)
     image_tokenizer: ImageTokenizerConfig = field(default_factory=ImageTokenizerConfig)
     image_training: ImageTrainingConfig = field(default_factory=ImageTrainingConfig)
@@ -281,19 +289,6 @@ class Config:
         Longer captions are truncated.
         """
         return self.model.max_positions - self.num_codes - 4
-
-
-class RunFolder:
-    """The files of a run: one folder holds everything that training and drawing need."""
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
-        self.config = self.path / "config.yaml"
-        self.text_tokenizer = self.path / "text_tokenizer.model"
-        self.image_tokenizer = self.path / "image_tokenizer.pt"
-        self.tokens = self.path / "tokens.npz"
-        self.checkpoints = self.path / "checkpoints"
-        self.metrics = self.path / "metrics.jsonl"
 
 
 def _expect(name: str, value: Any, condition: bool, expected: str) -> None:

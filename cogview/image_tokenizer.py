@@ -8,6 +8,7 @@ With the defaults (256x256 RGB, 32x32 codes out of 8192) it is CogView's tokeniz
 names in the state dict: 19 034 883 parameters, and the codebook of 8192 x 256 as a buffer.
 """
 
+import hashlib
 import math
 import os
 import zipfile
@@ -18,11 +19,8 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from cogview.config import ImageTokenizerConfig
-from cogview.data.images import Images
-from cogview.data.order import batch_indices
 from cogview.files import atomic_write
 
 _DAMAGED = (UnpicklingError, zipfile.BadZipFile)
@@ -49,6 +47,7 @@ class Quantizer(nn.Module):
         super().__init__()
         self.config = config
         self.temperature = 1.0  # for gumbel sampling; the training loop anneals it
+        self.num_restarted = 0  # codes that the last update revived
         embed = torch.empty(config.codebook_dim, config.codebook_size)
         nn.init.xavier_uniform_(embed, gain=nn.init.calculate_gain("tanh"))
         if config.quantizer in ("straight_through", "gumbel"):
@@ -109,6 +108,7 @@ class Quantizer(nn.Module):
             mean = self.embed_avg / self.cluster_size
             self.embed.copy_(torch.where(self.cluster_size > 1e-5, mean, self.embed))
             unused = (self.cluster_size < config.restart_below).nonzero().squeeze(1)
+            self.num_restarted = len(unused)
             self.restart(unused, vectors)
 
     @torch.no_grad()
@@ -166,6 +166,15 @@ class ImageTokenizer(nn.Module):
         self.dec = _Decoder(config)
         self.register_buffer("mean", torch.tensor(config.mean).view(-1, 1, 1), persistent=False)
         self.register_buffer("std", torch.tensor(config.std).view(-1, 1, 1), persistent=False)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal weights, so that equal images get equal codes."""
+        digest = hashlib.sha256(repr(self.config).encode())
+        for name, tensor in self.state_dict().items():
+            if name not in ("quantize_t.cluster_size", "quantize_t.embed_avg"):  # of training
+                digest.update(name.encode() + tensor.cpu().contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
 
     @torch.no_grad()
     def encode(self, images: Tensor, batch_size: int = 64) -> Tensor:
@@ -237,6 +246,15 @@ class ImageTokenizer(nn.Module):
             reconstruction_loss,
             codebook_loss,
         )
+
+    @torch.no_grad()
+    def start_codebook(self, images: Tensor) -> None:
+        """Sets the codes to random encoder outputs of these images; a fixed codebook stays."""
+        if self.config.quantizer == "fixed":
+            return
+        vectors = self._vectors(self._checked(images)).flatten(0, 2)
+        all_codes = torch.arange(self.config.codebook_size, device=vectors.device)
+        self.quantize_t.restart(all_codes, vectors)
 
     def _vectors(self, images: Tensor) -> Tensor:
         return self.enc_b((images - self.mean) / self.std).permute(0, 2, 3, 1)
@@ -318,93 +336,3 @@ class ImageTokenizer(nn.Module):
                 f"{path}: expected weights of this image tokenizer: {error}"
             ) from error
         return tokenizer.eval().to(device)
-
-
-def train_image_tokenizer(
-    config: ImageTokenizerConfig,
-    images: Tensor | Images,
-    *,
-    steps: int,
-    batch_size: int = 32,
-    learning_rate: float = 3e-4,
-    seed: int = 0,
-    device: str | torch.device = "cpu",
-    progress: bool = True,
-) -> tuple[ImageTokenizer, list[dict[str, float]]]:
-    """Train a tokenizer with AdamW and a cosine learning rate.
-
-    The same arguments give the same weights on the same machine. Unless the codebook is fixed, the
-    codes start at random encoder outputs of the first batch. The temperature of gumbel sampling
-    falls from 1 to 1/16.
-
-    Args:
-        config: configuration of the tokenizer.
-        images: (N, C, H, W) in [0, 1] or uint8, or an object that returns such a batch for a list
-            of indices.
-        steps: number of optimizer steps.
-        batch_size: images per step; every epoch is a new permutation of all images.
-        learning_rate: initial learning rate.
-        seed: for weights, data order and sampling. The caller's random state does not change.
-        device: device to train on.
-        progress: show a progress bar if standard error is a terminal.
-
-    Returns:
-        the tokenizer in evaluation mode, and for each step `step`, `loss`, `reconstruction_loss`
-        (mean squared error in normalised units), `codebook_loss`, `codes_used` (number of different
-        codes in the batch) and `learning_rate`.
-
-    Raises:
-        ValueError: no images, fewer than one step, wrong shapes, NaN or infinity in an image, or a
-            loss that is not finite.
-    """
-    if len(images) == 0:
-        raise ValueError("images: expected at least one image to train on, got none")
-    if steps < 1 or batch_size < 1:
-        raise ValueError(
-            f"steps and batch_size: expected 1 or more each, got {steps} and {batch_size}"
-        )
-    device = torch.device(device)
-    metrics: list[dict[str, float]] = []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        tokenizer = ImageTokenizer(config).to(device).train()
-        optimizer = torch.optim.AdamW(tokenizer.parameters(), lr=learning_rate, weight_decay=0.0)
-        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
-        disable = None if progress else True  # None: disabled if standard error is not a terminal
-        bar = tqdm(range(steps), desc="image tokenizer", unit="step", disable=disable)
-        for step in bar:
-            batch = images[batch_indices(seed, step, batch_size, len(images)).tolist()]
-            if step == 0:
-                _start_codebook(tokenizer, batch)
-            tokenizer.quantize_t.temperature = 16.0 ** (-step / steps)
-            output = tokenizer(batch)
-            if not output.loss.isfinite():
-                raise ValueError(
-                    f"image tokenizer: expected a finite loss, got {output.loss.item()} at step "
-                    f"{step}; lower the learning rate"
-                )
-            optimizer.zero_grad(set_to_none=True)
-            output.loss.backward()
-            optimizer.step()
-            metrics.append(
-                {
-                    "step": step,
-                    "loss": output.loss.item(),
-                    "reconstruction_loss": output.reconstruction_loss.item(),
-                    "codebook_loss": output.codebook_loss.item(),
-                    "codes_used": len(output.codes.unique()),
-                    "learning_rate": optimizer.param_groups[0]["lr"],
-                }
-            )
-            schedule.step()
-            bar.set_postfix_str(f"loss {metrics[-1]['loss']:.4f}", refresh=False)
-    return tokenizer.eval(), metrics
-
-
-@torch.no_grad()
-def _start_codebook(tokenizer: ImageTokenizer, batch: Tensor) -> None:
-    if tokenizer.config.quantizer == "fixed":
-        return
-    vectors = tokenizer._vectors(tokenizer._checked(batch)).flatten(0, 2)
-    all_codes = torch.arange(tokenizer.config.codebook_size, device=vectors.device)
-    tokenizer.quantize_t.restart(all_codes, vectors)

@@ -1,5 +1,6 @@
 """Text to piece ids and back, with a SentencePiece model that is trained or loaded."""
 
+import hashlib
 import io
 import os
 import re
@@ -30,6 +31,7 @@ class TextTokenizer:
     def __init__(self, model_proto: bytes):
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model_proto)
+        self.fingerprint = hashlib.sha256(model_proto).hexdigest()[:16]  # equal for equal models
 
     @classmethod
     def train(

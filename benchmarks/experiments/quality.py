@@ -43,17 +43,20 @@ from scipy import stats
 
 from benchmarks.machine import RESULTS, commit_info, machine_info, now, record_name, save_record
 from benchmarks.report.tables import table as markdown
-from cogview.config import Config, ModelConfig, RunFolder, load_config
+from cogview.config import Config, ModelConfig, load_config
 from cogview.data.tokens import TokenDataset
 from cogview.demo.digits import CANVAS_SIZE, compose_scenes, is_held_out, make_scenes
 from cogview.demo.reader import DigitReader
 from cogview.files import atomic_write
-from cogview.image_tokenizer import ImageTokenizer, train_image_tokenizer
+from cogview.image_tokenizer import ImageTokenizer
+from cogview.image_training import ImageTokenizerTrainer
+from cogview.loop import choose_device, read_metrics
 from cogview.model import GPT
+from cogview.run import Run as RunFolder
 from cogview.sample import draw_images
 from cogview.sequence import Batch
 from cogview.text_tokenizer import TextTokenizer
-from cogview.train import Trainer, choose_device, make_batch, read_metrics
+from cogview.train import Trainer, make_batch
 
 
 class Task(NamedTuple):
@@ -153,8 +156,8 @@ def digits_right(images: torch.Tensor, labels: torch.Tensor, given: float = 0.0)
 def make_data(experiment: Experiment, folder: Path) -> dict[str, float]:
     """Makes the tokenizers and tokens of all runs; what share of digits is read right from real
     test scenes (`real`) and from what the image tokenizer makes of them (`reconstructed`)."""
-    done, files = folder / "data.json", RunFolder(folder)
     config = experiment.config(Run("captions", "three_region"))
+    done, files = folder / "data.json", RunFolder(folder, config)
     if done.is_file():
         return json.loads(done.read_text())
     folder.mkdir(parents=True, exist_ok=True)
@@ -162,18 +165,15 @@ def make_data(experiment: Experiment, folder: Path) -> dict[str, float]:
     parts = {(t, split): scenes_of(t, split, num) for t in TASKS for split, num in sizes.items()}
     texts = TextTokenizer.train(
         [caption for task in TASKS for caption in parts[task, "train"][2]],
-        files.text_tokenizer,
+        files.text_tokenizer_path,
         **dataclasses.asdict(config.text_tokenizer),
     )
     size = config.image_tokenizer.image_size
-    images, _ = train_image_tokenizer(
-        config.image_tokenizer,
-        resized(parts["captions", "train"][0], size),
-        **dataclasses.asdict(config.image_training),
-        device=choose_device(config.device),
-        progress=False,
-    )
-    images.save(files.image_tokenizer)
+    train, test = (resized(parts["captions", split][0], size) for split in ("train", "test"))
+    trainer = ImageTokenizerTrainer(config, files.image_training, train, test, progress=False)
+    trainer.run()
+    images = trainer.model
+    images.save(files.image_tokenizer_path)
     for (task, split), (scenes, labels, captions) in parts.items():
         tokens = TokenDataset.tokenize(
             captions, resized(scenes, size), texts, images, progress=False
@@ -237,17 +237,18 @@ def train_and_draw(experiment: Experiment, run: Run, folder: Path) -> dict[str, 
         digest.update(batch.tokens.cpu().numpy().tobytes())
 
     with tempfile.TemporaryDirectory() as scratch:
-        trainer = Trainer(config, scratch, train, test, False, model_with_waves, observe)
+        trainer = Trainer(config, scratch, train, test, None, False, model_with_waves, observe)
         for tensor in trainer.model.state_dict().values():
             digest.update(tensor.cpu().numpy().tobytes())
-        model, name = trainer.run(), "held_out_image_loss"
+        trainer.run()
+        model, name = trainer.model, "held_out_image_loss"
         curve = [(m["step"], m[name]) for m in read_metrics(trainer.metrics_path) if name in m]
     result = {"digest": digest.hexdigest(), "curve": curve} | measure(model, config, test, given)
     if run.draws:
         texts = [test[i][0].tolist() for i in range(len(test))]
         beginnings = test.codes.reshape(len(test), -1)[:, : round(given * config.num_codes)]
         codes = draw_images(model, config, texts, run.seed, beginnings.tolist(), progress=False)
-        images = ImageTokenizer.load(RunFolder(folder).image_tokenizer).decode(codes)
+        images = ImageTokenizer.load(RunFolder(folder, config).image_tokenizer_path).decode(codes)
         labels = scenes_of(run.task, "test", experiment.num_test)[1]
         result["digits_right"] = digits_right(images, labels, given)
     return result

@@ -9,6 +9,7 @@ Paths are relative to the folder. A first line `path<TAB>caption` or `path,capti
 """
 
 import csv
+import hashlib
 import io
 import json
 import os
@@ -18,14 +19,30 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cogview.data.images import read_image
+from cogview.data.images import image_key, read_image
+from cogview.data.order import held_out
 from cogview.text_tokenizer import caption_problem
 
 CAPTION_FILES = ("captions.tsv", "captions.csv", "captions.jsonl")
+
+
+@dataclass
+class Subset:
+    """Some of the images of a folder."""
+
+    images: "CaptionedImages"
+    indices: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def __getitem__(self, indices: Sequence[int]) -> Tensor:
+        return self.images[self.indices[list(indices)].tolist()]
 
 
 class CaptionedImages:
@@ -44,6 +61,7 @@ class CaptionedImages:
     Attributes:
         paths: list of N paths.
         captions: list of N captions.
+        keys: list of N numbers, equal for equal images (`image_key`).
 
     Raises:
         FileNotFoundError: no folder or no captions file; a missing image, unless `skip_bad`.
@@ -66,6 +84,7 @@ class CaptionedImages:
         self.channels = channels
         self.paths: list[Path] = []
         self.captions: list[str] = []
+        self.keys: list[int] = []
 
         records_file = _records_file(Path(folder))
         errors: list[ValueError | OSError] = []
@@ -77,6 +96,7 @@ class CaptionedImages:
                 if not isinstance(result, Exception):
                     self.paths.append(result[0])
                     self.captions.append(result[1])
+                    self.keys.append(result[2])
                 elif skip_bad:
                     errors.append(result)
                 else:
@@ -98,23 +118,38 @@ class CaptionedImages:
     def __len__(self) -> int:
         return len(self.paths)
 
+    @property
+    def fingerprint(self) -> str:
+        """Equal for equal images and captions."""
+        keys = np.array(self.keys, np.uint64).tobytes()
+        return hashlib.sha256(keys + "\0".join(self.captions).encode()).hexdigest()[:16]
+
+    def split(self, held_out_fraction: float, seed: int) -> tuple["Subset", "Subset"]:
+        """Images for training and held-out ones; the same images as `TokenDataset.split` holds out.
+
+        Raises:
+            ValueError: fewer than two different images.
+        """
+        out = held_out(np.array(self.keys, np.uint64), held_out_fraction, seed)
+        return Subset(self, np.flatnonzero(~out)), Subset(self, np.flatnonzero(out))
+
     def __getitem__(self, indices: Sequence[int]) -> Tensor:
         return torch.stack(
             [read_image(self.paths[i], self.image_size, self.channels) for i in indices]
         )
 
-    def _check(self, record: "_Record") -> tuple[Path, str] | ValueError | OSError:
+    def _check(self, record: "_Record") -> tuple[Path, str, int] | ValueError | OSError:
         if record.error is not None:
             return ValueError(f"{record.place}: {record.error}")
         if problem := caption_problem(record.caption):
             return ValueError(f"{record.place}: expected a caption for {record.path}, {problem}")
         try:
-            read_image(record.path, self.image_size, self.channels)
+            image = read_image(record.path, self.image_size, self.channels)
         except FileNotFoundError:
             return FileNotFoundError(2, f"{record.place}: no such image", str(record.path))
         except (ValueError, OSError) as error:
             return error
-        return record.path, record.caption.strip()
+        return record.path, record.caption.strip(), image_key(image)
 
 
 @dataclass

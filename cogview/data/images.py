@@ -1,10 +1,12 @@
-"""Image files to tensors."""
+"""Image files to tensors, and back."""
 
+import hashlib
 import os
 from typing import Protocol
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image, ImageOps
 from torch import Tensor
 
@@ -15,6 +17,18 @@ class Images(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, indices: list[int], /) -> Tensor: ...
+
+
+def image_key(image: Tensor) -> int:
+    """A number below 2**64 that is equal for equal images, of any dtype that holds the same pixels.
+
+    Args:
+        image: (C, H, W), uint8 or floating point in [0, 1].
+    """
+    if image.is_floating_point():
+        image = (image * 255).round().to(torch.uint8)
+    digest = hashlib.sha256(image.contiguous().cpu().numpy().tobytes()).digest()
+    return int.from_bytes(digest[:8], "big")
 
 
 def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3) -> Tensor:
@@ -58,3 +72,18 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
         .permute(2, 0, 1)
         .contiguous()
     )
+
+
+def to_pillow(image: Tensor) -> Image.Image:
+    """(C, H, W) in [0, 1] to 8 bits."""
+    pixels = (image.clamp(0, 1) * 255).round().to(torch.uint8).permute(1, 2, 0).cpu().numpy()
+    return Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels)
+
+
+def picture_grid(images: Tensor, columns: int = 8, gap: int = 2) -> Tensor:
+    """Images (N, C, H, W) in [0, 1] side by side in one, with white between them."""
+    missing = -len(images) % columns if len(images) > columns else 0
+    padded = F.pad(images, (0, gap, 0, gap), value=1.0)
+    padded = torch.cat([padded, padded.new_ones(missing, *padded.shape[1:])])
+    rows = padded.split(columns)
+    return torch.cat([torch.cat(list(row), dim=2) for row in rows], dim=1)[:, :-gap, :-gap]

@@ -11,23 +11,25 @@ import contextlib
 import json
 import os
 import platform
+import shutil
 import time
 from collections.abc import Iterator
 from typing import Any
 
 import torch
 
-from cogview.checkpoint import prune_checkpoints
-from cogview.config import Config, RunFolder, save_config
+from cogview.config import Config
 from cogview.data.tokens import TokenDataset
 from cogview.demo.digits import CANVAS_SIZE, make_scenes
 from cogview.demo.reader import DigitReader, caption_accuracy
 from cogview.files import atomic_write
-from cogview.image_tokenizer import train_image_tokenizer
+from cogview.image_training import ImageTokenizerTrainer
+from cogview.loop import read_metrics
 from cogview.plots import save_curves, save_grid, save_reconstructions
+from cogview.run import Run
 from cogview.sample import draw_images
 from cogview.text_tokenizer import TextTokenizer
-from cogview.train import Trainer, choose_device, read_metrics
+from cogview.train import Trainer
 
 NUM_TRAIN_SCENES = 8000
 NUM_TEST_SCENES = 128  # of four digits each; the GPT draws all of them
@@ -67,17 +69,16 @@ def run_demo(
             folder holds a run on other data, which stays untouched.
         OSError: the folder cannot be written.
     """
-    run = RunFolder(folder)
+    run = Run(folder, config)
     _check(config, run)
-    device = choose_device(config.device)
+    device = run.device
     seconds: dict[str, float] = {}
     run.path.mkdir(parents=True, exist_ok=True)
     for name in RESULTS:
         (run.path / name).unlink(missing_ok=True)
-    for path in (run.text_tokenizer, run.image_tokenizer, run.metrics):
-        path.unlink(missing_ok=True)
-    prune_checkpoints(run.checkpoints, keep=0)
-    save_config(config, run.config)
+    for path in run.results():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    run.save_config()
     print(f"CogView on handwriting, on {device}, to {run.path}", flush=True)
 
     with _stage("scenes", seconds):
@@ -87,23 +88,18 @@ def run_demo(
         text = config.text_tokenizer
         text_tokenizer = TextTokenizer.train(
             train.captions,
-            run.text_tokenizer,
+            run.text_tokenizer_path,
             text.vocab_size,
             model_type=text.model_type,
             character_coverage=text.character_coverage,
         )
     with _stage("image tokenizer", seconds):
-        image_tokenizer, image_metrics = train_image_tokenizer(
-            config.image_tokenizer,
-            train.images,
-            steps=config.image_training.steps,
-            batch_size=config.image_training.batch_size,
-            learning_rate=config.image_training.learning_rate,
-            seed=config.seed,
-            device=device,
-            progress=progress,
+        image_trainer = ImageTokenizerTrainer(
+            config, run.image_training, train.images, test.images, progress=progress
         )
-        image_tokenizer.save(run.image_tokenizer)
+        image_trainer.run()
+        image_tokenizer = image_trainer.model
+        image_tokenizer.save(run.image_tokenizer_path)
     with _stage("image codes", seconds):
         train_data, test_data = (
             TokenDataset.tokenize(
@@ -113,8 +109,10 @@ def run_demo(
         )
         reconstructions = image_tokenizer.decode(torch.from_numpy(test_data.codes)).cpu()
     with _stage("gpt", seconds):
-        trainer = Trainer(config, run.path, train_data, test_data, progress=progress)
-        model = trainer.run()
+        made_from = run.tokenizer_fingerprints() | {"tokens": train_data.fingerprint}
+        trainer = Trainer(config, run.path, train_data, test_data, made_from, progress=progress)
+        trainer.run()
+        model = trainer.model
     with _stage("drawing", seconds):
         texts = [text_tokenizer.encode(caption) for caption in test.captions]
         codes = draw_images(model, config, texts, seed=config.seed, progress=progress)
@@ -128,7 +126,8 @@ def run_demo(
         }
         accuracy = {name: caption_accuracy(digits, test.labels) for name, digits in read.items()}
 
-    gpt_metrics = read_metrics(run.metrics)
+    image_metrics = read_metrics(image_trainer.metrics_path)
+    gpt_metrics = read_metrics(trainer.metrics_path)
     result: dict[str, Any] = {
         "caption_accuracy": accuracy["drawn"]["digit_accuracy"],
         "chance": 0.1,
@@ -189,7 +188,7 @@ def attention_sparsity(config: Config, trainer: Trainer, data: TokenDataset) -> 
     }
 
 
-def report(result: dict[str, Any], run: RunFolder) -> str:
+def report(result: dict[str, Any], run: Run) -> str:
     """The table that the demonstration prints at its end."""
     lines = ["", "                          digits right   captions all right"]
     for name, scores in result["accuracy"].items():
@@ -212,7 +211,7 @@ def report(result: dict[str, Any], run: RunFolder) -> str:
     return "\n".join(lines)
 
 
-def _check(config: Config, run: RunFolder) -> None:
+def _check(config: Config, run: Run) -> None:
     for name, expected in (("image_size", CANVAS_SIZE), ("channels", 1)):
         actual = getattr(config.image_tokenizer, name)
         if actual != expected:
@@ -221,10 +220,10 @@ def _check(config: Config, run: RunFolder) -> None:
                 f"got {actual}"
             )
     is_demonstration = (run.path / "metrics.json").is_file()
-    if run.config.is_file() and run.tokens.is_file() and not is_demonstration:
+    if run.tokens_path.is_file() and not is_demonstration:
         raise ValueError(
-            f"{run.path}: holds a run on other data ({run.tokens.name}), which the demonstration "
-            "would replace; choose another folder"
+            f"{run.path}: holds a run on other data ({run.tokens_path.name}), which the "
+            "demonstration would replace; choose another folder"
         )
 
 

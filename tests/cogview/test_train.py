@@ -12,15 +12,9 @@ import torch
 from cogview.checkpoint import list_checkpoints, load_checkpoint
 from cogview.config import Config, load_config
 from cogview.data.tokens import TokenDataset
+from cogview.loop import choose_device, learning_rate, read_metrics
 from cogview.model import GPT
-from cogview.train import (
-    Trainer,
-    choose_device,
-    learning_rate,
-    make_batch,
-    read_metrics,
-    split_data,
-)
+from cogview.train import Trainer, make_batch
 
 SETTINGS = [
     "device=cpu",
@@ -55,16 +49,19 @@ def dataset(num: int = 10, seed: int = 0) -> TokenDataset:
     text = rng.integers(0, 16, lengths.sum()).astype(np.int32)
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     codes = np.broadcast_to(text[offsets[:-1], None, None], (num, 4, 4)).astype(np.int16)
-    return TokenDataset(text, offsets, codes, 20, 16)
+    return TokenDataset(text, offsets, codes, rng.permutation(num).astype(np.uint64), 20, 16)
 
 
 def trainer(settings: Config, folder: object) -> Trainer:
     return Trainer(settings, folder, dataset(), dataset(4, 1), progress=False)
 
 
+MEASURED = "seconds", "tokens_per_second", "peak_memory_gb"
+
+
 def without_seconds(folder):
     return [
-        {k: v for k, v in row.items() if k != "seconds"}
+        {k: v for k, v in row.items() if k not in MEASURED}
         for row in read_metrics(folder / "metrics.jsonl")
     ]
 
@@ -131,7 +128,7 @@ def test_dropout_and_pivots_are_drawn_anew_each_step(tmp_path):
         config("training.learning_rate=1e-12", "training.final_learning_rate=0"), tmp_path
     )
     run.train_data = dataset(4)  # the same batch each step, up to its order
-    assert run._train_step()["loss"] != pytest.approx(run._train_step()["loss"], rel=1e-5)
+    assert run.train_step()["loss"] != pytest.approx(run.train_step()["loss"], rel=1e-5)
 
 
 def test_training_learns_what_the_caption_says(tmp_path):
@@ -177,7 +174,7 @@ def test_micro_batches_add_up_to_the_same_step(tmp_path):
             "model.dropout=0", "model.attention=dense", f"training.micro_batch_size={size}"
         )
         run = trainer(settings, tmp_path / name)
-        runs.append((run._train_step(), run.model.state_dict()))
+        runs.append((run.train_step(), run.model.state_dict()))
     (one, a), (two, b) = runs
     assert one["loss"] == pytest.approx(two["loss"], rel=1e-5)
     assert one["grad_norm"] == pytest.approx(two["grad_norm"], rel=1e-4)
@@ -213,7 +210,7 @@ def test_pruning_does_not_count_damaged_checkpoints(tmp_path):
     (folder / "step_00000009.pt").write_bytes(b"")
     with pytest.warns(UserWarning, match="keeping the damaged file as step_0000000[69].pt.damaged"):
         run = trainer(settings, tmp_path)
-    run._train_step()
+    run.train_step()
     run._save()
     assert sorted(path.name for path in folder.iterdir()) == [
         "step_00000005.pt",
@@ -243,7 +240,7 @@ def test_a_checkpoint_of_other_settings_is_an_error(tmp_path):
         ("model.num_pivots", 4, 5),
         ("seed", 0, 1),
         ("training.task", "text_to_image", "captioning"),
-        ("training.held_out_fraction", 0.05, 0.1),
+        ("data.held_out_fraction", 0.05, 0.1),
         ("image_tokenizer.channels", 1, 3),
     ):
         with pytest.raises(ValueError, match=f"^{key}: .*step 6, was .* {saved}, got {requested};"):
@@ -276,10 +273,10 @@ def test_float16_skips_steps_that_overflow_and_counts_them(tmp_path):
     run = trainer(config("training.precision=float16", "training.steps=40"), tmp_path)
     run.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**40)  # far too large for float16
     before = {name: weight.clone() for name, weight in run.model.state_dict().items()}
-    first = run._train_step()
+    first = run.train_step()
     assert first["skipped_steps"] == 1 and first["loss_scale"] == 2.0**39
     assert all(torch.equal(weight, before[name]) for name, weight in run.model.state_dict().items())
-    rows = [run._train_step() for _ in range(35)]
+    rows = [run.train_step() for _ in range(35)]
     assert rows[-1]["skipped_steps"] == 0  # the loss scale has become small enough
     assert not torch.equal(run.model.word_embeddings.weight, before["word_embeddings.weight"])
 
@@ -290,8 +287,9 @@ def test_data_that_does_not_fit_is_named(tmp_path):
     ):
         trainer(config("image_tokenizer.codebook_size=32"), tmp_path)
     empty = TokenDataset(
-        np.empty(0, np.int32), np.zeros(1, np.int64), np.empty((0, 4, 4), np.int16), 20, 16
-    )
+        np.empty(0, np.int32), np.zeros(1, np.int64), np.empty((0, 4, 4), np.int16),
+        np.empty(0, np.uint64), 20, 16,
+    )  # fmt: skip
     with pytest.raises(ValueError, match="held-out data: expected at least one pair"):
         Trainer(config(), tmp_path, dataset(), empty, progress=False)
 
@@ -299,7 +297,7 @@ def test_data_that_does_not_fit_is_named(tmp_path):
 def test_learning_rate_warms_up_and_decays():
     settings = config("training.steps=100", "training.warmup_steps=10")
     training = settings.training
-    rates = [learning_rate(settings, step) for step in range(100)]
+    rates = [learning_rate(training, step) for step in range(100)]
     assert rates[0] == pytest.approx(training.learning_rate / 10)
     assert max(rates) == rates[9] == rates[10] == training.learning_rate
     assert rates[55] == pytest.approx((training.learning_rate + training.final_learning_rate) / 2)
@@ -326,18 +324,24 @@ def test_an_unknown_device_is_named():
         choose_device("cudda")
 
 
-def test_split_data_is_disjoint_complete_and_fixed_by_the_seed():
-    data = dataset(20)
-    train, held_out = split_data(data, config("training.held_out_fraction=0.2"))
-    assert (len(train), len(held_out)) == (16, 4)
+def test_the_split_is_by_image_complete_and_fixed_by_the_seed():
+    data = dataset(200)
+    data.image_keys[:] = np.arange(200) // 4  # four captions for each image
+    train, held_out = data.split(0.2, seed=0)
+    assert 5 <= len(held_out) // 4 <= 15 and len(held_out) % 4 == 0
+    assert not set(train.image_keys) & set(held_out.image_keys)
     rows = sorted(
         tuple(text) for part in (train, held_out) for text, _ in (part[i] for i in range(len(part)))
     )
-    assert rows == sorted(tuple(data[i][0]) for i in range(20))
-    again = split_data(data, config("training.held_out_fraction=0.2"))[1]
-    assert np.array_equal(again.codes, held_out.codes)
-    with pytest.raises(ValueError, match="at least 2 pairs"):
-        split_data(dataset(1), config())
+    assert rows == sorted(tuple(data[i][0]) for i in range(200))
+    assert np.array_equal(data.split(0.2, seed=0)[1].codes, held_out.codes)
+    assert set(data.split(0.2, seed=1)[1].image_keys) != set(held_out.image_keys)
+    # Others stay where they are when images are added.
+    fewer = data.select(np.arange(100)).split(0.2, seed=0)[1]
+    assert set(fewer.image_keys) == set(held_out.image_keys) & set(range(25))
+    assert [len(part) for part in dataset(2).split(1e-9, seed=0)] == [1, 1]
+    with pytest.raises(ValueError, match="at least 2 different images"):
+        dataset(1).split(0.2, seed=0)
 
 
 def test_a_given_model_is_trained_and_its_batches_are_observed(tmp_path):
@@ -363,7 +367,9 @@ def test_a_given_model_is_trained_and_its_batches_are_observed(tmp_path):
     )
     assert type(observed.model) is Marked
     assert_same(dict(usual.model.state_dict()), dict(observed.model.state_dict()))
-    assert_same(dict(usual.run().state_dict()), dict(observed.run().state_dict()))
+    usual.run()
+    observed.run()
+    assert_same(dict(usual.model.state_dict()), dict(observed.model.state_dict()))
     assert len(seen) == 6 * 2
     known = [make_batch(settings, dataset(), [index]).tokens[0].tolist() for index in range(10)]
     for batch in seen:

@@ -1,0 +1,444 @@
+"""The training loop that the image tokenizer and the GPT share.
+
+What a step computes is a function of the settings, the step and the number of examples read before
+it. A checkpoint therefore needs no generator states, and a resumed run gives the same bits as one
+that was never interrupted.
+
+A run writes into its folder:
+
+    checkpoints/     the newest ones; `training.keep_checkpoints` of them
+    metrics.jsonl    one line per step
+    tensorboard/     the same, and the pictures, for `tensorboard --logdir`
+    pictures/        what the model makes of a few held-out examples, every `pictures_every` steps
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+import os
+import resource
+import signal
+import sys
+import threading
+import time
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from cogview.checkpoint import (
+    check_settings,
+    checkpoint_path,
+    load_latest,
+    load_weights,
+    prune_checkpoints,
+    save_checkpoint,
+)
+from cogview.config import Config, LoopConfig
+from cogview.data.images import picture_grid, to_pillow
+from cogview.files import atomic_write
+
+# Under float16, a step is skipped if a gradient is not finite. After more such steps in a row,
+# training stops.
+MAX_SKIPPED_STEPS = 50
+SECONDS_BETWEEN_LINES = 10.0
+
+log = logging.getLogger(__name__)
+
+
+class Stopped(Exception):
+    """A signal ended the training between two steps, after a checkpoint was written.
+
+    Attributes:
+        signal: `signal.SIGTERM` or `signal.SIGINT`.
+        step: number of finished steps, all of them in the checkpoint.
+    """
+
+    def __init__(self, signum: int, step: int) -> None:
+        self.signal = signal.Signals(signum)
+        self.step = step
+        super().__init__(f"stopped by {self.signal.name} after step {step}, which is saved")
+
+
+def choose_device(name: str) -> torch.device:
+    """The device `cpu`, `cuda:1`, ...; `auto` is CUDA if there is a GPU, else the CPU.
+
+    Raises:
+        ValueError: this machine has no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # the type depends on the build of torch
+        raise ValueError(
+            f"device: {name!r} cannot be used here: {str(error).splitlines()[0]}"
+        ) from None
+    return device
+
+
+def learning_rate(settings: LoopConfig, step: int) -> float:
+    """Linear warm-up to `learning_rate`, then a cosine down to `final_learning_rate`."""
+    if step < settings.warmup_steps:
+        return settings.learning_rate * (step + 1) / settings.warmup_steps
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
+    return (
+        settings.final_learning_rate
+        + (settings.learning_rate - settings.final_learning_rate) * cosine
+    )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of a step's random numbers."""
+    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+
+
+class Loop(ABC):
+    """A training run; resumes from the newest checkpoint in its folder.
+
+    A subclass makes the model and calls `_resume` at the end of its constructor.
+
+    Args:
+        config: all settings of the run.
+        settings: those of this loop, a section of `config`.
+        folder: where the results go; created if necessary.
+        made_from: fingerprints of what the model is trained on, by name.
+        progress: show a progress bar if standard error is a terminal, else lines in the log.
+
+    Attributes:
+        model: on the device.
+        step: number of finished optimizer steps.
+        examples: number of examples that these steps have read.
+
+    Raises:
+        ValueError: a checkpoint has other settings or was made from other data, or there are
+            checkpoints but none can be read.
+    """
+
+    name: str  # for people
+    unit: str  # what is counted per second: a name in the metrics of a step
+    fixed_settings: tuple[str, ...]  # that must not change between a checkpoint and now
+    model: nn.Module
+    optimizer: torch.optim.Optimizer
+
+    def __init__(
+        self,
+        config: Config,
+        settings: LoopConfig,
+        folder: str | os.PathLike[str],
+        made_from: Mapping[str, str] | None = None,
+        progress: bool = True,
+    ) -> None:
+        self.config = config
+        self.settings = settings
+        self.folder = Path(folder)
+        self.checkpoints = self.folder / "checkpoints"
+        self.metrics_path = self.folder / "metrics.jsonl"
+        self.made_from = dict(made_from or {})
+        self.progress = progress
+        self.device = choose_device(config.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.step = 0
+        self.examples = 0
+        self.skipped_steps = 0  # number of steps in a row without an update
+
+    @abstractmethod
+    def _train_step(self) -> dict[str, float]:
+        """One optimizer step: its metrics, among them `loss` and the number of `self.unit`."""
+
+    @abstractmethod
+    def evaluate(self) -> dict[str, float]:
+        """Measurements on held-out examples: every call on the same ones."""
+
+    def pictures(self) -> Tensor | None:
+        """A few pictures (N, C, H, W) in [0, 1] that show what the model can do, if any."""
+        return None
+
+    def run(self) -> None:
+        """Trains up to `settings.steps`, and leaves the model in evaluation mode.
+
+        Raises:
+            Stopped: SIGTERM or Ctrl-C came; the step that was running is finished and saved.
+            FloatingPointError: the loss or a gradient is not finite; the message names the step.
+                Under float16 such a step is skipped, and more than `MAX_SKIPPED_STEPS` in a row are
+                an error.
+            OSError: a checkpoint or the metrics cannot be written; earlier checkpoints are intact.
+        """
+        from torch.utils.tensorboard import SummaryWriter
+
+        settings = self.settings
+        self.folder.mkdir(parents=True, exist_ok=True)
+        devices = [self.device] if self.device.type == "cuda" else []
+        saved = self.step
+        bar = tqdm(
+            initial=self.step,
+            total=settings.steps,
+            desc=self.name,
+            unit="step",
+            disable=None if self.progress else True,
+        )
+        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+        lines = _Lines(self, enabled=self.progress and bool(bar.disable))
+        with contextlib.closing(board), bar, torch.random.fork_rng(devices), _signals() as came:
+            while self.step < settings.steps:
+                metrics = self.train_step()
+                last = self.step == settings.steps
+                if last or self.step % settings.eval_every == 0:
+                    metrics |= {f"held_out_{n}": value for n, value in self.evaluate().items()}
+                self._log(metrics, board)
+                every = settings.pictures_every
+                if every and (last or self.step % every == 0):
+                    self._show(board)
+                if last or self.step % settings.save_every == 0 or came:
+                    self._save()
+                    saved = self.step
+                lines.add(metrics, saved, last)
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", saved=saved, refresh=False)
+                bar.update()
+                if came and not last:
+                    raise Stopped(came[0], self.step)
+        self.model.eval()
+
+    def train_step(self) -> dict[str, float]:
+        """One step; its metrics. Changes the state of the default generator."""
+        started = time.perf_counter()
+        torch.manual_seed(step_seed(self.config.seed, self.step))
+        self.model.train()
+        rate = learning_rate(self.settings, self.step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        metrics = {"step": self.step + 1} | self._train_step()
+        self.step += 1
+        self.examples += self.settings.batch_size
+        seconds = time.perf_counter() - started
+        per_second = metrics.pop(self.unit) / seconds
+        return metrics | {
+            "learning_rate": rate,
+            "seconds": seconds,
+            f"{self.unit}_per_second": per_second,
+            "peak_memory_gb": _peak_memory(self.device) / 1e9,
+        }
+
+    def _update(self, loss: float) -> dict[str, float]:
+        """Clips the gradients and makes the optimizer's step; its metrics."""
+        self.scaler.unscale_(self.optimizer)
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            self.model.parameters(), self.settings.clip_grad_norm
+        ).item()
+        self._check_finite(loss, grad_norm)
+        self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
+        self.scaler.update()
+        metrics = {"grad_norm": grad_norm}
+        if self.scaler.is_enabled():
+            metrics |= {"loss_scale": self.scaler.get_scale(), "skipped_steps": self.skipped_steps}
+        return metrics
+
+    def _check_finite(self, loss: float, grad_norm: float) -> None:
+        if math.isfinite(loss) and math.isfinite(grad_norm):
+            self.skipped_steps = 0
+            return
+        self.skipped_steps += 1
+        if self.scaler.is_enabled() and self.skipped_steps <= MAX_SKIPPED_STEPS:
+            return
+        reason = f"loss {loss} and gradient norm {grad_norm} at step {self.step + 1}"
+        if self.scaler.is_enabled():
+            reason += f", the {self.skipped_steps}th step in a row that is not finite"
+        raise FloatingPointError(
+            f"{self.name}: training stopped: {reason}; the checkpoints in {self.checkpoints} are "
+            f"older. Try {self._advice()}"
+        )
+
+    def _advice(self) -> str:
+        section = self.settings.section
+        return f"a lower {section}.learning_rate or a longer {section}.warmup_steps"
+
+    def _log(self, metrics: dict[str, float], board: Any) -> None:
+        for name, value in metrics.items():
+            if name != "step":
+                board.add_scalar(name, value, self.step)
+        try:
+            with open(self.metrics_path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(metrics) + "\n")
+        except OSError as error:  # a write to a full disk raises an error without a file name
+            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
+
+    @torch.no_grad()
+    def _show(self, board: Any) -> None:
+        pictures = self.pictures()
+        if pictures is None:
+            return
+        path = self.folder / "pictures" / f"step_{self.step:08d}.png"
+        with atomic_write(path) as temporary:
+            to_pillow(picture_grid(pictures)).save(temporary, format="png")
+        board.add_images(self.name, pictures, self.step)
+
+    def _save(self) -> None:
+        state = {
+            "step": self.step,
+            "examples": self.examples,
+            "config": dataclasses.asdict(self.config),
+            "made_from": self.made_from,
+            "model": self.model.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "scaler": self.scaler.state_dict(),
+            "skipped_steps": self.skipped_steps,
+        }
+        save_checkpoint(checkpoint_path(self.checkpoints, self.step), state)
+        prune_checkpoints(self.checkpoints, self.settings.keep_checkpoints)
+
+    def _resume(self) -> None:
+        state = load_latest(self.checkpoints, set_aside=True)
+        if state is None:
+            # Left by a run that ended before its first checkpoint.
+            self.metrics_path.unlink(missing_ok=True)
+            return
+        source = f"{self.checkpoints}, step {state['step']},"
+        check_settings(
+            state["config"], dataclasses.asdict(self.config), self.fixed_settings, source
+        )
+        check_made_from(state["made_from"], self.made_from, source)
+        load_weights(self.model, state["model"], source)
+        self.optimizer.load_state_dict(state["optimizer"])
+        if self.scaler.is_enabled():
+            if not state["scaler"]:
+                raise ValueError(
+                    f"{self.checkpoints}: expected checkpoints of a float16 run, got another "
+                    f"precision; do not change {self.settings.section}.precision"
+                )
+            self.scaler.load_state_dict(state["scaler"])
+        self.step, self.examples = state["step"], state["examples"]
+        self.skipped_steps = state["skipped_steps"]
+        # The log may be ahead of the checkpoint, and its last line may be incomplete.
+        kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= self.step]
+        with atomic_write(self.metrics_path) as temporary:
+            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
+        self._announce_changes(state["config"][self.settings.section])
+
+    def _announce_changes(self, before: dict[str, Any]) -> None:
+        """Says what changed settings do to the run from here on."""
+        now = dataclasses.asdict(self.settings)
+        changed = {
+            name: (before[name], value)
+            for name, value in now.items()
+            if name in before and before[name] != value
+        }
+        if not changed:
+            return
+        section = self.settings.section
+        listed = ", ".join(f"{section}.{n} {a} -> {b}" for n, (a, b) in changed.items())
+        message = f"{self.name}: resuming at step {self.step} with other settings: {listed}"
+        old = learning_rate(dataclasses.replace(self.settings, **before), self.step)
+        new = learning_rate(self.settings, self.step)
+        if self.step < self.settings.steps and not math.isclose(old, new, rel_tol=1e-6):
+            message += f"; the learning rate goes on at {new:.3g} instead of {old:.3g}"
+        if "batch_size" in changed:
+            message += f"; the data goes on behind the {self.examples} examples read so far"
+        if self.step > self.settings.steps:
+            message += f"; there is nothing to do: the run is at step {self.step} already"
+        warnings.warn(message, stacklevel=4)
+
+
+def check_made_from(before: Mapping[str, str], now: Mapping[str, str], source: str) -> None:
+    """Compares fingerprints of what a checkpoint was made from with those of what there is now.
+
+    Raises:
+        ValueError: one differs; the message names it and says what to do.
+    """
+    for name, fingerprint in now.items():
+        if before.get(name, fingerprint) != fingerprint:
+            raise ValueError(
+                f"{source} was trained with another {name} ({before[name]}) than the one in the "
+                f"folder now ({fingerprint}): its weights mean nothing with it. Put the old one "
+                "back, or train again in a new folder"
+            )
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
+    """The rows of a metrics log before the first damaged line; empty if there is no file."""
+    rows: list[dict[str, float]] = []
+    if not Path(path).is_file():
+        return rows
+    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            break
+    return rows
+
+
+class _Lines:
+    """Lines of the log, for runs without a terminal."""
+
+    def __init__(self, loop: Loop, enabled: bool) -> None:
+        self.loop, self.enabled = loop, enabled
+        self.begin_step, self.begin = loop.step, time.monotonic()
+        self.next_line = self.begin
+        self.held_out = ""
+
+    def add(self, metrics: dict[str, float], saved: int, last: bool) -> None:
+        loop, settings = self.loop, self.loop.settings
+        for name, value in metrics.items():
+            if name.startswith("held_out") and name.endswith("loss"):
+                self.held_out = f", held-out {value:.4f}"
+                break
+        due = time.monotonic() >= self.next_line
+        if settings.log_every:
+            due = loop.step % settings.log_every == 0
+        if not (self.enabled and (due or last)):
+            return
+        self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
+        per_step = (time.monotonic() - self.begin) / (loop.step - self.begin_step)
+        rate = metrics[f"{loop.unit}_per_second"]
+        log.info(
+            f"{loop.name} step {loop.step}/{settings.steps}, loss {metrics['loss']:.4f}"
+            f"{self.held_out}, {rate:,.0f} {loop.unit}/s, "
+            f"{tqdm.format_interval(per_step * (settings.steps - loop.step))} to go, "
+            f"peak memory {metrics['peak_memory_gb']:.2f} GB, saved {saved}"
+        )
+
+
+@contextlib.contextmanager
+def _signals() -> Iterator[list[int]]:
+    """Collects SIGTERM and SIGINT while a step runs; a second one ends the program at once."""
+    came: list[int] = []
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(signum)
+        print(
+            f"{signal.Signals(signum).name}: saving after this step; again to stop at once",
+            file=sys.stderr,
+            flush=True,
+        )
+
+    if threading.current_thread() is not threading.main_thread():
+        yield came
+        return
+    before = {signum: signal.signal(signum, note) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield came
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+def _peak_memory(device: torch.device) -> float:
+    """Bytes: of the GPU's allocator, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
