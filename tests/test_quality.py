@@ -126,7 +126,9 @@ def test_losses_and_keys_are_measured(task: str) -> None:
     """With the experiment's layouts, which allow about a quarter of the keys of dense attention."""
     codes = np.random.default_rng(0).integers(0, 16, (4, 14, 14), dtype=np.int16)
     codes[:, 7:] = 0
-    data = TokenDataset(np.zeros(16, np.int32), np.arange(5) * 4, codes, 64, 16)
+    data = TokenDataset(
+        np.zeros(16, np.int32), np.arange(5) * 4, codes, np.arange(4, dtype=np.uint64), 64, 16
+    )
     config = Experiment((*quality.SETTINGS, *SMALL)).config(Run(task, "three_region"))
     model = quality.model_with_waves(config.model, config.vocabulary.padded_size)
     with torch.no_grad():  # code 0 is likely, whatever came before
@@ -157,7 +159,14 @@ def test_the_neighbours_see_nothing_else(tmp_path: Path, rows_back: int, known: 
         codes = np.random.default_rng(num).integers(0, 4, (num, 14, 6)).astype(np.int16)
         for row in range(rows_back, 14):
             codes[:, row] = codes[:, row - rows_back]
-        tokens = TokenDataset(np.zeros(num, np.int32), np.arange(num + 1), codes, 64, 4)
+        tokens = TokenDataset(
+            np.zeros(num, np.int32),
+            np.arange(num + 1),
+            codes,
+            np.arange(num, dtype=np.uint64),
+            64,
+            4,
+        )
         tokens.save(tmp_path / f"repeats-{split}.npz")
     run = Run("repeats", NEIGHBOURS)
     loss = quality.train_neighbours(Experiment(neighbour_steps=60), run, tmp_path)["loss"]

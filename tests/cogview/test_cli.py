@@ -54,13 +54,17 @@ def photos(tmp_path):
     return folder
 
 
+def sets(*settings):
+    return [argument for setting in settings for argument in ("--set", setting)]
+
+
 def cogview(*arguments):
     return main([str(argument) for argument in arguments])
 
 
 def trained(tmp_path, photos, *settings):
     run = tmp_path / "run"
-    settings = ["--set", *SMALL, *settings]
+    settings = sets(*SMALL, *settings)
     assert (
         cogview(
             "train-text-tokenizer", "--run", run, "--data", photos, "--preset", "small", *settings
@@ -117,7 +121,7 @@ def test_captions_from_images(tmp_path, photos, capsys, monkeypatch):
     ]
     options = {}
     monkeypatch.setattr(
-        "cogview.cli.write_captions", lambda *_, **given: options.update(given) or [[]]
+        "cogview.run.write_captions", lambda *_, **given: options.update(given) or [[]]
     )
     assert cogview("caption", "--run", run, photos / "red0.png", "--quiet") == 0
     assert options == {"progress": False}
@@ -133,16 +137,18 @@ def error(capsys, *arguments):
 
 
 def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
-    run, new = tmp_path / "run", ["--preset", "small", "--set", *SMALL]
+    run, new = tmp_path / "run", ["--preset", "small", *sets(*SMALL)]
     text = ["train-text-tokenizer", "--run", run, "--data", photos]
     assert "expected config.yaml in it, got none" in error(capsys, *text)
     assert "'smal' is neither a preset" in error(capsys, *text, "--preset", "smal")
-    assert "unknown key 'stepz' in training" in error(capsys, *text, *new, "training.stepz=1")
-    assert "vocab_size=5000 does not fit" in error(
-        capsys, *text, *new, "text_tokenizer.vocab_size=5000"
+    assert "unknown key 'stepz' in training" in error(
+        capsys, *text, *new, *sets("training.stepz=1")
     )
-    assert not run.exists()  # settings that did not work are not kept
-    run.mkdir()
+    assert "vocab_size=5000 does not fit" in error(
+        capsys, *text, *new, *sets("text_tokenizer.vocab_size=5000")
+    )
+    assert not (run / "config.yaml").exists()  # settings that did not work are not kept
+    run.mkdir(exist_ok=True)
     (run / "config.yaml").write_text("seed: 1\n")  # settings without any results yet
     assert cogview(*text, *new) == 0
     assert load_config(run / "config.yaml").seed == 0
@@ -195,7 +201,7 @@ def raise_in(monkeypatch, name, raised):
     def function(*_, **__):
         raise raised
 
-    monkeypatch.setattr(f"cogview.cli.{name}", function)
+    monkeypatch.setattr(name, function)
 
 
 @pytest.mark.parametrize(
@@ -208,14 +214,15 @@ def raise_in(monkeypatch, name, raised):
     ],
 )
 def test_errors_of_libraries_are_one_line(monkeypatch, capsys, raised, message):
-    raise_in(monkeypatch, "load_config", raised)
+    raise_in(monkeypatch, "cogview.config.load_config", raised)
     assert error(capsys, "info", "digits") == f"cogview: error: {message}"
     assert cogview("info", "digits", "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
 
 
 def test_ctrl_c_says_what_the_same_command_does(tmp_path, monkeypatch, capsys):
-    raise_in(monkeypatch, "load_config", KeyboardInterrupt())
+    raise_in(monkeypatch, "cogview.config.load_config", KeyboardInterrupt())
+    raise_in(monkeypatch, "cogview.run.load_config", KeyboardInterrupt())
     (tmp_path / "config.yaml").write_text("")
     assert cogview("train", "--run", tmp_path) == 130
     assert "the same command resumes from the newest checkpoint" in capsys.readouterr().err

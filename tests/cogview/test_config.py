@@ -48,7 +48,7 @@ def test_overrides_win_over_the_preset():
 @pytest.mark.parametrize(
     ("override", "message"),
     [
-        ("training.stepz=1", "unknown key 'stepz' in training; known: task, steps"),
+        ("training.stepz=1", "unknown key 'stepz' in training; known: steps, batch_size"),
         ("stepz=1", "unknown key 'stepz' in the settings; known: seed"),
         ("training.steps=many", "training.steps.*'many'"),
         ("training.steps=0", "training.steps: expected 1 or more, got 0"),

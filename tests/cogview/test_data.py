@@ -13,7 +13,7 @@ from PIL import Image, ImageOps
 from cogview.config import ImageTokenizerConfig
 from cogview.data.captions import CaptionedImages
 from cogview.data.images import read_image
-from cogview.data.order import batch_indices
+from cogview.data.order import read_order
 from cogview.data.tokens import TokenDataset
 from cogview.image_tokenizer import ImageTokenizer
 from cogview.text_tokenizer import TextTokenizer
@@ -287,15 +287,16 @@ def test_damaged_token_data_sets(dataset: TokenDataset, tmp_path: Path) -> None:
 def test_inconsistent_token_data_sets() -> None:
     codes = np.zeros((2, 2, 2), np.int16)
     ids, offsets = np.array([1, 2, 3], np.int32), np.array([0, 1, 3])
-    TokenDataset(ids, offsets, codes, 4, 1)
+    keys = np.arange(2, dtype=np.uint64)
+    TokenDataset(ids, offsets, codes, keys, 4, 1)
     with pytest.raises(ValueError, match="text_ids: expected 0 to 2, got 1 to 3"):
-        TokenDataset(ids, offsets, codes, 3, 1)
+        TokenDataset(ids, offsets, codes, keys, 3, 1)
     with pytest.raises(ValueError, match="codes: expected 0 to 0, got 1 to 1"):
-        TokenDataset(ids, offsets, codes + 1, 4, 1)
+        TokenDataset(ids, offsets, codes + 1, keys, 4, 1)
     with pytest.raises(ValueError, match="text_offsets: expected 3 from 0 to 3"):
-        TokenDataset(ids, offsets[:2], codes, 4, 1)
+        TokenDataset(ids, offsets[:2], codes, keys, 4, 1)
     with pytest.raises(ValueError, match="caption 1 is empty"):
-        TokenDataset(ids, np.array([0, 3, 3]), codes, 4, 1)
+        TokenDataset(ids, np.array([0, 3, 3]), codes, keys, 4, 1)
 
 
 @given(
@@ -308,24 +309,26 @@ def test_batches_are_a_sequence_of_permutations(
     seed: int, batch_size: int, num_examples: int, num_epochs: int
 ) -> None:
     steps = -(-num_epochs * num_examples // batch_size)
-    batches = [batch_indices(seed, step, batch_size, num_examples) for step in range(steps)]
+    batches = [
+        read_order(seed, step * batch_size, batch_size, num_examples) for step in range(steps)
+    ]
     stream = np.concatenate(batches)[: num_epochs * num_examples]
     for epoch in stream.reshape(num_epochs, num_examples):
         assert sorted(epoch) == list(range(num_examples))
     # A pure function: the order of the calls does not matter.
-    batch_indices(seed + 1, 0, batch_size, num_examples)
+    read_order(seed + 1, 0, batch_size, num_examples)
     for step in reversed(range(steps)):
         np.testing.assert_array_equal(
-            batch_indices(seed, step, batch_size, num_examples), batches[step]
+            read_order(seed, step * batch_size, batch_size, num_examples), batches[step]
         )
 
 
 def test_epochs_and_seeds_differ() -> None:
-    first, second = batch_indices(0, 0, 100, 100), batch_indices(0, 1, 100, 100)
-    assert (first != second).any() and (first != batch_indices(1, 0, 100, 100)).any()
+    first, second = read_order(0, 0, 100, 100), read_order(0, 100, 100, 100)
+    assert (first != second).any() and (first != read_order(1, 0, 100, 100)).any()
 
 
 def test_impossible_batches() -> None:
-    for step, batch_size, num_examples in ((-1, 1, 1), (0, 0, 1), (0, 1, 0)):
-        with pytest.raises(ValueError, match=f"got step={step}, batch_size={batch_size}"):
-            batch_indices(0, step, batch_size, num_examples)
+    for first, count, num_examples in ((-1, 1, 1), (0, 0, 1), (0, 1, 0)):
+        with pytest.raises(ValueError, match=f"got first={first}, count={count}"):
+            read_order(0, first, count, num_examples)

@@ -6,13 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cogview.config import QUANTIZERS, ImageTokenizerConfig
+from cogview.config import QUANTIZERS, ImageTokenizerConfig, load_config
 from cogview.demo.digits import make_scenes
-from cogview.image_tokenizer import (
-    ImageTokenizer,
-    Quantizer,
-    train_image_tokenizer,
-)
+from cogview.image_tokenizer import ImageTokenizer, Quantizer
+from cogview.image_training import ImageTokenizerTrainer
+from cogview.loop import read_metrics
 
 TINY = ImageTokenizerConfig(
     image_size=32,
@@ -23,6 +21,21 @@ TINY = ImageTokenizerConfig(
     codebook_dim=8,
     decay=0.9,
 )
+
+
+def trained(
+    folder: Path,
+    images: torch.Tensor,
+    tokenizer: ImageTokenizerConfig = TINY,
+    seed: int = 0,
+    **settings: float,
+) -> ImageTokenizer:
+    config = replace(load_config("digits", ["device=cpu"]), seed=seed, image_tokenizer=tokenizer)
+    settings |= {"pictures_every": 0}
+    config = replace(config, image_training=replace(config.image_training, **settings))
+    trainer = ImageTokenizerTrainer(config, folder, images, images[:8], progress=False)
+    trainer.run()
+    return trainer.model
 
 
 @pytest.fixture(scope="module")
@@ -166,49 +179,52 @@ def test_an_unused_code_restarts_at_an_encoder_output() -> None:
     assert module.cluster_size[7] == 1
 
 
-def test_a_fixed_codebook_is_fixed(digits: torch.Tensor) -> None:
+def test_a_fixed_codebook_is_fixed(digits: torch.Tensor, tmp_path: Path) -> None:
     config = replace(TINY, quantizer="fixed")
-    few, _ = train_image_tokenizer(config, digits, steps=1, batch_size=16, progress=False)
-    more, _ = train_image_tokenizer(config, digits, steps=5, batch_size=16, progress=False)
+    few = trained(tmp_path / "few", digits, config, steps=1)
+    more = trained(tmp_path / "more", digits, config, steps=5)
     assert torch.equal(few.quantize_t.embed, more.quantize_t.embed)
 
 
 @pytest.mark.parametrize("quantizer", QUANTIZERS)
-def test_every_rule_learns_to_reconstruct(quantizer: str, digits: torch.Tensor) -> None:
+def test_every_rule_learns_to_reconstruct(
+    quantizer: str, digits: torch.Tensor, tmp_path: Path
+) -> None:
     config = replace(TINY, quantizer=quantizer)
-    tokenizer, _ = train_image_tokenizer(
-        config, digits, steps=120, batch_size=16, learning_rate=4e-3, progress=False
-    )
+    tokenizer = trained(tmp_path, digits, config, steps=120, learning_rate=4e-3)
     error = F.mse_loss(tokenizer.decode(tokenizer.encode(digits)), digits)
     assert error < 0.4 * digits.var(), f"{error} of a variance of {digits.var()}"
 
 
-def test_training_is_deterministic_and_leaves_the_random_state_alone(digits: torch.Tensor) -> None:
-    def train(seed: int) -> dict[str, torch.Tensor]:
+def test_training_is_deterministic_and_leaves_the_random_state_alone(
+    digits: torch.Tensor, tmp_path: Path
+) -> None:
+    def train(name: str, seed: int) -> dict[str, torch.Tensor]:
         torch.randn(seed)
         state = torch.get_rng_state()
-        tokenizer, _ = train_image_tokenizer(
-            TINY, digits, steps=25, batch_size=8, seed=seed, progress=False
-        )
+        tokenizer = trained(tmp_path / name, digits, seed=seed, steps=25, batch_size=8)
         assert torch.equal(torch.get_rng_state(), state)
         return tokenizer.state_dict()
 
-    first, again, other = train(1), train(1), train(2)
+    first, again, other = train("first", 1), train("again", 1), train("other", 2)
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not torch.equal(first["enc_b.blocks.0.weight"], other["enc_b.blocks.0.weight"])
 
 
-def test_training_metrics(digits: torch.Tensor) -> None:
-    _, metrics = train_image_tokenizer(TINY, digits, steps=3, batch_size=8, progress=False)
-    assert [record["step"] for record in metrics] == [0, 1, 2]
+def test_training_metrics(digits: torch.Tensor, tmp_path: Path) -> None:
+    trained(tmp_path, digits, steps=3, batch_size=8, eval_every=3)
+    metrics = read_metrics(tmp_path / "metrics.jsonl")
+    assert [record["step"] for record in metrics] == [1, 2, 3]
     for record in metrics:
         assert record["loss"] == pytest.approx(
             record["reconstruction_loss"] + record["codebook_loss"]
         )
-        assert 1 <= record["codes_used"] <= 32
+        assert 1 <= record["perplexity"] <= record["codes_used"] <= 32
+    assert metrics[-1]["held_out_reconstruction_loss"] > 0
+    assert [("held_out_codes_used" in record) for record in metrics] == [False, False, True]
 
 
-def test_wrong_images(tokenizer: ImageTokenizer, digits: torch.Tensor) -> None:
+def test_wrong_images(tokenizer: ImageTokenizer, digits: torch.Tensor, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"expected \(B, 1, 32, 32\), got \(2, 1, 16, 16\)"):
         tokenizer.encode(digits[:2, :, :16, :16])
     with pytest.raises(TypeError, match=r"expected floating point or uint8, got torch.int64"):
@@ -219,9 +235,9 @@ def test_wrong_images(tokenizer: ImageTokenizer, digits: torch.Tensor) -> None:
         with pytest.raises(ValueError, match="image 2 of the batch holds NaN or infinity"):
             tokenizer.encode(broken)
         with pytest.raises(ValueError, match="NaN or infinity"):
-            train_image_tokenizer(TINY, broken, steps=2, batch_size=4, progress=False)
+            trained(tmp_path, broken, steps=2, batch_size=4)
     with pytest.raises(ValueError, match="at least one image"):
-        train_image_tokenizer(TINY, digits[:0], steps=1, progress=False)
+        trained(tmp_path, digits[:0], steps=1)
 
 
 def test_wrong_codes(tokenizer: ImageTokenizer) -> None:
