@@ -226,7 +226,10 @@ class TrainingConfig(LoopConfig):
     weight_decay: float = 0.04  # on matrices; not on biases, norms and embeddings
     text_weight: float = 1.0  # weight of text tokens in the loss
     image_weight: float = 1.0  # weight of image tokens in the loss
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 on CUDA
+    # auto: on a GPU bfloat16, or float16 with loss scaling on older ones; float32 on the CPU. The
+    # weights and the residual stream are float32 in any case.
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    compile: bool = False  # torch.compile the layers: minutes once, then faster steps
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -89,6 +89,20 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
+def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
+    """The dtype of activations for `training.precision`. `auto` is float32 on the CPU, bfloat16 on
+    GPUs that compute with it, and float16 on older ones (before compute capability 8.0)."""
+    if precision != "auto":
+        dtype = getattr(torch, precision)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+    if device.type != "cuda":
+        return torch.float32
+    with torch.cuda.device(device):
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.bfloat16 if native else torch.float16
+
+
 def learning_rate(settings: LoopConfig, step: int) -> float:
     """Linear warm-up to `learning_rate`, then a cosine down to `final_learning_rate`."""
     if step < settings.warmup_steps:

@@ -7,6 +7,8 @@ Features:
 - three-region sparse attention: all text, random pivots (drawn anew for each layer and step), and a
   block-wise local window (or dense causal attention, for comparison)
 - MLP with tanh-GELU and four times the width, learned positions, output head tied to the embedding
+- a cross entropy that never holds the logits of a whole batch; activation checkpointing;
+  `torch.compile` of the layers
 - smaller gradient for the embedding: `e * a + e.detach() * (1 - a)`
 - initialisation N(0, init_std = 0.02), and init_std / sqrt(2 L) for the projections that write to
   the residual stream
@@ -28,6 +30,13 @@ from torch.utils.checkpoint import checkpoint
 
 import cogview_kernels as ck
 from cogview.config import ModelConfig
+
+# Logits beyond the first size, in bytes of float32, are computed in parts of the second. More parts
+# than this would cost accuracy: under float16 and bfloat16, the gradients of the parts are summed
+# in half precision.
+WHOLE_LOGITS = 2**26
+PART_OF_LOGITS = 2**25
+MAX_PARTS_OF_LOGITS = 16
 
 
 def causal_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
@@ -214,7 +223,13 @@ class GPT(nn.Module):
         config: settings that contradict each other are a ValueError of `ModelConfig`.
         vocab_size: number of token ids.
         operators: what the layers call.
+
+    Attributes:
+        max_hidden: (num_layers,), the largest magnitude in the residual stream after each layer,
+            of the last call in training mode. Under float16 it must stay below 65504.
     """
+
+    max_hidden: torch.Tensor
 
     def __init__(
         self, config: ModelConfig, vocab_size: int, operators: Operators = Operators()
@@ -293,11 +308,16 @@ class GPT(nn.Module):
         layers: list[Layer] = list(self.transformer.layers)  # type: ignore[arg-type]
         norms = [layer.input_layernorm for layer in layers] + [self.transformer.final_layernorm]
         z = norms[0](h)
+        max_hidden = []
         for layer, next_norm, layout in zip(layers, norms[1:], layouts, strict=True):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 h, z = checkpoint(layer, h, z, next_norm, layout, cache, use_reentrant=False)
             else:
                 h, z = layer(h, z, next_norm, layout, cache)
+            if self.training:
+                max_hidden.append(torch.linalg.vector_norm(h.detach(), math.inf))
+        if self.training:
+            self.max_hidden = torch.stack(max_hidden)
         if cache is not None:
             cache.filled += tokens.shape[1]
         return z
@@ -305,6 +325,49 @@ class GPT(nn.Module):
     def logits(self, z: torch.Tensor) -> torch.Tensor:
         """Scores of every id, from the tied head: (..., hidden_size) to (..., vocab_size)."""
         return F.linear(z, self.word_embeddings.weight)
+
+    def losses(self, z: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """Cross entropy of every target under `logits(z)`, in nats.
+
+        The logits of a batch are by far the largest tensor of a training step: 253 MB in float32,
+        and as much again for each of their gradient and their softmax, for one sequence of the
+        4-billion-parameter model. Large ones are computed for a part of the positions at a time,
+        once for the loss and once more in the backward pass.
+
+        Args:
+            z: (..., hidden_size).
+            targets: int64 (...).
+
+        Returns:
+            (...), float32; float64 for float64.
+        """
+        weight = self.word_embeddings.weight
+        if torch.is_autocast_enabled(z.device.type):  # once, not for each part
+            weight = weight.to(torch.get_autocast_dtype(z.device.type))
+        rows, ids = z.flatten(0, -2), targets.flatten()
+        size = 4 * len(ids) * len(weight)
+        if size <= WHOLE_LOGITS:
+            return _cross_entropy(rows, weight, ids).view(targets.shape)
+        parts = min(MAX_PARTS_OF_LOGITS, -(-size // PART_OF_LOGITS))
+        losses = [
+            checkpoint(_cross_entropy, *part, use_reentrant=False, preserve_rng_state=False)
+            for part in zip(rows.chunk(parts), [weight] * parts, ids.chunk(parts), strict=False)
+        ]
+        return torch.cat(losses).view(targets.shape)
+
+    def compile_layers(self) -> None:
+        """Compiles the layers with `torch.compile`, once for all of them; training and drawing then
+        run the compiled ones. Names of parameters stay the same."""
+        for layer in self.transformer.layers:
+            layer.compile()
+
+
+def _cross_entropy(z: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Losses (N,) of targets (N,), for hidden states (N, hidden_size)."""
+    logits = F.linear(z, weight)
+    return F.cross_entropy(
+        logits if logits.dtype == torch.float64 else logits.float(), targets, reduction="none"
+    )
 
 
 def _leave_room_for_text(

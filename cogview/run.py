@@ -34,7 +34,7 @@ from cogview.data.images import read_image
 from cogview.data.tokens import TokenDataset
 from cogview.files import exclusive
 from cogview.image_tokenizer import ImageTokenizer
-from cogview.loop import check_made_from, choose_device
+from cogview.loop import check_made_from, choose_device, compute_dtype
 from cogview.model import GPT
 from cogview.sample import draw_images, write_captions
 from cogview.text_tokenizer import TextTokenizer
@@ -178,7 +178,8 @@ class Run:
         return tokens
 
     def model(self) -> GPT:
-        """The newest checkpoint, in evaluation mode on the device; bfloat16 on a GPU.
+        """The newest checkpoint, in evaluation mode on the device; float32 on the CPU, on a GPU the
+        dtype of `training.precision`.
 
         Raises:
             FileNotFoundError, ValueError: there is none, it has other settings, or a tokenizer was
@@ -195,7 +196,9 @@ class Run:
         check_made_from(state["made_from"], self.tokenizer_fingerprints(), source)
         model = GPT(self.config.model, self.config.vocabulary.padded_size)
         load_weights(model, state["model"], source)
-        dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        dtype = torch.float32
+        if self.device.type == "cuda":
+            dtype = compute_dtype(self.config.training.precision, self.device)
         return model.to(self.device, dtype).eval()
 
     def codes(self, paths: Sequence[str | os.PathLike[str]]) -> Tensor:

@@ -13,12 +13,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 
 from cogview.config import Config, ModelConfig
 from cogview.data.order import read_order
 from cogview.data.tokens import TokenDataset
-from cogview.loop import Loop, step_seed
+from cogview.loop import Loop, compute_dtype, step_seed
 from cogview.model import GPT
 from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
 
@@ -96,13 +95,15 @@ class Trainer(Loop):
         self.train_data = train_data
         self.held_out_data = held_out_data
         self.on_batch = on_batch
-        self.dtype = _compute_dtype(config, self.device)
+        self.dtype = compute_dtype(config.training.precision, self.device)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             self.model = make_model(config.model, config.vocabulary.padded_size).to(self.device)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._resume()
+        if config.training.compile:
+            self.model.compile_layers()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -134,6 +135,7 @@ class Trainer(Loop):
         ]
         total_weight = torch.stack([self._weights(part).sum() for part in parts]).sum()
         totals = _Totals()
+        max_hidden = []
         self.optimizer.zero_grad(set_to_none=True)
         for part in parts:
             if self.on_batch is not None:
@@ -141,9 +143,24 @@ class Trainer(Loop):
             losses, weights, targets = self._losses(part, generator)
             self.scaler.scale((losses * weights).sum() / total_weight).backward()
             totals.add(losses.detach(), weights, targets)
+            max_hidden.append(self.model.max_hidden)
         means = totals.means()
         tokens = sum(part.tokens.numel() for part in parts)
-        return {**means, **self._update(means["loss"]), "tokens": tokens}
+        return {
+            **means,
+            **self._update(means["loss"]),
+            **self._max_hidden(torch.stack(max_hidden).amax(0).tolist()),
+            "tokens": tokens,
+        }
+
+    def _max_hidden(self, of_layers: list[float]) -> dict[str, float]:
+        """The largest magnitude in the residual stream; that of every layer only where the held-out
+        loss is measured, because large models have many."""
+        metrics = {"max_hidden": max(of_layers)}
+        step, training = self.step + 1, self.config.training
+        if step % training.eval_every == 0 or step == training.steps:
+            metrics |= {f"max_hidden_{i:02d}": value for i, value in enumerate(of_layers)}
+        return metrics
 
     def _advice(self) -> str:
         return (
@@ -170,10 +187,7 @@ class Trainer(Loop):
         layouts = self.model.sample_layouts(batch.text_len, inputs.shape[1], generator)
         with self._autocast():
             z = self.model(inputs, batch.positions[:, :-1], layouts)
-            logits = self.model.logits(z)
-        losses = F.cross_entropy(
-            logits.flatten(0, 1).float(), targets.flatten(), reduction="none"
-        ).view(targets.shape)
+            losses = self.model.losses(z, targets)
         image = targets < vocab.codebook_size
         text = ~image & (targets < vocab.first_command)
         return losses, self._weights(batch), {"text": text, "image": image}
@@ -236,12 +250,3 @@ def _check_data(name: str, data: TokenDataset, config: Config) -> None:
                 f"{name}: expected {expected} {unit} as in the configuration, got {actual}; encode "
                 "the data again"
             )
-
-
-def _compute_dtype(config: Config, device: torch.device) -> torch.dtype:
-    precision = config.training.precision
-    if precision == "auto":
-        return torch.bfloat16 if device.type == "cuda" else torch.float32
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}[
-        precision
-    ]
