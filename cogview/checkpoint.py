@@ -178,6 +178,12 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
         ValueError: missing or unknown names, or different shapes. The message lists them, and
             nothing is copied.
     """
+    check_weights(model, weights, source)
+    model.load_state_dict(weights)
+
+
+def check_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str) -> None:
+    """The checks of `load_weights`; the model may be on the device `meta`."""
     own = model.state_dict()
     problems = [f"missing {name}" for name in own if name not in weights]
     problems += [f"unknown {name}" for name in weights if name not in own]
@@ -191,7 +197,6 @@ def load_weights(model: nn.Module, weights: dict[str, torch.Tensor], source: str
         raise ValueError(
             f"{source}: the weights do not fit the model: {'; '.join(problems[:5])}{more}"
         )
-    model.load_state_dict(weights)
 
 
 def _check_finite(weights: dict[str, torch.Tensor], path: str | os.PathLike[str]) -> None:

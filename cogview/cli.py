@@ -39,6 +39,11 @@ A run folder holds everything that belongs to a model. Each command reads the se
 folder takes its settings from a preset. `--set key=value` changes a setting, for example
 --set training.steps=500 --set model.num_layers=6. If the training of the image tokenizer or of the
 transformer was interrupted, run the same command again: it resumes from its newest checkpoint.
+
+To go on from a finished model, with other images or for another task, in a new folder:
+
+  cogview encode --run runs/new --init-from runs/mine --data drawings
+  cogview train  --run runs/new
 """
 
 _RESUMING = ("train", "train-image-tokenizer")
@@ -116,6 +121,15 @@ def _parser() -> argparse.ArgumentParser:
         "--skip-bad", action="store_true", help="skip images and captions that cannot be read"
     )
 
+    initial = argparse.ArgumentParser(add_help=False)
+    initial.add_argument(
+        "--init-from",
+        metavar="RUN|FILE",
+        type=Path,
+        help="start from the weights of another run, or of a model.safetensors; a new run folder "
+        "takes settings and tokenizers from there",
+    )
+
     def add(
         name: str, function: object, help: str, *parents: argparse.ArgumentParser
     ) -> argparse.ArgumentParser:
@@ -157,8 +171,63 @@ def _parser() -> argparse.ArgumentParser:
         "turn images and captions into tokens, with the two tokenizers",
         run,
         data,
+        initial,
     )
-    add("train", _train, "train the transformer on the tokens, or resume its training", run)
+    add(
+        "train",
+        _train,
+        "train the transformer on the tokens, or resume its training",
+        run,
+        initial,
+    )
+
+    command = add(
+        "export",
+        _export,
+        "write weights, tokenizers and settings for other programs, as safetensors; or weights in "
+        "the layout of the released CogView",
+        run,
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where the files go"
+    )
+    command.add_argument(
+        "--dtype",
+        choices=("float32", "bfloat16", "float16"),
+        default="float32",
+        help="of the weights as safetensors (%(default)s)",
+    )
+    command.add_argument(
+        "--released", action="store_true", help="in the layout of the released CogView, in float16"
+    )
+    command.add_argument(
+        "--shards",
+        type=int,
+        default=1,
+        metavar="N",
+        help="with --released: number of model-parallel shards (%(default)s)",
+    )
+
+    command = add(
+        "import-released",
+        _import_released,
+        "make a run of a checkpoint in the layout of the released CogView",
+        run,
+    )
+    command.add_argument(
+        "folder", type=Path, metavar="FOLDER", help="with mp_rank_00_model_states.pt in it"
+    )
+    command.add_argument(
+        "--preset",
+        default="cogview-4b",
+        metavar="NAME",
+        help="tokenizers, training and sampling: a preset or a YAML file (%(default)s); the sizes "
+        "of the transformer are those of the checkpoint",
+    )
+    command.add_argument(
+        "--text-tokenizer", type=Path, metavar="FILE", help="its SentencePiece model"
+    )
+    command.add_argument("--image-tokenizer", type=Path, metavar="FILE", help="its VQVAE")
 
     command = add("sample", _sample, "draw images from captions", run)
     command.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
@@ -277,10 +346,16 @@ def _train(args: argparse.Namespace) -> int:
     run = _new_or_open(args)
     tokens = run.tokens()
     train_data, held_out_data = tokens.split(run.config.data.held_out_fraction, run.config.seed)
-    made_from = run.tokenizer_fingerprints() | {"tokens": tokens.fingerprint}
+    made_from = run.tokenizer_fingerprints() | {"tokens": tokens.fingerprint} | run.started_from()
     with run.writing():
         trainer = Trainer(
-            run.config, run.path, train_data, held_out_data, made_from, progress=not args.quiet
+            run.config,
+            run.path,
+            train_data,
+            held_out_data,
+            made_from,
+            progress=not args.quiet,
+            initial=run.initial_weights(),
         )
         _keep_config(args, run)
         if code := _train_until_stopped(trainer):
@@ -305,6 +380,40 @@ def _train_until_stopped(trainer: Loop) -> int:
         print(f"cogview: {stopped}; the same command goes on from there", file=sys.stderr)
         return 128 + stopped.signal
     return 0
+
+
+def _export(args: argparse.Namespace) -> None:
+    import torch
+
+    from cogview.released import write_released
+    from cogview.run import Run
+
+    run = Run.open(args.run, args.set)
+    if args.released:
+        weights = run.weights()
+        files = write_released(
+            args.out, weights.tensors, run.config.model, args.shards, weights.step
+        )
+    elif args.shards != 1:
+        raise ValueError(f"--shards: expected --released with it, got {args.shards} without")
+    else:
+        files = run.export(args.out, getattr(torch, args.dtype))
+    print(f"{', '.join(str(file.relative_to(args.out)) for file in files)}: {args.out}")
+
+
+def _import_released(args: argparse.Namespace) -> None:
+    from cogview.released import import_released
+
+    run = import_released(
+        args.folder, args.run, args.preset, args.set, args.text_tokenizer, args.image_tokenizer
+    )
+    missing = [
+        path.name
+        for path in (run.text_tokenizer_path, run.image_tokenizer_path)
+        if not path.is_file()
+    ]
+    note = f"; put {' and '.join(missing)} there to draw" if missing else ""
+    print(f"{_num_parameters(run.config):,} parameters: {run.path}{note}")
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -370,6 +479,11 @@ def _info(args: argparse.Namespace) -> None:
         return
     in_folder = Path(args.name) / "config.yaml"
     config = load_config(in_folder if in_folder.is_file() else args.name, args.set)
+    if in_folder.is_file():
+        from cogview.run import Run
+
+        for name, value in Run(args.name, config).started_from().items():
+            print(f"# {name}: {value}")
     print(
         f"# {_num_parameters(config):,} parameters, vocabulary of {config.vocabulary.padded_size}"
     )
@@ -380,6 +494,9 @@ def _new_or_open(args: argparse.Namespace) -> Run:
     """The run of the folder, or with --preset a new one; its settings changed by --set."""
     from cogview.run import Run
 
+    if getattr(args, "init_from", None) is not None:
+        tokens = args.command == "train"
+        return Run.start_from(args.run, args.init_from, args.set, tokens=tokens)
     preset = getattr(args, "preset", None)
     if preset is None:
         return Run.open(args.run, args.set)

@@ -324,6 +324,7 @@ class Loop(ABC):
             state["config"], dataclasses.asdict(self.config), self.fixed_settings, source
         )
         check_made_from(state["made_from"], self.made_from, source)
+        self.made_from = state["made_from"] | self.made_from
         load_weights(self.model, state["model"], source)
         self.optimizer.load_state_dict(state["optimizer"])
         if self.scaler.is_enabled():

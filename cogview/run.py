@@ -7,6 +7,8 @@
     tokens.npz              the training data as tokens
     checkpoints/, metrics.jsonl, tensorboard/, pictures/   the GPT's training
     samples/                drawings
+    model.safetensors       weights of another run, that this one starts from; or, where there are
+                            no checkpoints, all that there is of the GPT: an exported run
 
 Whatever is made from something else carries its fingerprint: tokens those of both tokenizers and of
 the data, checkpoints those of the tokens and of both tokenizers. Loading compares them, so that a
@@ -22,23 +24,25 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from cogview.checkpoint import check_settings, load_latest, load_weights
+from cogview.checkpoint import check_settings, list_checkpoints, load_latest, load_weights
 from cogview.config import Config, load_config, save_config
 from cogview.data.images import read_image
 from cogview.data.tokens import TokenDataset
-from cogview.files import exclusive
+from cogview.files import atomic_write, exclusive
 from cogview.image_tokenizer import ImageTokenizer
 from cogview.loop import check_made_from, choose_device, compute_dtype
 from cogview.model import GPT
 from cogview.sample import draw_images, write_captions
 from cogview.text_tokenizer import TextTokenizer
-from cogview.train import MODEL_SETTINGS
+from cogview.train import INITIAL_SETTINGS, MODEL_SETTINGS
+from cogview.weights import Weights, load_weights_file, read_metadata, save_tensors, save_weights
 
 
 class Run:
@@ -63,6 +67,7 @@ class Run:
         self.image_training = self.path / "image_training"
         self.tokens_path = self.path / "tokens.npz"
         self.checkpoints = self.path / "checkpoints"
+        self.weights_path = self.path / "model.safetensors"
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], overrides: Sequence[str] = ()) -> Run:
@@ -95,6 +100,62 @@ class Run:
                 f"--preset: {run.path / 'config.yaml'} already holds the settings; change them "
                 "with --set"
             )
+        return run
+
+    @classmethod
+    def start_from(
+        cls,
+        path: str | os.PathLike[str],
+        source: str | os.PathLike[str],
+        overrides: Sequence[str] = (),
+        tokens: bool = False,
+    ) -> Run:
+        """A run whose GPT starts with the weights of another one.
+
+        What the folder does not have yet, it takes from the other run: settings, changed by
+        `overrides`, and tokenizers. The optimizer starts fresh, and the sequences may be longer:
+        `model.max_positions` may be larger than that of the other run. Called again for the same
+        weights, this opens the run.
+
+        Args:
+            path: the folder.
+            source: a run folder, a folder of `cogview export`, or the `model.safetensors` in one.
+            tokens: take over the tokens of the other run too, if the folder has none.
+
+        Raises:
+            FileNotFoundError: there are no weights, or no settings.
+            ValueError: the settings do not fit the weights, the tokenizers in the folder are not
+                those of the weights, or the folder has checkpoints of a run with another start.
+        """
+        path, source = Path(path), Path(source)
+        folder = source if source.is_dir() else source.parent
+        own = path / "config.yaml"
+        settings = own if own.is_file() else folder / "config.yaml"
+        if not settings.is_file():
+            raise FileNotFoundError(
+                f"--init-from: expected a run folder or a folder of cogview export, with "
+                f"config.yaml in it, got {source}"
+            )
+        run, other = cls(path, load_config(settings, overrides)), cls(folder, Config())
+        weights = cls.open(folder).weights() if source.is_dir() else load_weights_file(source)
+        check_settings(
+            weights.config, dataclasses.asdict(run.config), INITIAL_SETTINGS, weights.source
+        )
+        if list_checkpoints(run.checkpoints):
+            started = read_metadata(run.weights_path) if run.weights_path.is_file() else {}
+            if started.get("fingerprint") != weights.fingerprint:
+                raise ValueError(
+                    f"--init-from: {run.checkpoints} holds a run that did not start from these "
+                    "weights; leave --init-from away to go on with it, or use a new run folder"
+                )
+            return run
+        with run.writing():
+            for name in ("text_tokenizer_path", "image_tokenizer_path"):
+                _copy_missing(getattr(other, name), getattr(run, name))
+            if tokens:
+                _copy_missing(other.tokens_path, run.tokens_path)
+            save_weights(run.weights_path, weights)
+            run.save_config()
         return run
 
     def results(self) -> list[Path]:
@@ -177,25 +238,92 @@ class Run:
                 )
         return tokens
 
+    def weights(self) -> Weights:
+        """The weights of the newest checkpoint, or else of `model.safetensors`, on the CPU.
+
+        Raises:
+            FileNotFoundError, ValueError: there are none, they are damaged, or the settings of the
+                model are not those that they were trained with.
+        """
+        state = load_latest(self.checkpoints)
+        if state is not None:
+            source = f"{self.checkpoints}, step {state['step']},"
+            made_from, step = state["made_from"], state["step"]
+            weights = Weights(state["model"], state["config"], made_from, step, source)
+        elif self.weights_path.is_file():
+            weights = load_weights_file(self.weights_path)
+        else:
+            raise FileNotFoundError(
+                f"{self.path}: expected checkpoints or {self.weights_path.name} in it, got none; "
+                "run cogview train first"
+            )
+        check_settings(
+            weights.config, dataclasses.asdict(self.config), MODEL_SETTINGS, weights.source
+        )
+        return weights
+
+    def initial_weights(self) -> Weights | None:
+        """What the training of the GPT starts from, if that is not random: `model.safetensors`,
+        unless there are checkpoints.
+
+        Raises:
+            ValueError: the file is damaged, or its tokenizers are not those in the folder.
+        """
+        if not self.weights_path.is_file() or list_checkpoints(self.checkpoints):
+            return None
+        weights = load_weights_file(self.weights_path)
+        check_made_from(weights.made_from, self.tokenizer_fingerprints(), weights.source)
+        return weights
+
+    def started_from(self) -> dict[str, str]:
+        """The fingerprint of the weights that the GPT started from, if they were not random."""
+        if not self.weights_path.is_file():
+            return {}
+        metadata = read_metadata(self.weights_path)
+        step, known = metadata.get("step", "?"), metadata.get("fingerprint", "unknown")
+        return {"initial weights": f"{known}, step {step}"}
+
+    def export(
+        self, folder: str | os.PathLike[str], dtype: torch.dtype = torch.float32
+    ) -> list[Path]:
+        """Writes weights, tokenizers and settings to a folder that other programs can read, and
+        that `Run.open` and `Run.start_from` take for a run.
+
+        Args:
+            dtype: of the GPT's weights.
+
+        Returns:
+            the files.
+
+        Raises:
+            FileExistsError: the folder is a run already.
+            FileNotFoundError, ValueError: something of the run is missing or does not fit.
+        """
+        other = Run(folder, self.config)
+        if (other.path / "config.yaml").exists():
+            raise FileExistsError(f"--out: expected a new folder, got a run: {folder}")
+        weights = self.weights()
+        check_made_from(weights.made_from, self.tokenizer_fingerprints(), weights.source)
+        for name in ("text_tokenizer_path", "image_tokenizer_path"):
+            _copy_missing(getattr(self, name), getattr(other, name))
+        save_weights(other.weights_path, weights.to(dtype))
+        codes = other.image_tokenizer_path.with_suffix(".safetensors")
+        save_tensors(codes, self.image_tokenizer().state_dict())
+        other.save_config()
+        return sorted(path for path in other.path.iterdir() if path.is_file())
+
     def model(self) -> GPT:
-        """The newest checkpoint, in evaluation mode on the device; float32 on the CPU, on a GPU the
-        dtype of `training.precision`.
+        """The newest checkpoint, or else `model.safetensors`, in evaluation mode on the device;
+        float32 on the CPU, on a GPU the dtype of `training.precision`.
 
         Raises:
             FileNotFoundError, ValueError: there is none, it has other settings, or a tokenizer was
                 trained again since.
         """
-        state = load_latest(self.checkpoints)
-        if state is None:
-            raise FileNotFoundError(
-                f"{self.checkpoints}: expected a checkpoint in it, got none; run cogview train "
-                "first"
-            )
-        source = f"{self.checkpoints}, step {state['step']},"
-        check_settings(state["config"], dataclasses.asdict(self.config), MODEL_SETTINGS, source)
-        check_made_from(state["made_from"], self.tokenizer_fingerprints(), source)
+        weights = self.weights()
+        check_made_from(weights.made_from, self.tokenizer_fingerprints(), weights.source)
         model = GPT(self.config.model, self.config.vocabulary.padded_size)
-        load_weights(model, state["model"], source)
+        load_weights(model, weights.tensors, weights.source)
         dtype = torch.float32
         if self.device.type == "cuda":
             dtype = compute_dtype(self.config.training.precision, self.device)
@@ -250,3 +378,17 @@ class Run:
         rows = write_captions(self.model(), self.config, codes, seed, progress=progress)
         tokenizer = self.text_tokenizer()
         return [tokenizer.decode(pieces) for pieces in rows]
+
+
+def _copy_missing(source: Path, target: Path) -> None:
+    """Copies a file or folder, unless there is none or the target has one."""
+    if target.exists():
+        return
+    if source.is_dir():
+        partial = target.with_name(f".{target.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        shutil.copytree(source, partial)
+        partial.replace(target)
+    elif source.is_file():
+        with atomic_write(target) as temporary:
+            shutil.copyfile(source, temporary)

@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogview.checkpoint import check_settings, load_weights
 from cogview.config import Config, ModelConfig
 from cogview.data.order import read_order
 from cogview.data.tokens import TokenDataset
 from cogview.loop import Loop, compute_dtype, step_seed
 from cogview.model import GPT
 from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
+from cogview.weights import Weights
 
 # Settings that must not change: the weights of a model depend on the first list, the tokens and the
 # data split of a run on the second.
@@ -27,6 +29,16 @@ MODEL_SETTINGS = tuple(
     f"model.{field.name}"
     for field in dataclasses.fields(ModelConfig)
     if field.name not in ("dropout", "activation_checkpointing")
+)
+# Settings that weights of another run must share: they give the weights their sizes and their
+# meaning. What a token attends to may change.
+INITIAL_SETTINGS = (
+    "model.num_layers",
+    "model.hidden_size",
+    "model.num_heads",
+    "model.norm",
+    "text_tokenizer.vocab_size",
+    "image_tokenizer.codebook_size",
 )
 RUN_SETTINGS = (
     "seed",
@@ -67,6 +79,7 @@ class Trainer(Loop):
         make_model: called with the model's settings and the padded size of the vocabulary; the
             initial weights that it draws follow the seed.
         on_batch: called with every batch before the model is trained on it.
+        initial: weights to start from; a model with more positions keeps its own for the others.
 
     Raises:
         ValueError: the data does not fit the configuration, a checkpoint has other settings, or
@@ -88,6 +101,7 @@ class Trainer(Loop):
         progress: bool = True,
         make_model: Callable[[ModelConfig, int], GPT] = GPT,
         on_batch: Callable[[Batch], object] | None = None,
+        initial: Weights | None = None,
     ) -> None:
         for name, data in (("training data", train_data), ("held-out data", held_out_data)):
             _check_data(name, data, config)
@@ -98,7 +112,10 @@ class Trainer(Loop):
         self.dtype = compute_dtype(config.training.precision, self.device)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
-            self.model = make_model(config.model, config.vocabulary.padded_size).to(self.device)
+            self.model = make_model(config.model, config.vocabulary.padded_size)
+        if initial is not None:
+            _start_from(self.model, initial, config)
+        self.model.to(self.device)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._resume()
@@ -221,6 +238,21 @@ class _Totals:
             if weight:
                 means[name] = total / weight
         return means
+
+
+def _start_from(model: GPT, initial: Weights, config: Config) -> None:
+    check_settings(initial.config, dataclasses.asdict(config), INITIAL_SETTINGS, initial.source)
+    name = "transformer.position_embeddings.weight"
+    own, given = model.state_dict()[name], initial.tensors.get(name)
+    tensors = initial.tensors
+    if given is not None:
+        if len(given) > len(own):
+            raise ValueError(
+                f"model.max_positions: {initial.source} has {len(given)}, got {len(own)}; set it "
+                "to that or more"
+            )
+        tensors = {**tensors, name: torch.cat([given.to(own.dtype), own[len(given) :]])}
+    load_weights(model, tensors, initial.source)
 
 
 def _optimizer(model: GPT, config: Config) -> torch.optim.AdamW:
