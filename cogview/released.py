@@ -25,6 +25,7 @@ import pickle
 import re
 import shutil
 import warnings
+import zipfile
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -259,6 +260,10 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
     try:
+        if zipfile.is_zipfile(path):  # torch.load does not compare the checksums
+            with zipfile.ZipFile(path) as archive:
+                if damaged := archive.testzip():
+                    raise ValueError(f"wrong checksum of {damaged}")
         with torch.serialization.safe_globals(_HARMLESS):
             saved: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
@@ -267,9 +272,12 @@ def _read_shard(path: Path) -> dict[str, Tensor]:
             f"{kind[1]}; it is not read, because that could run code" if kind else "a damaged file"
         )
         raise ValueError(f"{path}: expected tensors and plain values, got {got}") from error
-    except (RuntimeError, EOFError, ValueError, LookupError) as error:
-        reason_line = (str(error) or type(error).__name__).splitlines()[0]
-        raise ValueError(f"{path}: truncated or damaged file: {reason_line}") from error
+    except PermissionError:
+        raise
+    # A seek to a damaged offset is an OSError.
+    except (RuntimeError, EOFError, ValueError, LookupError, OSError, zipfile.BadZipFile) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ValueError(f"{path}: truncated or damaged file: {reason}") from error
     weights = saved.get("module") if isinstance(saved, dict) else None
     if not isinstance(weights, dict) or not all(
         isinstance(value, Tensor) for value in weights.values()

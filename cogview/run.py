@@ -41,7 +41,7 @@ from cogview.loop import check_made_from, choose_device, compute_dtype
 from cogview.model import GPT
 from cogview.sample import draw_images, write_captions
 from cogview.text_tokenizer import TextTokenizer
-from cogview.train import INITIAL_SETTINGS, MODEL_SETTINGS
+from cogview.train import MODEL_SETTINGS, start_from
 from cogview.weights import Weights, load_weights_file, read_metadata, save_tensors, save_weights
 
 
@@ -138,9 +138,10 @@ class Run:
             )
         run, other = cls(path, load_config(settings, overrides)), cls(folder, Config())
         weights = cls.open(folder).weights() if source.is_dir() else load_weights_file(source)
-        check_settings(
-            weights.config, dataclasses.asdict(run.config), INITIAL_SETTINGS, weights.source
-        )
+        with torch.device("meta"):
+            start_from(
+                GPT(run.config.model, run.config.vocabulary.padded_size), weights, run.config
+            )
         if list_checkpoints(run.checkpoints):
             started = read_metadata(run.weights_path) if run.weights_path.is_file() else {}
             if started.get("fingerprint") != weights.fingerprint:

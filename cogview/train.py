@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogview.checkpoint import check_settings, load_weights
+from cogview.checkpoint import check_settings, check_weights
 from cogview.config import Config, ModelConfig
 from cogview.data.order import read_order
 from cogview.data.tokens import TokenDataset
@@ -114,7 +114,7 @@ class Trainer(Loop):
             torch.manual_seed(config.seed)
             self.model = make_model(config.model, config.vocabulary.padded_size)
         if initial is not None:
-            _start_from(self.model, initial, config)
+            start_from(self.model, initial, config)
         self.model.to(self.device)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
@@ -240,19 +240,30 @@ class _Totals:
         return means
 
 
-def _start_from(model: GPT, initial: Weights, config: Config) -> None:
+def start_from(model: GPT, initial: Weights, config: Config) -> None:
+    """Copies weights of another run into a model; where it has more positions, it keeps its own.
+
+    Args:
+        model: of these settings. On the device `meta`, everything is checked and nothing copied.
+
+    Raises:
+        ValueError: the weights do not fit the settings; the message names the one that differs.
+    """
     check_settings(initial.config, dataclasses.asdict(config), INITIAL_SETTINGS, initial.source)
     name = "transformer.position_embeddings.weight"
-    own, given = model.state_dict()[name], initial.tensors.get(name)
-    tensors = initial.tensors
-    if given is not None:
-        if len(given) > len(own):
+    tensors = dict(initial.tensors)
+    if name in tensors:
+        given, positions = tensors[name], model.state_dict()[name].clone()
+        if len(given) > len(positions):
             raise ValueError(
-                f"model.max_positions: {initial.source} has {len(given)}, got {len(own)}; set it "
-                "to that or more"
+                f"model.max_positions: {initial.source} has {len(given)}, got {len(positions)}; "
+                "set it to that or more"
             )
-        tensors = {**tensors, name: torch.cat([given.to(own.dtype), own[len(given) :]])}
-    load_weights(model, tensors, initial.source)
+        positions[: len(given)] = given
+        tensors[name] = positions
+    check_weights(model, tensors, initial.source)
+    if not model.word_embeddings.weight.is_meta:
+        model.load_state_dict(tensors)
 
 
 def _optimizer(model: GPT, config: Config) -> torch.optim.AdamW:

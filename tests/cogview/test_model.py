@@ -3,7 +3,9 @@ import math
 
 import pytest
 import torch
+import torch.nn.functional as F
 
+import cogview.model
 import cogview_kernels as ck
 from cogview.config import ModelConfig, load_config
 from cogview.model import GPT, KVCache, Operators, causal_attention
@@ -251,3 +253,83 @@ def test_causal_attention_of_the_last_queries():
     torch.testing.assert_close(
         causal_attention(q[:, :, 6:], k, v), causal_attention(q, k, v)[:, :, 6:]
     )
+
+
+@pytest.mark.parametrize("precision", ["float64", "float32", "bfloat16"])
+def test_losses_in_parts_are_those_of_whole_logits(monkeypatch, precision):
+    """Loss and gradients with weights for each target, and no tensor of whole logits."""
+    model = make(num_layers=1).to(torch.float64 if precision == "float64" else torch.float32)
+    half = precision == "bfloat16"
+    torch.manual_seed(1)
+    z = torch.randn(3, 50, TINY.hidden_size, dtype=model.word_embeddings.weight.dtype)
+    z.requires_grad_()
+    targets = torch.randint(VOCAB, (3, 50))
+    weights = torch.randint(0, 3, (3, 50)) / 2
+
+    def run(function):
+        z.grad = model.word_embeddings.weight.grad = None
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
+            losses = function()
+        (losses * weights).sum().backward()
+        return losses, z.grad, model.word_embeddings.weight.grad
+
+    def whole():
+        logits = model.logits(z)
+        logits = logits.float() if half else logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(
+            3, 50
+        )
+
+    expected = run(whole)
+    sizes = []
+    cross_entropy = cogview.model._cross_entropy
+    monkeypatch.setattr(cogview.model, "WHOLE_LOGITS", 0)
+    monkeypatch.setattr(cogview.model, "PART_OF_LOGITS", 4 * VOCAB * 12)
+    monkeypatch.setattr(
+        cogview.model,
+        "_cross_entropy",
+        lambda z, *others: sizes.append(len(z)) or cross_entropy(z, *others),
+    )
+    actual = run(lambda: model.losses(z, targets))
+    assert max(sizes) <= 12 and sum(sizes) == 2 * 150  # forward, and again in the backward pass
+    assert actual[0].dtype == expected[0].dtype
+    # Sums over parts: of the gradient of the embedding, in bfloat16 under autocast.
+    bound = {"float64": 1e-14, "float32": 1e-6, "bfloat16": 2e-2}[precision]
+    assert torch.equal(actual[0], expected[0]) or precision != "bfloat16"
+    for ours, theirs in zip(actual, expected, strict=True):
+        assert (ours - theirs).norm() <= bound * theirs.norm()
+
+
+def test_the_losses_of_a_4b_vocabulary_need_a_seventh_of_the_memory(monkeypatch):
+    """One sequence of 1088 targets under bfloat16: bytes of torch's allocator at the peak."""
+    torch.manual_seed(0)
+    hidden, vocabulary = 16, 58240
+    model = GPT(dataclasses.replace(TINY, num_layers=1, hidden_size=hidden), vocabulary)
+    targets = torch.randint(vocabulary, (1, 1088))
+
+    def peak():
+        z = torch.randn(1, 1088, hidden, requires_grad=True)
+        with torch.profiler.profile(profile_memory=True) as profile:
+            with torch.autocast("cpu", dtype=torch.bfloat16):
+                losses = model.losses(z, targets)
+            losses.sum().backward()
+        live = torch.tensor(
+            [e.nbytes() for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+        ).cumsum(0)
+        return int(live.max()) / 1e6
+
+    parts = peak()
+    monkeypatch.setattr(cogview.model, "WHOLE_LOGITS", 2**40)
+    assert peak() > 600  # three tensors of float32, or one and two of bfloat16
+    assert parts < 110
+
+
+def test_the_largest_hidden_value_of_each_layer(monkeypatch):
+    model = make()
+    tokens, positions, text_len = inputs()
+    seen = []
+    for layer in model.transformer.layers:
+        layer.register_forward_hook(lambda _, __, out: seen.append(out[0].abs().max()))
+    model(tokens, positions, model.sample_layouts(text_len, 64))
+    assert torch.equal(model.max_hidden, torch.stack(seen)) and len(seen) == TINY.num_layers
+    assert model.max_hidden.min() > 1

@@ -1,6 +1,9 @@
+import contextlib
 import dataclasses
+import functools
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +15,7 @@ import torch
 from cogview.checkpoint import list_checkpoints, load_checkpoint
 from cogview.config import Config, load_config
 from cogview.data.tokens import TokenDataset
-from cogview.loop import choose_device, learning_rate, read_metrics
+from cogview.loop import choose_device, compute_dtype, learning_rate, read_metrics
 from cogview.model import GPT
 from cogview.train import Trainer, make_batch
 
@@ -376,3 +379,53 @@ def test_a_given_model_is_trained_and_its_batches_are_observed(tmp_path):
         assert batch.tokens.shape[0] == 2
         for row in batch.tokens.tolist():
             assert any(row[: len(one)] == one for one in known)
+
+
+def test_the_largest_hidden_values_are_logged(tmp_path):
+    trainer(config("training.micro_batch_size=2"), tmp_path).run()
+    rows = read_metrics(tmp_path / "metrics.jsonl")
+    for step, row in enumerate(rows, 1):
+        layers = [row[name] for name in sorted(row) if re.fullmatch(r"max_hidden_\d\d", name)]
+        assert len(layers) == (2 if step % 3 == 0 else 0)
+        assert row["max_hidden"] > 0 and row["max_hidden"] == max(layers or [row["max_hidden"]])
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_compiled_layers_train_the_same_and_resume(tmp_path, monkeypatch, backend):
+    """With three-region attention, activation checkpointing and lengths that differ from step to
+    step: one graph each for training, for training with any length, and for the held-out loss."""
+    compile_module = torch.nn.Module.compile
+    monkeypatch.setattr(
+        torch.nn.Module, "compile", functools.partialmethod(compile_module, backend=backend)
+    )
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    settings = ["model.dropout=0", "model.activation_checkpointing=true"]
+    trainer(config(*settings), tmp_path / "eager").run()
+    compiled = trainer(config(*settings, "training.compile=true"), tmp_path / "compiled")
+    assert compiled.model.state_dict().keys() == GPT(compiled.config.model, 64).state_dict().keys()
+    compiled.run()
+    assert counters["stats"]["unique_graphs"] == 3 and not counters["graph_break"]
+    eager, ours = (without_seconds(tmp_path / name) for name in ("eager", "compiled"))
+    for one, other in zip(eager, ours, strict=True):
+        assert other == pytest.approx(one, rel=1e-4)
+
+    whole = load_checkpoint(list_checkpoints(tmp_path / "compiled" / "checkpoints")[0])
+    list_checkpoints(tmp_path / "compiled" / "checkpoints")[0].unlink()
+    resumed = trainer(config(*settings, "training.compile=true"), tmp_path / "compiled")
+    assert resumed.step == 3
+    resumed.run()
+    after = load_checkpoint(list_checkpoints(tmp_path / "compiled" / "checkpoints")[0])
+    assert_same(whole["model"], after["model"])
+
+
+@pytest.mark.parametrize("native", [True, False])
+def test_auto_takes_float16_on_gpus_without_bfloat16(monkeypatch, native):
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
+    gpu = torch.device("cuda", 0)
+    assert compute_dtype("auto", gpu) == (torch.bfloat16 if native else torch.float16)
+    assert compute_dtype("auto", torch.device("cpu")) == torch.float32
+    assert compute_dtype("float32", gpu) == torch.float32
+    assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
