@@ -255,8 +255,8 @@ class Run:
             weights = load_weights_file(self.weights_path)
         else:
             raise FileNotFoundError(
-                f"{self.path}: expected checkpoints or {self.weights_path.name} in it, got none; "
-                "run cogview train first"
+                f"{self.checkpoints}: expected a checkpoint in it, got none; run cogview train "
+                "first"
             )
         check_settings(
             weights.config, dataclasses.asdict(self.config), MODEL_SETTINGS, weights.source
