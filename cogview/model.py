@@ -22,6 +22,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -239,6 +240,7 @@ class GPT(nn.Module):
         self.word_embeddings = nn.Embedding(vocab_size, config.hidden_size)
         self.transformer = Transformer(config, operators)
         self.dropout = nn.Dropout(config.dropout)
+        self.call_layer = _call_layer
         for name, parameter in self.named_parameters():
             if name.endswith(("attention.dense.weight", "mlp.dense_4h_to_h.weight")):
                 nn.init.normal_(parameter, std=config.init_std / math.sqrt(2 * config.num_layers))
@@ -310,10 +312,14 @@ class GPT(nn.Module):
         z = norms[0](h)
         max_hidden = []
         for layer, next_norm, layout in zip(layers, norms[1:], layouts, strict=True):
-            if self.config.activation_checkpointing and torch.is_grad_enabled():
-                h, z = checkpoint(layer, h, z, next_norm, layout, cache, use_reentrant=False)
-            else:
+            if cache is not None:
                 h, z = layer(h, z, next_norm, layout, cache)
+            elif self.config.activation_checkpointing and torch.is_grad_enabled():
+                h, z = checkpoint(
+                    self.call_layer, layer, h, z, next_norm, layout, None, use_reentrant=False
+                )
+            else:
+                h, z = self.call_layer(layer, h, z, next_norm, layout, None)
             if self.training:
                 max_hidden.append(torch.linalg.vector_norm(h.detach(), math.inf))
         if self.training:
@@ -355,11 +361,15 @@ class GPT(nn.Module):
         ]
         return torch.cat(losses).view(targets.shape)
 
-    def compile_layers(self) -> None:
-        """Compiles the layers with `torch.compile`, once for all of them; training and drawing then
-        run the compiled ones. Names of parameters stay the same."""
-        for layer in self.transformer.layers:
-            layer.compile()
+    def compile_layers(self, backend: str = "inductor") -> None:
+        """Compiles the layers with `torch.compile`: once, because all have the same code. Drawing
+        with a cache does not use the compiled ones, for which each new token would be another case.
+        """
+        self.call_layer = torch.compile(_call_layer, backend=backend)
+
+
+def _call_layer(layer: Layer, *arguments: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    return layer(*arguments)
 
 
 def _cross_entropy(z: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
