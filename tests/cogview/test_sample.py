@@ -141,6 +141,16 @@ def test_images_hold_image_codes_only_and_follow_the_seed(model):
     assert draw_images(model, small, texts, seed=1, progress=False).shape == (4, 4, 4)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_weights_of_half_precision_draw_the_same_first_codes(model, dtype):
+    greedy = dataclasses.replace(CONFIG, sampling=SamplingConfig(temperature=0.0))
+    texts = [[i, 19 - i] for i in range(16)]
+    whole = draw_images(model, greedy, texts, progress=False).flatten(1)
+    half = draw_images(model.to(dtype), greedy, texts, progress=False).flatten(1)
+    assert (half[:, 0] == whole[:, 0]).sum() >= 15 and len(half[:, 0].unique()) > 4
+    assert 0 <= half.min() and half.max() < 16
+
+
 def test_a_partial_image_is_completed(model):
     beginnings = [[3, 1, 4, 1, 5, 9], [], [2] * 16]
     codes = draw_images(
