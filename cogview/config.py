@@ -227,6 +227,9 @@ class TrainingConfig(LoopConfig):
     text_weight: float = 1.0  # weight of text tokens in the loss
     image_weight: float = 1.0  # weight of image tokens in the loss
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"  # bfloat16 on CUDA
+    # Among the processes of torchrun, each holds the whole model (ddp) or a part of it (fsdp).
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    async_checkpoints: bool = False  # fsdp: training goes on while a checkpoint is written
 
     def __post_init__(self) -> None:
         super().__post_init__()
