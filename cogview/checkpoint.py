@@ -258,8 +258,7 @@ def restore(
         _check_weights(model, _weights_in(folder, "meta"), source)
         own = training_state(model, optimizer)
         tensors = {"model": own["model"], "optimizer": own["optimizer"]["state"]}
-        with _checkpoint_errors(folder):
-            dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder))
+        _read_tensors(tensors, folder)
         weights = tensors["model"]
         optimizer_state = {"state": tensors["optimizer"], "param_groups": state["param_groups"]}
     else:
@@ -382,10 +381,15 @@ def _load_folder(path: Path, tensors: bool) -> dict[str, Any]:
     if not tensors:
         return state | {"folder": str(path)}
     weights = _weights_in(path)
-    with _checkpoint_errors(path):
-        reader = dcp.FileSystemReader(path)
-        dcp.load({"model": weights}, storage_reader=reader, no_dist=True)
+    _read_tensors({"model": weights}, path, alone=True)
     return state | {"model": weights}
+
+
+def _read_tensors(tensors: dict[str, Any], folder: Path, alone: bool = False) -> None:
+    """Fills the tensors of this process; of all of them together, unless it is `alone`."""
+    with _checkpoint_errors(folder), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.FileSystemReader(folder), no_dist=alone)
 
 
 def _weights_in(folder: Path, device: str = "cpu") -> dict[str, torch.Tensor]:
