@@ -148,16 +148,29 @@ class Trainer(Loop):
         for at, part in zip(starts, parts, strict=True):
             if self.on_batch is not None:
                 self.on_batch(part)
-            seed = step_seed(config.seed, self.step, at)
-            torch.manual_seed(seed)  # dropout
-            generator = self._generator(seed)
             with distributed.accumulating(self.spread_model, last=at == starts[-1]):
-                losses, weights, targets = self._losses(part, generator)
-                self.scaler.scale((losses * weights).sum() * scale).backward()
-            totals.add(losses.detach(), weights, targets)
+                totals.add(*self._backward(part, step_seed(config.seed, self.step, at), scale))
         means = totals.means()
         tokens = distributed.total(torch.tensor(sum(part.tokens.numel() for part in parts)))
         return {**means, **self._update(means["loss"]), "tokens": int(tokens)}
+
+    def _backward(
+        self, batch: Batch, seed: int, scale: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """One pass: adds the gradients of `scale` times the sum of the weighted losses.
+
+        Nothing here waits for the GPU.
+
+        Args:
+            seed: of dropout and pivots.
+
+        Returns:
+            as `_losses`.
+        """
+        torch.manual_seed(seed)
+        losses, weights, masks = self._losses(batch, self._generator(seed))
+        self.scaler.scale((losses * weights).sum() * scale).backward()
+        return losses.detach(), weights, masks
 
     def _advice(self) -> str:
         return (

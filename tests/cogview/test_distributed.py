@@ -134,7 +134,7 @@ def test_a_damaged_folder_falls_back_to_the_one_before(tmp_path):
 def run_folder(tmp_path):
     """A run whose tokens are ready."""
     settings = test_train.config()
-    captions = [f"a {colour} wall" for colour in ("red", "green", "blue", "white")] * 3
+    captions = [f"a {colour} wall" for colour in ("red", "green", "blue", "black", "yellow")] * 3
     run = Run(tmp_path / "run", settings)
     TextTokenizer.train(captions, run.text_tokenizer_path, 20)
     image_tokenizer = ImageTokenizer(settings.image_tokenizer).eval()
@@ -157,7 +157,8 @@ def wait_for(condition, process, seconds=200):
 
 def start(folder, *settings):
     sets = (argument for setting in settings for argument in ("--set", setting))
-    return torchrun(2, "-m", "cogview", "train", "--run", folder, "--quiet", *sets)
+    # Behind --, where torchrun does not take --run for its own --run-path.
+    return torchrun(2, "-m", "--", "cogview", "train", "--run", folder, "--quiet", *sets)
 
 
 def test_a_killed_process_ends_all_and_the_run_resumes(run_folder, capsys):
