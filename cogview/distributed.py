@@ -25,7 +25,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -140,18 +140,23 @@ def spread(model: GPT, parallel: str, device: torch.device, dtype: torch.dtype) 
     if parallel == "ddp":
         ids = [device] if device.type == "cuda" else None
         return DistributedDataParallel(model.to(device), ids, gradient_as_bucket_view=True)
-    shard(model, device.type, dtype)
+    _shard(model, mesh(device.type, size()), dtype)
     return model
 
 
-def shard(model: GPT, device_type: str, dtype: torch.dtype) -> None:
+@functools.cache
+def mesh(device_type: str, processes: int) -> DeviceMesh:
+    """All processes in a row."""
+    return init_device_mesh(device_type, (processes,))
+
+
+def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shards the model over all processes, layer by layer.
 
     A layer ends with the first norm of the next layer: they are one group, which is gathered when
     the layer begins and freed when that norm has run. The embeddings, also the output head, are
     gathered in float32 for the whole step.
     """
-    mesh = init_device_mesh(device_type, (size(),))
     policy = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )

@@ -155,20 +155,21 @@ class PreNorm(Norm):
         f: torch.Tensor | None = None,
         post: Norm | None = None,
         dropout_p: float = 0.0,
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new `h` and its norm: of `h` itself if there is no branch `f`, else Sandwich-LN
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `h`. With the output `f` of a branch, the new `h` and its norm: Sandwich-LN
         `h + post(dropout(f))`, or Pre-LN `h + dropout(f)` where `post` is None.
 
         Under autocast f has half precision, while the residual stream stays float32.
         """
-        if f is not None and post is not None:
-            parameters = post.weight, post.bias, self.weight, self.bias
-            return self.operators.sandwich_residual(
-                f, h, *parameters, eps=self.eps, relax=self.relax, dropout_p=dropout_p
-            )
-        if f is not None:
+        if f is None:
+            return super().forward(h)
+        if post is None:
             h = h + F.dropout(f, dropout_p)
-        return h, super().forward(h)
+            return h, super().forward(h)
+        parameters = post.weight, post.bias, self.weight, self.bias
+        return self.operators.sandwich_residual(
+            f, h, *parameters, eps=self.eps, relax=self.relax, dropout_p=dropout_p
+        )
 
 
 class Layer(nn.Module):
@@ -305,7 +306,7 @@ class GPT(nn.Module):
             h = h * alpha + h.detach() * (1.0 - alpha)
         h = self.dropout(h)
         steps = self.transformer.layers_with_next_norm()
-        h, z = steps[0][0].input_layernorm(h)
+        z = steps[0][0].input_layernorm(h)
         for (layer, next_norm), layout in zip(steps, layouts, strict=True):
             if self.config.activation_checkpointing and torch.is_grad_enabled():
                 h, z = checkpoint(layer, h, z, next_norm, layout, cache, use_reentrant=False)

@@ -25,6 +25,8 @@ from torch.distributed._tools.mem_tracker import MemTracker
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cogview import distributed
+from cogview import distributed
 from cogview.checkpoint import is_sharded
 from cogview.config import Config
 from cogview.data.tokens import TokenDataset
@@ -127,8 +129,10 @@ def plan(config: Config, gpus: int) -> Plan:
 def _fake_processes(number: int) -> Iterator[None]:
     dist.init_process_group("fake", rank=0, world_size=number, store=FakeStore())
     try:
+        distributed.mesh("cpu", number)  # holds real tensors: made before the others are fake
         yield
     finally:
+        distributed.mesh.cache_clear()
         dist.destroy_process_group()
 
 
