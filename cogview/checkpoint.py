@@ -182,7 +182,7 @@ def load_checkpoint(path: str | os.PathLike[str], tensors: bool = True) -> dict[
         raise FileNotFoundError(f"{path}: no such checkpoint")
     try:
         state = _load_folder(path, tensors) if path.is_dir() else _load_file(path)
-    except (FileNotFoundError, PermissionError):
+    except PermissionError:
         raise
     except _DAMAGED as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -166,6 +166,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("train", _train, "train the transformer on the tokens, or resume its training", run)
 
+    command = add(
+        "plan",
+        _plan,
+        "show the memory that a training takes of each GPU, and what travels between them, "
+        "without a GPU",
+    )
+    command.add_argument(
+        "--preset", default="cogview-4b", metavar="NAME", help="preset or YAML file (%(default)s)"
+    )
+    command.add_argument("--gpus", type=int, default=8, metavar="N", help="number (%(default)s)")
+    command.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="fsdp", help="how they share (%(default)s)"
+    )
+
     command = add("sample", _sample, "draw images from captions", run)
     command.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
     command.add_argument("--file", type=Path, help="read captions from a text file, one per line")
@@ -320,6 +334,24 @@ def _train_until_stopped(trainer: Loop) -> int:
             print(f"cogview: {stopped}; the same command goes on from there", file=sys.stderr)
         return 128 + stopped.signal
     return 0
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from cogview.config import load_config
+    from cogview.plan import plan
+
+    if args.gpus < 1:
+        raise ValueError(f"--gpus: expected 1 or more, got {args.gpus}")
+    config = load_config(args.preset, [*args.set, f"training.parallel={args.parallel}"])
+    result = plan(config, args.gpus)
+    print(
+        f"{args.preset}, {args.gpus} GPUs, {args.parallel}: {result.passes} passes of "
+        f"{result.micro_batch_size} sequences per step and GPU"
+    )
+    for name, size in {**result.memory, "in all": result.peak}.items():
+        print(f"{name:<34}{size / 2**30:8.2f} GiB")
+    for name, size in (("weights", result.gathered), ("gradients", result.reduced)):
+        print(f"{'arrives per step, ' + name:<34}{size / 2**30:8.2f} GiB")
 
 
 def _sample(args: argparse.Namespace) -> None:

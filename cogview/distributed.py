@@ -129,7 +129,7 @@ def spread(model: GPT, parallel: str, device: torch.device, dtype: torch.dtype) 
         model: on the CPU; afterwards on `device`. Under fsdp its parameters become DTensors; an
             optimizer must be made afterwards.
         parallel: `ddp` or `fsdp`.
-        dtype: of the computation. Under fsdp, layers are gathered in it; what each process keeps,
+        dtype: of the computation. Under fsdp, matrices are gathered in it; what each process keeps,
             and sums of gradients, are float32.
 
     Returns:
@@ -153,17 +153,20 @@ def mesh(device_type: str, processes: int) -> DeviceMesh:
 def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     """Shards the model over all processes, layer by layer.
 
-    A layer ends with the first norm of the next layer: they are one group, which is gathered when
-    the layer begins and freed when that norm has run. The embeddings, also the output head, are
-    gathered in float32 for the whole step.
+    A layer ends with the first norm of the next layer: their norms are one group, which is gathered
+    when the layer begins and freed when that norm has run. Attention and MLP are groups of their
+    own, gathered in `dtype`. The embeddings, which are also the output head, stay gathered for the
+    whole pass. Norms and embeddings are gathered in float32, as one process uses them.
     """
-    policy = MixedPrecisionPolicy(
+    matrices = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
     steps = model.transformer.layers_with_next_norm()
     fully_shard(steps[0][0].input_layernorm, mesh=mesh)
     for layer, next_norm in steps:
-        fully_shard([layer, next_norm], mesh=mesh, mp_policy=policy)
+        fully_shard(layer.attention, mesh=mesh, mp_policy=matrices)
+        fully_shard(layer.mlp, mesh=mesh, mp_policy=matrices)
+        fully_shard([layer, next_norm], mesh=mesh)
     fully_shard(model, mesh=mesh)
 
 

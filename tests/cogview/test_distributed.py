@@ -13,7 +13,16 @@ import pytest
 import torch
 
 import test_train
-from cogview.checkpoint import list_checkpoints, load_checkpoint, load_latest
+from cogview.checkpoint import (
+    ShardedSave,
+    checkpoint_path,
+    list_checkpoints,
+    load_checkpoint,
+    load_latest,
+    prune_checkpoints,
+    restore,
+    training_state,
+)
 from cogview.cli import main
 from cogview.data.tokens import TokenDataset
 from cogview.image_tokenizer import ImageTokenizer
@@ -78,13 +87,13 @@ def metrics(folder):
     return test_train.without_seconds(folder)
 
 
-def assert_close(ours, theirs):
+def assert_close(ours, theirs, rel=2e-5):
     """Losses and gradient norms of all steps, up to the rounding of sums."""
     assert len(ours) == len(theirs) == 6
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=2e-5), (a["step"], name)
+            assert a[name] == pytest.approx(b[name], rel=rel), (a["step"], name)
 
 
 DDP, FSDP = "training.parallel=ddp", "training.parallel=fsdp"
@@ -95,15 +104,25 @@ def test_several_processes_compute_what_one_does(tmp_path):
     test_train.trainer(test_train.config(*EVERY), one).run()
     expected = metrics(one)
     assert len({row["grad_norm"] for row in expected}) == 6
+    bfloat16, float16 = "training.precision=bfloat16", "training.precision=float16"
     held = train(
-        2, (ddp, DDP), (fsdp, FSDP, "training.async_checkpoints=true"), (f"{fsdp}->{resumed}", FSDP)
+        2,
+        (ddp, DDP),
+        (fsdp, FSDP, "training.async_checkpoints=true"),
+        (f"{fsdp}->{resumed}", FSDP),
+        (tmp_path / "bfloat16", FSDP, bfloat16, "model.activation_checkpointing=true"),
+        (tmp_path / "float16", FSDP, float16),
     )
-    assert len(held) == 6 and sum(part == whole for part, whole in held) == 2  # ddp, on both processes
+    assert len(held) == 10 and sum(part == whole for part, whole in held) == 2  # ddp, on both processes
     assert all(part == whole or part < 0.6 * whole for part, whole in held)
     # With dropout and pivots: they depend on the micro batch, not on the process.
     assert_close(metrics(ddp), expected)
     assert_close(metrics(fsdp), expected)
     assert metrics(resumed) == metrics(fsdp)  # bit for bit
+    for precision in (bfloat16, float16):
+        folder = tmp_path / precision.partition("=")[2]
+        test_train.trainer(test_train.config(*EVERY, precision), f"{folder}_one").run()
+        assert_close(metrics(folder), metrics(Path(f"{folder}_one")), rel=2e-3)
 
     # Saved on two, loaded on one and on four; a file and a folder, for either way to spread.
     on_one = tmp_path / "on_one"
@@ -126,8 +145,56 @@ def test_several_processes_compute_what_one_does(tmp_path):
             torch.testing.assert_close(weight, ends[0]["model"][name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.fixture
+def one_process_group(tmp_path):
+    """This process alone, as under torchrun: its models are sharded among one."""
+    store = torch.distributed.FileStore(str(tmp_path / "store"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("one_process_group")
 def test_a_damaged_folder_falls_back_to_the_one_before(tmp_path):
-    """A folder written by one process under torchrun's rules, without torchrun."""
+    from torch.distributed.fsdp import fully_shard
+
+    model = fully_shard(torch.nn.Linear(4, 4))
+    optimizer = torch.optim.AdamW(model.parameters())
+    folder = tmp_path / "checkpoints"
+    for step in (1, 2):
+        model(torch.ones(4)).sum().backward()
+        optimizer.step()
+        state = {"step": step, **training_state(model, optimizer)}
+        ShardedSave(checkpoint_path(folder, step, sharded=True), state).finish()
+    newest = checkpoint_path(folder, 2, sharded=True)
+    good = {path: path.read_bytes() for path in newest.iterdir()}
+    assert len(good) == 5
+    assert load_checkpoint(newest)["step"] == 2
+    for path, content in good.items():
+        half = len(content) // 2
+        flipped = content[:half] + bytes([content[half] ^ 1]) + content[half + 1 :]
+        for bad in (flipped, content[:half], None):
+            if bad is flipped and path.name == "values.pt":
+                continue  # a file as of one process; some of its bytes do not matter
+            path.unlink() if bad is None else path.write_bytes(bad)
+            with pytest.warns(UserWarning, match="step_00000002.dcp: truncated or damaged"):
+                assert load_latest(folder)["step"] == 1
+            path.write_bytes(content)
+    assert load_latest(folder)["step"] == 2
+    with pytest.raises(ValueError, match=r"weight: expected \(5, 4\), got \(4, 4\)"):
+        other = torch.nn.Linear(4, 5)
+        restore(other, torch.optim.AdamW(other.parameters()),
+                load_latest(folder, tensors=False), "here")  # fmt: skip
+
+    (newest / "values.pt").unlink()
+    with pytest.warns(UserWarning, match="keeping the damaged file as step_00000002.dcp.damaged"):
+        load_latest(folder, set_aside=True)
+    prune_checkpoints(folder, 0)
+    assert [path.name for path in folder.iterdir()] == ["step_00000002.dcp.damaged"]
+    with torch.no_grad():
+        model.weight.fill_(float("nan"))
+    with pytest.raises(ValueError, match="weight holds NaN or infinity"):
+        ShardedSave(newest, {"step": 3, **training_state(model, optimizer)})
 
 
 @pytest.fixture
