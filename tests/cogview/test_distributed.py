@@ -1,5 +1,6 @@
 """Training on several processes: what torchrun starts, with Gloo on the CPU."""
 
+import math
 import os
 import re
 import shutil
@@ -93,7 +94,11 @@ def assert_close(ours, theirs, rel=2e-5):
     for a, b in zip(ours, theirs, strict=True):
         assert a.keys() == b.keys()
         for name in a:
-            assert a[name] == pytest.approx(b[name], rel=rel), (a["step"], name)
+            if math.isfinite(b[name]):
+                assert a[name] == pytest.approx(b[name], rel=rel), (a["step"], name)
+            else:  # a step that float16 skips
+                assert not math.isfinite(a[name])
+    assert sum(math.isfinite(row["grad_norm"]) for row in ours) > 2
 
 
 DDP, FSDP = "training.parallel=ddp", "training.parallel=fsdp"
