@@ -348,7 +348,7 @@ def _plan(args: argparse.Namespace) -> None:
         f"{args.preset}, {args.gpus} GPUs, {args.parallel}: {result.passes} passes of "
         f"{result.micro_batch_size} sequences per step and GPU"
     )
-    for name, size in {**result.memory, "in all": result.peak}.items():
+    for name, size in {**result.memory, "in all, at the peak": result.peak}.items():
         print(f"{name:<34}{size / 2**30:8.2f} GiB")
     for name, size in (("weights", result.gathered), ("gradients", result.reduced)):
         print(f"{'arrives per step, ' + name:<34}{size / 2**30:8.2f} GiB")

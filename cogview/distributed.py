@@ -19,6 +19,7 @@ import contextlib
 import datetime
 import functools
 import os
+import warnings
 from collections.abc import Iterator
 from typing import Any
 
@@ -135,13 +136,15 @@ def spread(model: GPT, parallel: str, device: torch.device, dtype: torch.dtype) 
     Returns:
         the module to call for training: its gradients are means over the processes.
     """
+    if parallel == "fsdp" and size() > 1:
+        _shard(model, mesh(device.type, size()), dtype)
+        return model
+    if device.type != "cpu":
+        model.to(device)
     if size() == 1:
-        return model.to(device)
-    if parallel == "ddp":
-        ids = [device] if device.type == "cuda" else None
-        return DistributedDataParallel(model.to(device), ids, gradient_as_bucket_view=True)
-    _shard(model, mesh(device.type, size()), dtype)
-    return model
+        return model
+    ids = [device] if device.type == "cuda" else None
+    return DistributedDataParallel(model, ids, gradient_as_bucket_view=True)
 
 
 @functools.cache
@@ -161,6 +164,8 @@ def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     matrices = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
+    # Nothing here changes the result of a module in place.
+    warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     steps = model.transformer.layers_with_next_norm()
     fully_shard(steps[0][0].input_layernorm, mesh=mesh)
     for layer, next_norm in steps:

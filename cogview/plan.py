@@ -12,7 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -26,13 +26,30 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogview import distributed
-from cogview import distributed
-from cogview.checkpoint import is_sharded
+from cogview.checkpoint import is_sharded, training_state
 from cogview.config import Config
 from cogview.data.tokens import TokenDataset
 from cogview.model import GPT, Operators
 from cogview.train import Trainer
 
+# What torch's trackers call it, and what a plan calls it.
+_KINDS = {
+    "Parameter": "parameters",
+    "Sharded Param": "parameters",
+    "Buffer": "parameters",
+    "Gradient": "gradients",
+    "Sharded Grad": "gradients",
+    "Optstate": "optimizer",
+    "OptState": "optimizer",
+    "Unsharded Param": "gathered weights",
+    "All Gather": "gathered weights",
+    "Unsharded Grad": "gradients to reduce",
+    "Reduce Scatter": "gradients to reduce",
+    "Activation": "activations",
+    "Inputs": "activations",
+    "Other": "activations",
+    "Temp": "temporary",
+}
 _RELAX = (None, "row", "tensor")  # their numbers in the operators' schemas
 
 
@@ -91,38 +108,34 @@ def plan(config: Config, gpus: int) -> Plan:
         trainer = Trainer(config, folder, data, data, progress=False, make_model=make_model)
         size = trainer.micro_batch_size
         passes = per_gpu.batch_size // size
+        training_state(trainer.model, trainer.optimizer)  # makes the optimizer's state
+        if passes > 1:  # the passes before have left gradients
+            for parameter in trainer.model.parameters():
+                parameter.grad = torch.zeros_like(parameter)
         tracker: Any
         if is_sharded(trainer.model):
             tracker = FSDPMemTracker(trainer.model, trainer.optimizer)  # type: ignore[arg-type]
         else:
             tracker = MemTracker()
             tracker.track_external(trainer.model, trainer.optimizer)
-        # The first step makes the optimizer's state. In the second one, gradients of a pass are
-        # there while the next pass runs.
-        count = min(passes, 2)
         traffic = _Traffic()
         with tracker:
-            for step in range(2):
-                for _ in range(count):
-                    batch = trainer._batch(data, np.zeros(size, np.int64))
-                    with traffic if step == 1 else contextlib.nullcontext():
-                        trainer._backward(batch, 0, 1.0)
-                    tracker.reset_mod_stats()
-                torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
-                trainer.optimizer.step()
-                if step == 0:
-                    trainer.optimizer.zero_grad(set_to_none=True)
+            batch = trainer._batch(data, np.zeros(size, np.int64))
+            with traffic:
+                trainer._backward(batch, 0, 1.0)
+            torch.nn.utils.clip_grad_norm_(trainer.model.parameters(), 1.0)
+            trainer.optimizer.step()
         snapshot = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]
-        weights = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
-    memory: dict[str, int] = {}
-    for kind, size_ in snapshot.items():
-        if kind != "Total" and size_:
-            memory[str(getattr(kind, "value", kind))] = int(size_)
-    share = (gpus - 1) / gpus
-    gathered, reduced = (int(b * share * passes / count) for b in (traffic.gathered, traffic.reduced))
+        whole = sum(p.numel() * p.element_size() for p in trainer.model.parameters())
+    memory = dict.fromkeys(_KINDS.values(), 0)
+    for kind, num_bytes in snapshot.items():
+        if kind != "Total":
+            memory[_KINDS[kind]] += int(num_bytes)
+    share = (gpus - 1) / gpus  # of what is gathered or reduced, the part of the other GPUs
+    gathered, reduced = traffic.gathered * passes, traffic.reduced * passes
     if not sharded:
-        reduced = int(2 * weights * share)
-    return Plan(size, passes, memory, gathered, reduced)
+        reduced = 2 * whole  # once per step: partial sums arrive, and then the sums of the others
+    return Plan(size, passes, memory, int(gathered * share), int(reduced * share))
 
 
 @contextlib.contextmanager

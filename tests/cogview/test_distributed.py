@@ -11,9 +11,9 @@ import time
 from pathlib import Path
 
 import pytest
+import test_train
 import torch
 
-import test_train
 from cogview.checkpoint import (
     ShardedSave,
     checkpoint_path,
@@ -118,7 +118,9 @@ def test_several_processes_compute_what_one_does(tmp_path):
         (tmp_path / "bfloat16", FSDP, bfloat16, "model.activation_checkpointing=true"),
         (tmp_path / "float16", FSDP, float16),
     )
-    assert len(held) == 10 and sum(part == whole for part, whole in held) == 2  # ddp, on both processes
+    assert (
+        len(held) == 10 and sum(part == whole for part, whole in held) == 2
+    )  # ddp, on both processes
     assert all(part == whole or part < 0.6 * whole for part, whole in held)
     # With dropout and pivots: they depend on the micro batch, not on the process.
     assert_close(metrics(ddp), expected)
@@ -138,7 +140,13 @@ def test_several_processes_compute_what_one_does(tmp_path):
     assert_close(metrics(on_one), expected)
     names = ("fsdp", FSDP), ("fsdp", DDP), ("ddp", FSDP)
     folders = [tmp_path / f"on_four_{number}" for number in range(3)]
-    train(4, *((f"{tmp_path / old}->{new}", how) for (old, how), new in zip(names, folders)))
+    train(
+        4,
+        *(
+            (f"{tmp_path / old}->{new}", how)
+            for (old, how), new in zip(names, folders, strict=True)
+        ),
+    )
     for folder in folders:
         assert_close(metrics(folder), expected)
     ends = [load_latest(folder / "checkpoints") for folder in (one, fsdp, *folders)]
