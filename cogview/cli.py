@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
 import os
 import re
@@ -70,6 +71,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     warnings.showwarning = _show_warning  # type: ignore[assignment]
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr, force=True)
     try:
+        if _process() and args.command != "train":
+            raise ValueError(
+                f"torchrun: expected cogview train, the command that runs on several processes, "
+                f"got cogview {args.command}"
+            )
         return args.run_command(args) or 0
     except BrokenPipeError:
         # Discard the remaining output; otherwise Python reports the closed pipe when it exits.
@@ -78,7 +84,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except _reported_errors() as error:
         if args.debug:
             traceback.print_exc()
-        print(f"cogview: error: {_message(error)}", file=sys.stderr)
+        print(f"cogview: error{_process()}: {_message(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = "resumes from the newest checkpoint, if there is one"
@@ -229,6 +235,20 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.add_argument("--image-tokenizer", type=Path, metavar="FILE", help="its VQVAE")
 
+    command = add(
+        "plan",
+        _plan,
+        "show the memory that a training takes of each GPU, and what travels between them, "
+        "without a GPU",
+    )
+    command.add_argument(
+        "--preset", default="cogview-4b", metavar="NAME", help="preset or YAML file (%(default)s)"
+    )
+    command.add_argument("--gpus", type=int, default=8, metavar="N", help="number (%(default)s)")
+    command.add_argument(
+        "--parallel", choices=("ddp", "fsdp"), default="fsdp", help="how they share (%(default)s)"
+    )
+
     command = add("sample", _sample, "draw images from captions", run)
     command.add_argument("captions", nargs="*", metavar="CAPTION", help="what to draw")
     command.add_argument("--file", type=Path, help="read captions from a text file, one per line")
@@ -341,13 +361,20 @@ def _encode(args: argparse.Namespace) -> None:
 
 
 def _train(args: argparse.Namespace) -> int:
+    from cogview import distributed
     from cogview.train import Trainer
 
     run = _new_or_open(args)
-    tokens = run.tokens()
-    train_data, held_out_data = tokens.split(run.config.data.held_out_fraction, run.config.seed)
-    made_from = run.tokenizer_fingerprints() | {"tokens": tokens.fingerprint} | run.started_from()
-    with run.writing():
+    with distributed.processes(run.config.device), contextlib.ExitStack() as stack:
+        first = distributed.is_first()
+        with distributed.first_before_others():
+            if first:
+                stack.enter_context(run.writing())
+        tokens = run.tokens()
+        train_data, held_out_data = tokens.split(run.config.data.held_out_fraction, run.config.seed)
+        made_from = (
+            run.tokenizer_fingerprints() | {"tokens": tokens.fingerprint} | run.started_from()
+        )
         trainer = Trainer(
             run.config,
             run.path,
@@ -357,27 +384,31 @@ def _train(args: argparse.Namespace) -> int:
             progress=not args.quiet,
             initial=run.initial_weights(),
         )
-        _keep_config(args, run)
+        if first:
+            _keep_config(args, run)
         if code := _train_until_stopped(trainer):
             return code
-    losses = trainer.evaluate()
-    print(
-        f"step {trainer.step}, held-out loss: image {losses['image_loss']:.4f}, "
-        f"text {losses['text_loss']:.4f} nats per token: {trainer.checkpoints}"
-    )
+        losses = trainer.evaluate()
+        if first:
+            print(
+                f"step {trainer.step}, held-out loss: image {losses['image_loss']:.4f}, "
+                f"text {losses['text_loss']:.4f} nats per token: {trainer.checkpoints}"
+            )
     return 0
 
 
 def _train_until_stopped(trainer: Loop) -> int:
     """The exit code of a signal that stopped it, or 0."""
+    from cogview.distributed import is_first
     from cogview.loop import Stopped
 
-    if trainer.step:
+    if trainer.step and is_first():
         print(f"resuming from step {trainer.step}")
     try:
         trainer.run()
     except Stopped as stopped:
-        print(f"cogview: {stopped}; the same command goes on from there", file=sys.stderr)
+        if is_first():
+            print(f"cogview: {stopped}; the same command goes on from there", file=sys.stderr)
         return 128 + stopped.signal
     return 0
 
@@ -414,6 +445,24 @@ def _import_released(args: argparse.Namespace) -> None:
     ]
     note = f"; put {' and '.join(missing)} there to draw" if missing else ""
     print(f"{_num_parameters(run.config):,} parameters: {run.path}{note}")
+
+
+def _plan(args: argparse.Namespace) -> None:
+    from cogview.config import load_config
+    from cogview.plan import plan
+
+    if args.gpus < 1:
+        raise ValueError(f"--gpus: expected 1 or more, got {args.gpus}")
+    config = load_config(args.preset, [*args.set, f"training.parallel={args.parallel}"])
+    result = plan(config, args.gpus)
+    print(
+        f"{args.preset}, {args.gpus} GPUs, {args.parallel}: {result.passes} passes of "
+        f"{result.micro_batch_size} sequences per step and GPU"
+    )
+    for name, size in {**result.memory, "in all, at the peak": result.peak}.items():
+        print(f"{name:<34}{size / 2**30:8.2f} GiB")
+    for name, size in (("weights", result.gathered), ("gradients", result.reduced)):
+        print(f"{'arrives per step, ' + name:<34}{size / 2**30:8.2f} GiB")
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -534,5 +583,14 @@ def _message(error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
+def _process() -> str:
+    """Which one of torchrun's processes this is, for messages; empty if it is the only one."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ or os.environ["WORLD_SIZE"] == "1":
+        return ""
+    return f" (process {os.environ['RANK']} of {os.environ['WORLD_SIZE']})"
+
+
 def _show_warning(message: Warning | str, *_: object) -> None:
+    if _process() and os.environ["RANK"] != "0":
+        return  # the first process says the same
     print(f"cogview: warning: {message}", file=sys.stderr)

@@ -230,6 +230,9 @@ class TrainingConfig(LoopConfig):
     # weights and the residual stream are float32 in any case.
     precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: bool = False  # torch.compile the layers: minutes once, then faster steps
+    # Among the processes of torchrun, each holds the whole model (ddp) or a part of it (fsdp).
+    parallel: Literal["ddp", "fsdp"] = "ddp"
+    async_checkpoints: bool = False  # fsdp: training goes on while a checkpoint is written
 
     def __post_init__(self) -> None:
         super().__post_init__()

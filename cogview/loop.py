@@ -37,13 +37,17 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from cogview import distributed
 from cogview.checkpoint import (
+    ShardedSave,
     check_settings,
     checkpoint_path,
+    is_sharded,
     load_latest,
-    load_weights,
     prune_checkpoints,
+    restore,
     save_checkpoint,
+    training_state,
 )
 from cogview.config import Config, LoopConfig
 from cogview.data.images import picture_grid, to_pillow
@@ -115,9 +119,9 @@ def learning_rate(settings: LoopConfig, step: int) -> float:
     )
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of a step's random numbers."""
-    return int(np.random.SeedSequence([seed, step]).generate_state(1, np.uint64)[0] >> 1)
+def step_seed(seed: int, step: int, example: int = 0) -> int:
+    """The seed of a step's random numbers, from the example with this position in its batch on."""
+    return int(np.random.SeedSequence([seed, step, example]).generate_state(1, np.uint64)[0] >> 1)
 
 
 class Loop(ABC):
@@ -168,6 +172,8 @@ class Loop(ABC):
         self.step = 0
         self.examples = 0
         self.skipped_steps = 0  # number of steps in a row without an update
+        self.saved = 0  # step of the newest complete checkpoint
+        self._saving: ShardedSave | None = None
 
     @abstractmethod
     def _train_step(self) -> dict[str, float]:
@@ -191,22 +197,20 @@ class Loop(ABC):
                 an error.
             OSError: a checkpoint or the metrics cannot be written; earlier checkpoints are intact.
         """
-        from torch.utils.tensorboard import SummaryWriter
-
         settings = self.settings
+        first = distributed.is_first()
         self.folder.mkdir(parents=True, exist_ok=True)
         devices = [self.device] if self.device.type == "cuda" else []
-        saved = self.step
         bar = tqdm(
             initial=self.step,
             total=settings.steps,
             desc=self.name,
             unit="step",
-            disable=None if self.progress else True,
+            disable=None if self.progress and first else True,
         )
-        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
-        lines = _Lines(self, enabled=self.progress and bool(bar.disable))
-        with contextlib.closing(board), bar, torch.random.fork_rng(devices), _signals() as came:
+        writing = contextlib.closing(self._board()) if first else contextlib.nullcontext()
+        lines = _Lines(self, enabled=self.progress and first and bool(bar.disable))
+        with writing as board, bar, torch.random.fork_rng(devices), _signals() as signals:
             while self.step < settings.steps:
                 metrics = self.train_step()
                 last = self.step == settings.steps
@@ -216,14 +220,17 @@ class Loop(ABC):
                 every = settings.pictures_every
                 if every and (last or self.step % every == 0):
                     self._show(board)
+                # A signal may reach the processes at different steps: all stop at the same one.
+                came = distributed.largest(max(signals, default=0))
                 if last or self.step % settings.save_every == 0 or came:
-                    self._save()
-                    saved = self.step
-                lines.add(metrics, saved, last)
-                bar.set_postfix(loss=f"{metrics['loss']:.3f}", saved=saved, refresh=False)
+                    self._save(wait=last or bool(came))
+                elif self._saving is not None and self._saving.is_written():
+                    self._finish_saving()
+                lines.add(metrics, self.saved, last)
+                bar.set_postfix(loss=f"{metrics['loss']:.3f}", saved=self.saved, refresh=False)
                 bar.update()
                 if came and not last:
-                    raise Stopped(came[0], self.step)
+                    raise Stopped(came, self.step)
         self.model.eval()
 
     def train_step(self) -> dict[str, float]:
@@ -249,9 +256,8 @@ class Loop(ABC):
     def _update(self, loss: float) -> dict[str, float]:
         """Clips the gradients and makes the optimizer's step; its metrics."""
         self.scaler.unscale_(self.optimizer)
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            self.model.parameters(), self.settings.clip_grad_norm
-        ).item()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.settings.clip_grad_norm)
+        grad_norm = distributed.full(norm).item()
         self._check_finite(loss, grad_norm)
         self.scaler.step(self.optimizer)  # skips the update if a gradient is not finite
         self.scaler.update()
@@ -270,6 +276,7 @@ class Loop(ABC):
         reason = f"loss {loss} and gradient norm {grad_norm} at step {self.step + 1}"
         if self.scaler.is_enabled():
             reason += f", the {self.skipped_steps}th step in a row that is not finite"
+        self._finish_saving()
         raise FloatingPointError(
             f"{self.name}: training stopped: {reason}; the checkpoints in {self.checkpoints} are "
             f"older. Try {self._advice()}"
@@ -279,7 +286,14 @@ class Loop(ABC):
         section = self.settings.section
         return f"a lower {section}.learning_rate or a longer {section}.warmup_steps"
 
+    def _board(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+
     def _log(self, metrics: dict[str, float], board: Any) -> None:
+        if not distributed.is_first():
+            return
         for name, value in metrics.items():
             if name != "step":
                 board.add_scalar(name, value, self.step)
@@ -292,32 +306,60 @@ class Loop(ABC):
     @torch.no_grad()
     def _show(self, board: Any) -> None:
         pictures = self.pictures()
-        if pictures is None:
+        if pictures is None or not distributed.is_first():
             return
         path = self.folder / "pictures" / f"step_{self.step:08d}.png"
         with atomic_write(path) as temporary:
             to_pillow(picture_grid(pictures)).save(temporary, format="png")
         board.add_images(self.name, pictures, self.step)
 
-    def _save(self) -> None:
+    def _save(self, wait: bool = True) -> None:
+        """Writes a checkpoint, the part of this process.
+
+        Args:
+            wait: until the checkpoint is complete, also with `training.async_checkpoints`.
+        """
+        self._finish_saving()
         state = {
             "step": self.step,
             "examples": self.examples,
             "config": dataclasses.asdict(self.config),
             "made_from": self.made_from,
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
             "scaler": self.scaler.state_dict(),
             "skipped_steps": self.skipped_steps,
         }
-        save_checkpoint(checkpoint_path(self.checkpoints, self.step), state)
-        prune_checkpoints(self.checkpoints, self.settings.keep_checkpoints)
+        sharded = is_sharded(self.model)
+        path = checkpoint_path(self.checkpoints, self.step, sharded)
+        if sharded or distributed.is_first():
+            state |= training_state(self.model, self.optimizer)
+        if sharded:
+            background = self.config.training.async_checkpoints and not wait
+            self._saving = ShardedSave(path, state, background)
+            if not background:
+                self._finish_saving()
+            return
+        if distributed.is_first():
+            save_checkpoint(path, state)
+            prune_checkpoints(self.checkpoints, self.settings.keep_checkpoints)
+        self.saved = self.step
+
+    def _finish_saving(self) -> None:
+        """Completes the checkpoint that is being written, if there is one."""
+        if self._saving is None:
+            return
+        self._saving.finish()
+        self.saved = self._saving.step
+        self._saving = None
+        if distributed.is_first():
+            prune_checkpoints(self.checkpoints, self.settings.keep_checkpoints)
 
     def _resume(self) -> None:
-        state = load_latest(self.checkpoints, set_aside=True)
+        first = distributed.is_first()
+        with distributed.first_before_others():
+            state = load_latest(self.checkpoints, set_aside=first, tensors=False)
         if state is None:
-            # Left by a run that ended before its first checkpoint.
-            self.metrics_path.unlink(missing_ok=True)
+            if first:  # left by a run that ended before its first checkpoint
+                self.metrics_path.unlink(missing_ok=True)
             return
         source = f"{self.checkpoints}, step {state['step']},"
         check_settings(
@@ -325,8 +367,7 @@ class Loop(ABC):
         )
         check_made_from(state["made_from"], self.made_from, source)
         self.made_from = state["made_from"] | self.made_from
-        load_weights(self.model, state["model"], source)
-        self.optimizer.load_state_dict(state["optimizer"])
+        restore(self.model, self.optimizer, state, source)
         if self.scaler.is_enabled():
             if not state["scaler"]:
                 raise ValueError(
@@ -335,7 +376,10 @@ class Loop(ABC):
                 )
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.examples = state["step"], state["examples"]
+        self.saved = self.step
         self.skipped_steps = state["skipped_steps"]
+        if not first:
+            return
         # The log may be ahead of the checkpoint, and its last line may be incomplete.
         kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= self.step]
         with atomic_write(self.metrics_path) as temporary:

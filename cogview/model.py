@@ -156,22 +156,47 @@ class Norm(ck.PBRelaxLayerNorm):
         return self.operators.layer_norm(x, self.weight, self.bias, self.eps, self.relax)
 
 
+class PreNorm(Norm):
+    """The norm before a sub-layer. In one pass it also adds the branch that came before it."""
+
+    def forward(  # type: ignore[override]
+        self,
+        h: torch.Tensor,
+        f: torch.Tensor | None = None,
+        post: Norm | None = None,
+        dropout_p: float = 0.0,
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """The norm of `h`. With the output `f` of a branch, the new `h` and its norm: Sandwich-LN
+        `h + post(dropout(f))`, or Pre-LN `h + dropout(f)` where `post` is None.
+
+        Under autocast f has half precision, while the residual stream stays float32.
+        """
+        if f is None:
+            return super().forward(h)
+        if post is None:
+            h = h + F.dropout(f, dropout_p)
+            return h, super().forward(h)
+        parameters = post.weight, post.bias, self.weight, self.bias
+        return self.operators.sandwich_residual(
+            f, h, *parameters, eps=self.eps, relax=self.relax, dropout_p=dropout_p
+        )
+
+
 class Layer(nn.Module):
     """Attention and MLP.
 
     Takes and returns the residual stream `h` and its normalised form `z`, which is the input of the
     next sub-layer. The fused kernel computes both in one pass; a layer therefore ends with the
-    first norm of the next layer.
+    first norm of the next layer: `next_norm`.
     """
 
     def __init__(self, config: ModelConfig, index: int, operators: Operators) -> None:
         super().__init__()
         self.index = index
         self.dropout = config.dropout
-        self.operators = operators
-        self.input_layernorm = Norm(config, operators)
+        self.input_layernorm = PreNorm(config, operators)
         self.attention = SelfAttention(config, operators)
-        self.post_attention_layernorm = Norm(config, operators)
+        self.post_attention_layernorm = PreNorm(config, operators)
         self.mlp = MLP(config)
         sandwich = config.norm == "sandwich"
         self.third_layernorm = Norm(config, operators) if sandwich else None  # after attention
@@ -181,30 +206,14 @@ class Layer(nn.Module):
         self,
         h: torch.Tensor,
         z: torch.Tensor,
-        next_norm: Norm,
+        next_norm: PreNorm,
         layout: ck.ThreeRegionLayout | None,
         cache: KVCache | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        f = self.attention(z, layout, cache, self.index)
-        h, z = self._add_and_norm(f, h, self.third_layernorm, self.post_attention_layernorm)
-        return self._add_and_norm(self.mlp(z), h, self.fourth_layernorm, next_norm)
-
-    def _add_and_norm(
-        self, f: torch.Tensor, h: torch.Tensor, post: Norm | None, pre: Norm
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The new `h` and `pre(h)`: Sandwich-LN `h + post(dropout(f))`, or Pre-LN `h + dropout(f)`
-        where `post` is None.
-
-        Under autocast f has half precision, while the residual stream stays float32.
-        """
         p = self.dropout if self.training else 0.0
-        if post is None:
-            h = h + F.dropout(f, p)
-            return h, pre(h)
-        parameters = post.weight, post.bias, pre.weight, pre.bias
-        return self.operators.sandwich_residual(
-            f, h, *parameters, eps=pre.eps, relax=pre.relax, dropout_p=p
-        )
+        f = self.attention(z, layout, cache, self.index)
+        h, z = self.post_attention_layernorm(h, f, self.third_layernorm, p)
+        return next_norm(h, self.mlp(z), self.fourth_layernorm, p)
 
 
 class Transformer(nn.Module):
@@ -214,7 +223,13 @@ class Transformer(nn.Module):
         self.layers = nn.ModuleList(
             Layer(config, index, operators) for index in range(config.num_layers)
         )
-        self.final_layernorm = Norm(config, operators)
+        self.final_layernorm = PreNorm(config, operators)
+
+    def layers_with_next_norm(self) -> list[tuple[Layer, PreNorm]]:
+        """The layers, each with the norm that it ends with: the first one of the next layer."""
+        layers: list[Layer] = list(self.layers)  # type: ignore[arg-type]
+        norms = [layer.input_layernorm for layer in layers[1:]] + [self.final_layernorm]
+        return list(zip(layers, norms, strict=True))
 
 
 class GPT(nn.Module):
@@ -307,11 +322,10 @@ class GPT(nn.Module):
         if alpha != 1.0:
             h = h * alpha + h.detach() * (1.0 - alpha)
         h = self.dropout(h)
-        layers: list[Layer] = list(self.transformer.layers)  # type: ignore[arg-type]
-        norms = [layer.input_layernorm for layer in layers] + [self.transformer.final_layernorm]
-        z = norms[0](h)
+        steps = self.transformer.layers_with_next_norm()
+        z = steps[0][0].input_layernorm(h)
         max_hidden = []
-        for layer, next_norm, layout in zip(layers, norms[1:], layouts, strict=True):
+        for (layer, next_norm), layout in zip(steps, layouts, strict=True):
             if cache is not None:
                 h, z = layer(h, z, next_norm, layout, cache)
             elif self.config.activation_checkpointing and torch.is_grad_enabled():

@@ -1,6 +1,9 @@
 """Training of the GPT on token sequences: AdamW, and the loss of text and image tokens.
 
-Data order, pivots and dropout are functions of (seed, step, examples read so far).
+Data order, pivots and dropout are functions of (seed, step, examples read so far, position of the
+micro batch in the batch). Several processes (`cogview.distributed`) share the micro batches of a
+step. With `training.micro_batch_size` set, they therefore compute what one process computes, up to
+the order of sums.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogview import distributed
 from cogview.checkpoint import check_settings, check_weights
 from cogview.config import Config, ModelConfig
 from cogview.data.order import read_order
@@ -110,12 +114,14 @@ class Trainer(Loop):
         self.held_out_data = held_out_data
         self.on_batch = on_batch
         self.dtype = compute_dtype(config.training.precision, self.device)
+        self.micro_batch_size = _micro_batch_size(config)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             self.model = make_model(config.model, config.vocabulary.padded_size)
         if initial is not None:
             start_from(self.model, initial, config)
-        self.model.to(self.device)
+        parallel = config.training.parallel
+        self.spread_model = distributed.spread(self.model, parallel, self.device, self.dtype)
         self.optimizer = _optimizer(self.model, config)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._resume()
@@ -128,46 +134,48 @@ class Trainer(Loop):
 
         Every call uses the same examples and pivots.
         """
-        training = self.config.training
-        count = min(training.eval_examples, len(self.held_out_data))
-        size = training.micro_batch_size or training.batch_size
-        generator = torch.Generator(self.device).manual_seed(self.config.seed)
+        count = min(self.config.training.eval_examples, len(self.held_out_data))
+        size = self.micro_batch_size
         self.model.eval()
         totals = _Totals()
-        for start in range(0, count, size):
+        # Sharded processes make the same number of passes. Where examples run out, one counts zero.
+        for first in range(0, count, size * distributed.size()):
+            start = first + size * distributed.rank()
+            counts = start < count
+            start = start if counts else 0
             batch = self._batch(self.held_out_data, np.arange(start, min(start + size, count)))
-            totals.add(*self._losses(batch, generator))
+            generator = self._generator(step_seed(self.config.seed, 0, start))
+            losses, weights, targets = self._losses(batch, generator)
+            masks = {name: mask & counts for name, mask in targets.items()}
+            totals.add(losses, weights * counts, masks)
         self.model.train()
         return totals.means()
 
     def _train_step(self) -> dict[str, float]:
         config, training = self.config, self.config.training
-        generator = torch.Generator(self.device)  # pivots
-        generator.manual_seed(step_seed(config.seed, self.step))
         indices = read_order(config.seed, self.examples, training.batch_size, len(self.train_data))
-        size = training.micro_batch_size or training.batch_size
-        parts = [
-            self._batch(self.train_data, indices[at : at + size])
-            for at in range(0, len(indices), size)
-        ]
+        size = self.micro_batch_size
+        starts = range(0, len(indices), size)[distributed.rank() :: distributed.size()]
+        parts = [self._batch(self.train_data, indices[at : at + size]) for at in starts]
         total_weight = torch.stack([self._weights(part).sum() for part in parts]).sum()
+        # The gradients are averaged over the processes, while losses are sums.
+        scale = distributed.size() / distributed.total(total_weight)
         totals = _Totals()
         max_hidden = []
         self.optimizer.zero_grad(set_to_none=True)
-        for part in parts:
+        for at, part in zip(starts, parts, strict=True):
             if self.on_batch is not None:
                 self.on_batch(part)
-            losses, weights, targets = self._losses(part, generator)
-            self.scaler.scale((losses * weights).sum() / total_weight).backward()
-            totals.add(losses.detach(), weights, targets)
+            with distributed.accumulating(self.spread_model, last=at == starts[-1]):
+                totals.add(*self._backward(part, step_seed(config.seed, self.step, at), scale))
             max_hidden.append(self.model.max_hidden)
         means = totals.means()
-        tokens = sum(part.tokens.numel() for part in parts)
+        tokens = distributed.total(torch.tensor(sum(part.tokens.numel() for part in parts)))
         return {
             **means,
             **self._update(means["loss"]),
-            **self._max_hidden(torch.stack(max_hidden).amax(0).tolist()),
-            "tokens": tokens,
+            **self._max_hidden(distributed.largest_of(torch.stack(max_hidden).amax(0)).tolist()),
+            "tokens": int(tokens),
         }
 
     def _max_hidden(self, of_layers: list[float]) -> dict[str, float]:
@@ -179,11 +187,33 @@ class Trainer(Loop):
             metrics |= {f"max_hidden_{i:02d}": value for i, value in enumerate(of_layers)}
         return metrics
 
+    def _backward(
+        self, batch: Batch, seed: int, scale: torch.Tensor | float
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[str, torch.Tensor]]:
+        """One pass: adds the gradients of `scale` times the sum of the weighted losses.
+
+        Nothing here waits for the GPU.
+
+        Args:
+            seed: of dropout and pivots.
+
+        Returns:
+            as `_losses`.
+        """
+        torch.manual_seed(seed)
+        losses, weights, masks = self._losses(batch, self._generator(seed))
+        self.scaler.scale((losses * weights).sum() * scale).backward()
+        return losses.detach(), weights, masks
+
     def _advice(self) -> str:
         return (
             f"{super()._advice()}, model.norm=sandwich with model.relax=row, or "
             "training.precision=bfloat16"
         )
+
+    def _generator(self, seed: int) -> torch.Generator:
+        """The source of the pivots of a micro batch."""
+        return torch.Generator(self.device).manual_seed(seed)
 
     def _batch(self, data: TokenDataset, indices: np.ndarray) -> Batch:
         return make_batch(self.config, data, indices).to(self.device)
@@ -203,7 +233,7 @@ class Trainer(Loop):
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
         layouts = self.model.sample_layouts(batch.text_len, inputs.shape[1], generator)
         with self._autocast():
-            z = self.model(inputs, batch.positions[:, :-1], layouts)
+            z = self.spread_model(inputs, batch.positions[:, :-1], layouts)
             losses = self.model.losses(z, targets)
         image = targets < vocab.codebook_size
         text = ~image & (targets < vocab.first_command)
@@ -217,7 +247,7 @@ class Trainer(Loop):
 
 
 class _Totals:
-    """Sums of losses and weights over several batches."""
+    """Sums of losses and weights over several batches, of all processes."""
 
     def __init__(self) -> None:
         self.sums: dict[str, list[torch.Tensor]] = {"loss": [], "text_loss": [], "image_loss": []}
@@ -234,7 +264,7 @@ class _Totals:
     def means(self) -> dict[str, float]:
         means = {}
         for name, sums in self.sums.items():
-            total, weight = torch.stack(sums).double().sum(0).tolist()
+            total, weight = distributed.total(torch.stack(sums).double().sum(0)).tolist()
             if weight:
                 means[name] = total / weight
         return means
@@ -293,3 +323,20 @@ def _check_data(name: str, data: TokenDataset, config: Config) -> None:
                 f"{name}: expected {expected} {unit} as in the configuration, got {actual}; encode "
                 "the data again"
             )
+
+
+def _micro_batch_size(config: Config) -> int:
+    """Sequences per pass of a process.
+
+    Raises:
+        ValueError: the passes of a step cannot be shared evenly among the processes.
+    """
+    training, processes = config.training, distributed.size()
+    size = training.micro_batch_size or max(1, training.batch_size // processes)
+    if -(-training.batch_size // size) % processes or training.batch_size < processes:
+        raise ValueError(
+            f"training.batch_size: expected a multiple of {processes} processes x micro batches of "
+            f"{size} = {processes * size} sequences, got {training.batch_size}; change it, or "
+            "training.micro_batch_size"
+        )
+    return size
