@@ -153,6 +153,7 @@ class Run:
         with run.writing():
             for name in ("text_tokenizer_path", "image_tokenizer_path"):
                 _copy_missing(getattr(other, name), getattr(run, name))
+            check_made_from(weights.made_from, run.tokenizer_fingerprints(), weights.source)
             if tokens:
                 _copy_missing(other.tokens_path, run.tokens_path)
             save_weights(run.weights_path, weights)

@@ -69,6 +69,9 @@ def test_an_exported_run_draws_the_same_and_other_programs_read_it(tmp_path, pho
     )  # fmt: skip
     (out / "image_tokenizer.pt").write_bytes((other / "image_tokenizer.pt").read_bytes())
     assert "another image tokenizer" in error(capsys, "sample", "--run", out, "a wall")
+    (other / "text_tokenizer.model").write_bytes((run / "text_tokenizer.model").read_bytes())
+    wrong = error(capsys, "encode", "--run", other, "--init-from", run, "--data", photos)
+    assert "another image tokenizer" in wrong and not (other / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("source", ["run", "exported/model.safetensors"])
