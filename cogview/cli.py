@@ -36,6 +36,10 @@ With a folder of your own images, and captions.tsv in it (file name, tab, captio
   cogview train                 --run runs/mine
   cogview sample                --run runs/mine "a red bird on a branch" --num 4
 
+On several GPUs:
+
+  torchrun --nproc_per_node=8 -m -- cogview train --run runs/mine
+
 A run folder holds everything that belongs to a model. Each command reads the settings in it; a new
 folder takes its settings from a preset. `--set key=value` changes a setting, for example
 --set training.steps=500 --set model.num_layers=6. If the training of the image tokenizer or of the

@@ -14,6 +14,7 @@ import pytest
 import test_train
 import torch
 
+from cogview import distributed
 from cogview.checkpoint import (
     ShardedSave,
     checkpoint_path,
@@ -66,8 +67,6 @@ def copy_before_last_checkpoint(old, new):
 
 
 if __name__ == "__main__":  # one process of `train`
-    from cogview import distributed
-
     torch.set_num_threads(1)
     with distributed.processes("cpu"):
         for job in sys.argv[1:]:
@@ -101,61 +100,102 @@ def assert_close(ours, theirs, rel=2e-5):
     assert sum(math.isfinite(row["grad_norm"]) for row in ours) > 2
 
 
+def assert_same_weights(ours, theirs):
+    weights = [load_latest(folder / "checkpoints")["model"] for folder in (ours, theirs)]
+    assert weights[0].keys() == weights[1].keys()
+    for name, weight in weights[0].items():
+        if name.endswith("query_key_value.bias"):
+            continue  # no softmax depends on the keys' bias: its gradient is rounding
+        torch.testing.assert_close(weight, weights[1][name], rtol=1e-4, atol=1e-6)
+
+
 DDP, FSDP = "training.parallel=ddp", "training.parallel=fsdp"
 
 
-def test_several_processes_compute_what_one_does(tmp_path):
-    one, ddp, fsdp, resumed = (tmp_path / name for name in ("one", "ddp", "fsdp", "resumed"))
-    test_train.trainer(test_train.config(*EVERY), one).run()
-    expected = metrics(one)
-    assert len({row["grad_norm"] for row in expected}) == 6
-    bfloat16, float16 = "training.precision=bfloat16", "training.precision=float16"
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The same training by one process, and by two with either way to spread; one of these also
+    resumed from its first checkpoint."""
+    folder = tmp_path_factory.mktemp("runs")
+    test_train.trainer(test_train.config(*EVERY), folder / "one").run()
     held = train(
         2,
-        (ddp, DDP),
-        (fsdp, FSDP, "training.async_checkpoints=true"),
-        (f"{fsdp}->{resumed}", FSDP),
-        (tmp_path / "bfloat16", FSDP, bfloat16, "model.activation_checkpointing=true"),
-        (tmp_path / "float16", FSDP, float16),
+        (folder / "ddp", DDP),
+        (folder / "fsdp", FSDP, "training.async_checkpoints=true"),
+        (f"{folder / 'fsdp'}->{folder / 'resumed'}", FSDP),
     )
-    assert (
-        len(held) == 10 and sum(part == whole for part, whole in held) == 2
-    )  # ddp, on both processes
+    # Under ddp, both processes hold all.
+    assert len(held) == 6 and sum(part == whole for part, whole in held) == 2
     assert all(part == whole or part < 0.6 * whole for part, whole in held)
-    # With dropout and pivots: they depend on the micro batch, not on the process.
-    assert_close(metrics(ddp), expected)
-    assert_close(metrics(fsdp), expected)
-    assert metrics(resumed) == metrics(fsdp)  # bit for bit
-    for precision in (bfloat16, float16):
-        folder = tmp_path / precision.partition("=")[2]
-        test_train.trainer(test_train.config(*EVERY, precision), f"{folder}_one").run()
-        assert_close(metrics(folder), metrics(Path(f"{folder}_one")), rel=2e-3)
+    return folder
 
-    # Saved on two, loaded on one and on four; a file and a folder, for either way to spread.
-    on_one = tmp_path / "on_one"
-    copy_before_last_checkpoint(fsdp, on_one)
-    run = test_train.trainer(test_train.config(*EVERY), on_one)
+
+@pytest.mark.timeout(900)  # seconds, but for a busy machine
+def test_several_processes_compute_what_one_does(folders):
+    """With dropout and pivots: they depend on the micro batch, not on the process."""
+    expected = metrics(folders / "one")
+    assert len({row["grad_norm"] for row in expected}) == 6
+    assert_close(metrics(folders / "ddp"), expected)
+    assert_close(metrics(folders / "fsdp"), expected)
+    assert metrics(folders / "resumed") == metrics(folders / "fsdp")  # bit for bit
+
+
+def test_saved_on_two_loaded_on_one(folders, tmp_path):
+    copy_before_last_checkpoint(folders / "fsdp", tmp_path / "one")
+    run = test_train.trainer(test_train.config(*EVERY), tmp_path / "one")
     assert run.step == 3
     run.run()
-    assert_close(metrics(on_one), expected)
-    names = ("fsdp", FSDP), ("fsdp", DDP), ("ddp", FSDP)
-    folders = [tmp_path / f"on_four_{number}" for number in range(3)]
+    assert_close(metrics(tmp_path / "one"), metrics(folders / "one"))
+    assert_same_weights(tmp_path / "one", folders / "one")
+    assert_same_weights(folders / "fsdp", folders / "one")  # what `Run.model` reads
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_saved_on_two_loaded_on_four(folders, tmp_path):
+    """A file and a folder, for either way to spread."""
+    ways = {"fsdp": FSDP, "ddp": DDP}
+    jobs = [("fsdp", "fsdp"), ("fsdp", "ddp"), ("ddp", "fsdp")]
+    names = [tmp_path / f"{old}_{new}" for old, new in jobs]
     train(
         4,
         *(
-            (f"{tmp_path / old}->{new}", how)
-            for (old, how), new in zip(names, folders, strict=True)
+            (f"{folders / old}->{name}", ways[new])
+            for (old, new), name in zip(jobs, names, strict=True)
         ),
     )
-    for folder in folders:
-        assert_close(metrics(folder), expected)
-    ends = [load_latest(folder / "checkpoints") for folder in (one, fsdp, *folders)]
-    for end in ends[1:]:
-        assert end["step"] == 6 and end["model"].keys() == ends[0]["model"].keys()
-        for name, weight in end["model"].items():
-            if name.endswith("query_key_value.bias"):
-                continue  # no softmax depends on the keys' bias: its gradient is rounding
-            torch.testing.assert_close(weight, ends[0]["model"][name], rtol=1e-4, atol=1e-6)
+    for name in names:
+        assert_close(metrics(name), metrics(folders / "one"))
+        assert_same_weights(name, folders / "one")
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_half_precision_in_shards(tmp_path):
+    settings = {
+        "bfloat16": ("training.precision=bfloat16", "model.activation_checkpointing=true"),
+        "float16": ("training.precision=float16",),
+    }
+    train(2, *((tmp_path / name, FSDP, *of_name) for name, of_name in settings.items()))
+    for name, of_name in settings.items():
+        one = tmp_path / f"{name}_one"
+        test_train.trainer(test_train.config(*EVERY, *of_name), one).run()
+        assert_close(metrics(tmp_path / name), metrics(one), rel=2e-3)
+
+
+def test_a_batch_that_cannot_be_shared_is_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr(distributed, "size", lambda: 3)
+    with pytest.raises(ValueError, match="training.batch_size: expected a multiple of 3 processes"):
+        test_train.trainer(test_train.config(*EVERY), tmp_path)
+
+
+def test_only_training_runs_on_several_processes(monkeypatch, capsys):
+    environment = {"TORCHELASTIC_RUN_ID": "1", "WORLD_SIZE": "2", "RANK": "1"}
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    assert main(["encode", "--run", "here", "--data", "there"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("cogview: error (process 1 of 2): torchrun: expected cogview train")
 
 
 @pytest.fixture
@@ -241,6 +281,7 @@ def start(folder, *settings):
     return torchrun(2, "-m", "--", "cogview", "train", "--run", folder, "--quiet", *sets)
 
 
+@pytest.mark.timeout(900)
 def test_a_killed_process_ends_all_and_the_run_resumes(run_folder, capsys):
     """Then SIGTERM to torchrun: all stop at the same step, and save it."""
     settings = FSDP, "training.steps=100000", "training.save_every=2", "training.eval_every=100000"

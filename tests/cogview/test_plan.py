@@ -38,7 +38,8 @@ def test_shards_and_whole_copies():
     expected = 4 * (2 * 2 * LAYERS * layer + 4 * embeddings) / 2
     assert sharded.gathered == pytest.approx(expected, rel=0.05)
     # A layer is freed behind the norm that it ends with: not all of them stay gathered.
-    assert sharded.memory["gathered weights"] < 4 * embeddings + 4 * 2 * layer
+    gathered = sharded.memory["gathered weights"]
+    assert 4 * embeddings <= gathered < 4 * embeddings + 2 * 3 * layer
 
 
 def test_a_larger_micro_batch_takes_more_activations():
