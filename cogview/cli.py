@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # imported where they are used: `cogview --help` must not wait for torch
     from cogview.config import Config
     from cogview.data.captions import CaptionedImages
+    from cogview.data.sources import Source
     from cogview.loop import Loop
     from cogview.run import Run
 
@@ -50,7 +51,7 @@ def _reported_errors() -> tuple[type[Exception], ...]:
     import yaml
 
     causes = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, MemoryError)
-    return (*causes, yaml.YAMLError)
+    return (ModuleNotFoundError, *causes, yaml.YAMLError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -109,11 +110,32 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--data",
         required=True,
-        metavar="FOLDER",
-        help="images, and captions.tsv, .csv or .jsonl with path and caption",
+        metavar="SOURCE",
+        help="images and captions: a folder with captions.tsv, .csv or .jsonl (or metadata.*) in "
+        "it, with a .txt beside each image, with WebDataset shards (*.tar) or with Parquet; a "
+        "table .tsv, .csv or .jsonl; captions_*.json of COCO; shards-{000..009}.tar; .parquet; "
+        "hf:owner/name of the Hugging Face hub; for the text tokenizer also a .txt of captions",
     )
     data.add_argument(
-        "--skip-bad", action="store_true", help="skip images and captions that cannot be read"
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="what paths of images are relative to (default: the file that names them)",
+    )
+    data.add_argument(
+        "--image-column", default="", metavar="NAME", help="column of the image or its path"
+    )
+    data.add_argument(
+        "--caption-column",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="column of the caption; may be given several times, for several captions an image",
+    )
+    data.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="skip records that cannot be used, and list them in RUN/bad_records.txt",
     )
 
     def add(
@@ -208,30 +230,35 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train_text_tokenizer(args: argparse.Namespace) -> None:
+    from cogview.data.captions import read_captions
     from cogview.text_tokenizer import TextTokenizer
 
     run = _new_or_open(args)
-    images = _images(args, run)
     settings = run.config.text_tokenizer
     with run.writing():
+        captions = read_captions(
+            _source(args), skip_bad=args.skip_bad, bad_records=run.bad_records_path
+        )
         TextTokenizer.train(
-            images.captions,
+            captions,
             run.text_tokenizer_path,
             settings.vocab_size,
             model_type=settings.model_type,
             character_coverage=settings.character_coverage,
         )
         _keep_config(args, run)
-    print(f"{len(images)} captions, {settings.vocab_size} pieces: {run.text_tokenizer_path}")
+    print(f"{len(captions)} captions, {settings.vocab_size} pieces: {run.text_tokenizer_path}")
 
 
 def _train_image_tokenizer(args: argparse.Namespace) -> int:
     from cogview.image_training import ImageTokenizerTrainer
 
     run = _new_or_open(args)
-    images = _images(args, run)
-    train_images, held_out_images = images.split(run.config.data.held_out_fraction, run.config.seed)
     with run.writing():
+        images = _images(args, run)
+        train_images, held_out_images = images.split(
+            run.config.data.held_out_fraction, run.config.seed
+        )
         trainer = ImageTokenizerTrainer(
             run.config,
             run.image_training,
@@ -250,25 +277,34 @@ def _train_image_tokenizer(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from cogview.data.loading import num_workers
     from cogview.data.tokens import TokenDataset
 
     run = _new_or_open(args)
     text_tokenizer, image_tokenizer = run.text_tokenizer(), run.image_tokenizer()
-    images = _images(args, run)
     with run.writing():
-        data = TokenDataset.tokenize(
-            images.captions, images, text_tokenizer, image_tokenizer, progress=not args.quiet
+        images = _images(args, run)
+        data = TokenDataset.encode(
+            run.tokens_path,
+            images.captions,
+            images,
+            text_tokenizer,
+            image_tokenizer,
+            held_out=images.held_out,
+            workers=num_workers(run.config.data.workers, run.device),
+            progress=not args.quiet,
         )
-        data.save(run.tokens_path)
         _keep_config(args, run)
     longest = run.config.max_text_len
-    clipped = sum(len(data[i][0]) > longest for i in range(len(data)))
+    clipped = int((np.diff(data.text_offsets) > longest).sum())
     note = (
         f" ({clipped} captions are longer than {longest} pieces and will be truncated)"
         if clipped
         else ""
     )
-    print(f"{len(data)} pairs{note}: {run.tokens_path}")
+    print(f"{len(data)} captions of {len(images)} images{note}: {run.tokens_path}")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -397,8 +433,22 @@ def _images(args: argparse.Namespace, run: Run) -> CaptionedImages:
 
     size, channels = run.config.image_tokenizer.image_size, run.config.image_tokenizer.channels
     return CaptionedImages(
-        args.data, size, channels, skip_bad=args.skip_bad, progress=not args.quiet
+        _source(args),
+        size,
+        channels,
+        skip_bad=args.skip_bad,
+        bad_records=run.bad_records_path,
+        progress=not args.quiet,
     )
+
+
+def _source(args: argparse.Namespace) -> Source:
+    from cogview.data.sources import Columns, open_source
+
+    source = open_source(args.data, Columns(args.image_column, args.caption_column, args.images))
+    if not args.quiet:
+        print(f"data: {source.rule}")
+    return source
 
 
 def _num_parameters(config: Config) -> int:

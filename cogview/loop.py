@@ -47,6 +47,7 @@ from cogview.checkpoint import (
 )
 from cogview.config import Config, LoopConfig
 from cogview.data.images import picture_grid, to_pillow
+from cogview.data.loading import Reader
 from cogview.files import atomic_write
 
 # Under float16, a step is skipped if a gradient is not finite. After more such steps in a row,
@@ -133,6 +134,7 @@ class Loop(ABC):
     fixed_settings: tuple[str, ...]  # that must not change between a checkpoint and now
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    reader: Reader[Any]  # of the batches
 
     def __init__(
         self,
@@ -192,7 +194,13 @@ class Loop(ABC):
         )
         board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
         lines = _Lines(self, enabled=self.progress and bool(bar.disable))
-        with contextlib.closing(board), bar, torch.random.fork_rng(devices), _signals() as came:
+        with (
+            contextlib.closing(board),
+            contextlib.closing(self.reader),
+            bar,
+            torch.random.fork_rng(devices),
+            _signals() as came,
+        ):
             while self.step < settings.steps:
                 metrics = self.train_step()
                 last = self.step == settings.steps

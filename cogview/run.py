@@ -4,7 +4,8 @@
     text_tokenizer.model    SentencePiece
     image_training/         checkpoints, metrics and pictures of the image tokenizer's training
     image_tokenizer.pt      the finished image tokenizer
-    tokens.npz              the training data as tokens
+    tokens/                 the training data as tokens
+    bad_records.txt         what could not be used of the data, if anything
     checkpoints/, metrics.jsonl, tensorboard/, pictures/   the GPT's training
     samples/                drawings
 
@@ -50,7 +51,7 @@ class Run:
 
     Attributes:
         path, config: as given.
-        text_tokenizer_path, image_tokenizer_path, tokens_path: files in it.
+        text_tokenizer_path, image_tokenizer_path, tokens_path, bad_records_path: what is in it.
         image_training: folder of the image tokenizer's training.
         device: that of the settings.
     """
@@ -61,7 +62,8 @@ class Run:
         self.text_tokenizer_path = self.path / "text_tokenizer.model"
         self.image_tokenizer_path = self.path / "image_tokenizer.pt"
         self.image_training = self.path / "image_training"
-        self.tokens_path = self.path / "tokens.npz"
+        self.tokens_path = self.path / "tokens"
+        self.bad_records_path = self.path / "bad_records.txt"
         self.checkpoints = self.path / "checkpoints"
 
     @classmethod

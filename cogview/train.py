@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -16,7 +17,7 @@ import torch
 import torch.nn.functional as F
 
 from cogview.config import Config, ModelConfig
-from cogview.data.order import read_order
+from cogview.data.loading import Reader, num_workers
 from cogview.data.tokens import TokenDataset
 from cogview.loop import Loop, step_seed
 from cogview.model import GPT
@@ -53,6 +54,14 @@ def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> Token
     if config.training.task == "captioning":
         return captioning(config.vocabulary, codes, text)
     return text_to_image(config.vocabulary, text, codes)
+
+
+def _micro_batches(
+    config: Config, data: TokenDataset, size: int, indices: Sequence[int]
+) -> list[Batch]:
+    return [
+        make_batch(config, data, indices[at : at + size]) for at in range(0, len(indices), size)
+    ]
 
 
 class Trainer(Loop):
@@ -96,6 +105,14 @@ class Trainer(Loop):
         self.train_data = train_data
         self.held_out_data = held_out_data
         self.on_batch = on_batch
+        size = config.training.micro_batch_size or config.training.batch_size
+        self.reader = Reader(
+            functools.partial(_micro_batches, config, train_data, size),
+            len(train_data),
+            config.seed,
+            config.training.batch_size,
+            num_workers(config.data.workers, self.device),
+        )
         self.dtype = _compute_dtype(config, self.device)
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
@@ -123,15 +140,9 @@ class Trainer(Loop):
         return totals.means()
 
     def _train_step(self) -> dict[str, float]:
-        config, training = self.config, self.config.training
         generator = torch.Generator(self.device)  # pivots
-        generator.manual_seed(step_seed(config.seed, self.step))
-        indices = read_order(config.seed, self.examples, training.batch_size, len(self.train_data))
-        size = training.micro_batch_size or training.batch_size
-        parts = [
-            self._batch(self.train_data, indices[at : at + size])
-            for at in range(0, len(indices), size)
-        ]
+        generator.manual_seed(step_seed(self.config.seed, self.step))
+        parts = [part.to(self.device) for part in self.reader.read(self.examples)]
         total_weight = torch.stack([self._weights(part).sum() for part in parts]).sum()
         totals = _Totals()
         self.optimizer.zero_grad(set_to_none=True)

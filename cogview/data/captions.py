@@ -80,12 +80,12 @@ class CaptionedImages:
             raise ValueError(f"channels: expected 1 or 3, got {channels}")
         self.image_size = image_size
         self.channels = channels
-        self.files: list[ImageFile] = []
+        self.files: list[Path | ImageFile] = []
         self.captions: list[tuple[str, ...]] = []
         self.attributes: list[Mapping[str, Any]] = []
         keys: list[int] = []
         given: list[int] = []
-        known: dict[ImageFile, int] = {}
+        known: dict[Path | ImageFile, int] = {}
         bad: list[str] = []
         num_records = 0
         for record, key in self._checked(source, progress):

@@ -20,11 +20,9 @@ class Images(Protocol):
 
 
 class ImageFile(Protocol):
-    """A `pathlib.Path`, or anything else that opens for reading bytes and has a name."""
+    """An image that is no file of its own; `str` gives its name for messages."""
 
-    def open(self, mode: str = "rb", /) -> BinaryIO: ...
-
-    def __str__(self) -> str: ...
+    def open(self) -> BinaryIO: ...
 
 
 def image_key(image: Tensor) -> int:

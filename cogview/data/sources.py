@@ -29,7 +29,7 @@ import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from cogview.data.images import ImageFile
 
@@ -54,7 +54,7 @@ class Record:
     """
 
     place: str
-    image: ImageFile | None = None
+    image: Path | ImageFile | None = None
     captions: tuple[str, ...] = ()
     held_out: bool | None = None
     attributes: Mapping[str, Any] = field(default_factory=dict)
@@ -119,9 +119,7 @@ class Columns:
         if not isinstance(path, str) or not path:
             return Record(place, error=f"expected a path in {image}, got {path!r}")
         rest = {n: v for n, v in row.items() if n not in (image, *captions, "held_out")}
-        return _record(
-            place, (self.folder or folder) / path, (row[n] for n in captions), row, rest
-        )
+        return _record(place, (self.folder or folder) / path, (row[n] for n in captions), row, rest)
 
 
 class Member(NamedTuple):
@@ -151,7 +149,7 @@ class Cell:
     row: int
     folder: Path
 
-    def open(self) -> io.BufferedIOBase:
+    def open(self) -> BinaryIO:
         value = self.rows[self.row][self.column]
         if isinstance(value, str):
             value = {"path": value}
@@ -242,13 +240,13 @@ def _texts_beside(folder: Path) -> Iterator[Record]:
     for image in images:
         path = image.with_suffix(".txt")
         try:
-            lines = [line.strip() for line in _text(path).splitlines()]
+            captions = _captions(path.read_bytes())
         except FileNotFoundError:
             yield Record(str(image), error=f"expected its captions in {path.name} beside it")
         except ValueError as error:
-            yield Record(str(image), error=str(error))
+            yield Record(str(path), error=f"expected UTF-8 text ({error})")
         else:
-            yield Record(str(path), image, tuple(filter(None, lines)) or ("",))
+            yield Record(str(path), image, tuple(captions) or ("",))
     beside = {image.with_suffix(".txt") for image in images}
     for path in sorted(set(folder.rglob("*.txt")) - beside):
         yield Record(str(path), error="expected an image of the same name beside it")
@@ -347,7 +345,7 @@ def _json_records(path: Path, columns: Columns) -> Iterator[Record]:
 
 def _record(
     place: str,
-    image: ImageFile,
+    image: Path | ImageFile,
     cells: Iterable[Any],
     row: Mapping[str, Any],
     attributes: Mapping[str, Any],
@@ -457,10 +455,7 @@ def _shard_record(place: str, members: Mapping[str, Member], columns: Columns) -
     try:
         if "json" in members:
             row = json.loads(members["json"].open().read())
-        captions: list[Any] = [
-            [line for line in members[e].open().read().decode("utf-8-sig").splitlines()]
-            for e in texts
-        ]
+        captions: list[Any] = [_captions(members[e].open().read()) for e in texts]
     except (ValueError, RecursionError) as error:
         return Record(place, error=f"expected UTF-8 text and JSON ({error})")
     if not texts:
@@ -529,6 +524,11 @@ def _package(name: str) -> Any:
         raise ModuleNotFoundError(
             f"data: this source needs the package {root}; pip install 'cogview-kernels[data]'"
         ) from error
+
+
+def _captions(text: bytes) -> list[str]:
+    """One a line."""
+    return [line.strip() for line in text.decode("utf-8-sig").split("\n") if line.strip()]
 
 
 def _text(path: Path) -> str:
