@@ -35,7 +35,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "make: $(PYTHON) is older than 3.11; set PYTHON to a newer one"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools ninja pybind11 torch
-	COGVIEW_KERNELS_CUDA=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cogview,dev]'
+	COGVIEW_KERNELS_CUDA=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cogview,data,dev]'
 	@touch $@
 
 # In place and incremental (ninja); CUDA kernels where nvcc is found, the host model always. Fails on

@@ -88,7 +88,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cogview", description=DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
+    quiet = argparse.ArgumentParser(add_help=False)
+    quiet.add_argument("--quiet", action="store_true", help="no progress bars")
+    quiet.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common = argparse.ArgumentParser(add_help=False, parents=[quiet])
     common.add_argument(
         "--set",
         action="append",
@@ -96,8 +99,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="change a setting; may be given several times",
     )
-    common.add_argument("--quiet", action="store_true", help="no progress bars")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument(
         "--run", required=True, metavar="FOLDER", type=Path, help="the run folder of the model"
@@ -211,6 +212,34 @@ def _parser() -> argparse.ArgumentParser:
         type=int,
         default=0,
         help="a different seed gives other captions (%(default)s)",
+    )
+
+    command = commands.add_parser(
+        "prepare",
+        help="make a data set that every machine can make",
+        description="Make a data set that every machine can make, for --data of other commands.",
+        parents=[quiet],
+    )
+    command.set_defaults(run_command=_prepare, command="prepare")
+    command.add_argument(
+        "name", choices=["emoji"], help="emoji: the colour-emoji font of the system as pictures"
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where the pictures go"
+    )
+    command.add_argument("--font", type=Path, help="a font file (default: the one fontconfig has)")
+    command.add_argument(
+        "--languages",
+        nargs="+",
+        default=["en"],
+        metavar="CODE",
+        help="captions in these languages, such as en zh; each picture gets all (%(default)s)",
+    )
+    command.add_argument(
+        "--size", type=int, default=64, help="side of the pictures in pixels (%(default)s)"
+    )
+    command.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="only about N emoji, for a trial"
     )
 
     command = add(
@@ -387,6 +416,19 @@ def _caption(args: argparse.Namespace) -> None:
     captions = Run.open(args.run, args.set).caption(args.images, args.seed, not args.quiet)
     for path, caption in zip(args.images, captions, strict=True):
         print(f"{path}\t{caption}")
+
+
+def _prepare(args: argparse.Namespace) -> None:
+    from cogview.data.emoji_set import prepare_emoji
+
+    about = prepare_emoji(
+        args.out, args.font, args.languages, args.size, args.limit, progress=not args.quiet
+    )
+    without = len(about["not_in_the_font"]) + len(about["no_skin_tone_in_the_font"])
+    print(
+        f"{about['images']} emoji of {about['font']}, {about['held_out']} of them held out "
+        f"({without} are not in the font): {args.out}"
+    )
 
 
 def _info(args: argparse.Namespace) -> None:

@@ -401,7 +401,7 @@ def _coco_records(path: Path, folder: Path) -> Iterator[Record]:
 
 
 def _expanded(pattern: str) -> list[Path]:
-    expand = _package("webdataset.shardlists").expand_urls
+    expand = optional_package("webdataset.shardlists").expand_urls
     shards = [Path(name) for name in expand(pattern)]
     for shard in shards:
         if not shard.is_file():
@@ -410,7 +410,7 @@ def _expanded(pattern: str) -> list[Path]:
 
 
 def _shards(shards: Sequence[Path], columns: Columns) -> Source:
-    split_name = _package("webdataset.tariterators").base_plus_ext
+    split_name = optional_package("webdataset.tariterators").base_plus_ext
     rule = f"{shards[0]}{' ...' if len(shards) > 1 else ''}: {len(shards)} WebDataset shards"
     return Source(
         rule,
@@ -469,7 +469,7 @@ def _shard_record(place: str, members: Mapping[str, Member], columns: Columns) -
 
 
 def _hugging_face(data: str, columns: Columns) -> Source:
-    datasets = _package("datasets")
+    datasets = optional_package("datasets")
     name, _, split = data.removeprefix("hf:").partition("@")
     path = Path(name)
     if data.startswith("hf:"):
@@ -516,13 +516,18 @@ def _hugging_face(data: str, columns: Columns) -> Source:
 
 
 @functools.cache
-def _package(name: str) -> Any:
+def optional_package(name: str) -> Any:
+    """Imports a package of the extra `data`.
+
+    Raises:
+        ModuleNotFoundError: it is not installed; the message says how to install it.
+    """
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         root = name.partition(".")[0]
         raise ModuleNotFoundError(
-            f"data: this source needs the package {root}; pip install 'cogview-kernels[data]'"
+            f"data: this needs the package {root}; pip install 'cogview-kernels[data]'"
         ) from error
 
 
