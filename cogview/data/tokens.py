@@ -191,8 +191,8 @@ class TokenDataset:
         Raises:
             ValueError: fewer than two different images.
         """
-        out = held_out(self.image_keys, self.held_out, held_out_fraction, seed)
-        out = out[self.image_of[self.rows]]
+        images = self.image_of[self.rows]
+        out = held_out(self.image_keys[images], self.held_out[images], held_out_fraction, seed)
         return self.select(np.flatnonzero(~out)), self.select(np.flatnonzero(out))
 
     def __len__(self) -> int:
@@ -293,7 +293,7 @@ class _Growing:
         self.begin = self.file.tell()
 
     def append(self, rows: Any) -> None:
-        array = np.asarray(rows).astype(self.dtype, casting="unsafe").reshape(-1, *self.row_shape)
+        array = np.asarray(rows, self.dtype).reshape(-1, *self.row_shape)
         self.length += len(array)
         self.file.write(array.tobytes())
 
