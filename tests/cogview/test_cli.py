@@ -154,7 +154,9 @@ def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
     assert load_config(run / "config.yaml").seed == 0
     assert "config.yaml already holds the settings" in error(capsys, *text, "--preset", "small")
     assert "image_tokenizer.pt" in error(capsys, "encode", "--run", run, "--data", photos)
-    assert "tokens.npz" in error(capsys, "train", "--run", run, "--set", "training.steps=9")
+    assert "run cogview encode first" in error(
+        capsys, "train", "--run", run, "--set", "training.steps=9"
+    )
     assert load_config(run / "config.yaml").training.steps == 4
 
     assert cogview("train-image-tokenizer", "--run", run, "--data", photos, "--quiet") == 0
@@ -181,10 +183,16 @@ def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
     )
 
     (photos / "green1.png").write_bytes((photos / "green1.png").read_bytes()[:60])
-    assert "green1.png" in error(capsys, "encode", "--run", run, "--data", photos)
+    tokens = sorted((run / "tokens").iterdir())
+    assert "1 of 12 records cannot be used" in error(
+        capsys, "encode", "--run", run, "--data", photos
+    )
+    assert sorted((run / "tokens").iterdir()) == tokens
+    assert "green1.png" in (run / "bad_records.txt").read_text()
     assert cogview("encode", "--run", run, "--data", photos, "--skip-bad") == 0
     captured = capsys.readouterr()
-    assert "11 pairs" in captured.out and "cogview: warning:" in captured.err
+    assert "11 captions of 11 images" in captured.out and "cogview: warning:" in captured.err
+    assert f"data: {photos / 'captions.tsv'}: a table with the columns" in captured.out
     (photos / "captions.tsv").write_text("red0.png\t\n")
     assert "captions.tsv:1: expected a caption for" in error(
         capsys, "encode", "--run", run, "--data", photos
@@ -238,7 +246,7 @@ def test_a_closed_pipe_is_quiet():
 
 
 def test_demo_leaves_a_folder_with_other_data_untouched(tmp_path, capsys):
-    files = {name: tmp_path / name for name in ("config.yaml", "tokens.npz", "image_tokenizer.pt")}
+    files = {name: tmp_path / name for name in ("config.yaml", "tokens", "image_tokenizer.pt")}
     for path in files.values():
         path.write_text("the user's")
     demo = ["demo", "--out", tmp_path]

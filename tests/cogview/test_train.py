@@ -93,8 +93,8 @@ class Killed(test_train.Trainer):
         if self.step == 4:
             os.kill(os.getpid(), signal.SIGKILL)
 test_train.torch.set_num_threads(1)
-Killed(test_train.config(), sys.argv[1], test_train.dataset(), test_train.dataset(4, 1),
-progress=False).run()
+config = test_train.config("data.workers=2")  # how it reads its data changes nothing
+Killed(config, sys.argv[1], test_train.dataset(), test_train.dataset(4, 1), progress=False).run()
 """
 
 
@@ -124,10 +124,9 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
 
 
 def test_dropout_and_pivots_are_drawn_anew_each_step(tmp_path):
-    run = trainer(
-        config("training.learning_rate=1e-12", "training.final_learning_rate=0"), tmp_path
-    )
-    run.train_data = dataset(4)  # the same batch each step, up to its order
+    settings = config("training.learning_rate=1e-12", "training.final_learning_rate=0")
+    # The same batch each step, up to its order.
+    run = Trainer(settings, tmp_path, dataset(4), dataset(4, 1), progress=False)
     assert run.train_step()["loss"] != pytest.approx(run.train_step()["loss"], rel=1e-5)
 
 
