@@ -471,18 +471,21 @@ def _shard_record(place: str, members: Mapping[str, Member], columns: Columns) -
 def _hugging_face(data: str, columns: Columns) -> Source:
     datasets = optional_package("datasets")
     name, _, split = data.removeprefix("hf:").partition("@")
-    path = Path(name)
-    if data.startswith("hf:"):
-        loaded, folder = datasets.load_dataset(name, split=split or "train"), Path()
-    elif path.is_file():
-        loaded = datasets.load_dataset("parquet", data_files=name, split="train")
-        folder = path.parent
-    elif path.is_dir():
-        on_disk = any((path / file).is_file() for file in ("state.json", "dataset_dict.json"))
-        loaded = datasets.load_from_disk(name) if on_disk else datasets.load_dataset(name)
-        folder = path
-    else:
+    path, folder = Path(name), Path(name)
+    if not data.startswith("hf:") and not path.exists():
         raise FileNotFoundError(2, "data: no such file or folder", name)
+    try:
+        if data.startswith("hf:"):
+            loaded, folder = datasets.load_dataset(name, split=split or "train"), Path()
+        elif path.is_file():
+            loaded = datasets.load_dataset("parquet", data_files=name, split="train")
+            folder = path.parent
+        elif any((path / file).is_file() for file in ("state.json", "dataset_dict.json")):
+            loaded = datasets.load_from_disk(name)
+        else:
+            loaded = datasets.load_dataset(name)
+    except Exception as error:  # of the network, of pyarrow, of datasets itself
+        raise ValueError(f"{data}: the package datasets cannot load it: {error}") from error
     if isinstance(loaded, dict):
         if not split and len(loaded) == 1:
             (split,) = loaded

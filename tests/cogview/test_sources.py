@@ -151,6 +151,9 @@ def test_hugging_face(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPa
         load(tmp_path / "saved")
     with pytest.raises(ValueError, match="--caption-column: expected the columns image, caption"):
         open_source(folder, Columns(captions=["de"]))
+    (folder / "a.parquet").write_bytes(b"damaged")
+    with pytest.raises(ValueError, match=r"a\.parquet: the package datasets cannot load it"):
+        open_source(folder / "a.parquet")
 
 
 def test_captions_alone(tmp_path: Path) -> None:
