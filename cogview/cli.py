@@ -480,6 +480,7 @@ def _images(args: argparse.Namespace, run: Run) -> CaptionedImages:
         channels,
         skip_bad=args.skip_bad,
         bad_records=run.bad_records_path,
+        known_keys=run.known_keys_path,
         progress=not args.quiet,
     )
 

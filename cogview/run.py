@@ -6,6 +6,7 @@
     image_tokenizer.pt      the finished image tokenizer
     tokens/                 the training data as tokens
     bad_records.txt         what could not be used of the data, if anything
+    image_keys.json         hashes of the images, so that unchanged ones are not decoded again
     checkpoints/, metrics.jsonl, tensorboard/, pictures/   the GPT's training
     samples/                drawings
 
@@ -51,7 +52,8 @@ class Run:
 
     Attributes:
         path, config: as given.
-        text_tokenizer_path, image_tokenizer_path, tokens_path, bad_records_path: what is in it.
+        text_tokenizer_path, image_tokenizer_path, tokens_path, bad_records_path, known_keys_path:
+            what is in it.
         image_training: folder of the image tokenizer's training.
         device: that of the settings.
     """
@@ -64,6 +66,7 @@ class Run:
         self.image_training = self.path / "image_training"
         self.tokens_path = self.path / "tokens"
         self.bad_records_path = self.path / "bad_records.txt"
+        self.known_keys_path = self.path / "image_keys.json"
         self.checkpoints = self.path / "checkpoints"
 
     @classmethod

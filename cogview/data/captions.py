@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from cogview.data.images import ImageFile, image_key, read_image
 from cogview.data.order import NOT_GIVEN, data_fingerprint, held_out
-from cogview.data.sources import Record, Source
+from cogview.data.sources import Member, Record, Source
 from cogview.files import atomic_write
 from cogview.text_tokenizer import caption_problem
 
@@ -52,6 +54,8 @@ class CaptionedImages:
         channels: 3 for RGB, 1 for grey.
         skip_bad: skip records that cannot be used, with one warning that counts them.
         bad_records: a file to list all of them in; None: the message lists them all.
+        known_keys: a file that keeps the keys of the images, so that the next command decodes only
+            those that are new or have changed (by size and time).
         progress: show a progress bar if standard error is a terminal.
 
     Attributes:
@@ -74,6 +78,7 @@ class CaptionedImages:
         *,
         skip_bad: bool = False,
         bad_records: str | os.PathLike[str] | None = None,
+        known_keys: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ):
         if channels not in (1, 3):
@@ -86,6 +91,7 @@ class CaptionedImages:
         keys: list[int] = []
         given: list[int] = []
         known: dict[Path | ImageFile, int] = {}
+        self._keys_before, self._keys_now = self._read_keys(known_keys), dict[str, int]()
         bad: list[str] = []
         num_records = 0
         for record, key in self._checked(source, progress):
@@ -106,6 +112,11 @@ class CaptionedImages:
             keys.append(key)
             given.append(says)
         _report(source, bad, num_records, skip_bad, bad_records)
+        if known_keys is not None and self._keys_now != self._keys_before:
+            with atomic_write(known_keys) as temporary:
+                content = {"of": self._decoding(), "keys": self._keys_now}
+                temporary.write_text(json.dumps(content), encoding="utf-8")
+        del self._keys_before, self._keys_now
         self.keys = np.array(keys, np.uint64)
         self.held_out = np.array(given, np.int8)
 
@@ -149,12 +160,38 @@ class CaptionedImages:
             record.error = "expected an image, got a caption alone"
             return 0
         try:
-            return image_key(read_image(record.image, self.image_size, self.channels))
+            stamp = _stamp(record.image)
+            key = self._keys_before.get(stamp)
+            if key is None:
+                key = image_key(read_image(record.image, self.image_size, self.channels))
+            if stamp:
+                self._keys_now[stamp] = key
+            return key
         except FileNotFoundError:
             record.error = f"no such image: {record.image}"
         except (ValueError, OSError) as error:
             record.error = str(error)
         return 0
+
+    def _decoding(self) -> list[object]:
+        """What the key of an image depends on, beside the image."""
+        return [self.image_size, self.channels, PIL.__version__]
+
+    def _read_keys(self, path: str | os.PathLike[str] | None) -> dict[str, int]:
+        try:
+            content = json.loads(Path(path or "").read_text(encoding="utf-8"))
+            return dict(content["keys"]) if content["of"] == self._decoding() else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # none yet, or damaged: all images are decoded again
+
+
+def _stamp(image: Path | ImageFile) -> str:
+    """Changes when the image does; empty if that cannot be told."""
+    file, place = (image.shard, image.offset) if isinstance(image, Member) else (image, 0)
+    if not isinstance(file, Path):
+        return ""
+    status = file.stat()
+    return f"{file.absolute()} {place} {status.st_size} {status.st_mtime_ns}"
 
 
 def read_captions(

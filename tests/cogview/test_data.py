@@ -229,6 +229,39 @@ def test_all_bad_records_are_listed(folder: Path, tmp_path: Path) -> None:
     assert not listed.exists()
 
 
+def test_unchanged_images_are_not_decoded_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+
+    def observed(file: Path, *arguments: int) -> torch.Tensor:
+        decoded.append(file.name)
+        return read_image(file, *arguments)
+
+    monkeypatch.setattr("cogview.data.captions.read_image", observed)
+
+    def keys(size: int = 16) -> list[int]:
+        decoded.clear()
+        source, known = open_source(folder), tmp_path / "run" / "image_keys.json"
+        images = CaptionedImages(source, size, known_keys=known, progress=False)
+        decoded.sort()
+        return images.keys.tolist()
+
+    first = keys()
+    assert len(decoded) == 3 and keys() == first and decoded == []
+    Image.new("RGB", (40, 30), "black").save(folder / "green.png")
+    second = keys()
+    assert decoded == ["green.png"] and [a == b for a, b in zip(first, second, strict=True)] == [
+        True,
+        False,
+        True,
+    ]
+    keys(8)
+    assert len(decoded) == 3  # other pixels
+    (tmp_path / "run" / "image_keys.json").write_text("{")
+    assert keys() == second and len(decoded) == 3
+
+
 def test_a_large_jpeg_is_decoded_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     y, x = np.mgrid[:800, :1200]
     pixels = np.stack([x / 5, y / 4, (x + y) / 9], 2).astype(np.uint8)
