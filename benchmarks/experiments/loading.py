@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import functools
+import resource
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -34,17 +35,17 @@ from cogview.image_training import ImageTokenizerTrainer
 from cogview.train import Trainer, make_batch
 
 PHOTO_SIZE = (4000, 2664)  # pixels
-NUM_PHOTOS = 48
-NUM_SEQUENCES = 20_000
-IMAGE_BATCH, TOKEN_BATCH = 16, 8
+NUM_PHOTOS = 16
+NUM_SEQUENCES = 5_000
+IMAGE_BATCH, TOKEN_BATCH = 8, 4
 ROUNDS = 3
 
-Measured = dict[str, Any]  # what, workers, unit, per_second
+Measured = dict[str, Any]  # what, workers, unit, per_core_second, per_second
 
 
-def config(workers: int = 0) -> Config:
+def config() -> Config:
     sizes = (f"image_training.batch_size={IMAGE_BATCH}", f"training.batch_size={TOKEN_BATCH}")
-    return load_config("small", ["device=cpu", f"data.workers={workers}", *sizes])
+    return load_config("small", ["device=cpu", *sizes])
 
 
 def make_photos(folder: Path, num: int = NUM_PHOTOS, size: tuple[int, int] = PHOTO_SIZE) -> None:
@@ -80,31 +81,33 @@ def whole_jpegs() -> Iterator[None]:
         yield
 
 
-def reading(
-    fetch: Callable[[list[int]], Any], num: int, batch: int, workers: int, batches: int
-) -> float:
-    """Examples per second, without the start of the workers."""
-    reader = Reader(fetch, num, 0, batch, workers)
-    with contextlib.closing(reader):
-        reader.read(0)
-        started = time.perf_counter()
-        for number in range(1, batches + 1):
-            reader.read(number * batch)
-        return batches * batch / (time.perf_counter() - started)
+def cpu_seconds() -> float:
+    """Of this process and of those that it started and that have ended."""
+    own, others = (
+        resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
+    )
+    return own.ru_utime + own.ru_stime + others.ru_utime + others.ru_stime
 
 
-def training(trainer: ImageTokenizerTrainer | Trainer, steps: int) -> float:
-    """Examples per second of the steps behind the first."""
-    with contextlib.closing(trainer.reader):
+def reading(fetch: Callable[[list[int]], Any], num: int, batch: int, workers: int) -> int:
+    """Reads `num` examples; how many that were."""
+    with contextlib.closing(Reader(fetch, num, 0, batch, workers)) as reader:
+        for first in range(0, num, batch):
+            reader.read(first)
+    return num
+
+
+def training(trainer: ImageTokenizerTrainer | Trainer) -> int:
+    """Two steps; how many examples they read."""
+    for _ in range(2):
         trainer.train_step()
-        started = time.perf_counter()
-        for _ in range(steps):
-            trainer.train_step()
-        return steps * trainer.settings.batch_size / (time.perf_counter() - started)
+    trainer.reader.close()
+    return trainer.examples
 
 
-def measure(folder: Path, settings: Config, rounds: int, steps: int) -> list[Measured]:
+def measure(folder: Path, rounds: int) -> list[Measured]:
     """The best of several rounds of each; the rounds of all alternate."""
+    settings = config()
     (folder / "photos").mkdir()
     make_photos(folder / "photos")
     size = settings.image_tokenizer.image_size
@@ -115,92 +118,69 @@ def measure(folder: Path, settings: Config, rounds: int, steps: int) -> list[Mea
     mapped = TokenDataset.load(folder / "tokens")
     length = make_batch(settings, arrays, [0]).tokens.shape[1]
 
-    def image_trainer(data: Any, workers: int) -> float:
-        out = Path(tempfile.mkdtemp(dir=folder))
-        trainer = ImageTokenizerTrainer(config(workers), out, data, in_memory[:2], progress=False)
-        return training(trainer, steps)
+    def scratch() -> Path:
+        return Path(tempfile.mkdtemp(dir=folder))
 
-    def token_trainer(data: TokenDataset, workers: int) -> float:
-        out = Path(tempfile.mkdtemp(dir=folder))
-        return training(Trainer(config(workers), out, data, data, progress=False), steps)
+    def train_images() -> int:
+        trainer = ImageTokenizerTrainer(settings, scratch(), in_memory, in_memory[:2], None, False)
+        return training(trainer)
 
-    def read_images(workers: int) -> float:
-        return reading(images.__getitem__, len(images), IMAGE_BATCH, workers, 3 * steps)
+    def train_tokens() -> int:
+        return training(Trainer(settings, scratch(), arrays, arrays, None, False)) * length
 
-    def read_tokens(data: TokenDataset, workers: int) -> float:
-        fetch = functools.partial(make_batch, settings, data)
-        return reading(fetch, len(data), 64, workers, 20 * steps)
+    def read_images(workers: int) -> int:
+        return reading(images.__getitem__, len(images), IMAGE_BATCH, workers)
 
-    def whole(function: Callable[..., float], *arguments: Any) -> float:
+    def read_whole() -> int:
         with whole_jpegs():
-            return function(*arguments)
+            return read_images(0)
 
-    plan: list[tuple[str, int, str, Callable[[], float]]] = [
-        ("photographs, decoded whole (before)", 0, "images", lambda: whole(read_images, 0)),
-        *(
-            ("photographs, reduced while decoded", n, "images", functools.partial(read_images, n))
-            for n in (0, 1, 2)
-        ),
-        ("the image tokenizer's steps alone", 0, "images", lambda: image_trainer(in_memory, 0)),
-        (
-            "its training on photographs decoded whole (before)",
-            0,
-            "images",
-            lambda: whole(image_trainer, images, 0),
-        ),
-        *(
-            (
-                "its training on photographs",
-                n,
-                "images",
-                functools.partial(image_trainer, images, n),
-            )
-            for n in (0, 1)
-        ),
+    def read_tokens(data: TokenDataset, workers: int) -> int:
+        fetch = functools.partial(make_batch, settings, data)
+        return reading(fetch, len(data), 64, workers) * length
+
+    photographs, mapped_tokens = "photographs, reduced while decoded", "tokens in mapped files"
+    plan: list[tuple[str, int, str, Callable[[], int]]] = [
+        ("photographs, decoded whole (before)", 0, "images", read_whole),
+        (photographs, 0, "images", lambda: read_images(0)),
+        (photographs, 1, "images", lambda: read_images(1)),
+        (photographs, 2, "images", lambda: read_images(2)),
+        ("the image tokenizer trains on", 0, "images", train_images),
         ("tokens in memory (before)", 0, "tokens", lambda: read_tokens(arrays, 0)),
-        *(
-            ("tokens in mapped files", n, "tokens", functools.partial(read_tokens, mapped, n))
-            for n in (0, 1, 2)
-        ),
-        *(
-            (
-                "the GPT's training on mapped tokens",
-                n,
-                "tokens",
-                functools.partial(token_trainer, mapped, n),
-            )
-            for n in (0, 1)
-        ),
+        (mapped_tokens, 0, "tokens", lambda: read_tokens(mapped, 0)),
+        (mapped_tokens, 1, "tokens", lambda: read_tokens(mapped, 1)),
+        (mapped_tokens, 2, "tokens", lambda: read_tokens(mapped, 2)),
+        ("the GPT trains on", 0, "tokens", train_tokens),
     ]
-    best = [0.0] * len(plan)
+    rows: list[Measured] = [
+        {"what": what, "workers": workers, "unit": unit, "per_core_second": 0.0, "per_second": 0.0}
+        for what, workers, unit, _ in plan
+    ]
     for number in range(rounds):
-        for index, (what, workers, unit, run) in enumerate(plan):
-            rate = run() * (length if unit == "tokens" else 1)
-            best[index] = max(best[index], rate)
-            print(
-                f"round {number + 1}: {what}, {workers} workers: {rate:,.0f} {unit}/s", flush=True
-            )
-    return [
-        {"what": what, "workers": workers, "unit": unit, "per_second": rate}
-        for (what, workers, unit, _), rate in zip(plan, best, strict=True)
-    ]
+        for row, (*_, run) in zip(rows, plan, strict=True):
+            cpu, wall = cpu_seconds(), time.perf_counter()
+            examples = run()
+            for name, now, before in (
+                ("per_core_second", cpu_seconds(), cpu),
+                ("per_second", time.perf_counter(), wall),
+            ):
+                row[name] = max(row[name], examples / (now - before))
+            print(f"round {number + 1}: {row}", flush=True)
+    return rows
 
 
 def table(record: dict[str, Any]) -> str:
-    rows = ["| what | workers | per second |", "|---|---:|---:|"]
+    rows = ["| what | workers | per second of one core |", "|---|---:|---:|"]
     for row in record["rows"]:
-        rows.append(
-            f"| {row['what']} | {row['workers']} | {row['per_second']:,.0f} {row['unit']} |"
-        )
+        rate = f"{row['per_core_second']:,.1f} {row['unit']}"
+        rows.append(f"| {row['what']} | {row['workers']} | {rate} |")
     settings = record["settings"]
     width, height = settings["photo_size"]
     rows += [
         "",
         f"Photographs of {width}x{height} pixels as JPEG, read to {settings['image_size']} pixels; "
-        f"models and sizes of the preset `small`, steps of {IMAGE_BATCH} images and of "
-        f"{TOKEN_BATCH} sequences. The best of {settings['rounds']} rounds on "
-        f"{record['machine_info']['cpus']} cores that other work shared. Workers take cores from a "
-        "model that trains on the CPU; beside a GPU they are free.",
+        "models of the preset `small`, on the CPU. Processor time of all processes, not the time "
+        f"that passed: other work shared the cores. The best of {settings['rounds']} rounds.",
     ]
     return "\n".join(rows)
 
@@ -208,9 +188,8 @@ def table(record: dict[str, Any]) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--rounds", type=int, default=ROUNDS)
-    parser.add_argument("--steps", type=int, default=4)
     args = parser.parse_args()
-    settings = config()
+    torch.set_num_threads(1)
     info, commit = machine.machine_info(torch.device("cpu")), machine.commit_info()
     record: dict[str, Any] = {
         "machine_info": info,
@@ -219,13 +198,12 @@ def main() -> None:
         "settings": {
             "photo_size": PHOTO_SIZE,
             "num_photos": NUM_PHOTOS,
-            "image_size": settings.image_tokenizer.image_size,
+            "image_size": config().image_tokenizer.image_size,
             "rounds": args.rounds,
-            "steps": args.steps,
         },
     }
     with tempfile.TemporaryDirectory() as folder:
-        record["rows"] = measure(Path(folder), settings, args.rounds, args.steps)
+        record["rows"] = measure(Path(folder), args.rounds)
     name = machine.record_name("loading", info, commit, record["datetime"])
     machine.save_record(record, path := machine.RESULTS / name)
     print(f"\n{table(record)}\n\nrecord: {path}")

@@ -197,7 +197,9 @@ def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
     assert "captions.tsv:1: expected a caption for" in error(
         capsys, "encode", "--run", run, "--data", photos
     )
-    assert "no such folder" in error(capsys, "encode", "--run", run, "--data", tmp_path / "nowhere")
+    assert "no such file or folder" in error(
+        capsys, "encode", "--run", run, "--data", tmp_path / "nowhere"
+    )
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):
