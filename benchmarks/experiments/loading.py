@@ -28,15 +28,16 @@ from sklearn.datasets import load_sample_images
 from benchmarks import machine
 from cogview.config import Config, load_config
 from cogview.data.captions import CaptionedImages
-from cogview.data.loading import Reader
+from cogview.data.loading import load
+from cogview.data.order import read_order
 from cogview.data.sources import open_source
 from cogview.data.tokens import TokenDataset
 from cogview.image_training import ImageTokenizerTrainer
 from cogview.train import Trainer, make_batch
 
 PHOTO_SIZE = (4000, 2664)  # pixels
-NUM_PHOTOS = 16
-NUM_SEQUENCES = 5_000
+NUM_PHOTOS = 32
+NUM_SEQUENCES = 5_120
 IMAGE_BATCH, TOKEN_BATCH = 8, 4
 ROUNDS = 3
 
@@ -90,10 +91,10 @@ def cpu_seconds() -> float:
 
 
 def reading(fetch: Callable[[list[int]], Any], num: int, batch: int, workers: int) -> int:
-    """Reads `num` examples; how many that were."""
-    with contextlib.closing(Reader(fetch, num, 0, batch, workers)) as reader:
-        for first in range(0, num, batch):
-            reader.read(first)
+    """Reads `num` examples, and none ahead of them; how many that were."""
+    batches = read_order(0, 0, num, num).reshape(-1, batch).tolist()
+    for _ in load(fetch, batches, workers):
+        pass
     return num
 
 

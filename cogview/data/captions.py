@@ -161,7 +161,7 @@ class CaptionedImages:
             return 0
         try:
             stamp = _stamp(record.image)
-            key = self._keys_before.get(stamp)
+            key = self._keys_before.get(stamp, self._keys_now.get(stamp))
             if key is None:
                 key = image_key(read_image(record.image, self.image_size, self.channels))
             if stamp:
