@@ -173,8 +173,10 @@ def measure(folder: Path, rounds: int) -> list[Measured]:
 def table(record: dict[str, Any]) -> str:
     rows = ["| what | workers | per second of one core |", "|---|---:|---:|"]
     for row in record["rows"]:
-        rate = f"{row['per_core_second']:,.1f} {row['unit']}"
-        rows.append(f"| {row['what']} | {row['workers']} | {rate} |")
+        rate = f"{row['per_core_second']:.1f}"
+        if row["unit"] == "tokens":  # as many figures
+            rate = f"{float(format(row['per_core_second'], '.3g')):,.0f}"
+        rows.append(f"| {row['what']} | {row['workers']} | {rate} {row['unit']} |")
     settings = record["settings"]
     width, height = settings["photo_size"]
     rows += [

@@ -10,6 +10,7 @@ import itertools
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Generator, Iterable, Iterator
 from typing import Any, Generic, TypeVar
 
@@ -79,8 +80,8 @@ def load(
 ) -> Generator[T, None, None]:
     """`map(fetch, batches)`, with `workers` processes that work ahead; the order is the same.
 
-    The processes end with the generator. They ignore SIGINT and SIGTERM, which reach a whole group
-    of processes: the one that trains finishes its step first.
+    The processes end with the generator, or with the one that started them. They ignore SIGINT and
+    SIGTERM that others send to a whole group of processes: the one that trains finishes its step.
     """
     if workers == 0:
         for indices in batches:
@@ -92,7 +93,7 @@ def load(
         sampler=batches,
         num_workers=workers,
         prefetch_factor=PREFETCHED,
-        worker_init_fn=_ignore_signals,
+        worker_init_fn=_follow_the_parent,
         generator=torch.Generator(),  # the default one belongs to the step that is running
         # Without a copy of the data. Elsewhere fork is not safe.
         multiprocessing_context="fork" if sys.platform == "linux" else None,
@@ -126,6 +127,14 @@ class _Batches(Dataset[Any]):
             return error
 
 
-def _ignore_signals(worker: int) -> None:
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, signal.SIG_IGN)
+def _follow_the_parent(worker: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    if hasattr(signal, "sigwaitinfo"):  # not on macOS
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_wait_for_the_parent, daemon=True).start()
+
+
+def _wait_for_the_parent() -> None:
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != os.getppid():
+        pass
+    os._exit(0)

@@ -1,7 +1,8 @@
 """Reading ahead changes nothing but the time."""
 
 import os
-import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -58,13 +59,27 @@ def test_signals_do_not_end_the_workers() -> None:
     """A terminal and a batch system send them to all processes of a group."""
     reader = Reader(processes, 100, 0, 1, workers=1)
     worker, _ = reader.read(0)
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        os.kill(worker, signum)
+    for name in ("INT", "TERM"):
+        subprocess.run(["kill", f"-{name}", str(worker)], check=True)
     time.sleep(0.1)
     assert [reader.read(first)[0] for first in range(1, 9)] == [worker] * 8
     reader.close()
     with pytest.raises(ProcessLookupError):
         os.kill(worker, 0)
+
+
+UNCLOSED = """
+from cogview.data.loading import Reader
+reader = Reader(list, 10, 0, 1, workers=2)
+reader.read(0)
+raise ValueError("as a step may")
+"""
+
+
+def test_an_error_ends_the_workers() -> None:
+    command = [sys.executable, "-c", UNCLOSED]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1 and done.stderr.endswith("ValueError: as a step may\n")
 
 
 def test_reading_ahead_leaves_the_random_numbers_alone() -> None:
