@@ -202,6 +202,17 @@ def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
     )
 
 
+def test_a_text_tokenizer_from_captions_alone(tmp_path, capsys):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("".join(f"a wall of {n} bricks\n" for n in range(20)))
+    data = ["--run", tmp_path / "run", "--data", captions]
+    assert cogview("train-text-tokenizer", *data, "--preset", "small", *sets(*SMALL)) == 0
+    assert "captions.txt: captions alone, one a line" in capsys.readouterr().out
+    assert "captions.txt:1: expected an image, got a caption alone" in error(
+        capsys, "train-image-tokenizer", *data
+    )
+
+
 def test_debug_shows_the_traceback(tmp_path, capsys):
     assert cogview("train", "--run", tmp_path, "--debug") == 2
     assert "Traceback" in capsys.readouterr().err
