@@ -106,8 +106,9 @@ class Trainer(Loop):
         self.held_out_data = held_out_data
         self.on_batch = on_batch
         size = config.training.micro_batch_size or config.training.batch_size
+        starts = range(0, config.training.batch_size, size)
         self.reader = Reader(
-            functools.partial(_micro_batches, config, train_data, size),
+            functools.partial(_micro_batches, config, train_data, size, starts),
             len(train_data),
             config.seed,
             config.training.batch_size,

@@ -33,7 +33,6 @@ class Reader(Generic[T]):
         num_examples: indices are below this.
         seed, batch_size: of the run.
         workers: processes that read ahead; 0: batches are read when they are asked for.
-        part: the part of each batch that this process reads, such as `slice(rank, None, ranks)`.
     """
 
     def __init__(
@@ -43,11 +42,10 @@ class Reader(Generic[T]):
         seed: int,
         batch_size: int,
         workers: int = 0,
-        part: slice = slice(None),
     ) -> None:
         self.fetch = fetch
         self.num_examples, self.seed, self.batch_size = num_examples, seed, batch_size
-        self.workers, self.part = workers, part
+        self.workers = workers
         self._next = -1  # examples read before the next batch of `_batches`
         self._batches = load(fetch, ())
 
@@ -71,8 +69,7 @@ class Reader(Generic[T]):
 
     def _indices(self, first: int) -> Iterator[list[int]]:
         for start in itertools.count(first, self.batch_size):
-            order = read_order(self.seed, start, self.batch_size, self.num_examples)
-            yield order[self.part].tolist()
+            yield read_order(self.seed, start, self.batch_size, self.num_examples).tolist()
 
 
 def load(

@@ -41,12 +41,6 @@ def test_batches_do_not_depend_on_workers_or_restarts() -> None:
     assert read(2, [8, 12, 0]) == [whole[2], whole[3], whole[0]]  # resumed, and set back
 
 
-def test_parts_of_a_batch_make_up_the_whole() -> None:
-    whole = Reader(list, 10, 0, 6).read(6)
-    parts = [Reader(list, 10, 0, 6, part=slice(rank, None, 3)).read(6) for rank in range(3)]
-    assert sorted(sum(parts, [])) == sorted(whole) and parts[1] == whole[1::3]
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_an_error_comes_at_its_batch_and_as_it_was(workers: int) -> None:
     batches = load(squares, [[1, 2], [3], [13]], workers)
