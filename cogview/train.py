@@ -57,11 +57,10 @@ def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> Token
 
 
 def _micro_batches(
-    config: Config, data: TokenDataset, size: int, indices: Sequence[int]
+    config: Config, data: TokenDataset, size: int, starts: range, indices: Sequence[int]
 ) -> list[Batch]:
-    return [
-        make_batch(config, data, indices[at : at + size]) for at in range(0, len(indices), size)
-    ]
+    """Those of a step's micro-batches that begin at `starts`; they hold `size` sequences."""
+    return [make_batch(config, data, indices[at : at + size]) for at in starts]
 
 
 class Trainer(Loop):
