@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 comma := ,
 SOURCES := $(shell find csrc tests benchmarks -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test test-all test-sample lint format types bench report quality instability kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
+.PHONY: help build demo test test-all test-sample lint format types bench report quality instability loading kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
   mutations check-install clean
 
 help:
@@ -23,6 +23,7 @@ help:
 	@echo "make mutations      break the kernels on purpose, about 250 times: a test must fail each time"
 	@echo "make quality        train a small CogView dense and three-region, and compare what they learn"
 	@echo "make instability    train deep float16 models with Pre-LN, Sandwich-LN and PB-relax: what each changes"
+	@echo "make loading        measure how fast images and tokens are read, and write it into docs/training.md"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make kernel-times   predict the times of the attention kernels on one H200 (a model; needs nvcc, no GPU)"
@@ -35,7 +36,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	  { echo "make: $(PYTHON) is older than 3.11; set PYTHON to a newer one"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install -q -c constraints.txt setuptools ninja pybind11 torch
-	COGVIEW_KERNELS_CUDA=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cogview,dev]'
+	COGVIEW_KERNELS_CUDA=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[cogview,data,dev]'
 	@touch $@
 
 # In place and incremental (ninja); CUDA kernels where nvcc is found, the host model always. Fails on
@@ -99,6 +100,10 @@ quality: build
 
 instability: build
 	$(BIN)/python -m benchmarks.experiments.instability --jobs 2
+	$(BIN)/python -m benchmarks.report
+
+loading: build
+	$(BIN)/python -m benchmarks.experiments.loading
 	$(BIN)/python -m benchmarks.report
 
 # After a change of a kernel; docs/kernels.*, docs/kernel_costs.* and docs/kernel_times.* are committed with it.

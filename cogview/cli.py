@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:  # imported where they are used: `cogview --help` must not wait for torch
     from cogview.config import Config
     from cogview.data.captions import CaptionedImages
+    from cogview.data.sources import Source
     from cogview.loop import Loop
     from cogview.run import Run
 
@@ -60,7 +61,7 @@ def _reported_errors() -> tuple[type[Exception], ...]:
     import yaml
 
     causes = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, MemoryError)
-    return (*causes, yaml.YAMLError)
+    return (ModuleNotFoundError, *causes, yaml.YAMLError)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="cogview", description=DESCRIPTION, formatter_class=raw)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
 
-    common = argparse.ArgumentParser(add_help=False)
+    quiet = argparse.ArgumentParser(add_help=False)
+    quiet.add_argument("--quiet", action="store_true", help="no progress bars")
+    quiet.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    common = argparse.ArgumentParser(add_help=False, parents=[quiet])
     common.add_argument(
         "--set",
         action="append",
@@ -110,8 +114,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="KEY=VALUE",
         help="change a setting; may be given several times",
     )
-    common.add_argument("--quiet", action="store_true", help="no progress bars")
-    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     run = argparse.ArgumentParser(add_help=False)
     run.add_argument(
         "--run", required=True, metavar="FOLDER", type=Path, help="the run folder of the model"
@@ -124,11 +126,32 @@ def _parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--data",
         required=True,
-        metavar="FOLDER",
-        help="images, and captions.tsv, .csv or .jsonl with path and caption",
+        metavar="SOURCE",
+        help="images and captions: a folder with captions.tsv, .csv or .jsonl (or metadata.*) in "
+        "it, with a .txt beside each image, with WebDataset shards (*.tar) or with Parquet; a "
+        "table .tsv, .csv or .jsonl; captions_*.json of COCO; shards-{000..009}.tar; .parquet; "
+        "hf:owner/name of the Hugging Face hub; for the text tokenizer also a .txt of captions",
     )
     data.add_argument(
-        "--skip-bad", action="store_true", help="skip images and captions that cannot be read"
+        "--images",
+        type=Path,
+        metavar="FOLDER",
+        help="what paths of images are relative to (default: the file that names them)",
+    )
+    data.add_argument(
+        "--image-column", default="", metavar="NAME", help="column of the image or its path"
+    )
+    data.add_argument(
+        "--caption-column",
+        action="append",
+        default=[],
+        metavar="NAME",
+        help="column of the caption; may be given several times, for several captions an image",
+    )
+    data.add_argument(
+        "--skip-bad",
+        action="store_true",
+        help="skip records that cannot be used, and list them in RUN/bad_records.txt",
     )
 
     initial = argparse.ArgumentParser(add_help=False)
@@ -284,6 +307,34 @@ def _parser() -> argparse.ArgumentParser:
         help="a different seed gives other captions (%(default)s)",
     )
 
+    command = commands.add_parser(
+        "prepare",
+        help="make a data set that every machine can make",
+        description="Make a data set that every machine can make, for --data of other commands.",
+        parents=[quiet],
+    )
+    command.set_defaults(run_command=_prepare, command="prepare")
+    command.add_argument(
+        "name", choices=["emoji"], help="emoji: the colour-emoji font of the system as pictures"
+    )
+    command.add_argument(
+        "--out", type=Path, required=True, metavar="FOLDER", help="where the pictures go"
+    )
+    command.add_argument("--font", type=Path, help="a font file (default: the one fontconfig has)")
+    command.add_argument(
+        "--languages",
+        nargs="+",
+        default=["en"],
+        metavar="CODE",
+        help="captions in these languages, such as en zh; each picture gets all (%(default)s)",
+    )
+    command.add_argument(
+        "--size", type=int, default=64, help="side of the pictures in pixels (%(default)s)"
+    )
+    command.add_argument(
+        "--limit", type=int, default=0, metavar="N", help="only about N emoji, for a trial"
+    )
+
     command = add(
         "info",
         _info,
@@ -301,30 +352,35 @@ def _demo(args: argparse.Namespace) -> None:
 
 
 def _train_text_tokenizer(args: argparse.Namespace) -> None:
+    from cogview.data.captions import read_captions
     from cogview.text_tokenizer import TextTokenizer
 
     run = _new_or_open(args)
-    images = _images(args, run)
     settings = run.config.text_tokenizer
     with run.writing():
+        captions = read_captions(
+            _source(args), skip_bad=args.skip_bad, bad_records=run.bad_records_path
+        )
         TextTokenizer.train(
-            images.captions,
+            captions,
             run.text_tokenizer_path,
             settings.vocab_size,
             model_type=settings.model_type,
             character_coverage=settings.character_coverage,
         )
         _keep_config(args, run)
-    print(f"{len(images)} captions, {settings.vocab_size} pieces: {run.text_tokenizer_path}")
+    print(f"{len(captions)} captions, {settings.vocab_size} pieces: {run.text_tokenizer_path}")
 
 
 def _train_image_tokenizer(args: argparse.Namespace) -> int:
     from cogview.image_training import ImageTokenizerTrainer
 
     run = _new_or_open(args)
-    images = _images(args, run)
-    train_images, held_out_images = images.split(run.config.data.held_out_fraction, run.config.seed)
     with run.writing():
+        images = _images(args, run)
+        train_images, held_out_images = images.split(
+            run.config.data.held_out_fraction, run.config.seed
+        )
         trainer = ImageTokenizerTrainer(
             run.config,
             run.image_training,
@@ -343,25 +399,34 @@ def _train_image_tokenizer(args: argparse.Namespace) -> int:
 
 
 def _encode(args: argparse.Namespace) -> None:
+    import numpy as np
+
+    from cogview.data.loading import num_workers
     from cogview.data.tokens import TokenDataset
 
     run = _new_or_open(args)
     text_tokenizer, image_tokenizer = run.text_tokenizer(), run.image_tokenizer()
-    images = _images(args, run)
     with run.writing():
-        data = TokenDataset.tokenize(
-            images.captions, images, text_tokenizer, image_tokenizer, progress=not args.quiet
+        images = _images(args, run)
+        data = TokenDataset.encode(
+            run.tokens_path,
+            images.captions,
+            images,
+            text_tokenizer,
+            image_tokenizer,
+            held_out=images.held_out,
+            workers=num_workers(run.config.data.workers, run.device),
+            progress=not args.quiet,
         )
-        data.save(run.tokens_path)
         _keep_config(args, run)
     longest = run.config.max_text_len
-    clipped = sum(len(data[i][0]) > longest for i in range(len(data)))
+    clipped = int((np.diff(data.text_offsets) > longest).sum())
     note = (
         f" ({clipped} captions are longer than {longest} pieces and will be truncated)"
         if clipped
         else ""
     )
-    print(f"{len(data)} pairs{note}: {run.tokens_path}")
+    print(f"{len(data)} captions of {len(images)} images{note}: {run.tokens_path}")
 
 
 def _train(args: argparse.Namespace) -> int:
@@ -515,6 +580,19 @@ def _caption(args: argparse.Namespace) -> None:
         print(f"{path}\t{caption}")
 
 
+def _prepare(args: argparse.Namespace) -> None:
+    from cogview.data.emoji_set import prepare_emoji
+
+    about = prepare_emoji(
+        args.out, args.font, args.languages, args.size, args.limit, progress=not args.quiet
+    )
+    without = len(about["not_in_the_font"]) + len(about["no_skin_tone_in_the_font"])
+    print(
+        f"{about['images']} emoji of {about['font']}, {about['held_out']} of them held out "
+        f"({without} are not in the font): {args.out}"
+    )
+
+
 def _info(args: argparse.Namespace) -> None:
     from cogview.config import load_config, preset_names, to_yaml
 
@@ -567,8 +645,23 @@ def _images(args: argparse.Namespace, run: Run) -> CaptionedImages:
 
     size, channels = run.config.image_tokenizer.image_size, run.config.image_tokenizer.channels
     return CaptionedImages(
-        args.data, size, channels, skip_bad=args.skip_bad, progress=not args.quiet
+        _source(args),
+        size,
+        channels,
+        skip_bad=args.skip_bad,
+        bad_records=run.bad_records_path,
+        known_keys=run.known_keys_path,
+        progress=not args.quiet,
     )
+
+
+def _source(args: argparse.Namespace) -> Source:
+    from cogview.data.sources import Columns, open_source
+
+    source = open_source(args.data, Columns(args.image_column, args.caption_column, args.images))
+    if not args.quiet:
+        print(f"data: {source.rule}")
+    return source
 
 
 def _num_parameters(config: Config) -> int:

@@ -111,11 +111,15 @@ class ImageTokenizerConfig:
 class DataConfig:
     # Share of the images that neither the image tokenizer nor the GPT is trained on. Their pixels
     # and the seed decide which: all captions of an image go with it, and so do copies of it.
+    # A column `held_out` of the data decides in their place where it says true or false.
     held_out_fraction: float = 0.01
+    # Processes that read images and tokens ahead; -1: none on a CPU, up to 8 beside a GPU.
+    workers: int = -1
 
     def __post_init__(self) -> None:
         fraction = self.held_out_fraction
         _expect("data.held_out_fraction", fraction, 0 < fraction < 1, "between 0 and 1")
+        _expect("data.workers", self.workers, self.workers >= -1, "-1 or more")
 
 
 @dataclass

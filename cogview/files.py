@@ -75,10 +75,24 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
             raise OSError(errno.EBUSY, message, str(Path(path).parent)) from None
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+        _held.add(descriptor)
         yield
         os.ftruncate(descriptor, 0)
     finally:
+        _held.discard(descriptor)
         os.close(descriptor)
+
+
+# Locks of `exclusive`. A forked process would keep them when its parent is killed.
+_held: set[int] = set()
+
+
+def _close_locks() -> None:
+    for descriptor in _held:
+        os.close(descriptor)
+
+
+os.register_at_fork(after_in_child=_close_locks)
 
 
 def _create_locked(temporary: Path) -> int:

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cogview.config import Config
 from cogview.data.images import Images
-from cogview.data.order import read_order
+from cogview.data.loading import Reader, num_workers
 from cogview.image_tokenizer import ImageTokenizer
 from cogview.loop import Loop
 
@@ -66,6 +66,14 @@ class ImageTokenizerTrainer(Loop):
         super().__init__(config, config.image_training, folder, made_from, progress)
         self.train_images = train_images
         self.held_out_images = held_out_images
+        in_memory = isinstance(train_images, Tensor)
+        self.reader = Reader(
+            train_images.__getitem__,
+            len(train_images),
+            config.seed,
+            config.image_training.batch_size,
+            0 if in_memory else num_workers(config.data.workers, self.device),
+        )
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             self.model = ImageTokenizer(config.image_tokenizer).to(self.device)
@@ -77,10 +85,7 @@ class ImageTokenizerTrainer(Loop):
         `codebook_loss`; of the batch `codes_used`, the number of different codes, and `perplexity`,
         the exponential of their entropy; `codes_revived`, that restarted in this step."""
         settings = self.settings
-        order = read_order(
-            self.config.seed, self.examples, settings.batch_size, len(self.train_images)
-        )
-        batch = self.train_images[order.tolist()]
+        batch = self.reader.read(self.examples)
         quantizer = self.model.quantize_t
         if self.step == 0:
             self.model.start_codebook(batch)

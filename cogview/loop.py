@@ -51,6 +51,7 @@ from cogview.checkpoint import (
 )
 from cogview.config import Config, LoopConfig
 from cogview.data.images import picture_grid, to_pillow
+from cogview.data.loading import Reader
 from cogview.files import atomic_write
 
 # Under float16, a step is skipped if a gradient is not finite. After more such steps in a row,
@@ -151,6 +152,7 @@ class Loop(ABC):
     fixed_settings: tuple[str, ...]  # that must not change between a checkpoint and now
     model: nn.Module
     optimizer: torch.optim.Optimizer
+    reader: Reader[Any]  # of the batches
 
     def __init__(
         self,
@@ -210,7 +212,13 @@ class Loop(ABC):
         )
         writing = contextlib.closing(self._board()) if first else contextlib.nullcontext()
         lines = _Lines(self, enabled=self.progress and first and bool(bar.disable))
-        with writing as board, bar, torch.random.fork_rng(devices), _signals() as signals:
+        with (
+            writing as board,
+            contextlib.closing(self.reader),
+            bar,
+            torch.random.fork_rng(devices),
+            _signals() as signals,
+        ):
             while self.step < settings.steps:
                 metrics = self.train_step()
                 last = self.step == settings.steps

@@ -4,7 +4,9 @@
     text_tokenizer.model    SentencePiece
     image_training/         checkpoints, metrics and pictures of the image tokenizer's training
     image_tokenizer.pt      the finished image tokenizer
-    tokens.npz              the training data as tokens
+    tokens/                 the training data as tokens
+    bad_records.txt         what could not be used of the data, if anything
+    image_keys.json         hashes of the images, so that unchanged ones are not decoded again
     checkpoints/, metrics.jsonl, tensorboard/, pictures/   the GPT's training
     samples/                drawings
     model.safetensors       weights of another run, that this one starts from; or, where there are
@@ -54,7 +56,8 @@ class Run:
 
     Attributes:
         path, config: as given.
-        text_tokenizer_path, image_tokenizer_path, tokens_path: files in it.
+        text_tokenizer_path, image_tokenizer_path, tokens_path, bad_records_path, known_keys_path:
+            what is in it.
         image_training: folder of the image tokenizer's training.
         device: that of the settings.
     """
@@ -65,7 +68,9 @@ class Run:
         self.text_tokenizer_path = self.path / "text_tokenizer.model"
         self.image_tokenizer_path = self.path / "image_tokenizer.pt"
         self.image_training = self.path / "image_training"
-        self.tokens_path = self.path / "tokens.npz"
+        self.tokens_path = self.path / "tokens"
+        self.bad_records_path = self.path / "bad_records.txt"
+        self.known_keys_path = self.path / "image_keys.json"
         self.checkpoints = self.path / "checkpoints"
         self.weights_path = self.path / "model.safetensors"
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from cogview import distributed
 from cogview.checkpoint import check_settings, check_weights
 from cogview.config import Config, ModelConfig
-from cogview.data.order import read_order
+from cogview.data.loading import Reader, num_workers
 from cogview.data.tokens import TokenDataset
 from cogview.loop import Loop, compute_dtype, step_seed
 from cogview.model import GPT
@@ -70,6 +71,13 @@ def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> Token
     return text_to_image(config.vocabulary, text, codes)
 
 
+def _micro_batches(
+    config: Config, data: TokenDataset, size: int, starts: range, indices: Sequence[int]
+) -> list[Batch]:
+    """Those of a step's micro-batches that begin at `starts`; they hold `size` sequences."""
+    return [make_batch(config, data, indices[at : at + size]) for at in starts]
+
+
 class Trainer(Loop):
     """One training run of the GPT; resumes from the newest checkpoint in its folder.
 
@@ -115,6 +123,18 @@ class Trainer(Loop):
         self.on_batch = on_batch
         self.dtype = compute_dtype(config.training.precision, self.device)
         self.micro_batch_size = _micro_batch_size(config)
+        # Where this process's micro-batches begin in a batch.
+        starts = range(0, config.training.batch_size, self.micro_batch_size)
+        self.starts = starts[distributed.rank() :: distributed.size()]
+        self.reader = Reader(
+            functools.partial(
+                _micro_batches, config, train_data, self.micro_batch_size, self.starts
+            ),
+            len(train_data),
+            config.seed,
+            config.training.batch_size,
+            num_workers(config.data.workers, self.device),
+        )
         with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(config.seed)
             self.model = make_model(config.model, config.vocabulary.padded_size)
@@ -152,21 +172,18 @@ class Trainer(Loop):
         return totals.means()
 
     def _train_step(self) -> dict[str, float]:
-        config, training = self.config, self.config.training
-        indices = read_order(config.seed, self.examples, training.batch_size, len(self.train_data))
-        size = self.micro_batch_size
-        starts = range(0, len(indices), size)[distributed.rank() :: distributed.size()]
-        parts = [self._batch(self.train_data, indices[at : at + size]) for at in starts]
+        config = self.config
+        parts = [part.to(self.device) for part in self.reader.read(self.examples)]
         total_weight = torch.stack([self._weights(part).sum() for part in parts]).sum()
         # The gradients are averaged over the processes, while losses are sums.
         scale = distributed.size() / distributed.total(total_weight)
         totals = _Totals()
         max_hidden = []
         self.optimizer.zero_grad(set_to_none=True)
-        for at, part in zip(starts, parts, strict=True):
+        for at, part in zip(self.starts, parts, strict=True):
             if self.on_batch is not None:
                 self.on_batch(part)
-            with distributed.accumulating(self.spread_model, last=at == starts[-1]):
+            with distributed.accumulating(self.spread_model, last=at == self.starts[-1]):
                 totals.add(*self._backward(part, step_seed(config.seed, self.step, at), scale))
             max_hidden.append(self.model.max_hidden)
         means = totals.means()

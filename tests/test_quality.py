@@ -167,7 +167,7 @@ def test_the_neighbours_see_nothing_else(tmp_path: Path, rows_back: int, known: 
             64,
             4,
         )
-        tokens.save(tmp_path / f"repeats-{split}.npz")
+        tokens.save(tmp_path / f"repeats-{split}")
     run = Run("repeats", NEIGHBOURS)
     loss = quality.train_neighbours(Experiment(neighbour_steps=60), run, tmp_path)["loss"]
     assert loss < 0.4 if known else loss == pytest.approx(math.log(4), abs=0.1)

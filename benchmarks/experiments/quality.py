@@ -175,14 +175,18 @@ def make_data(experiment: Experiment, folder: Path) -> dict[str, float]:
     images = trainer.model
     images.save(files.image_tokenizer_path)
     for (task, split), (scenes, labels, captions) in parts.items():
-        tokens = TokenDataset.tokenize(
-            captions, resized(scenes, size), texts, images, progress=False
+        tokens = TokenDataset.encode(
+            folder / f"{task}-{split}",
+            captions,
+            resized(scenes, size),
+            texts,
+            images,
+            progress=False,
         )
         if (np.diff(tokens.text_offsets) != TEXT_LEN - 3).any():
             raise ValueError("captions: expected a piece for each of four words")
-        tokens.save(folder / f"{task}-{split}.npz")
         if (task, split) == ("captions", "test"):
-            decoded = images.decode(torch.from_numpy(tokens.codes))
+            decoded = images.decode(torch.tensor(tokens.codes))
             real, reconstructed = (digits_right(x, labels) for x in (scenes, decoded))
     _save(done, {"real": real, "reconstructed": reconstructed})
     return {"real": real, "reconstructed": reconstructed}
@@ -230,7 +234,7 @@ def measure(model: GPT, config: Config, data: TokenDataset, given: float) -> dic
 def train_and_draw(experiment: Experiment, run: Run, folder: Path) -> dict[str, Any]:
     """Trains a variant, measures it, draws the held-out captions and reads the digits."""
     config, given = experiment.config(run), TASKS[run.task].given
-    train, test = (TokenDataset.load(folder / f"{run.task}-{s}.npz") for s in ("train", "test"))
+    train, test = (TokenDataset.load(folder / f"{run.task}-{s}") for s in ("train", "test"))
     digest = hashlib.sha256()  # of the weights at the start and of all batches
 
     def observe(batch: Batch) -> None:
@@ -258,7 +262,7 @@ def train_neighbours(experiment: Experiment, run: Run, folder: Path) -> dict[str
     """Predicts a code from its 20 nearest earlier codes and its position. The lowest held-out
     losses in training count, not the last ones."""
     torch.manual_seed(run.seed)
-    train, test = (TokenDataset.load(folder / f"{run.task}-{s}.npz") for s in ("train", "test"))
+    train, test = (TokenDataset.load(folder / f"{run.task}-{s}") for s in ("train", "test"))
     around = [(y, x) for y in range(-3, 1) for x in range(-3, 4) if (y, x) < (0, 0)]
     nearest = sorted(around, key=lambda at: at[0] ** 2 + at[1] ** 2)[:20]
     words = train.codebook_size + 1  # for each neighbour: the codes, and none

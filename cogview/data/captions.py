@@ -1,41 +1,38 @@
-"""Captioned images in a folder.
+"""Captions and images of a source, checked before anything is trained on them."""
 
-    folder/captions.tsv     path<TAB>caption, one record per line, or
-    folder/captions.csv     path,caption, quoted as usual, or
-    folder/captions.jsonl   {"path": "cat.png", "caption": "a cat"}
-    folder/...              the images, in any format that Pillow reads
+from __future__ import annotations
 
-Paths are relative to the folder. A first line `path<TAB>caption` or `path,caption` is a header.
-"""
-
-import csv
-import hashlib
-import io
 import json
 import os
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import PIL
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from cogview.data.images import image_key, read_image
-from cogview.data.order import held_out
+from cogview.data.images import ImageFile, image_key, read_image
+from cogview.data.order import NOT_GIVEN, data_fingerprint, held_out
+from cogview.data.sources import Member, Record, Source
+from cogview.files import atomic_write
 from cogview.text_tokenizer import caption_problem
 
-CAPTION_FILES = ("captions.tsv", "captions.csv", "captions.jsonl")
+CHUNK = 1024  # records that are checked side by side
+NUM_NAMED = 3  # bad records in a message; the others are in the list
 
 
 @dataclass
 class Subset:
-    """Some of the images of a folder."""
+    """Some of the images of a source."""
 
-    images: "CaptionedImages"
+    images: CaptionedImages
     indices: np.ndarray
 
     def __len__(self) -> int:
@@ -46,190 +43,222 @@ class Subset:
 
 
 class CaptionedImages:
-    """The records of a folder; `images[[0, 7]]` reads two images: (2, C, H, W) uint8.
+    """The images of a source; `images[[0, 7]]` reads two of them: (2, C, H, W) uint8.
 
     The constructor decodes every image once, so that a corrupt one is found before training and not
-    in the middle of it.
+    in the middle of it. Records that name the same file are one image with several captions.
 
     Args:
-        folder: the folder; the top of this module describes its files.
+        source: where they are (`cogview.data.sources.open_source`).
         image_size: side in pixels; images are cropped around their centre to a square and resized.
         channels: 3 for RGB, 1 for grey.
         skip_bad: skip records that cannot be used, with one warning that counts them.
+        bad_records: a file to list all of them in; None: the message lists them all.
+        known_keys: a file that keeps the keys of the images, so that the next command decodes only
+            those that are new or have changed (by size and time).
         progress: show a progress bar if standard error is a terminal.
 
     Attributes:
-        paths: list of N paths.
-        captions: list of N captions.
-        keys: list of N numbers, equal for equal images (`image_key`).
+        files: list of N files.
+        captions: list of N tuples of one or more captions.
+        keys: (N,) uint64, equal for equal images (`image_key`).
+        held_out: (N,) int8: 1 or 0 if the source says so, `NOT_GIVEN` if it does not.
+        attributes: list of N mappings: what else the source says, by name.
 
     Raises:
-        FileNotFoundError: no folder or no captions file; a missing image, unless `skip_bad`.
-        ValueError: several captions files; no usable record; unless `skip_bad`, a corrupt image, a
-            caption without a visible character or a malformed record, named by file and line.
+        ValueError: no usable record; unless `skip_bad`, any corrupt or missing image, caption
+            without a visible character or malformed record.
     """
 
     def __init__(
         self,
-        folder: str | os.PathLike[str],
+        source: Source,
         image_size: int,
         channels: int = 3,
         *,
         skip_bad: bool = False,
+        bad_records: str | os.PathLike[str] | None = None,
+        known_keys: str | os.PathLike[str] | None = None,
         progress: bool = True,
     ):
         if channels not in (1, 3):
             raise ValueError(f"channels: expected 1 or 3, got {channels}")
         self.image_size = image_size
         self.channels = channels
-        self.paths: list[Path] = []
-        self.captions: list[str] = []
-        self.keys: list[int] = []
-
-        records_file = _records_file(Path(folder))
-        errors: list[ValueError | OSError] = []
-        with ThreadPoolExecutor() as pool:
-            results = pool.map(self._check, _records(records_file))
-            for result in tqdm(
-                results, desc="images", unit="image", disable=None if progress else True
-            ):
-                if not isinstance(result, Exception):
-                    self.paths.append(result[0])
-                    self.captions.append(result[1])
-                    self.keys.append(result[2])
-                elif skip_bad:
-                    errors.append(result)
-                else:
-                    pool.shutdown(cancel_futures=True)
-                    raise result
-        if not self.paths:
-            reason = f"; the first of {len(errors)} errors: {errors[0]}" if errors else ""
-            raise ValueError(
-                f"{records_file}: expected at least one usable record, got none{reason}"
-            )
-        if errors:
-            num_records = len(errors) + len(self.paths)
-            warnings.warn(
-                f"{records_file}: skipped {len(errors)} of {num_records} records; "
-                f"the first: {errors[0]}",
-                stacklevel=2,
-            )
+        self.files: list[Path | ImageFile] = []
+        self.captions: list[tuple[str, ...]] = []
+        self.attributes: list[Mapping[str, Any]] = []
+        keys: list[int] = []
+        given: list[int] = []
+        known: dict[Path | ImageFile, int] = {}
+        self._keys_before, self._keys_now = self._read_keys(known_keys), dict[str, int]()
+        bad: list[str] = []
+        num_records = 0
+        for record, key in self._checked(source, progress):
+            num_records += 1
+            if record.error is not None:
+                bad.append(f"{record.place}: {record.error}")
+                continue
+            assert record.image is not None
+            says = NOT_GIVEN if record.held_out is None else int(record.held_out)
+            index = known.setdefault(record.image, len(self.files))
+            if index < len(self.files):
+                self.captions[index] += record.captions
+                given[index] = max(given[index], says)
+                continue
+            self.files.append(record.image)
+            self.captions.append(record.captions)
+            self.attributes.append(record.attributes)
+            keys.append(key)
+            given.append(says)
+        _report(source, bad, num_records, skip_bad, bad_records)
+        if known_keys is not None and self._keys_now != self._keys_before:
+            with atomic_write(known_keys) as temporary:
+                content = {"of": self._decoding(), "keys": self._keys_now}
+                temporary.write_text(json.dumps(content), encoding="utf-8")
+        del self._keys_before, self._keys_now
+        self.keys = np.array(keys, np.uint64)
+        self.held_out = np.array(given, np.int8)
 
     def __len__(self) -> int:
-        return len(self.paths)
+        return len(self.files)
 
     @property
     def fingerprint(self) -> str:
         """Equal for equal images and captions."""
-        keys = np.array(self.keys, np.uint64).tobytes()
-        return hashlib.sha256(keys + "\0".join(self.captions).encode()).hexdigest()[:16]
+        return data_fingerprint(self.keys, self.held_out, self.captions)
 
-    def split(self, held_out_fraction: float, seed: int) -> tuple["Subset", "Subset"]:
+    def split(self, held_out_fraction: float, seed: int) -> tuple[Subset, Subset]:
         """Images for training and held-out ones; the same images as `TokenDataset.split` holds out.
 
         Raises:
             ValueError: fewer than two different images.
         """
-        out = held_out(np.array(self.keys, np.uint64), held_out_fraction, seed)
+        out = held_out(self.keys, self.held_out, held_out_fraction, seed)
         return Subset(self, np.flatnonzero(~out)), Subset(self, np.flatnonzero(out))
 
     def __getitem__(self, indices: Sequence[int]) -> Tensor:
         return torch.stack(
-            [read_image(self.paths[i], self.image_size, self.channels) for i in indices]
+            [read_image(self.files[i], self.image_size, self.channels) for i in indices]
         )
 
-    def _check(self, record: "_Record") -> tuple[Path, str, int] | ValueError | OSError:
+    def _checked(self, source: Source, progress: bool) -> Iterator[tuple[Record, int]]:
+        """Each record, and the key of its image; what is wrong with it stands in its `error`."""
+        records = source.records()
+        bar = tqdm(desc="images", unit="image", disable=None if progress else True)
+        with bar, ThreadPoolExecutor() as pool:
+            while chunk := list(islice(records, CHUNK)):
+                for record, key in zip(chunk, pool.map(self._check, chunk), strict=True):
+                    bar.update()
+                    yield record, key
+
+    def _check(self, record: Record) -> int:
+        _check_captions(record)
         if record.error is not None:
-            return ValueError(f"{record.place}: {record.error}")
-        if problem := caption_problem(record.caption):
-            return ValueError(f"{record.place}: expected a caption for {record.path}, {problem}")
+            return 0
+        if record.image is None:
+            record.error = "expected an image, got a caption alone"
+            return 0
         try:
-            image = read_image(record.path, self.image_size, self.channels)
+            stamp = _stamp(record.image)
+            key = self._keys_before.get(stamp, self._keys_now.get(stamp))
+            if key is None:
+                key = image_key(read_image(record.image, self.image_size, self.channels))
+            if stamp:
+                self._keys_now[stamp] = key
+            return key
         except FileNotFoundError:
-            return FileNotFoundError(2, f"{record.place}: no such image", str(record.path))
+            record.error = f"no such image: {record.image}"
         except (ValueError, OSError) as error:
-            return error
-        return record.path, record.caption.strip(), image_key(image)
+            record.error = str(error)
+        return 0
+
+    def _decoding(self) -> list[object]:
+        """What the key of an image depends on, beside the image."""
+        return [self.image_size, self.channels, PIL.__version__]
+
+    def _read_keys(self, path: str | os.PathLike[str] | None) -> dict[str, int]:
+        try:
+            content = json.loads(Path(path or "").read_text(encoding="utf-8"))
+            return dict(content["keys"]) if content["of"] == self._decoding() else {}
+        except (OSError, ValueError, KeyError, TypeError):
+            return {}  # none yet, or damaged: all images are decoded again
 
 
-@dataclass
-class _Record:
-    place: str  # file and line, for messages
-    path: Path = Path()
-    caption: str = ""
-    error: str | None = None
+def _stamp(image: Path | ImageFile) -> str:
+    """Changes when the image does; empty if that cannot be told."""
+    file, place = (image.shard, image.offset) if isinstance(image, Member) else (image, 0)
+    if not isinstance(file, Path):
+        return ""
+    status = file.stat()
+    return f"{file.absolute()} {place} {status.st_size} {status.st_mtime_ns}"
 
 
-def _records_file(folder: Path) -> Path:
-    if not folder.is_dir():
-        raise FileNotFoundError(2, "image folder: no such folder", str(folder))
-    found = [folder / name for name in CAPTION_FILES if (folder / name).is_file()]
-    if not found:
-        raise FileNotFoundError(
-            2, f"image folder: expected {' or '.join(CAPTION_FILES)} in it", str(folder)
-        )
-    if len(found) > 1:
-        raise ValueError(
-            f"{folder}: expected one captions file, got {', '.join(path.name for path in found)}"
-        )
-    return found[0]
+def read_captions(
+    source: Source,
+    *,
+    skip_bad: bool = False,
+    bad_records: str | os.PathLike[str] | None = None,
+) -> list[str]:
+    """All captions of a source, without a look at its images.
 
+    Args: as for `CaptionedImages`.
 
-def _records(records_file: Path) -> Iterator[_Record]:
-    try:
-        text = records_file.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{records_file}: expected UTF-8 text ({error})") from error
-    read_rows = {".tsv": _tsv_rows, ".csv": _csv_rows, ".jsonl": _json_rows}[records_file.suffix]
-    for line, row in read_rows(text):
-        place = f"{records_file}:{line}"
-        if isinstance(row, str):
-            yield _Record(place, error=row)
-        elif line > 1 or row != ["path", "caption"]:
-            yield _Record(place, records_file.parent / row[0], row[1])
-
-
-def _tsv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number, and [path, caption] or the error of the line.
-
-    There is no quoting: a caption may hold any character except tab and newline.
+    Raises:
+        ValueError: no usable record; unless `skip_bad`, a malformed record or a caption without a
+            visible character.
     """
-    for line, row in enumerate(text.split("\n"), 1):
-        if row := row.removesuffix("\r"):
-            yield line, _two_columns(row.split("\t"))
+    captions: list[str] = []
+    bad: list[str] = []
+    num_records = 0
+    for record in source.records():
+        num_records += 1
+        _check_captions(record)
+        if record.error is None:
+            captions += record.captions
+        else:
+            bad.append(f"{record.place}: {record.error}")
+    _report(source, bad, num_records, skip_bad, bad_records)
+    return captions
 
 
-def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number, and [path, caption] or the error of the line."""
-    rows = csv.reader(io.StringIO(text, newline=None), strict=True)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            yield rows.line_num, str(error)
-            continue
-        if row:
-            yield rows.line_num, _two_columns(row)
+def _check_captions(record: Record) -> None:
+    if record.error is None:
+        for caption in record.captions:
+            if problem := caption_problem(caption):
+                of_image = f" for {record.image}" if record.image is not None else ""
+                record.error = f"expected a caption{of_image}, {problem}"
+        record.captions = tuple(caption.strip() for caption in record.captions)
 
 
-def _two_columns(row: list[str]) -> list[str] | str:
-    return row if len(row) == 2 else f"expected 2 columns, path and caption, got {len(row)}"
-
-
-def _json_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
-    """Line number, and [path, caption] or the error of the line."""
-    for line, row in enumerate(text.split("\n"), 1):
-        if not row.strip():
-            continue
-        try:
-            record = json.loads(row)
-        except (ValueError, RecursionError) as error:
-            yield line, f"expected a JSON object ({error})"
-            continue
-        match record:
-            case {"path": str(path), "caption": str(caption)}:
-                yield line, [path, caption]
-            case _:
-                yield line, 'expected {"path": ..., "caption": ...} with two strings'
+def _report(
+    source: Source,
+    bad: list[str],
+    num_records: int,
+    skip_bad: bool,
+    bad_records: str | os.PathLike[str] | None,
+) -> None:
+    """Lists the bad records; then a warning, or an error."""
+    if bad_records is not None:
+        if bad:
+            with atomic_write(bad_records) as temporary:
+                temporary.write_text("".join(f"{line}\n" for line in bad), encoding="utf-8")
+        else:
+            Path(bad_records).unlink(missing_ok=True)
+    named = bad if bad_records is None else bad[:NUM_NAMED]
+    more = "" if len(named) == len(bad) else f"; all are listed in {bad_records}"
+    listed = "; ".join(named) + more
+    if len(bad) == num_records:
+        raise ValueError(
+            f"{source.rule}: expected at least one usable record, got none"
+            + (f" in {num_records}: {listed}" if bad else "")
+        )
+    if bad and not skip_bad:
+        raise ValueError(
+            f"{source.rule}: {len(bad)} of {num_records} records cannot be used: {listed}; repair "
+            "them, or skip them with --skip-bad"
+        )
+    if bad:
+        warnings.warn(
+            f"{source.rule}: skipped {len(bad)} of {num_records} records: {listed}", stacklevel=3
+        )

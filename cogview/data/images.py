@@ -2,7 +2,7 @@
 
 import hashlib
 import os
-from typing import Protocol
+from typing import BinaryIO, Protocol
 
 import numpy as np
 import torch
@@ -19,6 +19,12 @@ class Images(Protocol):
     def __getitem__(self, indices: list[int], /) -> Tensor: ...
 
 
+class ImageFile(Protocol):
+    """An image that is no file of its own; `str` gives its name for messages."""
+
+    def open(self) -> BinaryIO: ...
+
+
 def image_key(image: Tensor) -> int:
     """A number below 2**64 that is equal for equal images, of any dtype that holds the same pixels.
 
@@ -31,11 +37,15 @@ def image_key(image: Tensor) -> int:
     return int.from_bytes(digest[:8], "big")
 
 
-def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3) -> Tensor:
+def read_image(
+    file: str | os.PathLike[str] | ImageFile, image_size: int, channels: int = 3
+) -> Tensor:
     """Read an image, crop it around its centre to a square, and resize it.
 
-    Transparent pixels become white, 16-bit grey is scaled to 8 bits, and the camera's orientation
-    tag is applied.
+    A large JPEG is decoded at a half, a quarter or an eighth of its size, where that leaves at
+    least twice as many pixels a side as are asked for: several times faster, and no different to
+    the eye. Transparent pixels become white, 16-bit grey is scaled to 8 bits,
+    and the camera's orientation tag is applied.
 
     Returns:
         (channels, image_size, image_size) uint8.
@@ -46,7 +56,9 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
             whose range is unknown.
     """
     try:
-        with Image.open(path) as opened:
+        name = file if isinstance(file, (str, os.PathLike)) else file.open()
+        with Image.open(name) as opened:
+            opened.draft(None, (2 * image_size, 2 * image_size))
             image = ImageOps.exif_transpose(opened)
             # Pillow reads 16-bit PNG and PPM as mode I; in other formats mode I holds 32 bits.
             if image.mode.startswith("I;16") or (
@@ -65,7 +77,7 @@ def read_image(path: str | os.PathLike[str], image_size: int, channels: int = 3)
         raise
     except Exception as error:  # Pillow's decoders raise any exception on damaged files
         raise ValueError(
-            f"{path}: expected an image, got a corrupt or unsupported file ({error})"
+            f"{file}: expected an image, got a corrupt or unsupported file ({error})"
         ) from error
     return (
         torch.from_numpy(np.array(image).reshape(image_size, image_size, channels))

@@ -2,8 +2,11 @@
 
 import functools
 import hashlib
+from collections.abc import Iterable
 
 import numpy as np
+
+NOT_GIVEN = -1  # of `held_out`
 
 
 def read_order(seed: int, first: int, count: int, num_examples: int) -> np.ndarray:
@@ -31,22 +34,27 @@ def read_order(seed: int, first: int, count: int, num_examples: int) -> np.ndarr
     return indices
 
 
-def held_out(image_keys: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Which images are held out: a function of an image's key and the seed alone.
+def held_out(
+    image_keys: np.ndarray, given: np.ndarray | None, fraction: float, seed: int
+) -> np.ndarray:
+    """Which images are held out: what the data says, else a function of image key and seed alone.
 
     All captions of an image are therefore on one side, copies of an image too, and images that are
     added later leave the others where they are.
 
     Args:
         image_keys: (N,) uint64, equal for equal images.
-        fraction: expected share of the different images that are held out. At least one is, and at
-            least one is not.
+        given: (N,) int8: 1 if the data says that the image is held out, 0 if it says that the image
+            is for training, `NOT_GIVEN` if it does not say. Where it says both of two copies, both
+            are held out. None: it says nothing.
+        fraction: expected share of the other different images that are held out. If the data says
+            nothing, at least one is, and at least one is not.
 
     Returns:
         (N,) bool.
 
     Raises:
-        ValueError: fewer than two different images.
+        ValueError: fewer than two different images, or the data holds out all of them or none.
     """
     keys, of_key = np.unique(image_keys, return_inverse=True)
     if len(keys) < 2:
@@ -56,9 +64,31 @@ def held_out(image_keys: np.ndarray, fraction: float, seed: int) -> np.ndarray:
     mixed = [hashlib.blake2b(b"%d %d" % (seed, key), digest_size=8).digest() for key in keys]
     places = np.frombuffer(b"".join(mixed), ">u8") / 2.0**64
     chosen = places < fraction
-    chosen[places.argmin()] = True
-    chosen[places.argmax()] = False
+    said = np.full(len(keys), NOT_GIVEN, np.int8)
+    if given is not None:
+        np.maximum.at(said, of_key, given)
+    if (said == NOT_GIVEN).all():
+        chosen[places.argmin()] = True
+        chosen[places.argmax()] = False
+    chosen = np.where(said == NOT_GIVEN, chosen, said == 1)
+    if chosen.all() or not chosen.any():
+        raise ValueError(
+            f"data: expected some images to be held out and some not, got {chosen.sum()} held out "
+            f"of {len(keys)}; the column held_out decides where it says true or false"
+        )
     return chosen[of_key]
+
+
+def data_fingerprint(
+    image_keys: np.ndarray, given: np.ndarray | None, captions: Iterable[Iterable[str]]
+) -> str:
+    """Equal for equal images, captions and `held_out` columns."""
+    digest = hashlib.sha256(np.ascontiguousarray(image_keys, np.uint64).tobytes())
+    if given is not None:
+        digest.update(np.ascontiguousarray(given, np.int8).tobytes())
+    for texts in captions:
+        digest.update("\0".join(texts).encode() + b"\1")
+    return digest.hexdigest()[:16]
 
 
 @functools.lru_cache(maxsize=2)

@@ -16,6 +16,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
 
 from cogview.config import Config
@@ -101,15 +102,22 @@ def run_demo(
         image_tokenizer = image_trainer.model
         image_tokenizer.save(run.image_tokenizer_path)
     with _stage("image codes", seconds):
-        train_data, test_data = (
-            TokenDataset.tokenize(
-                scenes.captions, scenes.images, text_tokenizer, image_tokenizer, progress=progress
-            )
-            for scenes in (train, test)
+        tokens = TokenDataset.encode(
+            run.tokens_path,
+            train.captions + test.captions,
+            torch.cat([train.images, test.images]),
+            text_tokenizer,
+            image_tokenizer,
+            held_out=np.repeat(
+                np.array([0, 1], np.int8), [len(train.captions), len(test.captions)]
+            ),
+            progress=progress,
         )
-        reconstructions = image_tokenizer.decode(torch.from_numpy(test_data.codes)).cpu()
+        train_data, test_data = tokens.split(config.data.held_out_fraction, config.seed)
+        test_codes = torch.tensor(tokens.codes[len(train.captions) :])
+        reconstructions = image_tokenizer.decode(test_codes).cpu()
     with _stage("gpt", seconds):
-        made_from = run.tokenizer_fingerprints() | {"tokens": train_data.fingerprint}
+        made_from = run.tokenizer_fingerprints() | {"tokens": tokens.fingerprint}
         trainer = Trainer(config, run.path, train_data, test_data, made_from, progress=progress)
         trainer.run()
         model = trainer.model
@@ -135,7 +143,7 @@ def run_demo(
         "num_drawings": len(drawings),
         "held_out_image_loss": gpt_metrics[-1]["held_out_image_loss"],
         "reconstruction_error": float((reconstructions - test.images).square().mean()),
-        "codes_used": int(torch.from_numpy(test_data.codes).unique().numel()),
+        "codes_used": test_codes.unique().numel(),
         "sampling": {
             "temperature": config.sampling.temperature,
             "top_k": config.sampling.top_k,
@@ -220,7 +228,7 @@ def _check(config: Config, run: Run) -> None:
                 f"got {actual}"
             )
     is_demonstration = (run.path / "metrics.json").is_file()
-    if run.tokens_path.is_file() and not is_demonstration:
+    if run.tokens_path.exists() and not is_demonstration:
         raise ValueError(
             f"{run.path}: holds a run on other data ({run.tokens_path.name}), which the "
             "demonstration would replace; choose another folder"

@@ -154,7 +154,9 @@ def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
     assert load_config(run / "config.yaml").seed == 0
     assert "config.yaml already holds the settings" in error(capsys, *text, "--preset", "small")
     assert "image_tokenizer.pt" in error(capsys, "encode", "--run", run, "--data", photos)
-    assert "tokens.npz" in error(capsys, "train", "--run", run, "--set", "training.steps=9")
+    assert "run cogview encode first" in error(
+        capsys, "train", "--run", run, "--set", "training.steps=9"
+    )
     assert load_config(run / "config.yaml").training.steps == 4
 
     assert cogview("train-image-tokenizer", "--run", run, "--data", photos, "--quiet") == 0
@@ -181,15 +183,35 @@ def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
     )
 
     (photos / "green1.png").write_bytes((photos / "green1.png").read_bytes()[:60])
-    assert "green1.png" in error(capsys, "encode", "--run", run, "--data", photos)
+    tokens = sorted((run / "tokens").iterdir())
+    assert "1 of 12 records cannot be used" in error(
+        capsys, "encode", "--run", run, "--data", photos
+    )
+    assert sorted((run / "tokens").iterdir()) == tokens
+    assert "green1.png" in (run / "bad_records.txt").read_text()
     assert cogview("encode", "--run", run, "--data", photos, "--skip-bad") == 0
     captured = capsys.readouterr()
-    assert "11 pairs" in captured.out and "cogview: warning:" in captured.err
+    assert "11 captions of 11 images" in captured.out and "cogview: warning:" in captured.err
+    assert f"data: {photos / 'captions.tsv'}: a table with the columns" in captured.out
     (photos / "captions.tsv").write_text("red0.png\t\n")
     assert "captions.tsv:1: expected a caption for" in error(
         capsys, "encode", "--run", run, "--data", photos
     )
-    assert "no such folder" in error(capsys, "encode", "--run", run, "--data", tmp_path / "nowhere")
+    assert "no such file or folder" in error(
+        capsys, "encode", "--run", run, "--data", tmp_path / "nowhere"
+    )
+
+
+def test_a_text_tokenizer_from_captions_alone(tmp_path, capsys):
+    captions = tmp_path / "captions.txt"
+    captions.write_text("".join(f"a wall of {n} bricks\n" for n in range(20)))
+    data = ["--run", tmp_path / "run", "--data", captions]
+    settings = sets(*SMALL, "text_tokenizer.vocab_size=24")
+    assert cogview("train-text-tokenizer", *data, "--preset", "small", *settings) == 0
+    assert "captions.txt: captions alone, one a line" in capsys.readouterr().out
+    assert "captions.txt:1: expected an image, got a caption alone" in error(
+        capsys, "train-image-tokenizer", *data
+    )
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):
@@ -238,7 +260,7 @@ def test_a_closed_pipe_is_quiet():
 
 
 def test_demo_leaves_a_folder_with_other_data_untouched(tmp_path, capsys):
-    files = {name: tmp_path / name for name in ("config.yaml", "tokens.npz", "image_tokenizer.pt")}
+    files = {name: tmp_path / name for name in ("config.yaml", "tokens", "image_tokenizer.pt")}
     for path in files.values():
         path.write_text("the user's")
     demo = ["demo", "--out", tmp_path]

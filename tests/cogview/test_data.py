@@ -10,13 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image, ImageOps
 
-from cogview.config import ImageTokenizerConfig
 from cogview.data.captions import CaptionedImages
 from cogview.data.images import read_image
-from cogview.data.order import read_order
-from cogview.data.tokens import TokenDataset
-from cogview.image_tokenizer import ImageTokenizer
-from cogview.text_tokenizer import TextTokenizer
+from cogview.data.order import held_out, read_order
+from cogview.data.sources import open_source
 
 COLOURS = {"red": (255, 0, 0), "green": (0, 255, 0), "blue": (0, 0, 255)}
 
@@ -34,12 +31,12 @@ def write_tsv(folder: Path, *rows: tuple[str, ...]) -> None:
 
 
 def load(folder: Path, **options: bool) -> CaptionedImages:
-    return CaptionedImages(folder, 16, progress=False, **options)
+    return CaptionedImages(open_source(folder), 16, progress=False, **options)
 
 
 def test_reads_captions_and_images(folder: Path) -> None:
     images = load(folder)
-    assert images.captions == ["a red card", "a green card", "a blue card"]
+    assert images.captions == [("a red card",), ("a green card",), ("a blue card",)]
     batch = images[[2, 0]]
     assert batch.shape == (2, 3, 16, 16) and batch.dtype == torch.uint8
     assert batch[:, :, 8, 8].tolist() == [[0, 0, 255], [255, 0, 0]]
@@ -50,7 +47,7 @@ def test_the_three_formats_agree(folder: Path) -> None:
     tsv, jsonl = folder / "captions.tsv", folder / "captions.jsonl"
     write_tsv(folder, ("path", "caption"), *rows)
     expected = load(folder).captions
-    assert expected == [caption for _, caption in rows]
+    assert expected == [(caption,) for _, caption in rows]
     tsv.unlink()
     jsonl.write_text("".join(json.dumps({"path": p, "caption": c}) + "\n" for p, c in rows))
     assert load(folder).captions == expected
@@ -123,7 +120,7 @@ def test_every_error_of_a_decoder_names_the_file(
     with pytest.raises(ValueError, match=r"green\.png: expected an image, got .*\(damaged\)"):
         load(folder)
     with pytest.warns(UserWarning, match="skipped 1 of 3 records"):
-        assert load(folder, skip_bad=True).captions == ["a red card", "a blue card"]
+        assert load(folder, skip_bad=True).captions == [("a red card",), ("a blue card",)]
 
 
 def test_out_of_memory_is_not_blamed_on_the_file(
@@ -139,7 +136,7 @@ def test_out_of_memory_is_not_blamed_on_the_file(
 
 def test_a_missing_image_is_named(folder: Path) -> None:
     (folder / "green.png").unlink()
-    with pytest.raises(FileNotFoundError, match=r"captions\.tsv:2: no such image.*green\.png"):
+    with pytest.raises(ValueError, match=r"captions\.tsv:2: no such image.*green\.png"):
         load(folder)
 
 
@@ -160,7 +157,7 @@ def test_a_caption_without_text_is_named(folder: Path, caption: str, problem: st
     with pytest.raises(ValueError, match=rf"captions\.jsonl:2: .*blue\.png, got {problem}"):
         load(folder)
     with pytest.warns(UserWarning, match="skipped 1 of 2 records"):
-        assert load(folder, skip_bad=True).captions == ["a red card"]
+        assert load(folder, skip_bad=True).captions == [("a red card",)]
 
 
 def test_a_deeply_nested_line_is_named(folder: Path) -> None:
@@ -178,17 +175,17 @@ def test_only_newlines_end_a_line(folder: Path, name: str, newline: str) -> None
     separator = "\t" if name.endswith("tsv") else ","
     rows = [f"red.png{separator}{caption}{newline}" for caption in captions]
     (folder / name).write_bytes("".join(rows).encode())
-    assert load(folder).captions == captions
+    assert load(folder).captions == [tuple(captions)]
 
 
 def test_a_malformed_record_is_named(folder: Path) -> None:
     write_tsv(folder, ("red.png", "a red card"), ("blue.png",))
-    with pytest.raises(ValueError, match=r"captions\.tsv:2: expected 2 columns.*got 1"):
+    with pytest.raises(ValueError, match=r"1 of 2 records .*tsv:2: expected 2 columns.*got 1"):
         load(folder)
     (folder / "captions.tsv").unlink()
     for wrong in ("{", "[]", '{"path": "red.png"}', '{"path": "red.png", "caption": 3}'):
         (folder / "captions.jsonl").write_text(f"\n{wrong}\n")
-        with pytest.raises(ValueError, match=r"captions\.jsonl:2: expected"):
+        with pytest.raises(ValueError, match=r"captions\.jsonl:2: .*expected"):
             load(folder)
     (folder / "captions.jsonl").write_bytes(b"\xff\xfe\xff")
     with pytest.raises(ValueError, match=r"captions\.jsonl: expected UTF-8"):
@@ -207,11 +204,84 @@ def test_skipping_bad_records_warns_with_a_count(folder: Path) -> None:
     )
     with pytest.warns(UserWarning, match=r"skipped 4 of 6 records.*captions\.tsv:2"):
         images = load(folder, skip_bad=True)
-    assert images.captions == ["a red card", "a blue card"]
-    assert [path.name for path in images.paths] == ["red.png", "blue.png"]
+    assert images.captions == [("a red card",), ("a blue card",)]
+    assert [path.name for path in images.files] == ["red.png", "blue.png"]
     write_tsv(folder, ("gone.png", "a lost card"))
     with pytest.raises(ValueError, match=r"at least one usable record.*gone\.png"):
         load(folder, skip_bad=True)
+
+
+def test_all_bad_records_are_listed(folder: Path, tmp_path: Path) -> None:
+    rows = [("red.png", "a red card"), *((f"{i}.png", "lost") for i in range(30))]
+    write_tsv(folder, *rows)
+    listed = tmp_path / "run" / "bad_records.txt"
+    with pytest.raises(ValueError, match=r"30 of 31 .*all are listed in .*--skip-bad"):
+        CaptionedImages(open_source(folder), 16, bad_records=listed, progress=False)
+    lines = listed.read_text().splitlines()
+    assert [line.partition(": ")[0] for line in lines] == [
+        f"{folder / 'captions.tsv'}:{number}" for number in range(2, 32)
+    ]
+    with pytest.raises(ValueError) as error:
+        load(folder)
+    assert all(line in str(error.value) for line in lines)
+    write_tsv(folder, rows[0])
+    CaptionedImages(open_source(folder), 16, bad_records=listed, progress=False)
+    assert not listed.exists()
+
+
+def test_unchanged_images_are_not_decoded_again(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoded: list[str] = []
+
+    def observed(file: Path, *arguments: int) -> torch.Tensor:
+        decoded.append(file.name)
+        return read_image(file, *arguments)
+
+    monkeypatch.setattr("cogview.data.captions.read_image", observed)
+
+    def keys(size: int = 16) -> list[int]:
+        decoded.clear()
+        source, known = open_source(folder), tmp_path / "run" / "image_keys.json"
+        images = CaptionedImages(source, size, known_keys=known, progress=False)
+        decoded.sort()
+        return images.keys.tolist()
+
+    first = keys()
+    assert len(decoded) == 3 and keys() == first and decoded == []
+    Image.new("RGB", (40, 30), "black").save(folder / "green.png")
+    second = keys()
+    assert decoded == ["green.png"] and [a == b for a, b in zip(first, second, strict=True)] == [
+        True,
+        False,
+        True,
+    ]
+    keys(8)
+    assert len(decoded) == 3  # other pixels
+    (tmp_path / "run" / "image_keys.json").write_text("{")
+    assert keys() == second and len(decoded) == 3
+
+
+def test_a_large_jpeg_is_decoded_small(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    y, x = np.mgrid[:800, :1200]
+    pixels = np.stack([x / 5, y / 4, (x + y) / 9], 2).astype(np.uint8)
+    image = Image.fromarray(pixels)
+    image.save(tmp_path / "a.jpg", quality=95)
+    image.save(tmp_path / "a.png")
+    jpeg, png = (read_image(tmp_path / name, 64).int() for name in ("a.jpg", "a.png"))
+    assert (jpeg - png).abs().max() <= 4
+    loaded: list[tuple[int, int]] = []
+    transpose = ImageOps.exif_transpose
+
+    def observed(opened: Image.Image) -> Image.Image:
+        loaded.append(opened.size)
+        return transpose(opened)
+
+    monkeypatch.setattr(ImageOps, "exif_transpose", observed)
+    for size in (64, 300, 700):
+        read_image(tmp_path / "a.jpg", size)
+    # The shorter side keeps at least twice the pixels, and is never made larger than it is.
+    assert loaded == [(300, 200), (1200, 800), (1200, 800)]
 
 
 def test_no_warning_without_bad_records(folder: Path) -> None:
@@ -221,82 +291,15 @@ def test_no_warning_without_bad_records(folder: Path) -> None:
 
 
 def test_folders(folder: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="no such folder.*nowhere"):
+    with pytest.raises(FileNotFoundError, match="no such file or folder.*nowhere"):
         load(folder / "nowhere")
     (folder / "captions.csv").write_text("red.png,a red card\n")
     with pytest.raises(ValueError, match=r"got captions\.tsv, captions\.csv"):
         load(folder)
     (folder / "captions.csv").unlink()
     (folder / "captions.tsv").unlink()
-    with pytest.raises(FileNotFoundError, match=r"expected captions\.tsv or captions\.csv or"):
+    with pytest.raises(FileNotFoundError, match=r"expected captions\.tsv, captions\.csv"):
         load(folder)
-
-
-@pytest.fixture
-def dataset(folder: Path) -> TokenDataset:
-    images = load(folder)
-    text = TextTokenizer.train(images.captions, folder / "text.model", 14)
-    torch.manual_seed(0)
-    config = ImageTokenizerConfig(16, 3, 8, 2, codebook_size=50, codebook_dim=4)
-    image = ImageTokenizer(config).eval()
-    dataset = TokenDataset.tokenize(
-        images.captions, images, text, image, batch_size=2, progress=False
-    )
-    assert torch.equal(torch.from_numpy(dataset.codes).long(), image.encode(images[[0, 1, 2]]))
-    assert [text.decode(dataset[i][0]) for i in range(3)] == images.captions
-    return dataset
-
-
-def test_token_data_set(dataset: TokenDataset, tmp_path: Path) -> None:
-    assert len(dataset) == 3
-    assert dataset.codes.shape == (3, 4, 4) and dataset.codes.dtype == np.int16
-    dataset.save(tmp_path / "tokens.npz")
-    loaded = TokenDataset.load(tmp_path / "tokens.npz")
-    assert (loaded.text_vocab_size, loaded.codebook_size) == (14, 50)
-    for i in range(3):
-        for saved, read in zip(dataset[i], loaded[i], strict=True):
-            assert saved.dtype == read.dtype
-            np.testing.assert_array_equal(saved, read)
-
-
-def test_damaged_token_data_sets(dataset: TokenDataset, tmp_path: Path) -> None:
-    path = tmp_path / "tokens.npz"
-    with pytest.raises(FileNotFoundError, match=r"no such file.*tokens\.npz"):
-        TokenDataset.load(path)
-    dataset.save(path)
-    data = path.read_bytes()
-    flipped = bytearray(data)
-    flipped[data.index(b"codes.npy") + 140] ^= (
-        0xFF  # one byte of the array, which the checksum reveals
-    )
-    for damaged in (b"", b"text", data[: len(data) // 2], data[:-1], bytes(flipped)):
-        path.write_bytes(damaged)
-        with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set, got"):
-            TokenDataset.load(path)
-    compressed = bytearray(data)
-    for start in (data.index(b"PK\x03\x04") + 8, data.index(b"PK\x01\x02") + 10):
-        compressed[start] = 99  # a compression method that zipfile does not know
-    path.write_bytes(compressed)
-    with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set, got"):
-        TokenDataset.load(path)
-    np.savez(path, codes=dataset.codes)
-    with pytest.raises(ValueError, match=r"tokens\.npz: expected a token data set"):
-        TokenDataset.load(path)
-
-
-def test_inconsistent_token_data_sets() -> None:
-    codes = np.zeros((2, 2, 2), np.int16)
-    ids, offsets = np.array([1, 2, 3], np.int32), np.array([0, 1, 3])
-    keys = np.arange(2, dtype=np.uint64)
-    TokenDataset(ids, offsets, codes, keys, 4, 1)
-    with pytest.raises(ValueError, match="text_ids: expected 0 to 2, got 1 to 3"):
-        TokenDataset(ids, offsets, codes, keys, 3, 1)
-    with pytest.raises(ValueError, match="codes: expected 0 to 0, got 1 to 1"):
-        TokenDataset(ids, offsets, codes + 1, keys, 4, 1)
-    with pytest.raises(ValueError, match="text_offsets: expected 3 from 0 to 3"):
-        TokenDataset(ids, offsets[:2], codes, keys, 4, 1)
-    with pytest.raises(ValueError, match="caption 1 is empty"):
-        TokenDataset(ids, np.array([0, 3, 3]), codes, keys, 4, 1)
 
 
 @given(
@@ -332,3 +335,18 @@ def test_impossible_batches() -> None:
     for first, count, num_examples in ((-1, 1, 1), (0, 0, 1), (0, 1, 0)):
         with pytest.raises(ValueError, match=f"got first={first}, count={count}"):
             read_order(0, first, count, num_examples)
+
+
+def test_the_data_may_say_what_is_held_out() -> None:
+    keys = np.array([5, 6, 7, 5, 8], np.uint64)
+    given = np.array([0, 0, 1, 1, 0], np.int8)  # two copies of 5 are not agreed upon
+    assert held_out(keys, given, 0.5, 0).tolist() == [True, False, True, True, False]
+    many = np.arange(1000, dtype=np.uint64)
+    some = np.where(many < 500, -1, 0).astype(np.int8)
+    by_hash = held_out(many, None, 0.1, 0)
+    out = held_out(many, some, 0.1, 0)
+    assert (out[:500] == by_hash[:500]).all() and not out[500:].any()
+    with pytest.raises(ValueError, match="got 0 held out of 1000; the column held_out decides"):
+        held_out(many, np.zeros(1000, np.int8), 0.1, 0)
+    with pytest.raises(ValueError, match="got 1000 held out of 1000"):
+        held_out(many, np.ones(1000, np.int8), 0.1, 0)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from cogview.files import atomic_write
+from cogview.files import atomic_write, exclusive
 
 
 def run(script: str, *args: object) -> subprocess.CompletedProcess[str]:
@@ -61,7 +61,7 @@ def test_torch_save_into_a_file_that_cannot_grow_is_an_os_error(tmp_path: Path) 
     result = run(
         """
         import resource, signal, sys, torch
-        from cogview.files import atomic_write
+        from cogview.files import atomic_write, exclusive
 
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
@@ -86,7 +86,7 @@ def test_kill_in_the_middle_keeps_the_previous_file_and_the_next_write_cleans(
     result = run(
         """
         import os, signal, sys
-        from cogview.files import atomic_write
+        from cogview.files import atomic_write, exclusive
 
         with atomic_write(sys.argv[1]) as temporary:
             temporary.write_bytes(b"half" * 1000)
@@ -128,3 +128,17 @@ def test_a_file_as_folder_is_refused(tmp_path: Path) -> None:
         atomic_write(tmp_path / "run/a.bin"),
     ):
         pass
+
+
+def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
+    """The workers of a training that is killed live on for a few seconds."""
+    with exclusive(tmp_path / ".lock"):
+        child = os.fork()
+        if child == 0:
+            signal.pause()
+    try:
+        with exclusive(tmp_path / ".lock"):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
