@@ -24,7 +24,7 @@ from torch import nn
 
 from cogview.files import atomic_write
 
-FORMAT = "cogview-checkpoint-1"
+FORMAT = "cogview-checkpoint-2"
 
 # What zipfile, pickle and torch raise on damaged bytes. A seek to a damaged offset is an OSError.
 _DAMAGED = (
@@ -119,6 +119,10 @@ def load_latest(folder: str | os.PathLike[str], set_aside: bool = False) -> dict
         try:
             state = load_checkpoint(path)
             break
+        except FileNotFoundError:  # a training has written a newer one, and deleted this one
+            if list_checkpoints(folder) != paths:
+                return load_latest(folder, set_aside)
+            raise
         except ValueError as error:
             unreadable[path] = error
     for path, reason in unreadable.items():

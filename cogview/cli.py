@@ -9,7 +9,7 @@ import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -37,11 +37,11 @@ With a folder of your own images, and captions.tsv in it (file name, tab, captio
 
 A run folder holds everything that belongs to a model. Each command reads the settings in it; a new
 folder takes its settings from a preset. `--set key=value` changes a setting, for example
---set training.steps=500 --set model.num_layers=6. If the training of the image tokenizer or of the
-transformer was interrupted, run the same command again: it resumes from its newest checkpoint.
+--set training.steps=500 --set model.num_layers=6. If a training was interrupted, run the same
+command again: it resumes from its newest checkpoint.
 """
 
-_RESUMING = ("train", "train-image-tokenizer")
+_RESUMING = ("train", "train-image-tokenizer", "demo")
 
 
 def _reported_errors() -> tuple[type[Exception], ...]:
@@ -200,27 +200,29 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo(args: argparse.Namespace) -> int:
     from cogview.config import load_config
     from cogview.demo.main import run_demo
 
-    run_demo(load_config(args.preset, args.set), args.out, progress=not args.quiet)
+    config = load_config(args.preset, args.set)
+    return _until_stopped(lambda: run_demo(config, args.out, progress=not args.quiet))
 
 
 def _train_text_tokenizer(args: argparse.Namespace) -> None:
     from cogview.text_tokenizer import TextTokenizer
 
     run = _new_or_open(args)
-    images = _images(args, run)
     settings = run.config.text_tokenizer
     with run.writing():
-        TextTokenizer.train(
+        images = _images(args, run)
+        tokenizer = TextTokenizer.train(
             images.captions,
-            run.text_tokenizer_path,
+            None,
             settings.vocab_size,
             model_type=settings.model_type,
             character_coverage=settings.character_coverage,
         )
+        run.save_text_tokenizer(tokenizer)
         _keep_config(args, run)
     print(f"{len(images)} captions, {settings.vocab_size} pieces: {run.text_tokenizer_path}")
 
@@ -229,9 +231,11 @@ def _train_image_tokenizer(args: argparse.Namespace) -> int:
     from cogview.image_training import ImageTokenizerTrainer
 
     run = _new_or_open(args)
-    images = _images(args, run)
-    train_images, held_out_images = images.split(run.config.data.held_out_fraction, run.config.seed)
     with run.writing():
+        images = _images(args, run)
+        train_images, held_out_images = images.split(
+            run.config.data.held_out_fraction, run.config.seed
+        )
         trainer = ImageTokenizerTrainer(
             run.config,
             run.image_training,
@@ -240,22 +244,31 @@ def _train_image_tokenizer(args: argparse.Namespace) -> int:
             {"data": images.fingerprint},
             progress=not args.quiet,
         )
+        if trainer.step < run.config.image_training.steps:
+            run.check_no_checkpoints("image tokenizer")
         _keep_config(args, run)
         if code := _train_until_stopped(trainer):
             return code
+        trainer.model.made_from = trainer.made_from | run.split_settings()
         trainer.model.save(run.image_tokenizer_path)
-    error = trainer.evaluate()["reconstruction_loss"]
-    print(f"held-out reconstruction loss {error:.4f}: {run.image_tokenizer_path}")
+        held_out = trainer.evaluate()
+    print(
+        f"held-out reconstruction loss {held_out['reconstruction_loss']:.4f}, "
+        f"{held_out['codes_used']} of {run.config.image_tokenizer.codebook_size} codes used "
+        f"(perplexity {held_out['perplexity']:.1f}): {run.image_tokenizer_path}"
+    )
     return 0
 
 
 def _encode(args: argparse.Namespace) -> None:
     from cogview.data.tokens import TokenDataset
+    from cogview.text_tokenizer import warn_of_unknown_characters
 
     run = _new_or_open(args)
-    text_tokenizer, image_tokenizer = run.text_tokenizer(), run.image_tokenizer()
-    images = _images(args, run)
     with run.writing():
+        text_tokenizer, image_tokenizer = run.text_tokenizer(), run.image_tokenizer()
+        images = _images(args, run)
+        warn_of_unknown_characters(text_tokenizer, images.captions)
         data = TokenDataset.tokenize(
             images.captions, images, text_tokenizer, image_tokenizer, progress=not args.quiet
         )
@@ -275,12 +288,17 @@ def _train(args: argparse.Namespace) -> int:
     from cogview.train import Trainer
 
     run = _new_or_open(args)
-    tokens = run.tokens()
-    train_data, held_out_data = tokens.split(run.config.data.held_out_fraction, run.config.seed)
-    made_from = run.tokenizer_fingerprints() | {"tokens": tokens.fingerprint}
     with run.writing():
+        tokens = run.tokens()
+        train_data, held_out_data = tokens.split(run.config.data.held_out_fraction, run.config.seed)
         trainer = Trainer(
-            run.config, run.path, train_data, held_out_data, made_from, progress=not args.quiet
+            run.config,
+            run.path,
+            train_data,
+            held_out_data,
+            run.tokenizer_fingerprints() | {"tokens": tokens.fingerprint},
+            progress=not args.quiet,
+            image_tokenizer=run.image_tokenizer(),
         )
         _keep_config(args, run)
         if code := _train_until_stopped(trainer):
@@ -295,12 +313,16 @@ def _train(args: argparse.Namespace) -> int:
 
 def _train_until_stopped(trainer: Loop) -> int:
     """The exit code of a signal that stopped it, or 0."""
+    if trainer.step:
+        print(f"resuming from step {trainer.step}", flush=True)
+    return _until_stopped(trainer.run)
+
+
+def _until_stopped(function: Callable[[], object]) -> int:
     from cogview.loop import Stopped
 
-    if trainer.step:
-        print(f"resuming from step {trainer.step}")
     try:
-        trainer.run()
+        function()
     except Stopped as stopped:
         print(f"cogview: {stopped}; the same command goes on from there", file=sys.stderr)
         return 128 + stopped.signal

@@ -147,6 +147,8 @@ class LoopConfig:
         check("learning_rate clip_grad_norm", lambda value: value > 0, "more than 0")
         zero_or_more = "warmup_steps final_learning_rate pictures_every log_every"
         check(zero_or_more, lambda value: value >= 0, "0 or more")
+        at_most = f"at most learning_rate = {self.learning_rate}"
+        check("final_learning_rate", lambda value: value <= self.learning_rate, at_most)
 
 
 @dataclass

@@ -28,7 +28,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cogview.checkpoint import check_settings, load_latest, load_weights
+from cogview.checkpoint import check_settings, list_checkpoints, load_latest, load_weights
 from cogview.config import Config, load_config, save_config
 from cogview.data.images import read_image
 from cogview.data.tokens import TokenDataset
@@ -37,8 +37,15 @@ from cogview.image_tokenizer import ImageTokenizer
 from cogview.loop import check_made_from, choose_device
 from cogview.model import GPT
 from cogview.sample import draw_images, write_captions
-from cogview.text_tokenizer import TextTokenizer
+from cogview.text_tokenizer import TextTokenizer, warn_of_unknown_characters
 from cogview.train import MODEL_SETTINGS
+
+DRAWING_SETTINGS = (
+    *MODEL_SETTINGS,
+    "training.task",
+    "text_tokenizer.vocab_size",
+    "image_tokenizer.codebook_size",
+)
 
 
 class Run:
@@ -132,8 +139,9 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: there is none, or not one of these settings.
         """
-        tokenizer = TextTokenizer.load(self.text_tokenizer_path)
-        self._check_size("pieces", tokenizer.vocab_size, self.config.text_tokenizer.vocab_size)
+        path, config = self.text_tokenizer_path, self.config.text_tokenizer
+        tokenizer = TextTokenizer.load(path)
+        _check_setting("text_tokenizer.vocab_size", path, tokenizer.vocab_size, config.vocab_size)
         return tokenizer
 
     def image_tokenizer(self) -> ImageTokenizer:
@@ -142,18 +150,12 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: there is none, or not one of these settings.
         """
-        tokenizer = ImageTokenizer.load(self.image_tokenizer_path, device=self.device)
-        has, wants = tokenizer.config, self.config.image_tokenizer
-        self._check_size("codes", has.codebook_size, wants.codebook_size)
-        self._check_size("codes per side", has.code_size, wants.code_size)
+        path, config = self.image_tokenizer_path, self.config.image_tokenizer
+        tokenizer = ImageTokenizer.load(path, device=self.device)
+        for name in ("codebook_size", "image_size", "num_downsamples", "channels"):
+            actual, expected = getattr(tokenizer.config, name), getattr(config, name)
+            _check_setting(f"image_tokenizer.{name}", path, actual, expected)
         return tokenizer
-
-    def _check_size(self, unit: str, actual: int, expected: int) -> None:
-        if actual != expected:
-            raise ValueError(
-                f"{self.path}: expected a tokenizer of {expected} {unit} as in the settings, got "
-                f"{actual}; train the tokenizer again, or set the settings back"
-            )
 
     def tokenizer_fingerprints(self) -> dict[str, str]:
         return {
@@ -161,29 +163,70 @@ class Run:
             "image tokenizer": self.image_tokenizer().fingerprint,
         }
 
+    def split_settings(self) -> dict[str, str]:
+        """The settings that choose the held-out images, for `ImageTokenizer.made_from`."""
+        fraction = self.config.data.held_out_fraction
+        return {"seed": f"{self.config.seed}", "data.held_out_fraction": f"{fraction}"}
+
     def tokens(self) -> TokenDataset:
         """The training data, made by the tokenizers that are in the folder now.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, it is damaged, or a tokenizer was trained
-                again since.
+            FileNotFoundError, ValueError: there is none, it is damaged, a tokenizer was trained
+                again since, or the image tokenizer was trained on images that are now held out.
         """
         tokens = TokenDataset.load(self.tokens_path)
         for name, fingerprint in self.tokenizer_fingerprints().items():
-            if tokens.made_from.get(name) != fingerprint:
+            made_from = tokens.made_from.get(name, "unknown")
+            if made_from != fingerprint:
                 raise ValueError(
-                    f"{self.tokens_path}: made with another {name} ({tokens.made_from.get(name)}) "
+                    f"{self.tokens_path}: made with another {name} ({made_from}) "
                     f"than the one in the folder now ({fingerprint}); run cogview encode again"
+                )
+        trained_with = self.image_tokenizer().made_from
+        for name, value in self.split_settings().items():
+            if trained_with.get(name, value) != value:
+                raise ValueError(
+                    f"{name}: {self.image_tokenizer_path} was trained with {trained_with[name]}, "
+                    f"got {value}: it would have seen held-out images; set it back, or use a new "
+                    "run folder"
                 )
         return tokens
 
-    def model(self) -> GPT:
+    def save_text_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """
+        Raises:
+            ValueError: the GPT was trained with another one, which would be lost.
+        """
+        path = self.text_tokenizer_path
+        if path.is_file() and TextTokenizer.load(path).fingerprint != tokenizer.fingerprint:
+            self.check_no_checkpoints("text tokenizer")
+        tokenizer.save(path)
+
+    def check_no_checkpoints(self, tokenizer: str) -> None:
+        """
+        Raises:
+            ValueError: a GPT was trained with the tokenizers in the folder, so that none of them
+                may be replaced by another.
+        """
+        if list_checkpoints(self.checkpoints):
+            raise ValueError(
+                f"{self.checkpoints}: trained with the {tokenizer} in the folder, and useless with "
+                "another; use a new run folder, or move the checkpoints away"
+            )
+
+    def model(self, task: str = "text_to_image") -> GPT:
         """The newest checkpoint, in evaluation mode on the device; bfloat16 on a GPU.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, it has other settings, or a tokenizer was
-                trained again since.
+            FileNotFoundError, ValueError: there is none, it has other settings or was trained for
+                another task, or a tokenizer was trained again since.
         """
+        if self.config.training.task != task:
+            does = {"text_to_image": "draw images", "captioning": "write captions"}[task]
+            raise ValueError(
+                f"training.task: expected {task} to {does}, got {self.config.training.task}"
+            )
         state = load_latest(self.checkpoints)
         if state is None:
             raise FileNotFoundError(
@@ -191,7 +234,7 @@ class Run:
                 "first"
             )
         source = f"{self.checkpoints}, step {state['step']},"
-        check_settings(state["config"], dataclasses.asdict(self.config), MODEL_SETTINGS, source)
+        check_settings(state["config"], dataclasses.asdict(self.config), DRAWING_SETTINGS, source)
         check_made_from(state["made_from"], self.tokenizer_fingerprints(), source)
         model = GPT(self.config.model, self.config.vocabulary.padded_size)
         load_weights(model, state["model"], source)
@@ -227,7 +270,9 @@ class Run:
             FileNotFoundError, ValueError: something of the run is missing or does not fit, or a
                 caption is empty or too long.
         """
-        texts = [self.text_tokenizer().encode(caption) for caption in captions]
+        tokenizer = self.text_tokenizer()
+        texts = [tokenizer.encode(caption) for caption in captions]
+        warn_of_unknown_characters(tokenizer, captions)
         beginnings = [beginning] * len(texts)
         codes = draw_images(self.model(), self.config, texts, seed, beginnings, progress)
         return self.image_tokenizer().decode(codes).cpu()
@@ -240,10 +285,15 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: as `draw`, or the run was trained for another task.
         """
-        task = self.config.training.task
-        if task != "captioning":
-            raise ValueError(f"training.task: expected captioning to write captions, got {task}")
-        codes = self.codes(paths)
-        rows = write_captions(self.model(), self.config, codes, seed, progress=progress)
+        model = self.model("captioning")
+        rows = write_captions(model, self.config, self.codes(paths), seed, progress=progress)
         tokenizer = self.text_tokenizer()
         return [tokenizer.decode(pieces) for pieces in rows]
+
+
+def _check_setting(key: str, path: Path, actual: int, expected: int) -> None:
+    if actual != expected:
+        raise ValueError(
+            f"{key}: {path} has {actual}, the settings say {expected}; set it back, or train the "
+            "tokenizer again"
+        )
