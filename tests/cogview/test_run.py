@@ -46,7 +46,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds `photos`, and `run`: 4 finished steps of the GPT."""
     folder = tmp_path_factory.mktemp("first")
     data = photos.__wrapped__(folder)  # type: ignore[attr-defined]
-    new = ["--preset", "small", *sets(*SMALL, "image_training.save_every=2")]
+    new = ["--preset", "small", *sets(*SMALL, "training.warmup_steps=2")]
     run = ["--run", folder / "run"]
     for command in (
         ["train-text-tokenizer", *run, "--data", data, *new],
@@ -117,7 +117,7 @@ def test_killed_at_ten_random_moments(first: Path, tmp_path: Path, part: str) ->
     assert cogview(*command, "--run", whole) == 0
 
     generator = random.Random(part)
-    folders = [run / "image_training" * (part != "gpt") for run in (whole, killed)]
+    folders = [run / ("" if part == "gpt" else "image_training") for run in (whole, killed)]
     for number in range(10):
         came = (signal.SIGTERM, signal.SIGKILL)[number % 2]
         log = tmp_path / f"log {number}"
@@ -129,9 +129,7 @@ def test_killed_at_ten_random_moments(first: Path, tmp_path: Path, part: str) ->
             os.kill(process.pid, came)
         assert process.exitcode == (143 if came == signal.SIGTERM else -9), log.read_text()
         if came == signal.SIGTERM:
-            saved = re.search(
-                r"stopped by SIGTERM after step (\d+), which is saved", log.read_text()
-            )
+            saved = re.search(r"stopped by SIGTERM after step (\d+), which", log.read_text())
             assert saved and end_of(folders[1])["step"] == int(saved[1])
     assert cogview(*command, "--run", killed) == 0
 
@@ -302,7 +300,7 @@ def test_changed_settings_are_announced_or_refused(
         "training.learning_rate 0.0006 -> 0.001",
         "training.weight_decay 0.04 -> 0.5",
         "model.dropout 0.1 -> 0.2",
-        "the learning rate goes on at 1e-05 instead of 6e-06",
+        "the learning rate goes on at 0.000823 instead of 6e-05",
         "the data goes on behind the 16 examples read so far",
     ):
         assert expected in said
@@ -354,16 +352,11 @@ def test_settings_edited_by_hand_and_parts_that_are_missing(
 ) -> None:
     config = run / "config.yaml"
     written = config.read_text()
-    sample, train = ["sample", "--run", run, "a wall"], ["train", "--run", run]
+    both = sample, train = ["sample", "--run", run, "a wall"], ["train", "--run", run]
     for before, after, key, commands in (
-        (
-            "codebook_size: 16",
-            "codebook_size: 17",
-            "image_tokenizer.codebook_size",
-            (sample, train),
-        ),
-        ("vocab_size: 20", "vocab_size: 19", "text_tokenizer.vocab_size", (sample, train)),
-        ("task: text_to_image", "task: captioning", "training.task", (sample, train)),
+        ("codebook_size: 16", "codebook_size: 17", "image_tokenizer.codebook_size", both),
+        ("vocab_size: 20", "vocab_size: 19", "text_tokenizer.vocab_size", both),
+        ("task: text_to_image", "task: captioning", "training.task", both),
         # The image tokenizer saw what would now be held out.
         ("held_out_fraction: 0.05", "held_out_fraction: 0.5", "data.held_out_fraction", (train,)),
     ):
