@@ -19,13 +19,14 @@ from typing import Any
 import torch
 
 from cogview.config import Config, to_yaml
+from cogview.data.images import picture_grid, to_pillow
 from cogview.data.tokens import TokenDataset
 from cogview.demo.digits import CANVAS_SIZE, make_scenes
 from cogview.demo.reader import DigitReader, caption_accuracy
 from cogview.files import atomic_write
 from cogview.image_training import ImageTokenizerTrainer
 from cogview.loop import read_metrics
-from cogview.plots import save_curves, save_grid, save_reconstructions
+from cogview.plots import save_curves, save_grid
 from cogview.run import Run
 from cogview.sample import draw_images
 from cogview.text_tokenizer import TextTokenizer
@@ -172,7 +173,9 @@ def _run_demo(config: Config, run: Run, progress: bool) -> dict[str, Any]:
         right=right[:NUM_SHOWN],
         title="Drawn from captions that were held out",
     )
-    save_reconstructions(test.images[:8], reconstructions[:8], run.path / "reconstructions.png")
+    pairs = torch.cat([test.images[:8], reconstructions[:8]])  # each above what the codes keep
+    with atomic_write(run.path / "reconstructions.png") as temporary:
+        to_pillow(picture_grid(1 - pairs)).save(temporary, format="png")  # ink on paper
     curves = {"image tokenizer": _plotted(image_metrics), "gpt": _plotted(gpt_metrics)}
     save_curves(curves, run.path / "curves.png", UNITS)
     with atomic_write(run.path / "metrics.json") as temporary:
