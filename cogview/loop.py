@@ -216,16 +216,18 @@ class Loop(ABC):
                     metrics |= {f"held_out_{n}": value for n, value in self.evaluate().items()}
                 self._log(metrics, board)
                 if last or self.step % settings.save_every == 0 or came:
-                    self._save()
+                    self._save(board)
                     saved = self.step
                 lines.add(metrics, saved, last)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", saved=saved, refresh=False)
                 bar.update()
-                if came and not last:
-                    raise Stopped(came[0], self.step)
                 every = settings.pictures_every
-                if every and (last or self.step % every == 0):
+                if every and (last or self.step % every == 0) and not came:
                     self._show(board)
+                if came and not last:
+                    if saved < self.step:
+                        self._save(board)
+                    raise Stopped(came[0], self.step)
         self.model.eval()
 
     def train_step(self) -> dict[str, float]:
@@ -286,26 +288,21 @@ class Loop(ABC):
         """TensorBoard's writer, with the settings as its first text."""
         from torch.utils.tensorboard import SummaryWriter
 
-        folder = self.folder / "tensorboard"
-        board = SummaryWriter(str(folder), purge_step=self.step + 1)
+        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
         board.add_text("settings", f"```yaml\n{to_yaml(self.config)}```", self.step)
         try:
             yield board
         finally:
-            try:
+            with contextlib.suppress(OSError):  # a full disk: the checkpoint was refused before
                 board.close()
-            except OSError as error:  # the curves are in metrics.jsonl, too
-                warnings.warn(f"{folder}: not written: {error.strerror}", stacklevel=2)
 
     def _log(self, metrics: dict[str, float], board: Any) -> None:
-        try:
-            with open(self.metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:  # a write to a full disk raises an error without a file name
-            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
-        for name, value in metrics.items():
-            if name != "step":
-                board.add_scalar(name, value, self.step)
+        with _naming(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(metrics) + "\n")
+        with _naming(self.folder / "tensorboard"):
+            for name, value in metrics.items():
+                if name != "step":
+                    board.add_scalar(name, value, self.step)
 
     @torch.no_grad()
     def _show(self, board: Any) -> None:
@@ -315,9 +312,13 @@ class Loop(ABC):
         path = self.folder / "pictures" / f"step_{self.step:08d}.png"
         with atomic_write(path) as temporary:
             to_pillow(picture_grid(pictures)).save(temporary, format="png")
-        board.add_images(self.name, pictures, self.step)
+        with _naming(self.folder / "tensorboard"):
+            board.add_images(self.name, pictures, self.step)
 
-    def _save(self) -> None:
+    def _save(self, board: Any = None) -> None:
+        if board is not None:
+            with _naming(self.folder / "tensorboard"):
+                board.flush()  # or kill -9 leaves a gap in the curves
         state = {
             "step": self.step,
             "examples": self.examples,
@@ -500,6 +501,15 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Gives an error of the disk the name of the file: writing to an open file has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _peak_memory(device: torch.device) -> float:

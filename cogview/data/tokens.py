@@ -120,7 +120,7 @@ class TokenDataset:
     def fingerprint(self) -> str:
         """Equal for equal tokens."""
         digest = hashlib.sha256()
-        for array in (self.text_ids, self.text_offsets, self.codes):
+        for array in (self.text_ids, self.text_offsets, self.codes, self.image_keys):
             digest.update(np.ascontiguousarray(array).tobytes())
         return digest.hexdigest()[:16]
 
