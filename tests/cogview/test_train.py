@@ -56,7 +56,7 @@ def trainer(settings: Config, folder: object) -> Trainer:
     return Trainer(settings, folder, dataset(), dataset(4, 1), progress=False)
 
 
-MEASURED = "seconds", "tokens_per_second", "peak_memory_gb"
+MEASURED = "seconds", "tokens_per_second", "images_per_second", "peak_memory_gb"
 
 
 def without_seconds(folder):
