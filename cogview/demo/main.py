@@ -32,7 +32,7 @@ from cogview.sample import draw_images
 from cogview.text_tokenizer import TextTokenizer
 from cogview.train import Trainer
 
-NUM_TRAIN_SCENES = 8000
+NUM_TRAIN_SCENES = 16000
 NUM_TEST_SCENES = 128  # of four digits each; the GPT draws all of them
 NUM_SHOWN = 16
 MARKER = ".demonstration"
