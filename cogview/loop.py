@@ -297,8 +297,10 @@ class Loop(ABC):
                 board.close()
 
     def _log(self, metrics: dict[str, float], board: Any) -> None:
+        # JSON has no word for what a skipped float16 step may measure.
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
         with _naming(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(metrics) + "\n")
+            file.write(json.dumps(row, allow_nan=False) + "\n")
         with _naming(self.folder / "tensorboard"):
             for name, value in metrics.items():
                 if name != "step":

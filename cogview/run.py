@@ -40,6 +40,11 @@ from cogview.sample import draw_images, write_captions
 from cogview.text_tokenizer import TextTokenizer, warn_of_unknown_characters
 from cogview.train import MODEL_SETTINGS
 
+# What the weights of a model depend on: the settings in the folder must say the same.
+IMAGE_TOKENIZER_SETTINGS = (
+    *("codebook_size", "codebook_dim", "image_size", "channels", "num_downsamples", "hidden"),
+    *("mean", "std"),
+)
 DRAWING_SETTINGS = (
     *MODEL_SETTINGS,
     "training.task",
@@ -152,7 +157,7 @@ class Run:
         """
         path, config = self.image_tokenizer_path, self.config.image_tokenizer
         tokenizer = ImageTokenizer.load(path, device=self.device)
-        for name in ("codebook_size", "image_size", "num_downsamples", "channels"):
+        for name in IMAGE_TOKENIZER_SETTINGS:
             actual, expected = getattr(tokenizer.config, name), getattr(config, name)
             _check_setting(f"image_tokenizer.{name}", path, actual, expected)
         return tokenizer
@@ -291,7 +296,7 @@ class Run:
         return [tokenizer.decode(pieces) for pieces in rows]
 
 
-def _check_setting(key: str, path: Path, actual: int, expected: int) -> None:
+def _check_setting(key: str, path: Path, actual: object, expected: object) -> None:
     if actual != expected:
         raise ValueError(
             f"{key}: {path} has {actual}, the settings say {expected}; set it back, or train the "

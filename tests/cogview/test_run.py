@@ -364,6 +364,7 @@ def test_settings_edited_by_hand_and_parts_that_are_missing(
     both = sample, train = ["sample", "--run", run, "a wall"], ["train", "--run", run]
     for before, after, key, commands in (
         ("codebook_size: 16", "codebook_size: 17", "image_tokenizer.codebook_size", both),
+        ("- 0.79093", "- 0.5", "image_tokenizer.mean", both),
         ("vocab_size: 20", "vocab_size: 19", "text_tokenizer.vocab_size", both),
         ("task: text_to_image", "task: captioning", "training.task", both),
         # The image tokenizer saw what would now be held out.

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -158,6 +159,12 @@ def test_metrics_name_text_and_image_loss(tmp_path):
         "seconds",
     } <= rows[0].keys()
     assert [("held_out_image_loss" in row) for row in rows] == [False, False, True] * 2
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
+    run = trainer(config(), tmp_path)
+    run._log({"step": 1, "loss": float("inf"), "grad_norm": float("nan")}, mock.Mock())
+    assert run.metrics_path.read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
 
 
 def test_a_full_disk_names_the_metrics(tmp_path):
