@@ -104,6 +104,7 @@ LONG = ["training.steps=150", "training.save_every=7", "training.eval_every=10"]
 LONG_IMAGES = [setting.replace("training", "image_training") for setting in LONG]
 
 
+@pytest.mark.timeout(1200)  # twenty processes: seconds on an idle machine
 @pytest.mark.parametrize("part", ["gpt", "image tokenizer"])
 def test_killed_at_ten_random_moments(first: Path, tmp_path: Path, part: str) -> None:
     """SIGTERM and SIGKILL in turn; then weights, moments and log are those of a run that was never
