@@ -204,7 +204,7 @@ class Run:
             ValueError: the GPT was trained with another one, which would be lost.
         """
         path = self.text_tokenizer_path
-        if path.is_file() and TextTokenizer.load(path).fingerprint != tokenizer.fingerprint:
+        if path.is_file() and path.read_bytes() != tokenizer.model_proto:
             self.check_no_checkpoints("text tokenizer")
         tokenizer.save(path)
 

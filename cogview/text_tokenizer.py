@@ -29,7 +29,7 @@ class TextTokenizer:
     """
 
     def __init__(self, model_proto: bytes):
-        self._model = model_proto
+        self.model_proto = model_proto
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model_proto)
         self.fingerprint = hashlib.sha256(model_proto).hexdigest()[:16]  # equal for equal models
@@ -102,7 +102,7 @@ class TextTokenizer:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write a `.model` file; an existing one is replaced atomically."""
         with atomic_write(path) as temporary:
-            temporary.write_bytes(self._model)
+            temporary.write_bytes(self.model_proto)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TextTokenizer":
