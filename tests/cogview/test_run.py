@@ -374,7 +374,9 @@ def test_settings_edited_by_hand_and_parts_that_are_missing(
         assert before in written
         config.write_text(written.replace(before, after))
         for command in commands:
-            assert f"cogview: error: {key}: " in error(capsys, *command), (key, command)
+            said = error(capsys, *command)
+            assert f"cogview: error: {key}: " in said, (key, command)
+    assert "it would have seen held-out images" in said
     config.write_text(written.replace("task: text_to_image", "task: captioning"))
     image = run / "samples.png"
     Run.open(run, ["training.task=text_to_image"]).draw(["a wall"])
