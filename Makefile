@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 comma := ,
 SOURCES := $(shell find csrc tests benchmarks -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test test-all test-sample lint format types bench report quality instability loading kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
+.PHONY: help build demo test test-all test-sample lint format types bench report quality instability loading quantizers kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
   mutations check-install clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make quality        train a small CogView dense and three-region, and compare what they learn"
 	@echo "make instability    train deep float16 models with Pre-LN, Sandwich-LN and PB-relax: what each changes"
 	@echo "make loading        measure how fast images and tokens are read, and write it into docs/training.md"
+	@echo "make quantizers     train the image tokenizer with each of its four rules, and compare them"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make kernel-times   predict the times of the attention kernels on one H200 (a model; needs nvcc, no GPU)"
@@ -92,8 +93,8 @@ bench: build
 report: $(VENV)/.installed
 	$(BIN)/python -m benchmarks.report
 
-# each takes about an hour on two cores; at the same commit they go on where
-# they were stopped.
+# Minutes (quantizers) to about an hour on two cores; at the same commit they go on where they were
+# stopped.
 quality: build
 	$(BIN)/python -m benchmarks.experiments.quality
 	$(BIN)/python -m benchmarks.report
@@ -104,6 +105,10 @@ instability: build
 
 loading: build
 	$(BIN)/python -m benchmarks.experiments.loading
+	$(BIN)/python -m benchmarks.report
+
+quantizers: build
+	$(BIN)/python -m benchmarks.experiments.quantizers --jobs 2
 	$(BIN)/python -m benchmarks.report
 
 # After a change of a kernel; docs/kernels.*, docs/kernel_costs.* and docs/kernel_times.* are committed with it.

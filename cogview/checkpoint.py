@@ -45,7 +45,7 @@ from torch.distributed.tensor import DTensor
 from cogview import distributed
 from cogview.files import atomic_write, fsync_folder
 
-FORMAT = "cogview-checkpoint-1"
+FORMAT = "cogview-checkpoint-2"
 PLAIN_VALUES = "values.pt"  # in a folder: all of the checkpoint but its tensors
 CHECKSUMS = ".crc32.json"  # in a folder: how the names of the files with checksums end
 
@@ -185,6 +185,8 @@ def load_checkpoint(path: str | os.PathLike[str], tensors: bool = True) -> dict[
     except PermissionError:
         raise
     except _DAMAGED as error:
+        if not path.exists():  # deleted while it was read
+            raise FileNotFoundError(f"{path}: no such checkpoint") from error
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ValueError(f"{path}: truncated or damaged checkpoint: {reason}") from error
     if not isinstance(state, dict) or state.get("format") != FORMAT:
@@ -218,6 +220,10 @@ def load_latest(
         try:
             state = load_checkpoint(path, tensors)
             break
+        except FileNotFoundError:  # a training has written a newer one, and deleted this one
+            if list_checkpoints(folder) != paths:
+                return load_latest(folder, set_aside, tensors)
+            raise
         except ValueError as error:
             unreadable[path] = error
     for path, reason in unreadable.items():

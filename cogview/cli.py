@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import itertools
 import logging
 import os
 import re
 import sys
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,8 +44,8 @@ On several GPUs:
 
 A run folder holds everything that belongs to a model. Each command reads the settings in it; a new
 folder takes its settings from a preset. `--set key=value` changes a setting, for example
---set training.steps=500 --set model.num_layers=6. If the training of the image tokenizer or of the
-transformer was interrupted, run the same command again: it resumes from its newest checkpoint.
+--set training.steps=500 --set model.num_layers=6. If a training was interrupted, run the same
+command again: it resumes from its newest checkpoint.
 
 To go on from a finished model, with other images or for another task, in a new folder:
 
@@ -52,7 +53,7 @@ To go on from a finished model, with other images or for another task, in a new 
   cogview train  --run runs/new
 """
 
-_RESUMING = ("train", "train-image-tokenizer")
+_RESUMING = ("train", "train-image-tokenizer", "demo")
 
 
 def _reported_errors() -> tuple[type[Exception], ...]:
@@ -344,11 +345,12 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(args: argparse.Namespace) -> None:
+def _demo(args: argparse.Namespace) -> int:
     from cogview.config import load_config
     from cogview.demo.main import run_demo
 
-    run_demo(load_config(args.preset, args.set), args.out, progress=not args.quiet)
+    config = load_config(args.preset, args.set)
+    return _until_stopped(lambda: run_demo(config, args.out, progress=not args.quiet))
 
 
 def _train_text_tokenizer(args: argparse.Namespace) -> None:
@@ -361,13 +363,14 @@ def _train_text_tokenizer(args: argparse.Namespace) -> None:
         captions = read_captions(
             _source(args), skip_bad=args.skip_bad, bad_records=run.bad_records_path
         )
-        TextTokenizer.train(
+        tokenizer = TextTokenizer.train(
             captions,
-            run.text_tokenizer_path,
+            None,
             settings.vocab_size,
             model_type=settings.model_type,
             character_coverage=settings.character_coverage,
         )
+        run.save_text_tokenizer(tokenizer)
         _keep_config(args, run)
     print(f"{len(captions)} captions, {settings.vocab_size} pieces: {run.text_tokenizer_path}")
 
@@ -389,12 +392,19 @@ def _train_image_tokenizer(args: argparse.Namespace) -> int:
             {"data": images.fingerprint},
             progress=not args.quiet,
         )
+        if trainer.step < run.config.image_training.steps:
+            run.check_no_checkpoints("image tokenizer")
         _keep_config(args, run)
         if code := _train_until_stopped(trainer):
             return code
+        trainer.model.made_from = trainer.made_from | run.split_settings()
         trainer.model.save(run.image_tokenizer_path)
-    error = trainer.evaluate()["reconstruction_loss"]
-    print(f"held-out reconstruction loss {error:.4f}: {run.image_tokenizer_path}")
+        held_out = trainer.evaluate()
+    print(
+        f"held-out reconstruction loss {held_out['reconstruction_loss']:.4f}, "
+        f"{held_out['codes_used']} of {run.config.image_tokenizer.codebook_size} codes used "
+        f"(perplexity {held_out['perplexity']:.1f}): {run.image_tokenizer_path}"
+    )
     return 0
 
 
@@ -403,11 +413,13 @@ def _encode(args: argparse.Namespace) -> None:
 
     from cogview.data.loading import num_workers
     from cogview.data.tokens import TokenDataset
+    from cogview.text_tokenizer import warn_of_unknown_characters
 
     run = _new_or_open(args)
-    text_tokenizer, image_tokenizer = run.text_tokenizer(), run.image_tokenizer()
     with run.writing():
+        text_tokenizer, image_tokenizer = run.text_tokenizer(), run.image_tokenizer()
         images = _images(args, run)
+        warn_of_unknown_characters(text_tokenizer, itertools.chain.from_iterable(images.captions))
         data = TokenDataset.encode(
             run.tokens_path,
             images.captions,
@@ -431,14 +443,21 @@ def _encode(args: argparse.Namespace) -> None:
 
 def _train(args: argparse.Namespace) -> int:
     from cogview import distributed
+    from cogview.run import Run
     from cogview.train import Trainer
 
-    run = _new_or_open(args)
-    with distributed.processes(run.config.device), contextlib.ExitStack() as stack:
+    if args.init_from is None:
+        settings = Run.open(args.run, args.set).config
+    else:
+        settings = Run.before_start(args.run, args.init_from, args.set).config
+    with distributed.processes(settings.device), contextlib.ExitStack() as stack:
         first = distributed.is_first()
         with distributed.first_before_others():
-            if first:
+            if first:  # with --init-from it writes what the others read
+                run = _new_or_open(args)
                 stack.enter_context(run.writing())
+            else:
+                run = Run.open(args.run, args.set)
         tokens = run.tokens()
         train_data, held_out_data = tokens.split(run.config.data.held_out_fraction, run.config.seed)
         made_from = (
@@ -452,6 +471,7 @@ def _train(args: argparse.Namespace) -> int:
             made_from,
             progress=not args.quiet,
             initial=run.initial_weights(),
+            image_tokenizer=run.image_tokenizer(),
         )
         if first:
             _keep_config(args, run)
@@ -469,12 +489,18 @@ def _train(args: argparse.Namespace) -> int:
 def _train_until_stopped(trainer: Loop) -> int:
     """The exit code of a signal that stopped it, or 0."""
     from cogview.distributed import is_first
-    from cogview.loop import Stopped
 
     if trainer.step and is_first():
-        print(f"resuming from step {trainer.step}")
+        print(f"resuming from step {trainer.step}", flush=True)
+    return _until_stopped(trainer.run)
+
+
+def _until_stopped(function: Callable[[], object]) -> int:
+    from cogview.distributed import is_first
+    from cogview.loop import Stopped
+
     try:
-        trainer.run()
+        function()
     except Stopped as stopped:
         if is_first():
             print(f"cogview: {stopped}; the same command goes on from there", file=sys.stderr)

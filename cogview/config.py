@@ -32,6 +32,10 @@ class TextTokenizerConfig:
 
     def __post_init__(self) -> None:
         _expect("text_tokenizer.vocab_size", self.vocab_size, self.vocab_size >= 1, "1 or more")
+        share = self.character_coverage
+        _expect(
+            "text_tokenizer.character_coverage", share, 0 < share <= 1, "more than 0, at most 1"
+        )
 
 
 @dataclass
@@ -76,30 +80,25 @@ class ImageTokenizerConfig:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
+        def expect(name: str, condition: bool, expected: str) -> None:
+            _expect(f"image_tokenizer.{name}", getattr(self, name), condition, expected)
+
         for name in "image_size channels hidden num_downsamples codebook_size codebook_dim".split():
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: expected 1 or more, got {getattr(self, name)}")
-        if self.image_size % 2**self.num_downsamples:
-            raise ValueError(
-                f"image_size: expected a multiple of 2**num_downsamples = "
-                f"{2**self.num_downsamples}, got {self.image_size}"
-            )
-        if self.quantizer not in QUANTIZERS:
-            raise ValueError(
-                f"quantizer: expected one of {', '.join(QUANTIZERS)}, got {self.quantizer!r}"
-            )
-        if not 0 < self.decay < 1:
-            raise ValueError(f"decay: expected a number between 0 and 1, got {self.decay}")
+            expect(name, getattr(self, name) >= 1, "1 or more")
+        factor = 2**self.num_downsamples
+        multiple = f"a multiple of 2**num_downsamples = {factor}"
+        expect("image_size", self.image_size % factor == 0, multiple)
+        expect("quantizer", self.quantizer in QUANTIZERS, f"one of {', '.join(QUANTIZERS)}")
+        expect("decay", 0 < self.decay < 1, "a number between 0 and 1")
+        for name in ("commitment", "kl_weight", "restart_below"):
+            expect(name, getattr(self, name) >= 0, "0 or more")
         rgb = self.channels == 3
         halves = (0.5,) * self.channels
         self.mean = tuple(self.mean) or ((0.79093, 0.76271, 0.75340) if rgb else halves)
         self.std = tuple(self.std) or ((0.30379, 0.32279, 0.32800) if rgb else halves)
         for name in ("mean", "std"):
-            if len(getattr(self, name)) != self.channels:
-                raise ValueError(
-                    f"{name}: expected one value for each of {self.channels} channels, "
-                    f"got {getattr(self, name)}"
-                )
+            one_each = f"one value for each of {self.channels} channels"
+            expect(name, len(getattr(self, name)) == self.channels, one_each)
 
     @property
     def code_size(self) -> int:
@@ -151,6 +150,8 @@ class LoopConfig:
         check("learning_rate clip_grad_norm", lambda value: value > 0, "more than 0")
         zero_or_more = "warmup_steps final_learning_rate pictures_every log_every"
         check(zero_or_more, lambda value: value >= 0, "0 or more")
+        at_most = f"at most learning_rate = {self.learning_rate}"
+        check("final_learning_rate", lambda value: value <= self.learning_rate, at_most)
 
 
 @dataclass

@@ -161,6 +161,8 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig):
         super().__init__()
         self.config = config
+        # What it was trained on: fingerprints and the settings that chose its held-out images.
+        self.made_from: dict[str, str] = {}
         self.enc_b = _Encoder(config)
         self.quantize_t = Quantizer(config)
         self.dec = _Decoder(config)
@@ -282,9 +284,14 @@ class ImageTokenizer(nn.Module):
         return images
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save configuration and weights; an existing file is replaced atomically."""
+        """Save configuration, weights and `made_from`; an existing file is replaced atomically."""
+        state = {
+            "config": asdict(self.config),
+            "made_from": self.made_from,
+            "model": self.state_dict(),
+        }
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
-            torch.save({"config": asdict(self.config), "model": self.state_dict()}, file)
+            torch.save(state, file)
 
     @classmethod
     def load(
@@ -325,9 +332,12 @@ class ImageTokenizer(nn.Module):
                 f"got a corrupt or truncated file ({error})"
             ) from error
         try:
+            made_from = {}
             if "config" in saved:
-                config, saved = ImageTokenizerConfig(**saved["config"]), saved["model"]
+                config = ImageTokenizerConfig(**saved["config"])
+                saved, made_from = saved["model"], saved.get("made_from", {})
             tokenizer = cls(config or ImageTokenizerConfig())
+            tokenizer.made_from = dict(made_from)
             tokenizer.load_state_dict(
                 {name.removeprefix("module."): value for name, value in saved.items()}
             )

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from cogview.config import Config
+from cogview.config import Config, LoopConfig
 from cogview.data.images import Images
 from cogview.data.loading import Reader, num_workers
 from cogview.image_tokenizer import ImageTokenizer
@@ -39,13 +39,15 @@ class ImageTokenizerTrainer(Loop):
 
     name = "image tokenizer"
     unit = "images"
+    sections = ("image_training", "image_tokenizer")
     fixed_settings = (
         "seed",
         "data.held_out_fraction",
         *(
             f"image_tokenizer.{name}"
             for name in (
-                "image_size channels hidden num_downsamples codebook_size codebook_dim quantizer"
+                "image_size channels hidden num_downsamples codebook_size codebook_dim quantizer "
+                "mean std"
             ).split()
         ),
     )
@@ -89,7 +91,7 @@ class ImageTokenizerTrainer(Loop):
         quantizer = self.model.quantize_t
         if self.step == 0:
             self.model.start_codebook(batch)
-        quantizer.temperature = 16.0 ** (-self.step / settings.steps)
+        quantizer.temperature = temperature(settings, self.step)
         output = self.model(batch)
         self.optimizer.zero_grad(set_to_none=True)
         output.loss.backward()
@@ -122,6 +124,18 @@ class ImageTokenizerTrainer(Loop):
             **_use_of_codes(torch.cat(codes), config.codebook_size),
         }
 
+    def schedule(self, settings: LoopConfig, step: int) -> dict[str, float]:
+        gumbel = self.config.image_tokenizer.quantizer == "gumbel"
+        return super().schedule(settings, step) | (
+            {"temperature": temperature(settings, step)} if gumbel else {}
+        )
+
+    def in_words(self, metrics: Mapping[str, float]) -> str:
+        return (
+            f", {metrics['codes_used']} of {self.config.image_tokenizer.codebook_size} codes used "
+            f"(perplexity {metrics['perplexity']:.1f}), {metrics['codes_revived']} revived"
+        )
+
     def pictures(self) -> Tensor:
         """Held-out images, and below them what the tokenizer makes of them."""
         count = min(NUM_SHOWN, len(self.held_out_images))
@@ -131,6 +145,11 @@ class ImageTokenizerTrainer(Loop):
         self.model.train()
         scaled = images / 255 if images.dtype == torch.uint8 else images
         return torch.cat([scaled.cpu(), decoded])
+
+
+def temperature(settings: LoopConfig, step: int) -> float:
+    """Of gumbel sampling: falls from 1 to 1/16."""
+    return 16.0 ** (-step / settings.steps)
 
 
 def _use_of_codes(codes: Tensor, codebook_size: int) -> dict[str, float]:

@@ -49,7 +49,7 @@ from cogview.checkpoint import (
     save_checkpoint,
     training_state,
 )
-from cogview.config import Config, LoopConfig
+from cogview.config import Config, LoopConfig, to_yaml
 from cogview.data.images import picture_grid, to_pillow
 from cogview.data.loading import Reader
 from cogview.files import atomic_write
@@ -149,6 +149,7 @@ class Loop(ABC):
 
     name: str  # for people
     unit: str  # what is counted per second: a name in the metrics of a step
+    sections: tuple[str, ...]  # of the settings that the training depends on
     fixed_settings: tuple[str, ...]  # that must not change between a checkpoint and now
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -189,6 +190,14 @@ class Loop(ABC):
         """A few pictures (N, C, H, W) in [0, 1] that show what the model can do, if any."""
         return None
 
+    def schedule(self, settings: LoopConfig, step: int) -> dict[str, float]:
+        """What changes from step to step by a rule, under these settings: by name."""
+        return {"learning rate": learning_rate(settings, step)}
+
+    def in_words(self, metrics: Mapping[str, float]) -> str:
+        """What a line of the log says of a step beside its loss."""
+        return ""
+
     def run(self) -> None:
         """Trains up to `settings.steps`, and leaves the model in evaluation mode.
 
@@ -200,6 +209,15 @@ class Loop(ABC):
             OSError: a checkpoint or the metrics cannot be written; earlier checkpoints are intact.
         """
         settings = self.settings
+        if self.step >= settings.steps:
+            self.model.eval()
+            return
+        if settings.warmup_steps >= settings.steps:
+            warnings.warn(
+                f"{settings.section}.warmup_steps: {settings.warmup_steps} of {settings.steps} "
+                "steps: the learning rate never reaches its full value",
+                stacklevel=2,
+            )
         first = distributed.is_first()
         self.folder.mkdir(parents=True, exist_ok=True)
         devices = [self.device] if self.device.type == "cuda" else []
@@ -210,10 +228,9 @@ class Loop(ABC):
             unit="step",
             disable=None if self.progress and first else True,
         )
-        writing = contextlib.closing(self._board()) if first else contextlib.nullcontext()
         lines = _Lines(self, enabled=self.progress and first and bool(bar.disable))
         with (
-            writing as board,
+            self._board() if first else contextlib.nullcontext() as board,
             contextlib.closing(self.reader),
             bar,
             torch.random.fork_rng(devices),
@@ -222,22 +239,27 @@ class Loop(ABC):
             while self.step < settings.steps:
                 metrics = self.train_step()
                 last = self.step == settings.steps
-                if last or self.step % settings.eval_every == 0:
-                    metrics |= {f"held_out_{n}": value for n, value in self.evaluate().items()}
-                self._log(metrics, board)
-                every = settings.pictures_every
-                if every and (last or self.step % every == 0):
-                    self._show(board)
                 # A signal may reach the processes at different steps: all stop at the same one.
                 came = distributed.largest(max(signals, default=0))
+                # After a signal, little time may be left: the checkpoint comes first.
+                if last or (self.step % settings.eval_every == 0 and not came):
+                    metrics |= {f"held_out_{n}": value for n, value in self.evaluate().items()}
+                self._log(metrics, board)
                 if last or self.step % settings.save_every == 0 or came:
-                    self._save(wait=last or bool(came))
+                    self._save(board, wait=last or bool(came))
                 elif self._saving is not None and self._saving.is_written():
                     self._finish_saving()
                 lines.add(metrics, self.saved, last)
                 bar.set_postfix(loss=f"{metrics['loss']:.3f}", saved=self.saved, refresh=False)
                 bar.update()
+                every = settings.pictures_every
+                if every and (last or self.step % every == 0) and not came:
+                    self._show(board)
+                came = distributed.largest(max(signals, default=0))
                 if came and not last:
+                    self._finish_saving()
+                    if self.saved < self.step:
+                        self._save(board)
                     raise Stopped(came, self.step)
         self.model.eval()
 
@@ -294,22 +316,30 @@ class Loop(ABC):
         section = self.settings.section
         return f"a lower {section}.learning_rate or a longer {section}.warmup_steps"
 
-    def _board(self) -> Any:
+    @contextlib.contextmanager
+    def _board(self) -> Iterator[Any]:
+        """TensorBoard's writer, with the settings as its first text."""
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+        board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=self.step + 1)
+        board.add_text("settings", f"```yaml\n{to_yaml(self.config)}```", self.step)
+        try:
+            yield board
+        finally:
+            with contextlib.suppress(OSError):  # a full disk: the checkpoint was refused before
+                board.close()
 
     def _log(self, metrics: dict[str, float], board: Any) -> None:
         if not distributed.is_first():
             return
-        for name, value in metrics.items():
-            if name != "step":
-                board.add_scalar(name, value, self.step)
-        try:
-            with open(self.metrics_path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(metrics) + "\n")
-        except OSError as error:  # a write to a full disk raises an error without a file name
-            raise OSError(error.errno, error.strerror, str(self.metrics_path)) from error
+        # JSON has no word for what a skipped float16 step may measure.
+        row = {name: value if math.isfinite(value) else None for name, value in metrics.items()}
+        with _naming(self.metrics_path), open(self.metrics_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        with _naming(self.folder / "tensorboard"):
+            for name, value in metrics.items():
+                if name != "step":
+                    board.add_scalar(name, value, self.step)
 
     @torch.no_grad()
     def _show(self, board: Any) -> None:
@@ -319,15 +349,20 @@ class Loop(ABC):
         path = self.folder / "pictures" / f"step_{self.step:08d}.png"
         with atomic_write(path) as temporary:
             to_pillow(picture_grid(pictures)).save(temporary, format="png")
-        board.add_images(self.name, pictures, self.step)
+        with _naming(self.folder / "tensorboard"):
+            board.add_images(self.name, pictures, self.step)
 
-    def _save(self, wait: bool = True) -> None:
+    def _save(self, board: Any = None, wait: bool = True) -> None:
         """Writes a checkpoint, the part of this process.
 
         Args:
+            board: TensorBoard's writer, of the first process.
             wait: until the checkpoint is complete, also with `training.async_checkpoints`.
         """
         self._finish_saving()
+        if board is not None:
+            with _naming(self.folder / "tensorboard"):
+                board.flush()  # or kill -9 leaves a gap in the curves
         state = {
             "step": self.step,
             "examples": self.examples,
@@ -366,8 +401,9 @@ class Loop(ABC):
         with distributed.first_before_others():
             state = load_latest(self.checkpoints, set_aside=first, tensors=False)
         if state is None:
-            if first:  # left by a run that ended before its first checkpoint
-                self.metrics_path.unlink(missing_ok=True)
+            # Of a run that ended before its first checkpoint.
+            if first and self.metrics_path.is_file():
+                self.metrics_path.replace(self.metrics_path.with_suffix(".jsonl.old"))
             return
         source = f"{self.checkpoints}, step {state['step']},"
         check_settings(
@@ -375,12 +411,12 @@ class Loop(ABC):
         )
         check_made_from(state["made_from"], self.made_from, source)
         self.made_from = state["made_from"] | self.made_from
-        restore(self.model, self.optimizer, state, source)
+        self._restore(state, source)
         if self.scaler.is_enabled():
             if not state["scaler"]:
                 raise ValueError(
-                    f"{self.checkpoints}: expected checkpoints of a float16 run, got another "
-                    f"precision; do not change {self.settings.section}.precision"
+                    f"{self.settings.section}.precision: {source} was not trained with float16; "
+                    "set it back, or use a new run folder"
                 )
             self.scaler.load_state_dict(state["scaler"])
         self.step, self.examples = state["step"], state["examples"]
@@ -390,30 +426,49 @@ class Loop(ABC):
             return
         # The log may be ahead of the checkpoint, and its last line may be incomplete.
         kept = [row for row in read_metrics(self.metrics_path) if row["step"] <= self.step]
+        if len(kept) < self.step:
+            warnings.warn(
+                f"{self.metrics_path}: {self.step - len(kept)} of the {self.step} steps before "
+                "the checkpoint are missing",
+                stacklevel=3,
+            )
         with atomic_write(self.metrics_path) as temporary:
             temporary.write_text("".join(json.dumps(row) + "\n" for row in kept), encoding="utf-8")
-        self._announce_changes(state["config"][self.settings.section])
+        self._announce_changes(state["config"])
 
-    def _announce_changes(self, before: dict[str, Any]) -> None:
-        """Says what changed settings do to the run from here on."""
-        now = dataclasses.asdict(self.settings)
+    def _restore(self, state: dict[str, Any], source: str) -> None:
+        """Weights and moments of the checkpoint; weight decay and the like as the settings say
+        now."""
+        now = [
+            {name: value for name, value in group.items() if name != "params"}
+            for group in self.optimizer.param_groups
+        ]
+        restore(self.model, self.optimizer, state, source)
+        for group, settings in zip(self.optimizer.param_groups, now, strict=True):
+            group.update(settings)
+
+    def _announce_changes(self, before: dict[str, dict[str, Any]]) -> None:
+        """Says which settings are others than before, and what that does to the run from here."""
+        now = dataclasses.asdict(self.config)
         changed = {
-            name: (before[name], value)
-            for name, value in now.items()
-            if name in before and before[name] != value
+            f"{section}.{name}": (before[section][name], value)
+            for section in self.sections
+            for name, value in now[section].items()
+            if name in before[section] and before[section][name] != value
         }
         if not changed:
             return
-        section = self.settings.section
-        listed = ", ".join(f"{section}.{n} {a} -> {b}" for n, (a, b) in changed.items())
+        section, settings = self.settings.section, self.settings
+        listed = ", ".join(f"{name} {a} -> {b}" for name, (a, b) in changed.items())
         message = f"{self.name}: resuming at step {self.step} with other settings: {listed}"
-        old = learning_rate(dataclasses.replace(self.settings, **before), self.step)
-        new = learning_rate(self.settings, self.step)
-        if self.step < self.settings.steps and not math.isclose(old, new, rel_tol=1e-6):
-            message += f"; the learning rate goes on at {new:.3g} instead of {old:.3g}"
-        if "batch_size" in changed:
+        known = {name: value for name, value in before[section].items() if name in now[section]}
+        old = self.schedule(dataclasses.replace(settings, **known), self.step)
+        for name, value in self.schedule(settings, self.step).items():
+            if self.step < settings.steps and not math.isclose(old[name], value, rel_tol=1e-6):
+                message += f"; the {name} goes on at {value:.3g} instead of {old[name]:.3g}"
+        if f"{section}.batch_size" in changed:
             message += f"; the data goes on behind the {self.examples} examples read so far"
-        if self.step > self.settings.steps:
+        if self.step > settings.steps:
             message += f"; there is nothing to do: the run is at step {self.step} already"
         warnings.warn(message, stacklevel=4)
 
@@ -422,27 +477,37 @@ def check_made_from(before: Mapping[str, str], now: Mapping[str, str], source: s
     """Compares fingerprints of what a checkpoint was made from with those of what there is now.
 
     Raises:
-        ValueError: one differs; the message names it and says what to do.
+        ValueError: one differs or is not known; the message names it and says what to do.
     """
     for name, fingerprint in now.items():
-        if before.get(name, fingerprint) != fingerprint:
+        if name not in before:
             raise ValueError(
-                f"{source} was trained with another {name} ({before[name]}) than the one in the "
-                f"folder now ({fingerprint}): its weights mean nothing with it. Put the old one "
-                "back, or train again in a new folder"
+                f"{source} does not say which {name} it was trained with, so that nothing shows "
+                "whether it fits the one in the folder; train again in a new folder"
+            )
+        if before[name] != fingerprint:
+            tokenizer = "tokenizer" in name
+            reason = (
+                "its weights mean nothing with this one"
+                if tokenizer
+                else "the order of reading and the held-out examples would change in the middle"
+            )
+            raise ValueError(
+                f"{source} was trained with another {name} ({before[name]}) than there is now "
+                f"({fingerprint}): {reason}. Put the old one back, or train in a new folder"
             )
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[dict[str, float]]:
-    """The rows of a metrics log before the first damaged line; empty if there is no file."""
+    """The rows of a metrics log, without damaged lines; empty if there is no file."""
     rows: list[dict[str, float]] = []
     if not Path(path).is_file():
         return rows
     for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError:
-            break
+        with contextlib.suppress(json.JSONDecodeError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append(row)
     return rows
 
 
@@ -452,7 +517,8 @@ class _Lines:
     def __init__(self, loop: Loop, enabled: bool) -> None:
         self.loop, self.enabled = loop, enabled
         self.begin_step, self.begin = loop.step, time.monotonic()
-        self.next_line = self.begin
+        self.line_before = self.begin - SECONDS_BETWEEN_LINES  # so that the first step has a line
+        self.units, self.units_since = 0.0, self.begin  # for the rate since the line before
         self.held_out = ""
 
     def add(self, metrics: dict[str, float], saved: int, last: bool) -> None:
@@ -461,17 +527,19 @@ class _Lines:
             if name.startswith("held_out") and name.endswith("loss"):
                 self.held_out = f", held-out {value:.4f}"
                 break
-        due = time.monotonic() >= self.next_line
+        self.units += metrics[f"{loop.unit}_per_second"] * metrics["seconds"]
+        now = time.monotonic()
+        due = now >= self.line_before + SECONDS_BETWEEN_LINES
         if settings.log_every:
             due = loop.step % settings.log_every == 0
         if not (self.enabled and (due or last)):
             return
-        self.next_line = time.monotonic() + SECONDS_BETWEEN_LINES
-        per_step = (time.monotonic() - self.begin) / (loop.step - self.begin_step)
-        rate = metrics[f"{loop.unit}_per_second"]
+        per_step = (now - self.begin) / (loop.step - self.begin_step)
+        rate = self.units / max(now - self.units_since, 1e-9)
+        self.line_before, self.units, self.units_since = now, 0.0, now
         log.info(
             f"{loop.name} step {loop.step}/{settings.steps}, loss {metrics['loss']:.4f}"
-            f"{self.held_out}, {rate:,.0f} {loop.unit}/s, "
+            f"{self.held_out}{loop.in_words(metrics)}, {rate:,.0f} {loop.unit}/s, "
             f"{tqdm.format_interval(per_step * (settings.steps - loop.step))} to go, "
             f"peak memory {metrics['peak_memory_gb']:.2f} GB, saved {saved}"
         )
@@ -483,8 +551,11 @@ def _signals() -> Iterator[list[int]]:
     came: list[int] = []
 
     def note(signum: int, frame: FrameType | None) -> None:
-        if came:
+        if came and signum == signal.SIGINT:
             raise KeyboardInterrupt
+        if came:
+            signal.signal(signum, signal.SIG_DFL)
+            os.kill(os.getpid(), signum)
         came.append(signum)
         print(
             f"{signal.Signals(signum).name}: saving after this step; again to stop at once",
@@ -501,6 +572,15 @@ def _signals() -> Iterator[list[int]]:
     finally:
         for signum, handler in before.items():
             signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    """Gives an error of the disk the name of the file: writing to an open file has none."""
+    try:
+        yield
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def _peak_memory(device: torch.device) -> float:

@@ -1,4 +1,7 @@
-"""Pictures of a run: labelled samples, reconstructions and curves, each written atomically."""
+"""Pictures of a finished run: labelled samples and curves, each written atomically.
+
+While a run goes on, TensorBoard shows its curves.
+"""
 
 import math
 import os
@@ -63,40 +66,6 @@ def save_grid(
         axis.set_title(textwrap.fill(caption, 26), fontsize=8.5, color=colour, parse_math=False)
     if title:
         figure.suptitle(title, fontsize=11, parse_math=False)
-    _save(figure, path)
-
-
-def save_reconstructions(
-    originals: Tensor, reconstructions: Tensor, path: str | os.PathLike[str]
-) -> None:
-    """Save pairs of original (upper row) and reconstruction (lower row), up to eight per line.
-
-    Args:
-        originals: (N, C, H, W) in [0, 1].
-        reconstructions: the same shape.
-        path: PNG file.
-
-    Raises:
-        ValueError: no images, or different shapes.
-    """
-    if len(originals) == 0 or originals.shape != reconstructions.shape:
-        raise ValueError(
-            f"reconstructions: expected {tuple(originals.shape)} with 1 image or more, "
-            f"got {tuple(reconstructions.shape)}"
-        )
-    columns = min(8, len(originals))
-    lines = math.ceil(len(originals) / columns)
-    figure = Figure(figsize=(1.4 * columns + 0.4, 2.9 * lines), layout="constrained")
-    axes = figure.subplots(2 * lines, columns, squeeze=False)
-    for axis in axes.ravel():  # hide all axes; _show turns on those that it fills
-        axis.set_axis_off()
-    for i, (original, reconstruction) in enumerate(zip(originals, reconstructions, strict=True)):
-        line, column = divmod(i, columns)
-        _show(axes[2 * line, column], original)
-        _show(axes[2 * line + 1, column], reconstruction)
-    for line in range(lines):
-        axes[2 * line, 0].set_ylabel("original", fontsize=9)
-        axes[2 * line + 1, 0].set_ylabel("reconstruction", fontsize=9)
     _save(figure, path)
 
 

@@ -42,9 +42,21 @@ from cogview.image_tokenizer import ImageTokenizer
 from cogview.loop import check_made_from, choose_device, compute_dtype
 from cogview.model import GPT
 from cogview.sample import draw_images, write_captions
-from cogview.text_tokenizer import TextTokenizer
+from cogview.text_tokenizer import TextTokenizer, warn_of_unknown_characters
 from cogview.train import MODEL_SETTINGS, start_from
 from cogview.weights import Weights, load_weights_file, read_metadata, save_tensors, save_weights
+
+# What the weights of a model depend on: the settings in the folder must say the same.
+IMAGE_TOKENIZER_SETTINGS = (
+    *("codebook_size", "codebook_dim", "image_size", "channels", "num_downsamples", "hidden"),
+    *("mean", "std"),
+)
+DRAWING_SETTINGS = (
+    *MODEL_SETTINGS,
+    "training.task",
+    "text_tokenizer.vocab_size",
+    "image_tokenizer.codebook_size",
+)
 
 
 class Run:
@@ -108,6 +120,28 @@ class Run:
         return run
 
     @classmethod
+    def before_start(
+        cls,
+        path: str | os.PathLike[str],
+        source: str | os.PathLike[str],
+        overrides: Sequence[str] = (),
+    ) -> Run:
+        """The run that `start_from` makes; nothing is written.
+
+        Raises:
+            FileNotFoundError: there are no settings.
+        """
+        folder = Path(source) if Path(source).is_dir() else Path(source).parent
+        own = Path(path) / "config.yaml"
+        settings = own if own.is_file() else folder / "config.yaml"
+        if not settings.is_file():
+            raise FileNotFoundError(
+                f"--init-from: expected a run folder or a folder of cogview export, with "
+                f"config.yaml in it, got {source}"
+            )
+        return cls(path, load_config(settings, overrides))
+
+    @classmethod
     def start_from(
         cls,
         path: str | os.PathLike[str],
@@ -132,16 +166,10 @@ class Run:
             ValueError: the settings do not fit the weights, the tokenizers in the folder are not
                 those of the weights, or the folder has checkpoints of a run with another start.
         """
-        path, source = Path(path), Path(source)
+        run = cls.before_start(path, source, overrides)
+        source = Path(source)
         folder = source if source.is_dir() else source.parent
-        own = path / "config.yaml"
-        settings = own if own.is_file() else folder / "config.yaml"
-        if not settings.is_file():
-            raise FileNotFoundError(
-                f"--init-from: expected a run folder or a folder of cogview export, with "
-                f"config.yaml in it, got {source}"
-            )
-        run, other = cls(path, load_config(settings, overrides)), cls(folder, Config())
+        other = cls(folder, Config())
         weights = cls.open(folder).weights() if source.is_dir() else load_weights_file(source)
         with torch.device("meta"):
             start_from(
@@ -158,7 +186,7 @@ class Run:
         with run.writing():
             for name in ("text_tokenizer_path", "image_tokenizer_path"):
                 _copy_missing(getattr(other, name), getattr(run, name))
-            check_made_from(weights.made_from, run.tokenizer_fingerprints(), weights.source)
+            run._check_tokenizers(weights)
             if tokens:
                 _copy_missing(other.tokens_path, run.tokens_path)
             save_weights(run.weights_path, weights)
@@ -200,8 +228,9 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: there is none, or not one of these settings.
         """
-        tokenizer = TextTokenizer.load(self.text_tokenizer_path)
-        self._check_size("pieces", tokenizer.vocab_size, self.config.text_tokenizer.vocab_size)
+        path, config = self.text_tokenizer_path, self.config.text_tokenizer
+        tokenizer = TextTokenizer.load(path)
+        _check_setting("text_tokenizer.vocab_size", path, tokenizer.vocab_size, config.vocab_size)
         return tokenizer
 
     def image_tokenizer(self) -> ImageTokenizer:
@@ -210,18 +239,12 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: there is none, or not one of these settings.
         """
-        tokenizer = ImageTokenizer.load(self.image_tokenizer_path, device=self.device)
-        has, wants = tokenizer.config, self.config.image_tokenizer
-        self._check_size("codes", has.codebook_size, wants.codebook_size)
-        self._check_size("codes per side", has.code_size, wants.code_size)
+        path, config = self.image_tokenizer_path, self.config.image_tokenizer
+        tokenizer = ImageTokenizer.load(path, device=self.device)
+        for name in IMAGE_TOKENIZER_SETTINGS:
+            actual, expected = getattr(tokenizer.config, name), getattr(config, name)
+            _check_setting(f"image_tokenizer.{name}", path, actual, expected)
         return tokenizer
-
-    def _check_size(self, unit: str, actual: int, expected: int) -> None:
-        if actual != expected:
-            raise ValueError(
-                f"{self.path}: expected a tokenizer of {expected} {unit} as in the settings, got "
-                f"{actual}; train the tokenizer again, or set the settings back"
-            )
 
     def tokenizer_fingerprints(self) -> dict[str, str]:
         return {
@@ -229,19 +252,44 @@ class Run:
             "image tokenizer": self.image_tokenizer().fingerprint,
         }
 
+    def _check_tokenizers(self, weights: Weights) -> None:
+        """
+        Raises:
+            ValueError: the weights were trained with other tokenizers. Those of a checkpoint must
+                say with which ones; those of another program, such as the released CogView, cannot.
+        """
+        now = self.tokenizer_fingerprints()
+        if not weights.is_checkpoint:
+            now = {name: value for name, value in now.items() if name in weights.made_from}
+        check_made_from(weights.made_from, now, weights.source)
+
+    def split_settings(self) -> dict[str, str]:
+        """The settings that choose the held-out images, for `ImageTokenizer.made_from`."""
+        fraction = self.config.data.held_out_fraction
+        return {"seed": f"{self.config.seed}", "data.held_out_fraction": f"{fraction}"}
+
     def tokens(self) -> TokenDataset:
         """The training data, made by the tokenizers that are in the folder now.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, it is damaged, or a tokenizer was trained
-                again since.
+            FileNotFoundError, ValueError: there is none, it is damaged, a tokenizer was trained
+                again since, or the image tokenizer was trained on images that are now held out.
         """
         tokens = TokenDataset.load(self.tokens_path)
         for name, fingerprint in self.tokenizer_fingerprints().items():
-            if tokens.made_from.get(name) != fingerprint:
+            made_from = tokens.made_from.get(name, "unknown")
+            if made_from != fingerprint:
                 raise ValueError(
-                    f"{self.tokens_path}: made with another {name} ({tokens.made_from.get(name)}) "
+                    f"{self.tokens_path}: made with another {name} ({made_from}) "
                     f"than the one in the folder now ({fingerprint}); run cogview encode again"
+                )
+        trained_with = self.image_tokenizer().made_from
+        for name, value in self.split_settings().items():
+            if trained_with.get(name, value) != value:
+                raise ValueError(
+                    f"{name}: {self.image_tokenizer_path} was trained with {trained_with[name]}, "
+                    f"got {value}: it would have seen held-out images; set it back, or use a new "
+                    "run folder"
                 )
         return tokens
 
@@ -256,7 +304,7 @@ class Run:
         if state is not None:
             source = f"{self.checkpoints}, step {state['step']},"
             made_from, step = state["made_from"], state["step"]
-            weights = Weights(state["model"], state["config"], made_from, step, source)
+            weights = Weights(state["model"], state["config"], made_from, step, source, True)
         elif self.weights_path.is_file():
             weights = load_weights_file(self.weights_path)
         else:
@@ -265,7 +313,7 @@ class Run:
                 "first"
             )
         check_settings(
-            weights.config, dataclasses.asdict(self.config), MODEL_SETTINGS, weights.source
+            weights.config, dataclasses.asdict(self.config), DRAWING_SETTINGS, weights.source
         )
         return weights
 
@@ -279,7 +327,7 @@ class Run:
         if not self.weights_path.is_file() or list_checkpoints(self.checkpoints):
             return None
         weights = load_weights_file(self.weights_path)
-        check_made_from(weights.made_from, self.tokenizer_fingerprints(), weights.source)
+        self._check_tokenizers(weights)
         return weights
 
     def started_from(self) -> dict[str, str]:
@@ -310,7 +358,7 @@ class Run:
         if (other.path / "config.yaml").exists():
             raise FileExistsError(f"--out: expected a new folder, got a run: {folder}")
         weights = self.weights()
-        check_made_from(weights.made_from, self.tokenizer_fingerprints(), weights.source)
+        self._check_tokenizers(weights)
         for name in ("text_tokenizer_path", "image_tokenizer_path"):
             _copy_missing(getattr(self, name), getattr(other, name))
         save_weights(other.weights_path, weights.to(dtype))
@@ -319,16 +367,44 @@ class Run:
         other.save_config()
         return sorted(path for path in other.path.iterdir() if path.is_file())
 
-    def model(self) -> GPT:
+    def save_text_tokenizer(self, tokenizer: TextTokenizer) -> None:
+        """
+        Raises:
+            ValueError: the GPT was trained with another one, which would be lost.
+        """
+        path = self.text_tokenizer_path
+        if path.is_file() and path.read_bytes() != tokenizer.model_proto:
+            self.check_no_checkpoints("text tokenizer")
+        tokenizer.save(path)
+
+    def check_no_checkpoints(self, tokenizer: str) -> None:
+        """
+        Raises:
+            ValueError: a GPT was trained with the tokenizers in the folder, so that none of them
+                may be replaced by another.
+        """
+        if list_checkpoints(self.checkpoints) or self.weights_path.is_file():
+            path = self.weights_path if self.weights_path.is_file() else self.checkpoints
+            raise ValueError(
+                f"{path}: trained with the {tokenizer} in the folder, and useless with another; "
+                "use a new run folder, or move the weights away"
+            )
+
+    def model(self, task: str = "text_to_image") -> GPT:
         """The newest checkpoint, or else `model.safetensors`, in evaluation mode on the device;
         float32 on the CPU, on a GPU the dtype of `training.precision`.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, it has other settings, or a tokenizer was
-                trained again since.
+            FileNotFoundError, ValueError: there is none, it has other settings or was trained for
+                another task, or a tokenizer was trained again since.
         """
+        if self.config.training.task != task:
+            does = {"text_to_image": "draw images", "captioning": "write captions"}[task]
+            raise ValueError(
+                f"training.task: expected {task} to {does}, got {self.config.training.task}"
+            )
         weights = self.weights()
-        check_made_from(weights.made_from, self.tokenizer_fingerprints(), weights.source)
+        self._check_tokenizers(weights)
         model = GPT(self.config.model, self.config.vocabulary.padded_size)
         load_weights(model, weights.tensors, weights.source)
         dtype = torch.float32
@@ -365,7 +441,9 @@ class Run:
             FileNotFoundError, ValueError: something of the run is missing or does not fit, or a
                 caption is empty or too long.
         """
-        texts = [self.text_tokenizer().encode(caption) for caption in captions]
+        tokenizer = self.text_tokenizer()
+        texts = [tokenizer.encode(caption) for caption in captions]
+        warn_of_unknown_characters(tokenizer, captions)
         beginnings = [beginning] * len(texts)
         codes = draw_images(self.model(), self.config, texts, seed, beginnings, progress)
         return self.image_tokenizer().decode(codes).cpu()
@@ -378,11 +456,8 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: as `draw`, or the run was trained for another task.
         """
-        task = self.config.training.task
-        if task != "captioning":
-            raise ValueError(f"training.task: expected captioning to write captions, got {task}")
-        codes = self.codes(paths)
-        rows = write_captions(self.model(), self.config, codes, seed, progress=progress)
+        model = self.model("captioning")
+        rows = write_captions(model, self.config, self.codes(paths), seed, progress=progress)
         tokenizer = self.text_tokenizer()
         return [tokenizer.decode(pieces) for pieces in rows]
 
@@ -399,3 +474,11 @@ def _copy_missing(source: Path, target: Path) -> None:
     elif source.is_file():
         with atomic_write(target) as temporary:
             shutil.copyfile(source, temporary)
+
+
+def _check_setting(key: str, path: Path, actual: object, expected: object) -> None:
+    if actual != expected:
+        raise ValueError(
+            f"{key}: {path} has {actual}, the settings say {expected}; set it back, or train the "
+            "tokenizer again"
+        )

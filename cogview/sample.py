@@ -62,7 +62,8 @@ def generate(
     and window from the cache.
 
     Args:
-        model: the model in evaluation mode; sampling uses its device and dtype.
+        model: the model in evaluation mode; sampling uses its device, and its dtype or that of
+            autocast.
         prompts: beginnings of sequences.
         num_new: number of tokens to add to each prompt.
         allowed: bool (vocabulary,), the ids that may be drawn.
@@ -77,6 +78,8 @@ def generate(
         ValueError: a sequence would have more positions than the model.
     """
     device, dtype = model.word_embeddings.weight.device, model.word_embeddings.weight.dtype
+    if torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
     ends = starts + torch.tensor(list(num_new), device=device)
     length = int(ends.max())

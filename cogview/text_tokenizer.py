@@ -5,16 +5,16 @@ import io
 import os
 import re
 import unicodedata
+import warnings
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import sentencepiece
+from google.protobuf.message import DecodeError
+from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
 
 from cogview.files import atomic_write
-
-# Fields of SentencePiece's ModelProto; the pieces come before them.
-_TRAINER_SPEC = 2
-_NORMALIZER_SPEC = 3
 
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _INVISIBLE = {"Cc", "Cf", "Zs", "Zl", "Zp"}  # Unicode categories: controls, formats, separators
@@ -29,6 +29,7 @@ class TextTokenizer:
     """
 
     def __init__(self, model_proto: bytes):
+        self.model_proto = model_proto
         self._processor = sentencepiece.SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model_proto)
         self.fingerprint = hashlib.sha256(model_proto).hexdigest()[:16]  # equal for equal models
@@ -37,7 +38,7 @@ class TextTokenizer:
     def train(
         cls,
         corpus: Iterable[str],
-        path: str | os.PathLike[str],
+        path: str | os.PathLike[str] | None,
         vocab_size: int,
         *,
         model_type: str = "unigram",
@@ -49,7 +50,7 @@ class TextTokenizer:
 
         Args:
             corpus: captions; blank ones are skipped.
-            path: the `.model` file to write, replaced atomically.
+            path: the `.model` file to write, as `save` does; None: do not save it.
             vocab_size: number of pieces, including the unknown piece (CogView: 50 000).
             model_type: `unigram`, `bpe`, `word` or `char`.
             character_coverage: share of the characters of the corpus that get a piece of their own.
@@ -68,7 +69,7 @@ class TextTokenizer:
         """
         captions = _checked(corpus, max_sentences)
         if not captions:
-            raise ValueError(f"{path}: expected a corpus with at least one caption, got none")
+            raise ValueError("text tokenizer: expected at least one caption, got none")
         model = io.BytesIO()
         try:
             sentencepiece.SentencePieceTrainer.train(
@@ -90,12 +91,18 @@ class TextTokenizer:
             # reason.
             reason = str(error).rpartition("] ")[2].strip() or str(error)
             raise ValueError(
-                f"text tokenizer: vocab_size={vocab_size} does not fit the corpus of "
+                f"text_tokenizer.vocab_size={vocab_size} does not fit the corpus of "
                 f"{len(captions)} captions: {reason}"
             ) from error
+        tokenizer = cls(model.getvalue())
+        if path is not None:
+            tokenizer.save(path)
+        return tokenizer
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write a `.model` file; an existing one is replaced atomically."""
         with atomic_write(path) as temporary:
-            temporary.write_bytes(model.getvalue())
-        return cls(model.getvalue())
+            temporary.write_bytes(self.model_proto)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> "TextTokenizer":
@@ -113,10 +120,11 @@ class TextTokenizer:
             ) from None
         try:
             tokenizer = cls(model)
-        except (RuntimeError, OSError) as error:
+            fields = ModelProto.FromString(model)
+        except (RuntimeError, OSError, DecodeError) as error:
             raise ValueError(f"{path}: expected a SentencePiece model, got {error}") from error
-        # SentencePiece accepts a model that is truncated between two fields.
-        if not {_TRAINER_SPEC, _NORMALIZER_SPEC} <= _fields(model):
+        # SentencePiece accepts a model that is truncated between two fields. These are the last.
+        if not (fields.HasField("trainer_spec") and fields.HasField("normalizer_spec")):
             raise ValueError(f"{path}: expected a whole SentencePiece model, got a truncated one")
         return tokenizer
 
@@ -137,6 +145,14 @@ class TextTokenizer:
             raise ValueError(f"caption: expected some text, {problem}")
         return self._processor.encode(text)
 
+    def unknown_characters(self, text: str) -> str:
+        """The characters of a caption that no piece stands for: the model cannot see them."""
+        unknown = self._processor.unk_id()
+        if unknown not in self._processor.encode(text):
+            return ""
+        pieces = self._processor.encode(text, out_type="proto").pieces
+        return "".join(piece.surface for piece in pieces if piece.id == unknown)
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of piece ids; an unknown piece becomes U+2047.
 
@@ -148,6 +164,24 @@ class TextTokenizer:
             if not 0 <= i < self.vocab_size:
                 raise ValueError(f"text ids: expected 0 to {self.vocab_size - 1}, got {i}")
         return self._processor.decode(ids)
+
+
+def warn_of_unknown_characters(tokenizer: TextTokenizer, captions: Iterable[str]) -> None:
+    """One warning that lists the characters without a piece, the most frequent first."""
+    counts: Counter[str] = Counter()
+    num_captions = 0
+    for caption in captions:
+        unknown = tokenizer.unknown_characters(caption)
+        counts.update(unknown)
+        num_captions += bool(unknown)
+    if counts:
+        listed = " ".join(character for character, _ in counts.most_common(20))
+        more = f" and {len(counts) - 20} more" if len(counts) > 20 else ""
+        warnings.warn(
+            f"{num_captions} caption{'s' * (num_captions > 1)} with characters that the text "
+            f"tokenizer has no piece for, so that the model cannot see them: {listed}{more}",
+            stacklevel=2,
+        )
 
 
 def caption_problem(text: str) -> str | None:
@@ -174,25 +208,3 @@ def _checked(corpus: Iterable[str], max_sentences: int) -> list[str]:
     if isinstance(corpus, str):
         raise TypeError("corpus: expected an iterable of captions, got one string")
     return [caption for _, caption in zip(range(max_sentences), captions(), strict=False)]
-
-
-def _fields(message: bytes) -> set[int]:
-    """Numbers of the fields of a valid protobuf message whose fields are all length-delimited."""
-    numbers, position = set(), 0
-
-    def varint() -> int:
-        nonlocal position
-        value = shift = 0
-        while True:
-            byte = message[position]
-            position += 1
-            value |= (byte & 0x7F) << shift
-            shift += 7
-            if byte < 0x80:
-                return value
-
-    while position < len(message):
-        numbers.add(varint() >> 3)
-        length = varint()
-        position += length
-    return numbers

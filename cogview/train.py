@@ -23,10 +23,14 @@ from cogview.checkpoint import check_settings, check_weights
 from cogview.config import Config, ModelConfig
 from cogview.data.loading import Reader, num_workers
 from cogview.data.tokens import TokenDataset
+from cogview.image_tokenizer import ImageTokenizer
 from cogview.loop import Loop, compute_dtype, step_seed
 from cogview.model import GPT
+from cogview.sample import draw_images
 from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
 from cogview.weights import Weights
+
+NUM_DRAWN = 8  # captions, for the pictures while training
 
 # Settings that must not change: the weights of a model depend on the first list, the tokens and the
 # data split of a run on the second.
@@ -92,6 +96,7 @@ class Trainer(Loop):
             initial weights that it draws follow the seed.
         on_batch: called with every batch before the model is trained on it.
         initial: weights to start from; a model with more positions keeps its own for the others.
+        image_tokenizer: for pictures of what the model draws; without it there are none.
 
     Raises:
         ValueError: the data does not fit the configuration, a checkpoint has other settings, or
@@ -100,6 +105,7 @@ class Trainer(Loop):
 
     name = "gpt"
     unit = "tokens"
+    sections = ("training", "model")
     fixed_settings = (*MODEL_SETTINGS, *RUN_SETTINGS)
     model: GPT
 
@@ -114,12 +120,14 @@ class Trainer(Loop):
         make_model: Callable[[ModelConfig, int], GPT] = GPT,
         on_batch: Callable[[Batch], object] | None = None,
         initial: Weights | None = None,
+        image_tokenizer: ImageTokenizer | None = None,
     ) -> None:
         for name, data in (("training data", train_data), ("held-out data", held_out_data)):
             _check_data(name, data, config)
         super().__init__(config, config.training, folder, made_from, progress)
         self.train_data = train_data
         self.held_out_data = held_out_data
+        self.image_tokenizer = image_tokenizer
         self.on_batch = on_batch
         self.dtype = compute_dtype(config.training.precision, self.device)
         self.micro_batch_size = _micro_batch_size(config)
@@ -170,6 +178,21 @@ class Trainer(Loop):
             totals.add(losses, weights * counts, masks)
         self.model.train()
         return totals.means()
+
+    def pictures(self) -> torch.Tensor | None:
+        """Held-out images as the image tokenizer keeps them, and below them what the model draws
+        for their captions: the same captions every time."""
+        config, data = self.config, self.held_out_data
+        if self.image_tokenizer is None or config.training.task != "text_to_image":
+            return None
+        pairs = [data[i] for i in range(min(NUM_DRAWN, len(data)))]
+        texts = [text[: config.max_text_len].tolist() for text, _ in pairs]
+        self.model.eval()
+        with self._autocast():
+            drawn = draw_images(self.model, config, texts, config.seed, progress=False)
+        self.model.train()
+        real = torch.from_numpy(np.stack([codes for _, codes in pairs]).astype(np.int64))
+        return self.image_tokenizer.decode(torch.cat([real, drawn])).cpu()
 
     def _train_step(self) -> dict[str, float]:
         config = self.config

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class Weights:
         made_from: fingerprints of what they were trained with, by name.
         step: number of training steps behind them.
         source: where they come from, for messages.
+        is_checkpoint: of a training here, which always knows `made_from`.
     """
 
     tensors: dict[str, Tensor]
@@ -43,6 +44,7 @@ class Weights:
     made_from: dict[str, str]
     step: int
     source: str
+    is_checkpoint: bool = False
 
     @cached_property
     def fingerprint(self) -> str:
@@ -51,7 +53,7 @@ class Weights:
 
     def to(self, dtype: torch.dtype) -> Weights:
         tensors = {name: tensor.to(dtype) for name, tensor in self.tensors.items()}
-        return Weights(tensors, self.config, self.made_from, self.step, self.source)
+        return replace(self, tensors=tensors)
 
 
 def _fingerprint(tensors: dict[str, Tensor]) -> str:

@@ -83,6 +83,7 @@ SETTINGS = (  # on top of the preset `digits`
     *("model.num_layers=2", "model.max_positions=204"),
     *("training.steps=1300", "training.batch_size=6", "training.precision=bfloat16"),
     *("training.eval_every=100", "training.eval_examples=64", "training.save_every=1000000"),
+    *("training.warmup_steps=25", "sampling.temperature=0.3"),
 )
 UNNAMED = "any any any any"  # as many words as the names of four digits
 TEXT_LEN = 7  # four words and three command tokens

@@ -22,7 +22,11 @@ ROOT = Path(__file__).resolve().parents[2]
 README, PAGE, TRAINING = "README.md", "docs/benchmarks.md", "docs/training.md"
 PICTURES = "docs/benchmarks"
 # By module: the anchors of their parts of the page.
-EXPERIMENTS = {"quality": "the-same-performance", "instability": "why-the-norm-is-a-sandwich"}
+EXPERIMENTS = {
+    "quality": "the-same-performance",
+    "instability": "why-the-norm-is-a-sandwich",
+    "quantizers": "how-a-codebook-is-trained",
+}
 NO_GPU = "No GPU figures have been measured yet."
 
 Pages = dict[str, str]  # whole texts, by path

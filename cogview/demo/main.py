@@ -19,22 +19,24 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogview.config import Config
+from cogview.config import Config, to_yaml
+from cogview.data.images import picture_grid, to_pillow
 from cogview.data.tokens import TokenDataset
 from cogview.demo.digits import CANVAS_SIZE, make_scenes
 from cogview.demo.reader import DigitReader, caption_accuracy
 from cogview.files import atomic_write
 from cogview.image_training import ImageTokenizerTrainer
 from cogview.loop import read_metrics
-from cogview.plots import save_curves, save_grid, save_reconstructions
+from cogview.plots import save_curves, save_grid
 from cogview.run import Run
 from cogview.sample import draw_images
 from cogview.text_tokenizer import TextTokenizer
 from cogview.train import Trainer
 
-NUM_TRAIN_SCENES = 8000
+NUM_TRAIN_SCENES = 16000
 NUM_TEST_SCENES = 128  # of four digits each; the GPT draws all of them
 NUM_SHOWN = 16
+MARKER = ".demonstration"
 RESULTS = ("metrics.json", "samples.png", "reconstructions.png", "curves.png")
 
 UNITS = {
@@ -53,8 +55,9 @@ def run_demo(
 ) -> dict[str, Any]:
     """Trains everything, draws held-out captions, reads them, and writes the results to `folder`.
 
-    It first deletes an earlier demonstration in the same folder. Afterwards
-    `cogview sample --run FOLDER` draws more captions.
+    A demonstration that was stopped goes on where it was, if the settings are the same. One that is
+    finished, or had other settings, is deleted first. Afterwards `cogview sample --run FOLDER`
+    draws more captions.
 
     Args:
         config: settings, such as the preset `digits`.
@@ -68,18 +71,25 @@ def run_demo(
     Raises:
         ValueError: the configuration does not fit the scenes (64x64 pixels, one channel), or the
             folder holds a run on other data, which stays untouched.
-        OSError: the folder cannot be written.
+        Stopped: SIGTERM or Ctrl-C came during a training; the step that was running is saved.
+        OSError: the folder cannot be written, or another process writes to it.
     """
     run = Run(folder, config)
     _check(config, run)
+    with run.writing():
+        return _run_demo(config, run, progress)
+
+
+def _run_demo(config: Config, run: Run, progress: bool) -> dict[str, Any]:
     device = run.device
     seconds: dict[str, float] = {}
-    run.path.mkdir(parents=True, exist_ok=True)
-    for name in RESULTS:
-        (run.path / name).unlink(missing_ok=True)
-    for path in run.results():
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    run.save_config()
+    if resumed := _is_unfinished(run):
+        print(f"going on with {run.path}", flush=True)
+    else:
+        for path in [run.path / name for name in RESULTS] + run.results():
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+        run.save_config()
+        (run.path / MARKER).write_text("a demonstration, which `cogview demo` may delete\n")
     print(f"CogView on handwriting, on {device}, to {run.path}", flush=True)
 
     with _stage("scenes", seconds):
@@ -96,7 +106,12 @@ def run_demo(
         )
     with _stage("image tokenizer", seconds):
         image_trainer = ImageTokenizerTrainer(
-            config, run.image_training, train.images, test.images, progress=progress
+            config,
+            run.image_training,
+            train.images,
+            test.images,
+            {"data": f"scenes {NUM_TRAIN_SCENES}"},
+            progress=progress,
         )
         image_trainer.run()
         image_tokenizer = image_trainer.model
@@ -155,7 +170,8 @@ def run_demo(
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "seed": config.seed,
-        "seconds": seconds,
+        "seconds": seconds,  # of this process
+        "resumed": resumed,
     }
     right = (read["drawn"] == test.labels).all(1).tolist()
     save_grid(
@@ -165,7 +181,9 @@ def run_demo(
         right=right[:NUM_SHOWN],
         title="Drawn from captions that were held out",
     )
-    save_reconstructions(test.images[:8], reconstructions[:8], run.path / "reconstructions.png")
+    pairs = torch.cat([test.images[:8], reconstructions[:8]])  # each above what the codes keep
+    with atomic_write(run.path / "reconstructions.png") as temporary:
+        to_pillow(picture_grid(1 - pairs)).save(temporary, format="png")  # ink on paper
     curves = {"image tokenizer": _plotted(image_metrics), "gpt": _plotted(gpt_metrics)}
     save_curves(curves, run.path / "curves.png", UNITS)
     with atomic_write(run.path / "metrics.json") as temporary:
@@ -227,12 +245,21 @@ def _check(config: Config, run: Run) -> None:
                 f"image_tokenizer.{name}: expected {expected}, as the demonstration's scenes have, "
                 f"got {actual}"
             )
-    is_demonstration = (run.path / "metrics.json").is_file()
-    if run.tokens_path.exists() and not is_demonstration:
+    is_demonstration = any((run.path / name).is_file() for name in (MARKER, "metrics.json"))
+    if run.results() and not is_demonstration:
         raise ValueError(
-            f"{run.path}: holds a run on other data ({run.tokens_path.name}), which the "
+            f"{run.path}: holds a run on other data ({run.results()[0].name}), which the "
             "demonstration would replace; choose another folder"
         )
+
+
+def _is_unfinished(run: Run) -> bool:
+    """Whether a demonstration with these settings was stopped in the folder."""
+    settings = run.path / "config.yaml"
+    if not ((run.path / MARKER).is_file() and settings.is_file()):
+        return False
+    same = settings.read_text(encoding="utf-8") == to_yaml(run.config)
+    return same and not (run.path / "metrics.json").is_file()
 
 
 def _describe(device: torch.device) -> str:

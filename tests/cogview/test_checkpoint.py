@@ -104,7 +104,7 @@ def test_what_readers_raise_on_damaged_bytes(tmp_path, monkeypatch, error):
 def test_another_kind_of_file_is_named(tmp_path):
     torch.save({"weights": torch.zeros(3)}, tmp_path / "other.pt")
     with pytest.raises(
-        ValueError, match="other.pt: expected a checkpoint of format cogview-checkpoint-1"
+        ValueError, match="other.pt: expected a checkpoint of format cogview-checkpoint-2"
     ):
         load_checkpoint(tmp_path / "other.pt")
     with pytest.raises(FileNotFoundError, match="missing.pt: no such checkpoint"):
@@ -130,7 +130,7 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
     with pytest.raises(ValueError, match="weight holds NaN or infinity"):
         save_checkpoint(path, bad)
     assert load_checkpoint(path)["step"] == 1
-    torch.save({"format": "cogview-checkpoint-1", **bad}, path)
+    torch.save({"format": "cogview-checkpoint-2", **bad}, path)
     with pytest.raises(ValueError, match="step_00000001.pt: weight holds NaN or infinity"):
         load_checkpoint(path)
 

@@ -35,12 +35,12 @@ def test_large_models_recompute_their_activations():
 
 def test_overrides_win_over_the_preset():
     config = load_config(
-        "digits", ["training.steps=7", "model.attention=dense", "training.learning_rate=1e-5"]
+        "digits", ["training.steps=7", "model.attention=dense", "training.learning_rate=1e-3"]
     )
     assert (config.training.steps, config.model.attention, config.training.learning_rate) == (
         7,
         "dense",
-        1e-5,
+        1e-3,
     )
     assert config.model.hidden_size == load_config("digits").model.hidden_size
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogview.plots import GRID_LIMIT, save_curves, save_grid, save_reconstructions
+from cogview.plots import GRID_LIMIT, save_curves, save_grid
 
 
 def ink(path: Path) -> float:
@@ -38,12 +38,6 @@ def test_a_large_grid_is_limited(tmp_path: Path) -> None:
         assert cut.size == whole.size
 
 
-def test_reconstructions(tmp_path: Path) -> None:
-    images = torch.rand(11, 1, 8, 8)
-    save_reconstructions(images, images, tmp_path / "a.png")
-    assert ink(tmp_path / "a.png") > 0.3
-
-
 def test_curves(tmp_path: Path) -> None:
     log = [{"step": i, "loss": 1 / (i + 1)} for i in range(50)]
     log[10]["validation_loss"] = 0.5
@@ -59,8 +53,6 @@ def test_nothing_to_draw(tmp_path: Path) -> None:
         save_grid(images, ["one"], tmp_path / "a.png")
     with pytest.raises(ValueError, match="right: expected one for each of 2 images, got 1"):
         save_grid(images, ["one", "two"], tmp_path / "a.png", right=[True])
-    with pytest.raises(ValueError, match="reconstructions: expected"):
-        save_reconstructions(images, images[:1], tmp_path / "a.png")
     with pytest.raises(ValueError, match="metrics: expected records"):
         save_curves({"transformer": []}, tmp_path / "a.png")
     assert not list(tmp_path.iterdir())

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogview.demo.digits import caption_of, make_scenes
-from cogview.text_tokenizer import TextTokenizer, caption_problem
+from cogview.text_tokenizer import TextTokenizer, caption_problem, warn_of_unknown_characters
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +51,10 @@ def test_training_prints_nothing(
 
 def test_unknown_characters(corpus: list[str], tokenizer: TextTokenizer, tmp_path: Path) -> None:
     assert 0 in tokenizer.encode("a χ")
+    assert tokenizer.unknown_characters("a χψ and ☃") == "χψ☃"
+    assert tokenizer.unknown_characters("a one") == ""
+    with pytest.warns(UserWarning, match="^2 captions with characters .*: χ ☃$"):
+        warn_of_unknown_characters(tokenizer, ["a χ", "a one", "☃ and χ"])
     spelled = TextTokenizer.train(
         corpus, tmp_path / "a.model", 300, byte_fallback=True, model_type="bpe"
     )

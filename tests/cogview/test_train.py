@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -60,7 +61,7 @@ def trainer(settings: Config, folder: object) -> Trainer:
     return Trainer(settings, folder, dataset(), dataset(4, 1), progress=False)
 
 
-MEASURED = "seconds", "tokens_per_second", "peak_memory_gb"
+MEASURED = "seconds", "tokens_per_second", "images_per_second", "peak_memory_gb"
 
 
 def without_seconds(folder):
@@ -161,6 +162,12 @@ def test_metrics_name_text_and_image_loss(tmp_path):
         "seconds",
     } <= rows[0].keys()
     assert [("held_out_image_loss" in row) for row in rows] == [False, False, True] * 2
+
+
+def test_what_is_not_finite_is_null_in_the_metrics(tmp_path):
+    run = trainer(config(), tmp_path)
+    run._log({"step": 1, "loss": float("inf"), "grad_norm": float("nan")}, mock.Mock())
+    assert run.metrics_path.read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
 
 
 def test_a_full_disk_names_the_metrics(tmp_path):
