@@ -275,10 +275,10 @@ def wait_for(condition, process, seconds=200):
         time.sleep(0.05)
 
 
-def start(folder, *settings):
+def start(folder, *settings, init=()):
     sets = (argument for setting in settings for argument in ("--set", setting))
     # Behind --, where torchrun does not take --run for its own --run-path.
-    return torchrun(2, "-m", "--", "cogview", "train", "--run", folder, "--quiet", *sets)
+    return torchrun(2, "-m", "--", "cogview", "train", "--run", folder, "--quiet", *init, *sets)
 
 
 @pytest.mark.timeout(900)
@@ -314,3 +314,12 @@ def test_a_killed_process_ends_all_and_the_run_resumes(run_folder, capsys):
     # One process draws from what two have saved, and refuses other commands under torchrun.
     assert main(["sample", "--run", str(run_folder), "a red wall", "--quiet"]) == 0
     assert "1 images" in capsys.readouterr().out
+
+    # Another run starts from these weights: the first process makes its folder.
+    new = run_folder.with_name("new")
+    settings = *settings[:-1], "training.steps=2", "training.pictures_every=0"
+    process = start(new, *settings, init=("--init-from", run_folder))
+    _, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    state = load_latest(new / "checkpoints")
+    assert state["step"] == 2 and "initial weights" in state["made_from"]

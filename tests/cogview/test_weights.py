@@ -80,8 +80,9 @@ def test_a_new_run_starts_from_the_weights_of_another(tmp_path, photos, capsys, 
     run = trained(tmp_path, photos)
     cogview("export", "--run", run, "--out", tmp_path / "exported")
     new = tmp_path / "new"
-    changes = sets("training.task=captioning", "model.max_positions=44", "training.learning_rate=0",
-                   "training.learning_rate=1e-30", "training.weight_decay=0")  # fmt: skip
+    changes = sets("training.task=captioning", "model.max_positions=44",
+                   "training.final_learning_rate=0", "training.learning_rate=1e-30",
+                   "training.weight_decay=0")  # fmt: skip
     init = ("--init-from", tmp_path / source)
     assert cogview("encode", "--run", new, *init, "--data", photos, *changes) == 0
     assert load_config(new / "config.yaml").training.task == "captioning"
