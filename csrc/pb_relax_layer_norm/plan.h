@@ -91,6 +91,65 @@ inline bool plan_rows(const RowNeeds& needs, int shared_limit, RowPlan* plan) {
   return false;
 }
 
+// Groups
+
+// Dynamic shared memory of a block whose rows are owned by groups of threads, in bytes. Host and
+// device compute with it.
+//   parameters  num_parameters rows of float32
+//   stages      for each group, `stages` times: what arrives of a row
+struct RowMemory {
+  int num_parameters, parameter_bytes, stages, stage_bytes, rows_per_block;
+
+  __host__ __device__ constexpr int parameter(int idx) const { return idx * parameter_bytes; }
+  __host__ __device__ constexpr int stage(int group, int idx) const {
+    return parameter(num_parameters) + (group * stages + idx) * stage_bytes;
+  }
+  __host__ __device__ constexpr int bytes() const { return stage(rows_per_block, 0); }
+};
+
+// Of a row in shared memory: whole vectors.
+__host__ __device__ constexpr int row_bytes(int hidden, int pieces) {
+  return (hidden + kColumns - 1) / kColumns * pieces * kPieceBytes;
+}
+
+// What a launch asks of plan_groups.
+struct GroupNeeds {
+  int64_t rows, hidden;
+  int num_blocks;      // at most
+  bool every_block;    // launch num_blocks blocks even where fewer have rows
+  bool aligned;        // as in RowPlan
+  int max_threads;     // of a block
+  int stage_bytes;     // what arrives of a row
+  int num_parameters;  // weights and biases that are kept in shared memory
+};
+
+constexpr int kMaxGroups = 15;  // of several warps: each has a named barrier
+
+// Whether a block with so much dynamic shared memory has room for one group of threads_per_row or
+// more; then *plan is set.
+inline bool plan_groups(const GroupNeeds& needs, int threads_per_row, int shared_limit,
+                        RowPlan* plan) {
+  int64_t most = std::min(int64_t{needs.max_threads / threads_per_row},
+                          (needs.rows + needs.num_blocks - 1) / needs.num_blocks);
+  if (threads_per_row > kWarpSize) most = std::min(most, int64_t{kMaxGroups});
+  for (int stages = 2; stages > 0; --stages) {
+    RowMemory shared = {needs.num_parameters, row_bytes(int(needs.hidden), 2), stages,
+                        needs.stage_bytes, 0};
+    const int free_bytes = shared_limit - shared.bytes();
+    shared.rows_per_block = int(std::min(most, int64_t{free_bytes / (stages * needs.stage_bytes)}));
+    if (free_bytes < 0 || shared.rows_per_block < 1) continue;
+    plan->threads_per_row = threads_per_row;
+    plan->rows_per_block = shared.rows_per_block;
+    plan->stages = stages;
+    plan->aligned = needs.aligned;
+    plan->shared_bytes = shared.bytes();
+    plan->num_blocks =
+        needs.every_block ? needs.num_blocks : int(std::min(int64_t{needs.num_blocks}, needs.rows));
+    return true;
+  }
+  return false;
+}
+
 // Dtypes
 
 inline int pieces_of(DType dtype) { return dtype == DType::kFloat32 ? 2 : 1; }

@@ -1,0 +1,165 @@
+// How rows reach the groups of threads that own them: the copies into shared memory, the loop over
+// rows, and the weights and biases beside them.
+//
+// A row lies in shared memory as it lies in global memory, but that a vector's two pieces of float32
+// change places where bit 2 of the vector's number is set, so that neighbours reach into different
+// banks. A thread copies, reads and overwrites its own vectors alone: waiting for its own copies is
+// all the synchronisation that rows need.
+#pragma once
+
+#include "../instructions/sm80.cuh"
+#include "plan.h"
+#include "vector.cuh"
+
+namespace cogview {
+
+// A thread among those of its row.
+struct RowThread {
+  int in_row;           // number of this thread among those of its row
+  int threads_per_row;  // whole warps
+  int row_in_block;     // number of the group
+
+  __device__ __forceinline__ explicit RowThread(const RowPlan& plan)
+      : in_row(int(threadIdx.x) % plan.threads_per_row),
+        threads_per_row(plan.threads_per_row),
+        row_in_block(int(threadIdx.x) / plan.threads_per_row) {}
+
+  // Of this thread's vectors.
+  __device__ __forceinline__ int vector_idx(int i) const { return i * threads_per_row + in_row; }
+  __device__ __forceinline__ int column(int i) const { return vector_idx(i) * kColumns; }
+
+  // Waits for all threads of the row.
+  __device__ __forceinline__ void sync() const {
+    if (threads_per_row == kWarpSize) {
+      bar_warp_sync();
+    } else {
+      bar_sync(1 + row_in_block, threads_per_row);
+    }
+  }
+};
+
+// A thread's vectors of a row of T in shared memory.
+template <typename T>
+struct SharedRow {
+  uint4* piece[kPieces<T>];  // of this thread's first vector
+  int step;                  // to the next one
+
+  __device__ __forceinline__ SharedRow(void* row, int first_vector, int vectors_apart)
+      : step(vectors_apart * kPieces<T>) {
+    uint4* vector = static_cast<uint4*>(row) + first_vector * kPieces<T>;
+#pragma unroll
+    for (int p = 0; p < kPieces<T>; ++p) {
+      piece[p] = vector + (kPieces<T> == 2 ? p ^ (first_vector >> 2 & 1) : p);
+    }
+  }
+  __device__ __forceinline__ SharedRow(void* row, const RowThread& me)
+      : SharedRow(row, me.in_row, me.threads_per_row) {}
+
+  __device__ __forceinline__ Vector<T> load(int i) const {
+    Vector<T> vector;
+#pragma unroll
+    for (int p = 0; p < kPieces<T>; ++p) vector.piece[p] = ld_shared_v4(piece[p] + i * step);
+    return vector;
+  }
+  __device__ __forceinline__ void store(int i, const Vector<T>& vector) const {
+#pragma unroll
+    for (int p = 0; p < kPieces<T>; ++p) st_shared_v4(piece[p] + i * step, vector.piece[p]);
+  }
+  // Begins to copy this thread's vectors of the row at `source`.
+  __device__ __forceinline__ void copy(const T* source, int hidden, bool aligned,
+                                       const RowThread& me) const {
+    if (aligned) {
+      for (int i = 0; me.column(i) < hidden; ++i) {
+#pragma unroll
+        for (int p = 0; p < kPieces<T>; ++p) {
+          cp_async_16(piece[p] + i * step, source + me.column(i) + p * kVector<T>, true);
+        }
+      }
+    } else {
+      for (int i = 0; me.column(i) < hidden; ++i) {
+        store(i, load_vector_at(source, me.column(i), hidden, false));
+      }
+    }
+  }
+};
+
+// For each row of this thread's group: copy(row, stage), ahead, then compute(row, stage); `stage` is
+// where the row lies in shared memory. prepare() is called behind the first copy.
+// A row goes to block row % gridDim.x, so that multiprocessors differ by one row at most.
+template <typename Copy, typename Prepare, typename Compute>
+__device__ __forceinline__ void for_each_row(const RowPlan& plan, const RowMemory& shared,
+                                             int64_t rows, const RowThread& me, const Copy& copy,
+                                             const Prepare& prepare, const Compute& compute) {
+  const int64_t step = int64_t{gridDim.x} * plan.rows_per_block;
+  int64_t row = blockIdx.x + int64_t{gridDim.x} * me.row_in_block;
+  unsigned char* now = dynamic_shared() + shared.stage(me.row_in_block, 0);
+  unsigned char* next = plan.stages == 2 ? now + shared.stage_bytes : now;
+  if (row < rows) copy(row, now);
+  cp_async_commit_group();
+  prepare();
+  for (; row < rows; row += step) {
+    const bool goes_on = row + step < rows;
+    if (plan.stages == 2) {
+      if (goes_on) copy(row + step, next);
+      cp_async_commit_group();
+      cp_async_wait_group<1>();
+    } else {
+      cp_async_wait_group<0>();
+    }
+    compute(row, now);
+    if (plan.stages == 1) {
+      if (goes_on) copy(row + step, next);
+      cp_async_commit_group();
+    }
+    unsigned char* other = now;
+    now = next;
+    next = other;
+  }
+  cp_async_wait_group<0>();
+}
+
+// A weight or a bias as it is given.
+struct Parameter {
+  const void* data;  // (hidden), may be null: all elements are `absent`
+  DType dtype;
+  float absent;
+};
+
+// Eight elements from `column` on; zero beyond `hidden`.
+__device__ __forceinline__ void load_parameter(const Parameter& given, int64_t column,
+                                               int64_t hidden, float (&out)[kColumns]) {
+  const bool aligned =
+      hidden % kColumns == 0 && reinterpret_cast<uintptr_t>(given.data) % kPieceBytes == 0;
+  const auto load = [&](auto tag) {
+    unpack(load_vector_at(static_cast<const decltype(tag)*>(given.data), column, hidden, aligned),
+           out);
+  };
+  if (given.data == nullptr) {
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) out[j] = given.absent;
+  } else if (given.dtype == DType::kFloat32) {
+    load(float());
+  } else if (given.dtype == DType::kFloat16) {
+    load(Half());
+  } else {
+    load(BFloat16());
+  }
+}
+
+// The whole block fills shared memory with rows of float32. A barrier must follow.
+template <int kCount>
+__device__ __forceinline__ void fill_parameters(const RowMemory& shared,
+                                                const Parameter (&given)[kCount], int64_t hidden) {
+  for (int64_t v = threadIdx.x; v * kColumns < hidden; v += blockDim.x) {
+    float value[kCount][kColumns];
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) load_parameter(given[n], v * kColumns, hidden, value[n]);
+#pragma unroll
+    for (int n = 0; n < kCount; ++n) {
+      SharedRow<float>(dynamic_shared() + shared.parameter(n), int(v), 0)
+          .store(0, pack<float>(value[n]));
+    }
+  }
+}
+
+}  // namespace cogview
