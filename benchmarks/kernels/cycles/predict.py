@@ -53,7 +53,7 @@ def walked(kernel: Kernel, launch: Launch) -> tuple[list[Block], float]:
     blocks, moved = [], 0
     for block in sampled_blocks(launch.blocks):
         events, of_block = walker.walk(
-            launch.params, launch.ranges, launch.threads, block, launch.blocks
+            launch.params, launch.ranges, launch.threads, block, launch.blocks, launch.grid_y
         )
         blocks.append(events)
         moved += of_block
