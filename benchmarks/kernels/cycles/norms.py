@@ -114,7 +114,7 @@ def recorded(case: Case) -> list[Launch]:
 class Timed:
     """A launch on the model. Only sampled blocks are walked."""
 
-    def __init__(self, launch: Launch, case: Case, most_blocks: int = SAMPLED_SMS) -> None:
+    def __init__(self, launch: Launch, case: Case) -> None:
         self.kernel: Kernel = machine_code(launch.kernel)
         self.launch = launch
         self.slots, _ = ctas_per_sm(
@@ -128,9 +128,7 @@ class Timed:
         streamed = [one for one in launch.ranges if one[0] in starts]
         walker = machine.Walker(self.kernel.code)
         sampled = sampled_blocks(launch.blocks)
-        self.num_sms = min(SAMPLED_SMS, most_blocks, len(sampled))
-        if most_blocks < SAMPLED_SMS:
-            sampled = sampled[: self.num_sms * self.slots]
+        self.num_sms = min(SAMPLED_SMS, len(sampled))
         self.blocks: list[Block] = []
         for block in sampled:
             events, _ = walker.walk(
@@ -201,10 +199,10 @@ def loop(case: Case) -> dict[str, float]:
     cycles, issued = [], []
     for rows in (few, 2 * few):
         more = dataclasses.replace(case, rows=rows * machine.NUM_SMS)
-        timed = [Timed(launch, more, most_blocks=1) for launch in recorded(more)]
+        timed = [Timed(launch, more) for launch in recorded(more)]
         timed = [one for one in timed if one.streams]
         cycles.append(sum(one.us() for one in timed) * 1e3 * machine.CLOCK_GHZ)
-        issued.append(sum(one.issued for one in timed))
+        issued.append(sum(one.issued / one.num_sms for one in timed))
     vectors = few * case.hidden / VECTOR_COLUMNS
     return {
         "cycles_per_row": (cycles[1] - cycles[0]) / few,
