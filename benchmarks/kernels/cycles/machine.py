@@ -109,7 +109,8 @@ class Walker:
 
     PARAMS_AT = 0x210  # in the constant bank, on compute capability 9.0
 
-    def __init__(self, code: Sequence[sass.Instruction]) -> None:
+    def __init__(self, code: Sequence[sass.Instruction], params_at: int = PARAMS_AT) -> None:
+        self._params_at = params_at
         self._library = _library()
         text = "\n".join(f"{line.guard}\t{line.opcode}\t{line.operands}" for line in code)
         self._kernel = self._library.load_kernel(text.encode())
@@ -128,10 +129,11 @@ class Walker:
         num_blocks: int,
         grid_y: int = 1,
         streamed: Collection[tuple[int, int]] = (),
+        threads_x: int = 0,
     ) -> tuple[list[Events], int]:
         """Runs one block of a launch on the memory of this process, where only ``ranges`` may be
-        touched; of these, ``streamed`` come from DRAM. The events of its warps, and the bytes that
-        it moved from and to global memory."""
+        touched; of these, ``streamed`` come from DRAM. ``threads_x``: of a block of two dimensions.
+        The events of its warps, and the bytes that it moved from and to global memory."""
         bounds = np.array(ranges, dtype=np.uint64).ravel()
         flags = bytes(one in streamed for one in ranges)
         grid_x = num_blocks // grid_y
@@ -141,11 +143,12 @@ class Walker:
             ctypes.c_void_p(self._kernel),
             params,
             len(params),
-            self.PARAMS_AT,
+            self._params_at,
             bounds.ctypes.data_as(ctypes.c_void_p),
             flags,
             len(ranges),
             threads,
+            threads_x or threads,
             block % grid_x,
             block // grid_x,
             grid_x,

@@ -33,6 +33,7 @@ from benchmarks.kernels.cycles.launches import (
     sampled_blocks,
     short,
 )
+from benchmarks.kernels.cycles.predict import rounded
 from benchmarks.kernels.table import ctas_per_sm
 from cogview.files import atomic_write
 from cogview_kernels.norm import operators
@@ -258,12 +259,34 @@ def kept(case: Case) -> dict[str, Any]:
     return facts
 
 
-def rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: rounded(part) for key, part in value.items()}
-    if isinstance(value, list):
-        return [rounded(part) for part in value]
-    return float(f"{value:.4g}") if isinstance(value, float) else value
+def tables(
+    found: Sequence[dict[str, Any]],
+    before: Sequence[dict[str, Any]],
+    calibration: Sequence[dict[str, Any]],
+) -> dict[str, list[dict[str, Any]]]:
+    """Rows of the page's tables: both editions side by side, and the calibration."""
+    keys = [field.name for field in dataclasses.fields(Case)]
+    earlier = {tuple(row[key] for key in keys): row for row in before}
+    lines = []
+    for row in found:
+        first = earlier[tuple(row[key] for key in keys)]
+        line: dict[str, Any] = {"operator": row["operator"].replace("_", " ")}
+        line["rows x hidden"] = f"{row['rows']} x {row['hidden']}"
+        line["MB"] = round(row["floor_mb"])
+        for name, of in (("before", first), ("now", row)):
+            line[f"us {name}"] = f"{of['us']:.1f}"
+            line[f"share {name} (loop)"] = f"{of['share']:.0%} ({of['loop_share']:.0%})"
+            line[f"instructions {name}"] = round(of["instructions"])
+        lines.append(line | {"slots": round(row["slots"])})
+    known = [
+        {name: row[name] for name in ("kernel", "GPU", "rows x hidden")}
+        | {"published, us": f"{row['published']:g}", "predicted, us": f"{row['predicted']:.1f}"}
+        | {"share published": f"{row['published_share']:.0%}"}
+        | {"share predicted": f"{row['predicted_share']:.0%}"}
+        | {"predicted / published": f"{row['predicted'] / row['published']:.2f}"}
+        for row in calibration
+    ]
+    return {"norms": lines, "norm_calibration": known}
 
 
 def shape(text: str) -> tuple[int, int]:

@@ -288,6 +288,7 @@ struct Launch {
   std::vector<uint8_t> constants;
   std::vector<Range> ranges;  // of global memory
   int x, y;                   // the block's index
+  int threads_x;              // of a block with two dimensions
 };
 
 struct Kernel {
@@ -795,7 +796,9 @@ class Warp {
   }
 
   uint32_t special(const Operand& o, int lane) const {
-    if (o.name == "SR_TID.X") return uint32_t(32 * warp_ + lane);
+    const int thread = kLanes * warp_ + lane;
+    if (o.name == "SR_TID.X") return uint32_t(thread % launch_.threads_x);
+    if (o.name == "SR_TID.Y") return uint32_t(thread / launch_.threads_x);
     if (o.name == "SR_LANEID") return uint32_t(lane);
     if (o.name == "SR_CTAID.X") return uint32_t(launch_.x);
     if (o.name == "SR_CTAID.Y") return uint32_t(launch_.y);
@@ -1419,14 +1422,16 @@ void free_kernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 // `sizes` gets the number of each warp's. The events stay until the thread's next call.
 int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int params_at,
                    const uint64_t* ranges, const uint8_t* streamed, int num_ranges, int threads,
-                   int x, int y, int grid_x, int grid_y, int64_t* sizes, const uint32_t** events, int64_t* bytes_moved) {
+                   int threads_x, int x, int y, int grid_x, int grid_y, int64_t* sizes, const uint32_t** events, int64_t* bytes_moved) {
   static thread_local std::vector<uint32_t> all;
   try {
     Launch launch;
     launch.constants.assign(kConstantBytes + 4, 0);
     launch.x = x;
     launch.y = y;
-    const int constants[] = {threads, 1, 1, grid_x, grid_y, 1};  // blockDim, gridDim
+    launch.threads_x = threads_x;
+    // blockDim, gridDim
+    const int constants[] = {threads_x, threads / threads_x, 1, grid_x, grid_y, 1};
     std::memcpy(launch.constants.data(), constants, sizeof constants);
     std::memcpy(&launch.constants[0x28], &kLocalBytes, 4);  // the top of the stack
     std::memcpy(&launch.constants[params_at], params, params_bytes);
