@@ -182,7 +182,9 @@ def _host_model() -> Any:
     return importlib.import_module("cogview_kernels._host_model")
 
 
-def record(calls: Callable[[], Any], bound: float = 0.0) -> list[Launch]:
+def record(
+    calls: Callable[[], Any], bound: float = 0.0, num_sms: int = machine.NUM_SMS
+) -> list[Launch]:
     """The launches of ``calls()``, which are not run. What the row kernel of the attention's
     backward leaves for the others is made up, in case that not all its blocks will run: delta is
     zero, the bounds of float16 gradients are ``bound``."""
@@ -210,7 +212,7 @@ def record(calls: Callable[[], Any], bound: float = 0.0) -> list[Launch]:
                 names = [name for name in vars(module) if re.fullmatch(r"_\w+_out", name)]
                 wrapped = {name: keeping(module, name) for name in names}
                 stack.enter_context(mock.patch.multiple(module, **wrapped))
-            stack.enter_context(extension.modelled_device(machine.NUM_SMS))
+            stack.enter_context(extension.modelled_device(num_sms))
             calls()
     finally:
         model.record_launches(False)

@@ -77,7 +77,6 @@ def streaming(num_sms: int, blocks: int, l2_latency: float = L2_LATENCY) -> dict
     return rates | {"l2_latency": l2_latency}
 
 
-
 class _Machine(ctypes.Structure):
     _fields_ = [(field.name, ctypes.c_double) for field in fields(Machine)]
 

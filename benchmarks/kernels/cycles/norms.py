@@ -87,27 +87,24 @@ def recorded(case: Case) -> list[Launch]:
         one = torch.randn(1, case.hidden, generator=generator).to(dtype)
         return one.expand(case.rows, case.hidden)
 
-    def weights(number: int) -> list[Tensor]:
-        return list(torch.randn(number, case.hidden, generator=generator).to(parameters))
-
+    w, b, w2, b2 = torch.randn(4, case.hidden, generator=generator).to(parameters).unbind()
     statistics = torch.tensor([0.0, 0.0, 1.0, 1.0]).repeat(case.rows, 1)
     seed = torch.tensor([1]) if case.dropout else None
     dropout = 6554 if case.dropout else 0  # of 65536
 
     def call() -> Any:
+        x = rows()
         match case.operator:
             case "forward":
-                return operators._norm(rows(), *weights(2), 1e-5, 1)
+                return operators._norm(x, w, b, 1e-5, 1)
             case "backward":
-                return operators._norm_backward(
-                    rows(), rows(), *weights(1), statistics, parameters
-                )
+                return operators._norm_backward(rows(), x, w, statistics, parameters)
             case "sandwich_forward":
-                tensors = rows(), rows(), True, *weights(4)
-                return operators._sandwich(*tensors, seed, dropout, 1e-5, 1)
+                of_norms = w, b, w2, b2, seed, dropout, 1e-5, 1
+                return operators._sandwich(x, rows(), True, *of_norms)
             case _:
-                tensors = rows(), rows(), rows(), rows(), *weights(2), statistics, statistics
-                return operators._sandwich_backward(*tensors, seed, dropout, parameters, parameters)
+                saved = x, rows(), w, w2, statistics, statistics, seed, dropout
+                return operators._sandwich_backward(rows(), rows(), *saved, parameters, parameters)
 
     return record(call)
 
@@ -212,8 +209,8 @@ def loop(case: Case) -> dict[str, float]:
 
 
 def rows_of_loop(hidden: int) -> int:
-    """For a multiprocessor: enough for several rounds, and a multiple of most numbers of rows that a
-    block works on at once."""
+    """For a multiprocessor: enough for several rounds, and a multiple of most numbers of rows that
+    a block works on at once."""
     return 480 if hidden <= 1024 else 240 if hidden <= 4096 else 48
 
 

@@ -55,7 +55,7 @@ struct Warp {
   double ready = 0, copies = 0;  // when it may issue; when its copies have arrived
   double scoreboard[6] = {};
   std::vector<double> groups;  // when the copies of each commit have arrived
-  int barrier = -1;  // where it waits
+  int barrier = -1;            // where it waits
 };
 
 struct Slot {
@@ -310,7 +310,6 @@ struct Simulation {
 extern "C" void simulate(const Static* code, const uint32_t* events, const int64_t* ends,
                          int num_blocks, int warps_per_block, int num_sms, int slots, int policy,
                          const Machine* machine, double* times) {
-  Simulation simulation{code,   events,   ends,  num_blocks, warps_per_block,
-                        policy, *machine, times};
+  Simulation simulation{code, events, ends, num_blocks, warps_per_block, policy, *machine, times};
   simulation.run(num_sms, slots);
 }

@@ -1196,9 +1196,8 @@ class Warp {
       case FMUL: {
         const auto a = floats(o[1]), b = floats(o[2]);
         const float factor = in.has(D8) ? 0.125f : 1.f;
-        each(in, lanes, [&](int l) {
-          return as_bits(in.op == FADD ? a[l] + b[l] : a[l] * b[l] * factor);
-        });
+        each(in, lanes,
+             [&](int l) { return as_bits(in.op == FADD ? a[l] + b[l] : a[l] * b[l] * factor); });
         break;
       }
       case FFMA: {
@@ -1209,8 +1208,7 @@ class Warp {
       case FMNMX: {
         const auto a = floats(o[1]), b = floats(o[2]);
         const uint32_t take_min = predicate(o[3]);
-        each(in, lanes,
-             [&](int l) { return as_bits(extreme(in, a[l], b[l], take_min >> l & 1)); });
+        each(in, lanes, [&](int l) { return as_bits(extreme(in, a[l], b[l], take_min >> l & 1)); });
         break;
       }
       case FSETP: {
@@ -1422,7 +1420,8 @@ void free_kernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 // `sizes` gets the number of each warp's. The events stay until the thread's next call.
 int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int params_at,
                    const uint64_t* ranges, const uint8_t* streamed, int num_ranges, int threads,
-                   int threads_x, int x, int y, int grid_x, int grid_y, int64_t* sizes, const uint32_t** events, int64_t* bytes_moved) {
+                   int threads_x, int x, int y, int grid_x, int grid_y, int64_t* sizes,
+                   const uint32_t** events, int64_t* bytes_moved) {
   static thread_local std::vector<uint32_t> all;
   try {
     Launch launch;
