@@ -68,12 +68,10 @@ DRAM_BYTES = DRAM_TBS * 1e3 / CLOCK_GHZ / NUM_SMS
 DRAM_LATENCY, L2_LATENCY = 800.0, 270.0
 
 
-def streaming(num_sms: int, blocks: int, l2_latency: float = L2_LATENCY) -> dict[str, float]:
-    """Changes of Machine for a simulation of ``num_sms`` multiprocessors in which all that a launch
-    has of ``blocks`` blocks have their share. What no multiprocessor of the launch takes, the
-    others do."""
-    share = num_sms * NUM_SMS / min(blocks, NUM_SMS)
-    rates = {"dram_bytes": DRAM_BYTES * share, "dram_latency": DRAM_LATENCY}
+def streaming(share: float, l2_latency: float = L2_LATENCY) -> dict[str, float]:
+    """Changes of Machine for a simulation that has this share of what a launch moves from and to
+    DRAM, and so of DRAM's bandwidth. What one multiprocessor does not take, the others do."""
+    rates = {"dram_bytes": DRAM_BYTES * NUM_SMS * share, "dram_latency": DRAM_LATENCY}
     return rates | {"l2_latency": l2_latency}
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import itertools
 import json
 import time
 from collections.abc import Sequence
@@ -77,6 +78,11 @@ class Case:
         """Of all activations, for one column of a row."""
         return ACTIVATIONS[self.operator] * getattr(torch, self.dtype).itemsize
 
+    @property
+    def floor(self) -> int:
+        """Bytes."""
+        return self.rows * self.hidden * self.columns_bytes
+
 
 def recorded(case: Case) -> list[Launch]:
     """What one call launches. All rows of an input share the memory of one."""
@@ -139,7 +145,7 @@ class Timed:
                 streamed,
             )
             self.blocks.append(events)
-        self.streams = any((warp >> 23 & 1).any() for block in self.blocks for warp in block)
+        self.streamed = sum(map(_streamed, itertools.chain(*self.blocks)))  # bytes
         wait = [i for i, line in enumerate(self.kernel.code) if line.opcode == "ACQBULK"]
         self.programmatic = bool(wait)
         if wait:  # what stands before ran while the launch before it did
@@ -149,11 +155,20 @@ class Timed:
     def issued(self) -> int:
         return sum(len(warp) for block in self.blocks for warp in block)
 
-    def us(self) -> float:
+    @property
+    def streams(self) -> bool:
+        return self.streamed > 0
+
+    def us(self, moved: float | None) -> float:
+        """``moved``: the bytes of activations that all blocks move, if that is known."""
+        # The sampled blocks may have more or fewer rows than others.
+        share = len(self.blocks) / self.launch.blocks
+        if moved is not None and self.streams:
+            share = self.streamed / moved
         # All blocks begin by loading parameters, which then come from DRAM for all at once. What
         # another launch has just written lies in L2.
         latency = machine.DRAM_LATENCY if self.streams else machine.L2_LATENCY
-        rates = machine.streaming(self.num_sms, self.launch.blocks, latency)
+        rates = machine.streaming(share, latency)
         static = machine.statics(self.kernel.code, 0)
         ends = [
             machine.simulate(
@@ -164,30 +179,38 @@ class Timed:
         return float(np.mean(ends)) / machine.CLOCK_GHZ / 1e3
 
 
+def _streamed(warp: machine.Events) -> int:
+    return int(((warp >> 18 & 31) + 1)[(warp >> 23 & 1) == 1].sum()) * 32
+
+
 def _behind(warp: machine.Events, wait: int) -> machine.Events:
     found = np.flatnonzero((warp & 0xFFFF) == wait)
     return warp[found[0] + 1 :] if len(found) else warp
 
 
 def measure(case: Case, launches: Sequence[Launch]) -> dict[str, Any]:
-    floor = case.rows * case.hidden * case.columns_bytes
     parts, us = [], 0.0
-    for i, launch in enumerate(launches):
-        timed = Timed(launch, case)
+    for i, (timed, kernel_us) in enumerate(simulated(case, launches)):
         gap = PROGRAMMATIC_GAP_US if timed.programmatic else GAP_US
-        kernel_us = timed.us()
         us += (LAUNCH_US if i == 0 else gap) + kernel_us
-        parts.append({"kernel": short(launch.kernel), "us": kernel_us})
-        parts[-1] |= {"blocks": launch.blocks, "threads": launch.threads}
+        parts.append({"kernel": short(timed.launch.kernel), "us": kernel_us})
+        parts[-1] |= {"blocks": timed.launch.blocks, "threads": timed.launch.threads}
         parts[-1] |= {"registers": timed.kernel.registers, "blocks_per_sm": timed.slots}
-    row: dict[str, Any] = {"us": us, "floor_mb": floor / 1e6}
-    row["share"] = floor / us / machine.DRAM_TBS / 1e6
+    row: dict[str, Any] = {"us": us, "floor_mb": case.floor / 1e6}
+    row["share"] = case.floor / us / machine.DRAM_TBS / 1e6
     row |= loop(case)
     row["loop_us"] = row["cycles_per_row"] * case.rows / machine.NUM_SMS / machine.CLOCK_GHZ / 1e3
-    row["loop_share"] = floor / row["loop_us"] / machine.DRAM_TBS / 1e6
+    row["loop_share"] = case.floor / row["loop_us"] / machine.DRAM_TBS / 1e6
     bytes_of_vector = VECTOR_COLUMNS * case.columns_bytes
     row["slots"] = bytes_of_vector / machine.DRAM_BYTES * 4  # four partitions issue
     return row | {"launches": parts}
+
+
+def simulated(case: Case, launches: Sequence[Launch]) -> list[tuple[Timed, float]]:
+    """Each launch and its time on the GPU, in microseconds."""
+    timed = [Timed(launch, case) for launch in launches]
+    alone = sum(one.streams for one in timed) == 1  # then it moves what the operator must
+    return [(one, one.us(case.floor if alone else None)) for one in timed]
 
 
 def loop(case: Case) -> dict[str, float]:
@@ -197,10 +220,9 @@ def loop(case: Case) -> dict[str, float]:
     cycles, issued = [], []
     for rows in (few, 2 * few):
         more = dataclasses.replace(case, rows=rows * machine.NUM_SMS)
-        timed = [Timed(launch, more) for launch in recorded(more)]
-        timed = [one for one in timed if one.streams]
-        cycles.append(sum(one.us() for one in timed) * 1e3 * machine.CLOCK_GHZ)
-        issued.append(sum(one.issued / one.num_sms for one in timed))
+        found = [(one, us) for one, us in simulated(more, recorded(more)) if one.streams]
+        cycles.append(sum(us for _, us in found) * 1e3 * machine.CLOCK_GHZ)
+        issued.append(sum(one.issued / one.num_sms for one, _ in found))
     vectors = few * case.hidden / VECTOR_COLUMNS
     return {
         "cycles_per_row": (cycles[1] - cycles[0]) / few,

@@ -40,7 +40,7 @@ using Lanes = std::array<uint32_t, kLanes>;
   X(IADD3) X(IMAD) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) X(IMNMX) X(IABS) X(LEA) X(LOP3) \
   X(PLOP3) X(SHF) X(PRMT) X(SEL) X(MOV) X(ISETP) X(POPC) X(FLO) X(BREV) X(P2R) X(R2P) X(R2UR) \
   X(S2R) X(S2UR) X(CS2R) X(VOTE) X(VOTEU) X(SHFL) X(REDUX) X(FADD) X(FMUL) X(FFMA) X(FMNMX) \
-  X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HMUL2) X(HFMA2) X(HMNMX2) X(HMMA) \
+  X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HMUL2) X(HFMA2) X(HMNMX2) X(VHMNMX) X(HMMA) \
   X(LDC) \
   X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM) X(LDGSTS) X(RED) X(REDG) X(ATOMG) \
   X(BRA) \
@@ -748,7 +748,7 @@ class Warp {
 
   // Arithmetic on two halves: an immediate is two numbers, the upper one first.
   void packed(const Instruction& in, uint32_t lanes) {
-    const size_t wanted = in.op == HFMA2 ? 3 : 2;
+    const size_t wanted = in.op == HFMA2 || in.op == VHMNMX ? 3 : 2;
     std::array<std::array<float, kLanes>, 2> numbers[3];
     size_t at = 1;
     for (size_t n = 0; n < wanted; ++n) {
@@ -769,15 +769,16 @@ class Warp {
         }
       }
     }
-    const uint32_t take_min = in.op == HMNMX2 ? predicate(in.operands[at]) : 0;
+    const bool picks = in.op == HMNMX2 || in.op == VHMNMX;
+    const uint32_t take_min = picks ? predicate(in.operands[at]) : 0;
     each(in, lanes, [&](int l) {
       uint32_t word = 0;
       for (int half = 0; half < 2; ++half) {
         const float a = numbers[0][half][l], b = numbers[1][half][l];
-        const float x = in.op == HADD2   ? a + b
-                        : in.op == HMUL2 ? a * b
-                        : in.op == HFMA2 ? std::fma(a, b, numbers[2][half][l])
-                                         : extreme(in, a, b, take_min >> l & 1);
+        const float c = wanted == 3 ? numbers[2][half][l] : 0.f;
+        float x = in.op == HADD2 ? a + b : in.op == HMUL2 ? a * b : std::fma(a, b, c);
+        if (picks) x = extreme(in, a, b, take_min >> l & 1);
+        if (in.op == VHMNMX) x = extreme(in, x, c, take_min >> l & 1);
         word |= uint32_t(in.has(BF16_V2) ? float_to_bfloat(x) : float_to_half(x)) << 16 * half;
       }
       return word;
@@ -1283,6 +1284,7 @@ class Warp {
       case HMUL2:
       case HFMA2:
       case HMNMX2:
+      case VHMNMX:
         packed(in, lanes);
         break;
       case HMMA:
