@@ -26,8 +26,8 @@ PIPES = (
     ),
     ("integer", r"\w+"),
 )
-# On two halves at once, as fast as on one float (256 results a cycle on compute capability 9.0, CUDA
-# programming guide); not conversions (HADD2.F32), nor constants (HFMA2.MMA).
+# On two halves at once, as fast as on one float (256 results a cycle on compute capability 9.0,
+# CUDA programming guide); not conversions (HADD2.F32), nor constants (HFMA2.MMA).
 PACKED = re.compile(r"(HFMA2|HMUL2|HADD2)(\.BF16_V2)?|HFMA2\.MMA\.BF16_V2")
 PIPE_NAMES = tuple(name for name, _ in PIPES)
 
