@@ -267,6 +267,7 @@ def kept(case: Case) -> dict[str, Any]:
     launches = recorded(case)
     geometry = [(one.kernel, one.blocks, one.threads, one.dynamic_shared) for one in launches]
     content = hashlib.sha256(f"{case} {geometry} {digest(families=[NORMS])}".encode())
+    content.update(str(machine.DRAM_LATENCY).encode())
     for name in ("sass.py", "machine.py", "norms.py", "launches.py", "walk.cpp", "schedule.cpp"):
         content.update(Path(__file__).with_name(name).read_bytes())
     file = machine.CACHE / "rows" / f"{content.hexdigest()[:16]}.json"
@@ -320,7 +321,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--dtype", default="bfloat16")
     parser.add_argument("--parameters", help="their dtype, if not that of the rows")
     parser.add_argument("--dropout", action="store_true", help="in the sandwich")
+    parser.add_argument("--dram-latency", type=float, default=machine.DRAM_LATENCY, help="cycles")
     chosen = parser.parse_args(arguments)
+    machine.DRAM_LATENCY = chosen.dram_latency
     options = {"dtype": chosen.dtype, "parameters": chosen.parameters or chosen.dtype}
     rows(chosen.operators or tuple(ACTIVATIONS), chosen.shapes, dropout=chosen.dropout, **options)
 
