@@ -3,7 +3,8 @@
     python -m benchmarks.kernels.cycles.norms                               # all; prints
     python -m benchmarks.kernels.cycles.norms backward --shapes 8192x2560 --parameters float32
 
-`make kernel-times` records them beside the attention (times.py).
+`make kernel-times` records them beside the attention (times.py). Kernels that read a row more than
+once (too wide for a block, or relax "tensor") are charged DRAM for each time, L2 or not.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from benchmarks.kernels.cycles import machine
+from benchmarks.kernels.cycles import machine, sass
 from benchmarks.kernels.cycles.launches import (
     NORMS,
     SAMPLED_SMS,
@@ -159,6 +160,11 @@ class Timed:
     def streams(self) -> bool:
         return self.streamed > 0
 
+    def passed_again(self) -> int:
+        """Instructions of the code that the first warp passes more than once: its loops."""
+        times = np.bincount(self.blocks[0][0] & 0xFFFF)
+        return int((times > 1).sum())
+
     def us(self, moved: float | None) -> float:
         """``moved``: the bytes of activations that all blocks move, if that is known."""
         # The sampled blocks may have more or fewer rows than others.
@@ -217,16 +223,18 @@ def loop(case: Case) -> dict[str, float]:
     """What a row costs where rows never end: the difference of two launches, the second with twice
     as many rows for each multiprocessor."""
     few = rows_of_loop(case.hidden)
-    cycles, issued = [], []
+    cycles, issued, again = [], [], 0
     for rows in (few, 2 * few):
         more = dataclasses.replace(case, rows=rows * machine.NUM_SMS)
         found = [(one, us) for one, us in simulated(more, recorded(more)) if one.streams]
         cycles.append(sum(us for _, us in found) * 1e3 * machine.CLOCK_GHZ)
         issued.append(sum(one.issued / one.num_sms for one, _ in found))
+        again = max(one.passed_again() for one, _ in found)
     vectors = few * case.hidden / VECTOR_COLUMNS
     return {
         "cycles_per_row": (cycles[1] - cycles[0]) / few,
         "instructions": (issued[1] - issued[0]) / vectors,
+        "code_kb": again * sass.BYTES / 1024,
     }
 
 
@@ -258,7 +266,8 @@ def line(row: dict[str, Any]) -> str:
     return (
         f"{100 * row['share']:.0f} % ({100 * row['loop_share']:.0f}) of copy bandwidth, "
         f"{row['us']:.1f} us ({row['loop_us']:.1f}), "
-        f"{row['instructions']:.0f} instructions a vector of {row['slots']:.0f} slots; {parts} us"
+        f"{row['instructions']:.0f} instructions a vector of {row['slots']:.0f} slots, "
+        f"{row['code_kb']:.0f} KB of code; {parts} us"
     )
 
 

@@ -31,6 +31,8 @@ PIPES = (
 PACKED = re.compile(r"(HFMA2|HMUL2|HADD2)(\.BF16_V2)?|HFMA2\.MMA\.BF16_V2")
 PIPE_NAMES = tuple(name for name, _ in PIPES)
 
+BYTES = 16  # of an instruction
+
 _FUNCTION = re.compile(r"\s*Function : (\w+)")
 _INSTRUCTION = re.compile(
     r"\s+/\*([0-9a-f]{4,})\*/\s+(?:@(!?U?P\w+)\s+)?([A-Z][\w.]*)\s*([^;]*?)\s*;"
@@ -93,7 +95,7 @@ def functions(lines: Iterable[str]) -> Iterator[tuple[str, list[Instruction]]]:
             name, code = match.group(1), []
         elif match := _INSTRUCTION.match(line):
             address, guard, opcode, operands, _ = match.groups()
-            assert int(address, 16) == 16 * len(code), "instructions of sixteen bytes, in order"
+            assert int(address, 16) == BYTES * len(code), "instructions of sixteen bytes, in order"
             pending = guard or "", opcode, operands
         elif pending and (match := _SECOND_WORD.match(line)):
             code.append(Instruction(*pending, control(int(match.group(1), 16))))
