@@ -62,9 +62,9 @@ STREAMED_LOAD = 600  # of kernels without products, which read everything once
 # Bytes that DRAM moves for one of all multiprocessors in a cycle, read and written.
 DRAM_BYTES = DRAM_TBS * 1e3 / CLOCK_GHZ / NUM_SMS
 # Without a queue a load from DRAM takes some 480 to 600 cycles on Hopper, from L2 some 270 (Luo et
-# al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via Microbenchmarking",
-# 2024). Queues of DRAM that all multiprocessors share add to it under load. A multiprocessor's own
-# queue is simulated on top.
+# al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499). Under
+# load there are queues that a simulation of a few multiprocessors does not have: 800 is assumed.
+# From 500 to 1200 it changes a norm's share by one point.
 DRAM_LATENCY, L2_LATENCY = 800.0, 270.0
 
 
