@@ -769,16 +769,18 @@ class Warp {
         }
       }
     }
-    const bool picks = in.op == HMNMX2 || in.op == VHMNMX;
-    const uint32_t take_min = picks ? predicate(in.operands[at]) : 0;
+    const bool is_extreme = in.op == HMNMX2 || in.op == VHMNMX;
+    const uint32_t take_min = is_extreme ? predicate(in.operands[at]) : 0;
     each(in, lanes, [&](int l) {
       uint32_t word = 0;
       for (int half = 0; half < 2; ++half) {
         const float a = numbers[0][half][l], b = numbers[1][half][l];
-        const float c = wanted == 3 ? numbers[2][half][l] : 0.f;
-        float x = in.op == HADD2 ? a + b : in.op == HMUL2 ? a * b : std::fma(a, b, c);
-        if (picks) x = extreme(in, a, b, take_min >> l & 1);
-        if (in.op == VHMNMX) x = extreme(in, x, c, take_min >> l & 1);
+        const float x = in.op == HADD2    ? a + b
+                        : in.op == HMUL2  ? a * b
+                        : in.op == HFMA2  ? std::fma(a, b, numbers[2][half][l])
+                        : in.op == VHMNMX ? extreme(in, extreme(in, a, b, take_min >> l & 1),
+                                                    numbers[2][half][l], take_min >> l & 1)
+                                          : extreme(in, a, b, take_min >> l & 1);
         word |= uint32_t(in.has(BF16_V2) ? float_to_bfloat(x) : float_to_half(x)) << 16 * half;
       }
       return word;
