@@ -1,6 +1,7 @@
 // Gradients of weights and biases, as the backward kernels collect them.
 #pragma once
 
+#include "../instructions/sm90.cuh"
 #include "statistics.cuh"
 
 namespace cogview {
@@ -16,8 +17,9 @@ struct ColumnSums {
 
   // Adds up the sums of the rows that the block works on at once, in order, and stores them in the
   // block's rows of `partial` (kGradients, gridDim.x, hidden). Call it after the last round: it uses
-  // the slots where rows arrived.
+  // the slots where rows arrived. The kernel that adds up `partial` may start from now on.
   __device__ __forceinline__ void store(float* partial, int64_t hidden, const RowThread& me) {
+    griddepcontrol_launch_dependents();
     uint4* slots = reinterpret_cast<uint4*>(dynamic_shared()) + me.in_row;
     const int rows = int(blockDim.x) / me.threads_per_row;
     for (int other = 1; other < rows; ++other) {
