@@ -301,18 +301,19 @@ void Worker::report_deadlock() {
     const BarrierOfWarps& barrier = barriers_of_warps_[id];
     if (barrier.warps == 0) continue;
     // Of the warps that do not wait here, one that waits elsewhere tells more than one that returned.
-    const Fiber* other = nullptr;
+    const Warp* other = nullptr;
     for (int w = 0; w < num_warps(); ++w) {
       if ((barrier.warps >> w & 1) != 0) continue;
-      if (other == nullptr || other->instruction == nullptr) other = warps[w].fibers;
+      if (other == nullptr || other->exited != 0) other = &warps[w];
     }
+    const Fiber& missing = *other->fibers;
     record(
         *barrier.first,
         "divergent barrier: " + place(barrier.first->instruction, barrier.first->where) +
             format(": %d of %d threads wait at barrier %d, but thread %u ",
-                   std::popcount(barrier.warps) * kLanes, barrier.num_threads, id, other->thread) +
-            (other->instruction != nullptr ? "waits at " + place(other->instruction, other->where)
-                                           : "has returned"));
+                   std::popcount(barrier.warps) * kLanes, barrier.num_threads, id, missing.thread) +
+            (other->exited != 0 ? "has returned"
+                                : "waits at " + place(missing.instruction, missing.where)));
     return;
   }
 }
@@ -407,7 +408,7 @@ void Worker::barrier_of_warps(Fiber& fiber, int id, int num_threads, const Where
   BarrierOfWarps& barrier = barriers_of_warps_[id];
   if (barrier.warps == 0) {
     barrier.num_threads = num_threads;
-    barrier.first = &fiber;
+    barrier.first = warp.fibers;
   }
   barrier.warps |= 1u << warp.index();
   if (std::popcount(barrier.warps) * kLanes < num_threads) return wait(fiber, instruction, where);
