@@ -2,7 +2,8 @@
 // use.
 //
 // Threads of a block are fibers. An instruction of a whole warp, or a barrier, waits until all of its
-// threads have reached the same place in the source. The hooks that -fsanitize=thread compiles in
+// threads have reached the same place in the source. For a barrier of some warps this is stricter than
+// the manual, which has no use for the place. The hooks that -fsanitize=thread compiles in
 // report what a kernel does in plain C++ (memory.cpp).
 //
 // Modelled exactly: fragments, rounding of conversions, what each instruction reads and writes, and
@@ -45,6 +46,7 @@ uint32_t shfl(const char* primitive, uint32_t value, int source_lane, Where wher
 uint32_t vote_ballot(bool predicate, Where where);
 void bar_warp_sync(Where where);
 void bar_sync(Where where);
+void bar_sync(int id, int num_threads, Where where);
 void* shared_array(const void* key, int bytes);
 unsigned char* dynamic_shared();
 uint4 ld_shared_v4(const void* address, Where where);
@@ -113,6 +115,9 @@ __forceinline__ void bar_warp_sync(Where where = Where::current()) {
   host_model::bar_warp_sync(where);
 }
 __forceinline__ void bar_sync(Where where = Where::current()) { host_model::bar_sync(where); }
+__forceinline__ void bar_sync(int id, int num_threads, Where where = Where::current()) {
+  host_model::bar_sync(id, num_threads, where);
+}
 
 // Its address stands for the instantiation.
 template <typename T, int kSize>

@@ -65,10 +65,14 @@ uint32_t vote_ballot(bool predicate, Where where) {
 void bar_warp_sync(Where where) {
   Worker& worker = *running->worker;
   worker.collective(*running, "bar_warp_sync", where,
-                    [&worker](Warp& warp) { warp.base = ++worker.now; });
+                    [&worker](Warp& warp) { warp.known[warp.index()] = ++worker.now; });
 }
 
 void bar_sync(Where where) { running->worker->barrier(*running, where); }
+
+void bar_sync(int id, int num_threads, Where where) {
+  running->worker->barrier_of_warps(*running, id, num_threads, where);
+}
 
 // Memory
 

@@ -54,6 +54,13 @@ __device__ __forceinline__ void bar_warp_sync() { __syncwarp(); }
 // Waits for all threads of the block and makes their writes to shared memory visible (bar.sync).
 __device__ __forceinline__ void bar_sync() { __syncthreads(); }
 
+// Waits at barrier `id` for so many threads and makes their writes to shared memory visible to each
+// other (bar.sync); other threads go on. 1 to 15: barrier 0 is that of bar_sync() above. Whole warps
+// come to it, all to the same place.
+__device__ __forceinline__ void bar_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
+
 // An array in the block's shared memory, one for each instantiation.
 template <typename T, int kSize>
 __device__ __forceinline__ T* shared_array() {

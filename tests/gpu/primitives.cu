@@ -64,6 +64,21 @@ KERNEL(shl_kernel) {  // b: the count
   store(p, i, shl(load<uint32_t>(p.a, i), load<uint32_t>(p.b, i)));
 }
 
+// Groups of two warps exchange words in as many turns as b says for each group, with two buffers.
+KERNEL(bar_sync_of_groups_kernel) {
+  const int i = thread_number(), group = int(threadIdx.x) / 64, thread = int(threadIdx.x) % 64;
+  uint32_t* buffers = reinterpret_cast<uint32_t*>(dynamic_shared()) + 128 * group;
+  const int turns = load<int>(p.b, i / 64);
+  uint32_t value = load<uint32_t>(p.a, i);
+  for (int turn = 0; turn < turns; ++turn) {
+    uint32_t* buffer = buffers + 64 * (turn % 2);
+    buffer[thread] = value;
+    bar_sync(1 + group, 64);
+    value = 3 * buffer[(thread + 33) % 64] + uint32_t(turn);
+  }
+  store(p, i, value);
+}
+
 // Memory
 
 KERNEL(copy_v4_kernel) {  // sixteen bytes for each thread
@@ -184,6 +199,7 @@ const std::map<std::string, Launch> kPrimitives = {
     {"vote_ballot", kLaunch<vote_ballot_kernel>},
     {"popc", kLaunch<popc_kernel>},
     {"shl", kLaunch<shl_kernel>},
+    {"bar_sync_of_groups", kLaunch<bar_sync_of_groups_kernel, 960, 960 * 8>},
     {"copy_v4", kLaunch<copy_v4_kernel>},
     {"shared_v4", kLaunch<shared_v4_kernel, 32, 32 * 16>},
     {"red_global_max", kLaunch<red_global_max_kernel>},

@@ -169,6 +169,15 @@ def test_shl(run: Primitives, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out, expected.astype(np.uint32))
 
 
+def test_bar_sync_of_groups(run: Primitives, rng: np.random.Generator) -> None:
+    """Fifteen groups of two warps, of which each ends when it likes."""
+    value, turns = words(rng, 16, 15, 64), rng.integers(0, 200, (16, 15, 1), dtype=np.int32)
+    out = run("bar_sync_of_groups", 16, np.zeros_like(value), value, turns)
+    for turn in range(200):
+        value = np.where(turn < turns, 3 * np.roll(value, -33, 2) + np.uint32(turn), value)
+    np.testing.assert_array_equal(out, value)
+
+
 # Memory
 
 
