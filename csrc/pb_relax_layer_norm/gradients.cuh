@@ -1,6 +1,7 @@
 // Gradients of weights and biases, as the backward kernels collect them.
 #pragma once
 
+#include "row_pipeline.cuh"
 #include "statistics.cuh"
 
 namespace cogview {
