@@ -44,6 +44,7 @@ __attribute__((const)) unsigned grid_dim_y();
 
 uint32_t shfl(const char* primitive, uint32_t value, int source_lane, Where where);
 uint32_t vote_ballot(bool predicate, Where where);
+uint32_t redux_max(uint32_t value, Where where);
 void bar_warp_sync(Where where);
 void bar_sync(Where where);
 void bar_sync(int id, int num_threads, Where where);
@@ -111,6 +112,9 @@ __forceinline__ float shfl_idx(float value, int source_lane, Where where = Where
 __forceinline__ uint32_t vote_ballot(bool predicate, Where where = Where::current()) {
   return host_model::vote_ballot(predicate, where);
 }
+__forceinline__ uint32_t redux_max(uint32_t value, Where where = Where::current()) {
+  return host_model::redux_max(value, where);
+}
 __forceinline__ void bar_warp_sync(Where where = Where::current()) {
   host_model::bar_warp_sync(where);
 }
@@ -152,7 +156,10 @@ __forceinline__ float ex2_approx(float x) {
   return y < 1.17549435e-38f ? 0.f : y;
 }
 
+__forceinline__ float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
+
 __forceinline__ uint32_t float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+__forceinline__ float uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 __forceinline__ int popc(uint32_t bits) { return std::popcount(bits); }
 
@@ -199,6 +206,19 @@ __forceinline__ T from_float(float value) {
 template <typename T>
 __forceinline__ uint32_t cvt_rn_x2(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+template <typename T>
+__forceinline__ uint32_t abs_x2(uint32_t x) {
+  return x & 0x7fff7fffu;
+}
+
+template <typename T>
+__forceinline__ uint32_t max_x2(uint32_t a, uint32_t b) {
+  const auto larger = [](uint16_t a, uint16_t b) {
+    return uint32_t(from_float<T>(std::fmax(to_float(T{a}), to_float(T{b}))).bits);
+  };
+  return larger(uint16_t(a), uint16_t(b)) | larger(uint16_t(a >> 16), uint16_t(b >> 16)) << 16;
 }
 
 }  // namespace cogview

@@ -1,8 +1,10 @@
 // The instructions themselves.
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "fibers.h"
@@ -60,6 +62,18 @@ uint32_t vote_ballot(bool predicate, Where where) {
   fiber.worker->collective(fiber, "vote_ballot", where,
                            [](Warp& warp) { warp.ballot_result = std::exchange(warp.ballot, 0); });
   return fiber.warp->ballot_result;
+}
+
+uint32_t redux_max(uint32_t value, Where where) {
+  Fiber& fiber = *running;
+  Warp& warp = *fiber.warp;
+  warp.value[fiber.lane] = value;
+  fiber.worker->collective(fiber, "redux_max", where, [](Warp& warp) {
+    uint32_t largest = 0;
+    for (const uint32_t value : warp.value) largest = std::max(largest, value);
+    std::fill(std::begin(warp.shuffled), std::end(warp.shuffled), largest);
+  });
+  return warp.shuffled[fiber.lane];
 }
 
 void bar_warp_sync(Where where) {

@@ -53,11 +53,11 @@ struct RowPlan {
   // Rows are moved sixteen bytes at once. Needs hidden % 8 == 0, and rows that begin at multiples of
   // 16 bytes.
   bool aligned;
+  // At most, of a row.
+  int vectors_per_thread;
 
   // From here on: of the launch, not read by kernels.
 
-  // More of them, up to what registers hold, leave fewer threads to exchange sums.
-  int vectors_per_thread;
   // Of SharedMemoryPlan.
   int shared_bytes;
   // One for each multiprocessor, or fewer where fewer have rows.

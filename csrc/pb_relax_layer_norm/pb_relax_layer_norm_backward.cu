@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   // Registers hold the weight, and between the two passes over a row xhat and g.
   constexpr bool kInRegisters = kPlain;
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
+  const RowThread me(plan, params.hidden);
   const int hidden = int(params.hidden);
   const Columns<kVectors> columns(me, hidden);
   const float inverse_hidden = 1.f / float(hidden);
@@ -161,7 +161,7 @@ template <typename X, typename Y>
 __global__ void __launch_bounds__(kWideThreads, 1)
     pb_relax_layer_norm_backward_wide_kernel(const PbRelaxLayerNormBackwardParams params) {
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
+  const RowThread me(plan, params.hidden);
   const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
   const float inverse_hidden = 1.f / float(hidden);
   float* scratch = shared_array<float, kGradientScratchFloats>();

@@ -20,15 +20,14 @@
 // Rounding   float32 throughout, y rounded once.
 // Reference  cogview_kernels.norm.reference.pb_relax_layer_norm
 
-#include "dropout.cuh"
 #include "plan.h"
-#include "row_pipeline.cuh"
-#include "statistics.cuh"
+#include "row_passes.cuh"
 
 namespace cogview {
 namespace {
 
 constexpr int kMaxThreads = 1024;
+constexpr int kEnoughWarps = 16;
 constexpr int kWideThreads = 512;
 
 // *peak becomes the larger of itself and the warp's max|value|, given as bits. Those of a NaN are
@@ -52,60 +51,59 @@ __device__ __forceinline__ uint32_t peak_bits(uint32_t bits, Vector<T> vector, i
   return bits;
 }
 
-template <typename X, typename Y, int kVectors>
+template <typename X, typename Y>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     pb_relax_layer_norm_forward_kernel(const PbRelaxLayerNormForwardParams params) {
-  constexpr int kXSlots = kVectors * kPieces<X>, kSlots = kXSlots + kVectors * kPieces<Y>;
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
   const int hidden = int(params.hidden);
+  const RowThread me(plan, hidden);
   const bool has_residual = params.residual.data != nullptr;
+  const int x_bytes = row_bytes(hidden, kPieces<X>);
+  const RowMemory shared = {2, row_bytes(hidden, kPieces<float>), plan.stages,
+                            x_bytes + (has_residual ? row_bytes(hidden, kPieces<Y>) : 0),
+                            plan.rows_per_block};
+  const SharedRow<float> weight(dynamic_shared() + shared.parameter(0), me);
+  const SharedRow<float> bias(dynamic_shared() + shared.parameter(1), me);
   float* scratch = shared_array<float, kScratchFloats>();
-  const NormParameters& given = params.parameters;
-  using Parameters = SharedParameters<2, kVectors>;  // weight, bias
-  const SharedMemoryPlan shared = {plan.stages, int(blockDim.x), plan.threads_per_row,
-                                   has_residual ? kSlots : kXSlots, Parameters::kSlots};
-  const Parameters parameters(shared, me);
-  parameters.template fill<X>(0, given.weight, given.dtype, 1.f, hidden, me);
-  parameters.template fill<X>(1, given.bias, given.dtype, 0.f, hidden, me);
-  bar_sync();
+  const float inverse_hidden = 1.f / float(hidden);
 
   uint32_t y_peak = 0;
-  const auto copy = [&](int64_t row, bool is_row, const Slots& slots) {
-    copy_row<X, kVectors>(params.x, row, is_row, hidden, plan.aligned, me, slots, 0);
+  const auto copy = [&](int64_t row, unsigned char* stage) {
+    SharedRow<X>(stage, me).copy(params.x, row, hidden, plan.aligned, me);
     if (has_residual) {
-      copy_row<Y, kVectors>(params.residual, row, is_row, hidden, plan.aligned, me, slots, kXSlots);
+      SharedRow<Y>(stage + x_bytes, me).copy(params.residual, row, hidden, plan.aligned, me);
     }
   };
-  const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int) {
-    float x[kVectors][kColumns];
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      Vector<X> vector = slots.load<X>(i * kPieces<X>);
-      if (params.dropout.seed != nullptr) {
-        keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), vector);
-      }
-      unpack(vector, x[i]);
-    }
-    const RowStatistics statistics =
-        statistics_of_row<X>(x, hidden, params.eps, params.relax, params.peak, me, scratch);
-    if (!is_row) return;
+  const auto prepare = [&] {
+    const NormParameters& given = params.parameters;
+    const Parameter parameters[] = {{given.weight, given.dtype, 1.f},
+                                    {given.bias, given.dtype, 0.f}};
+    fill_parameters(shared, parameters, hidden);
+    bar_sync();
+  };
+  const auto compute = [&](int64_t row, unsigned char* stage) {
+    const SharedRow<X> x(stage, me);
+    const SharedRow<Y> residual(stage + x_bytes, me);
+    if (params.dropout.seed != nullptr) drop_columns(x, params.dropout, row, me);
+    RoughSums<X> rough;
+    for_each_vector(x, hidden, me, [&](const Vector<X>& vector, int) { rough.add(vector); });
+    const RowStatistics statistics = statistics_of_row(rough, x, hidden, inverse_hidden, params.eps,
+                                                       params.relax, params.peak, me, scratch);
     Y* y_row = static_cast<Y*>(params.y) + row * hidden;
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (me.column(i) >= hidden) continue;
-      float weight[kColumns], bias[kColumns];
-      parameters.load(0, i, weight);
-      parameters.load(1, i, bias);
-      normalise(x[i], statistics, weight, bias);
-      if (has_residual) add_vector(slots.load<Y>(kXSlots + i * kPieces<Y>), x[i]);
-      const Vector<Y> y = pack<Y>(x[i]);
-      store_vector_at(y_row, me.column(i), hidden, plan.aligned, y);
-      if (params.y_peak != nullptr) y_peak = peak_bits(y_peak, y, hidden - me.column(i));
-    }
+    write_row(plan.aligned, me, [&](int i, auto aligned) {
+      float y[kColumns], w[kColumns], b[kColumns];
+      unpack(x.load(i), y);
+      unpack(weight.load(i), w);
+      unpack(bias.load(i), b);
+      normalise(y, statistics, w, b);
+      if (has_residual) add_vector(residual.load(i), y);
+      const Vector<Y> rounded = pack<Y>(y);
+      store_vector_at(y_row, me.column(i), hidden, aligned.value, rounded);
+      if (params.y_peak != nullptr) y_peak = peak_bits(y_peak, rounded, hidden - me.column(i));
+    });
     if (me.in_row == 0) params.statistics[row] = statistics;
   };
-  for_each_row(plan, shared, params.rows, me, copy, compute);
+  for_each_row(plan, shared, params.rows, me, copy, prepare, compute);
   if (params.y_peak != nullptr) join_peak(params.y_peak, y_peak);
 }
 
@@ -114,10 +112,11 @@ template <typename X, typename Y>
 __global__ void __launch_bounds__(kWideThreads, 1)
     pb_relax_layer_norm_forward_wide_kernel(const PbRelaxLayerNormForwardParams params) {
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
   const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
+  const RowThread me(plan, hidden);
   float* scratch = shared_array<float, kScratchFloats>();
   const NormParameters& given = params.parameters;
+  const Parameter weight = {given.weight, given.dtype, 1.f}, bias = {given.bias, given.dtype, 0.f};
 
   const float inverse_hidden = 1.f / float(hidden);
   uint32_t y_peak = 0;
@@ -130,32 +129,25 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       }
       return x;
     };
-    float x[kColumns];
-    RoughSums<X> rough;
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
-      unpack(load_x(v), x);
-      rough.add(x);
-    }
-    reduce_row(rough.number, scratch, me, MaxThenAdd());
-    Moments moments(rough, inverse_hidden, params.relax,
-                    params.relax == Relax::kTensor ? *params.peak : 0.f);
-    const auto load_d = [&](int64_t v) {
-      unpack(load_x(v), x);
-      moments.add(x, int(min(hidden - v * kColumns, int64_t{kColumns})));
+    const auto for_each_vector = [&](const auto& f) {
+      for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
+        f(load_x(v), int(min(hidden - v * kColumns, int64_t{kColumns})));
+      }
     };
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) load_d(v);
-    reduce_row(moments.number, scratch + 3 * kMaxWarps, me, Add());
-    const RowStatistics statistics = moments.statistics(inverse_hidden, params.eps, params.relax);
+    RoughSums<X> rough;
+    for_each_vector([&](const Vector<X>& x, int) { rough.add(x); });
+    const RowStatistics statistics = statistics_of_row(
+        rough, for_each_vector, inverse_hidden, params.eps, params.relax, params.peak, me, scratch);
 
     const Y* residual_row =
         static_cast<const Y*>(params.residual.data) + row * params.residual.row_stride;
     Y* y_row = static_cast<Y*>(params.y) + row * hidden;
     for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
-      float weight[kColumns], bias[kColumns];
-      load_parameter<X>(given.weight, given.dtype, 1.f, v * kColumns, hidden, weight);
-      load_parameter<X>(given.bias, given.dtype, 0.f, v * kColumns, hidden, bias);
-      load_d(v);
-      normalise(x, statistics, weight, bias);
+      float x[kColumns], w[kColumns], b[kColumns];
+      load_parameter(weight, v * kColumns, hidden, w);
+      load_parameter(bias, v * kColumns, hidden, b);
+      unpack(load_x(v), x);
+      normalise(x, statistics, w, b);
       if (params.residual.data != nullptr) {
         add_vector(load_vector_at(residual_row, v * kColumns, hidden, plan.aligned), x);
       }
@@ -173,7 +165,7 @@ template <typename X>
 __global__ void __launch_bounds__(kWideThreads, 1)
     pb_relax_layer_norm_peak_kernel(const PbRelaxLayerNormForwardParams params) {
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
+  const RowThread me(plan, params.hidden);
   const int64_t num_vectors = (params.hidden + kColumns - 1) / kColumns;
   const int64_t step = int64_t(gridDim.x) * plan.rows_per_block;
   uint32_t bits = 0;
@@ -188,14 +180,6 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   }
   join_peak(params.peak, bits);
 }
-
-struct ForwardKernels {
-  static constexpr int kMaxVectors = 2;  // wider rows: fewer registers than threads need
-  template <typename X, typename Y, int kVectors>
-  static cudaError_t launch(const PbRelaxLayerNormForwardParams& params, cudaStream_t stream) {
-    return launch_planned<pb_relax_layer_norm_forward_kernel<X, Y, kVectors>>(params, stream);
-  }
-};
 
 // params.peak becomes max|x| of all elements that are not dropped.
 cudaError_t launch_peak(const PbRelaxLayerNormForwardParams& given, cudaStream_t stream) {
@@ -222,23 +206,31 @@ cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& giv
     const cudaError_t status = launch_peak(params, stream);
     if (status != cudaSuccess) return status;
   }
-  RowNeeds needs = {};
+  GroupNeeds needs = {};
+  needs.rows = params.rows;
+  needs.hidden = params.hidden;
+  needs.num_blocks = params.num_blocks;
   needs.aligned = all_aligned(params.hidden, {{params.x, params.x_dtype},
                                               {params.residual, params.y_dtype},
                                               {{params.y, params.hidden}, params.y_dtype}});
   needs.max_threads = kMaxThreads;
-  needs.stage_pieces = pieces_of(params.x_dtype);
-  if (params.residual.data != nullptr) needs.stage_pieces += pieces_of(params.y_dtype);
+  needs.stage_bytes = row_bytes(params.hidden, pieces_of(params.x_dtype));
+  if (params.residual.data != nullptr) {
+    needs.stage_bytes += row_bytes(params.hidden, pieces_of(params.y_dtype));
+  }
   needs.num_parameters = 2;
-  const auto launch_wide = [&](auto x, auto y) {
+  bool fits = false;
+  const cudaError_t status = plan_by_warps(needs, kEnoughWarps, &params.plan, &fits);
+  if (status != cudaSuccess) return status;
+  return with_dtypes(params.x_dtype, params.y_dtype, [&](auto x, auto y) {
+    using X = typename decltype(x)::Type;
+    using Y = typename decltype(y)::Type;
+    if (fits) return launch_planned<pb_relax_layer_norm_forward_kernel<X, Y>>(params, stream);
     params.plan.aligned = needs.aligned;
     params.plan.threads_per_row = kWideThreads;
-    return launch<pb_relax_layer_norm_forward_wide_kernel<typename decltype(x)::Type,
-                                                          typename decltype(y)::Type>>(
+    return launch<pb_relax_layer_norm_forward_wide_kernel<X, Y>>(
         std::min(params.rows, int64_t{INT32_MAX}), 1, kWideThreads, 0, stream, params);
-  };
-  return plan_and_launch<ForwardKernels>(needs, params, params.x_dtype, params.y_dtype, stream,
-                                         launch_wide);
+  });
 }
 
 }  // namespace cogview

@@ -107,20 +107,25 @@ struct RowMemory {
   __host__ __device__ constexpr int bytes() const { return stage(rows_per_block, 0); }
 };
 
-// Of a row in shared memory: whole vectors.
-__host__ __device__ constexpr int row_bytes(int hidden, int pieces) {
-  return (hidden + kColumns - 1) / kColumns * pieces * kPieceBytes;
+__host__ __device__ constexpr int vectors_of(int64_t hidden) {
+  return int((hidden + kColumns - 1) / kColumns);
+}
+
+// Of a row in shared memory: whole vectors. Int is int where a row is known to fit there.
+template <typename Int>
+__host__ __device__ constexpr Int row_bytes(Int hidden, int pieces) {
+  return Int(vectors_of(hidden)) * pieces * kPieceBytes;
 }
 
 // What a launch asks of plan_groups.
 struct GroupNeeds {
   int64_t rows, hidden;
-  int num_blocks;      // at most
-  bool every_block;    // launch num_blocks blocks even where fewer have rows
-  bool aligned;        // as in RowPlan
-  int max_threads;     // of a block
-  int stage_bytes;     // what arrives of a row
-  int num_parameters;  // weights and biases that are kept in shared memory
+  int num_blocks;       // at most
+  bool every_block;     // launch num_blocks blocks even where fewer have rows
+  bool aligned;         // as in RowPlan
+  int max_threads;      // of a block
+  int64_t stage_bytes;  // what arrives of a row
+  int num_parameters;   // weights and biases that are kept in shared memory
 };
 
 constexpr int kMaxGroups = 15;  // of several warps: each has a named barrier
@@ -129,25 +134,51 @@ constexpr int kMaxGroups = 15;  // of several warps: each has a named barrier
 // more; then *plan is set.
 inline bool plan_groups(const GroupNeeds& needs, int threads_per_row, int shared_limit,
                         RowPlan* plan) {
+  if (needs.stage_bytes > shared_limit) return false;  // from here on, int holds all bytes
   int64_t most = std::min(int64_t{needs.max_threads / threads_per_row},
                           (needs.rows + needs.num_blocks - 1) / needs.num_blocks);
   if (threads_per_row > kWarpSize) most = std::min(most, int64_t{kMaxGroups});
   for (int stages = 2; stages > 0; --stages) {
-    RowMemory shared = {needs.num_parameters, row_bytes(int(needs.hidden), 2), stages,
-                        needs.stage_bytes, 0};
+    RowMemory shared = {needs.num_parameters, row_bytes(int(needs.hidden), kPieces<float>), stages,
+                        int(needs.stage_bytes), 0};
     const int free_bytes = shared_limit - shared.bytes();
-    shared.rows_per_block = int(std::min(most, int64_t{free_bytes / (stages * needs.stage_bytes)}));
+    shared.rows_per_block =
+        int(std::min(most, int64_t{free_bytes / (stages * shared.stage_bytes)}));
     if (free_bytes < 0 || shared.rows_per_block < 1) continue;
     plan->threads_per_row = threads_per_row;
     plan->rows_per_block = shared.rows_per_block;
     plan->stages = stages;
     plan->aligned = needs.aligned;
+    plan->vectors_per_thread = int(ceil_div(vectors_of(needs.hidden), int64_t{threads_per_row}));
     plan->shared_bytes = shared.bytes();
     plan->num_blocks =
         needs.every_block ? needs.num_blocks : int(std::min(int64_t{needs.num_blocks}, needs.rows));
     return true;
   }
   return false;
+}
+
+// Plans the fewest warps to a row that give a block `enough_warps`, else the most warps; false where
+// no row fits. A row of one warp needs no barrier, and its sums no shared memory. The number of rows
+// does not matter: a row's sums are added in the same order whatever rows are beside it.
+inline cudaError_t plan_by_warps(const GroupNeeds& needs, int enough_warps, RowPlan* plan,
+                                 bool* fits) {
+  int limit = 0;
+  const cudaError_t status = max_shared_bytes(&limit);
+  if (status != cudaSuccess) return status;
+  limit -= kRowArrayBytes + kReservedSharedBytes;
+  GroupNeeds many = needs;
+  many.rows = int64_t{needs.num_blocks} * needs.max_threads;
+  RowPlan best = {};
+  for (int threads = kWarpSize; threads <= needs.max_threads; threads *= 2) {
+    const bool has_work = int64_t{threads / 2} * kColumns < needs.hidden || threads == kWarpSize;
+    RowPlan more = best;
+    if (!has_work || !plan_groups(many, threads, limit, &more)) break;
+    if (more.num_threads() > best.num_threads()) best = more;
+    if (best.num_threads() >= enough_warps * kWarpSize) break;
+  }
+  *fits = best.threads_per_row > 0 && plan_groups(needs, best.threads_per_row, limit, plan);
+  return cudaSuccess;
 }
 
 // Dtypes

@@ -22,6 +22,9 @@ struct RowThread {
   // Of this thread's vectors.
   __device__ __forceinline__ int vector_idx(int i) const { return i * threads_per_row + in_row; }
   __device__ __forceinline__ int column(int i) const { return vector_idx(i) * kColumns; }
+
+  // All threads of the block come.
+  __device__ __forceinline__ void sync() const { bar_sync(); }
 };
 
 // A thread's own slots of sixteen bytes in shared memory, side by side.

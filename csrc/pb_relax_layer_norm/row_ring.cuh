@@ -7,25 +7,36 @@
 // all the synchronisation that rows need.
 #pragma once
 
+#include <type_traits>
+
 #include "../instructions/sm80.cuh"
 #include "plan.h"
 #include "vector.cuh"
 
 namespace cogview {
 
-// A thread among those of its row.
+// A thread among those of its row. Each warp has a part of the row, and deals it out to its lanes, so
+// that a thread's vectors are a constant apart.
 struct RowThread {
   int in_row;           // number of this thread among those of its row
   int threads_per_row;  // whole warps
   int row_in_block;     // number of the group
+  int first_vector;     // of this thread's vectors, which are kWarpSize apart
+  int num_vectors;      // that this thread has
+  int num_whole;        // of them: those with eight columns
 
-  __device__ __forceinline__ explicit RowThread(const RowPlan& plan)
+  __device__ __forceinline__ RowThread(const RowPlan& plan, int64_t hidden)
       : in_row(int(threadIdx.x) % plan.threads_per_row),
         threads_per_row(plan.threads_per_row),
-        row_in_block(int(threadIdx.x) / plan.threads_per_row) {}
+        row_in_block(int(threadIdx.x) / plan.threads_per_row),
+        first_vector(in_row / kWarpSize * kWarpSize * plan.vectors_per_thread + in_row % kWarpSize),
+        num_vectors(max(0, min(plan.vectors_per_thread,
+                               (vectors_of(hidden) - first_vector + kWarpSize - 1) / kWarpSize))),
+        num_whole(num_vectors -
+                  int(num_vectors > 0 && column(num_vectors - 1) + kColumns > hidden)) {}
 
   // Of this thread's vectors.
-  __device__ __forceinline__ int vector_idx(int i) const { return i * threads_per_row + in_row; }
+  __device__ __forceinline__ int vector_idx(int i) const { return first_vector + i * kWarpSize; }
   __device__ __forceinline__ int column(int i) const { return vector_idx(i) * kColumns; }
 
   // Waits for all threads of the row.
@@ -38,14 +49,25 @@ struct RowThread {
   }
 };
 
+// f(i, n) for `count` numbers i: n of them at once, i, i + 1, ..., where n is an integral_constant.
+template <int kAtOnce, typename Function>
+__device__ __forceinline__ void in_batches(int count, const Function& f) {
+  int i = 0;
+#pragma unroll 1
+  for (; i + kAtOnce <= count; i += kAtOnce) f(i, std::integral_constant<int, kAtOnce>());
+  if constexpr (kAtOnce > 1) {
+#pragma unroll 1
+    for (; i < count; ++i) f(i, std::integral_constant<int, 1>());
+  }
+}
+
 // A thread's vectors of a row of T in shared memory.
 template <typename T>
 struct SharedRow {
-  uint4* piece[kPieces<T>];  // of this thread's first vector
-  int step;                  // to the next one
+  static constexpr int kStep = kWarpSize * kPieces<T>;  // from one to the next
+  uint4* piece[kPieces<T>];                             // of this thread's first vector
 
-  __device__ __forceinline__ SharedRow(void* row, int first_vector, int vectors_apart)
-      : step(vectors_apart * kPieces<T>) {
+  __device__ __forceinline__ SharedRow(void* row, int first_vector) {
     uint4* vector = static_cast<uint4*>(row) + first_vector * kPieces<T>;
 #pragma unroll
     for (int p = 0; p < kPieces<T>; ++p) {
@@ -53,30 +75,37 @@ struct SharedRow {
     }
   }
   __device__ __forceinline__ SharedRow(void* row, const RowThread& me)
-      : SharedRow(row, me.in_row, me.threads_per_row) {}
+      : SharedRow(row, me.first_vector) {}
 
   __device__ __forceinline__ Vector<T> load(int i) const {
     Vector<T> vector;
 #pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) vector.piece[p] = ld_shared_v4(piece[p] + i * step);
+    for (int p = 0; p < kPieces<T>; ++p) vector.piece[p] = ld_shared_v4(piece[p] + i * kStep);
     return vector;
   }
   __device__ __forceinline__ void store(int i, const Vector<T>& vector) const {
 #pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) st_shared_v4(piece[p] + i * step, vector.piece[p]);
+    for (int p = 0; p < kPieces<T>; ++p) st_shared_v4(piece[p] + i * kStep, vector.piece[p]);
   }
-  // Begins to copy this thread's vectors of the row at `source`.
-  __device__ __forceinline__ void copy(const T* source, int hidden, bool aligned,
+  // Begins to copy this thread's vectors of a row.
+  __device__ __forceinline__ void copy(const ConstRows& rows, int64_t row, int hidden, bool aligned,
                                        const RowThread& me) const {
+    const T* source = static_cast<const T*>(rows.data) + row * rows.row_stride;
     if (aligned) {
-      for (int i = 0; me.column(i) < hidden; ++i) {
+      const T* first = source + me.column(0);
+      in_batches<4>(me.num_vectors, [&](int i, auto n) {
 #pragma unroll
-        for (int p = 0; p < kPieces<T>; ++p) {
-          cp_async_16(piece[p] + i * step, source + me.column(i) + p * kVector<T>, true);
+        for (int v = i; v < i + n.value; ++v) {
+#pragma unroll
+          for (int p = 0; p < kPieces<T>; ++p) {
+            cp_async_16(piece[p] + v * kStep, first + (v * kWarpSize * kColumns + p * kVector<T>),
+                        true);
+          }
         }
-      }
+      });
     } else {
-      for (int i = 0; me.column(i) < hidden; ++i) {
+#pragma unroll 1
+      for (int i = 0; i < me.num_vectors; ++i) {
         store(i, load_vector_at(source, me.column(i), hidden, false));
       }
     }
@@ -156,7 +185,7 @@ __device__ __forceinline__ void fill_parameters(const RowMemory& shared,
     for (int n = 0; n < kCount; ++n) load_parameter(given[n], v * kColumns, hidden, value[n]);
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
-      SharedRow<float>(dynamic_shared() + shared.parameter(n), int(v), 0)
+      SharedRow<float>(dynamic_shared() + shared.parameter(n), int(v))
           .store(0, pack<float>(value[n]));
     }
   }

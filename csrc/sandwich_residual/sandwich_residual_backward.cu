@@ -53,7 +53,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   using Own = BackwardSlots<F, H>;
   constexpr StageSlots kSlots = Own::kStage;
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
+  const RowThread me(plan, params.hidden);
   const int hidden = int(params.hidden);
   const Columns<kVectors> columns(me, hidden);
   const float inverse_hidden = 1.f / float(hidden);
