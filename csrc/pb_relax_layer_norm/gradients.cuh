@@ -87,16 +87,16 @@ struct Slots {
   }
 };
 
-// Where rows arrive: for each group, for each of its warps, `stages` stages of so many slots of each
-// lane and the row's statistics, of which each warp has its own: it need not wait for others.
+// Where a row arrives, for each of its warps: so many slots of each lane, and the row's statistics,
+// of which each warp has its own: it need not wait for others. A warp's stages are side by side; of
+// what is behind the last one's statistics, RowSums uses kSumBytes.
 struct StageSlots {
+  static constexpr int kSumBytes = 16;
+
   int slots, statistics;
 
-  __host__ __device__ constexpr int warp_bytes() const {
-    return slots * kWarpSize * kPieceBytes + statistics * int(sizeof(RowStatistics));
-  }
-  __host__ __device__ constexpr int row_bytes(int threads_per_row) const {
-    return threads_per_row / kWarpSize * warp_bytes();
+  __host__ __device__ constexpr int bytes() const {
+    return slots * Slots::kApart + statistics * int(sizeof(RowStatistics)) + kSumBytes;
   }
   // Begins to copy the statistics; `from`: of each lane below `statistics`.
   __device__ __forceinline__ void copy_statistics(const Slots& stage,
@@ -107,6 +107,22 @@ struct StageSlots {
     const int lane = threadIdx.x % kWarpSize;
     const uint4 bits = ld_shared_v4(stage.at(slots) + (which - lane) * kPieceBytes);
     return *reinterpret_cast<const RowStatistics*>(&bits);
+  }
+};
+
+// Of the block's dynamic shared memory: weights, then for each group, for each of its warps, its
+// stages.
+struct WarpMemory {
+  int bytes;           // of a warp
+  unsigned char* own;  // of this thread's warp
+
+  __device__ __forceinline__ WarpMemory(const RowPlan& plan, const StageSlots& stage,
+                                        int weight_bytes)
+      : bytes(plan.stages * stage.bytes()),
+        own(dynamic_shared() + weight_bytes + int(threadIdx.x) / kWarpSize * bytes) {}
+
+  __device__ __forceinline__ unsigned char* of_first_warp(const RowThread& me) const {
+    return own - me.in_row / kWarpSize * bytes;
   }
 };
 
@@ -138,7 +154,7 @@ __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const Ro
   if (row < rows) copy(now);
   cp_async_commit_group();
   if (plan.stages == 2) {
-    next = Slots::of_warp(own + slots.warp_bytes());
+    next = Slots::of_warp(own + slots.bytes());
     if (row + steps.rows < rows) copy(next);
     cp_async_commit_group();
   }
@@ -211,35 +227,55 @@ struct SharedWeights {
 
 // Sums
 
-constexpr int kMaxWarps = 32;
-constexpr int kGradientScratchFloats = 2 * 2 * kMaxWarps;  // two sums of each warp, twice
-static_assert(kGradientScratchFloats * sizeof(float) <= kRowArrayBytes);
+// Adds up two numbers over the threads of a row, at most 16 warps. In shared memory each warp has
+// two floats for its sums, and two more: consecutive calls use different ones.
+class RowSums {
+ public:
+  static constexpr int kBytes = 4 * sizeof(float);  // of a warp
+  static_assert(kBytes <= StageSlots::kSumBytes);
 
-// Adds up two numbers over the threads of a row, at most 16 warps: all get the sums. `scratch` is
-// shared memory, two floats for each warp of the block; consecutive calls use different ones.
-__device__ __forceinline__ void add_over_row(float (&number)[2], float* scratch,
-                                             const RowThread& me) {
-  constexpr int kHalf = kWarpSize / 2;
-  const int lane = threadIdx.x % kWarpSize;
-  const bool second = lane >= kHalf;  // the upper lanes add up the second number
-  const auto add_lanes = [](float value) {
+  // `memory`: that of the row's first warp; the others' follow at a distance of `apart` bytes.
+  __device__ __forceinline__ RowSums(unsigned char* memory, int apart, const RowThread& me)
+      : mine_(memory + me.in_row / kWarpSize * apart + of_lane()),
+        theirs_(memory + lane() % kHalf * apart + of_lane()) {}
+
+  __device__ __forceinline__ RowSums(const WarpMemory& memory, const RowThread& me)
+      : RowSums(memory.of_first_warp(me) + memory.bytes - StageSlots::kSumBytes, memory.bytes, me) {
+  }
+
+  // All threads of the row get the sums. `which`: 0 or 1, in turn.
+  __device__ __forceinline__ void add(float (&number)[2], int which, const RowThread& me) const {
+    const bool second = lane() >= kHalf;  // the upper lanes add up the second number
+    float sum = second ? number[1] : number[0];
+    sum = add_lanes(sum + shfl_bfly(second ? number[0] : number[1], kHalf));
+    const int num_warps = me.threads_per_row / kWarpSize;
+    if (num_warps > 1) {
+      const int offset = which * 2 * int(sizeof(float));
+      if (lane() % kHalf == 0) *reinterpret_cast<float*>(mine_ + offset) = sum;
+      me.sync();
+      sum = 0.f;
+      if (lane() % kHalf < num_warps) sum = *reinterpret_cast<const float*>(theirs_ + offset);
+      sum = add_lanes(sum);
+    }
+    const float other = shfl_bfly(sum, kHalf);
+    number[0] = second ? other : sum;
+    number[1] = second ? sum : other;
+  }
+
+ private:
+  static constexpr int kHalf = kWarpSize / 2;
+
+  static __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
+  static __device__ __forceinline__ int of_lane() { return lane() / kHalf * int(sizeof(float)); }
+  static __device__ __forceinline__ float add_lanes(float value) {
 #pragma unroll
     for (int mask = kHalf / 2; mask > 0; mask /= 2) value += shfl_bfly(value, mask);
     return value;
-  };
-  float sum = second ? number[1] : number[0];
-  sum = add_lanes(sum + shfl_bfly(second ? number[0] : number[1], kHalf));
-  const int num_warps = me.threads_per_row / kWarpSize;
-  if (num_warps > 1) {
-    float* of_row = scratch + me.row_in_block * 2 * num_warps + (second ? num_warps : 0);
-    if (lane % kHalf == 0) of_row[me.in_row / kWarpSize] = sum;
-    me.sync();
-    sum = add_lanes(lane % kHalf < num_warps ? of_row[lane % kHalf] : 0.f);
   }
-  const float other = shfl_bfly(sum, kHalf);
-  number[0] = second ? other : sum;
-  number[1] = second ? sum : other;
-}
+
+  unsigned char* mine_;          // where this warp's lanes 0 and 16 store
+  const unsigned char* theirs_;  // where this lane reads
+};
 
 // A thread's sums for its columns, one set for each gradient.
 template <int kGradients, int kVectors>
@@ -250,11 +286,10 @@ struct ColumnSums {
 
   // Adds up the sums of the block's groups, in order, and stores them in the block's rows of
   // `partial` (kGradients, gridDim.x, hidden). Call it after the last row: with several groups it
-  // uses the memory where rows arrived, which has kSlots slots of each thread. `own`: the memory of
-  // this thread's warp; that of other groups is group_bytes apart.
+  // uses the memory where rows arrived, kSlots slots of each thread.
   __device__ __forceinline__ void store(float* partial, int64_t hidden, const RowThread& me,
-                                        const Columns<kVectors>& columns, unsigned char* own,
-                                        int group_bytes) {
+                                        const Columns<kVectors>& columns,
+                                        const WarpMemory& memory) {
     float* row = partial + blockIdx.x * hidden + columns.first();
     const int64_t next_gradient = gridDim.x * hidden;
     const auto store_vector = [&](int n, const float (&sums)[kColumns]) {
@@ -269,7 +304,8 @@ struct ColumnSums {
       }
       return;
     }
-    const Slots slots = Slots::of_warp(own);
+    const Slots slots = Slots::of_warp(memory.own);
+    const int group_bytes = me.threads_per_row / kWarpSize * memory.bytes;
     bar_warp_sync();  // other lanes' rows lay there
 #pragma unroll
     for (int n = 0; n < kGradients * kVectors; ++n) {
@@ -364,7 +400,8 @@ cudaError_t plan_backward(const BackwardNeeds& needs, Params* params, bool* fits
   group.every_block = true;  // each writes its rows of `partial`
   group.aligned = all_aligned(params->hidden, needs.matrices);
   group.max_threads = kBackwardThreads;
-  group.stage_bytes = StageSlots{needs.vectors * needs.pieces, needs.statistics}.row_bytes(threads);
+  const StageSlots stage = {needs.vectors * needs.pieces, needs.statistics};
+  group.stage_bytes = threads / kWarpSize * stage.bytes();
   group.num_parameters = needs.num_weights;
   *fits = plan_groups(group, threads, most_bytes - kRowArrayBytes - kReservedSharedBytes,
                       &params->plan);

@@ -59,13 +59,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const bool has_add = !kPlain && params.add.data != nullptr;
   const bool drops = !kPlain && params.dropout.seed != nullptr;
   const bool aligned = kPlain || plan.aligned;
-  float* scratch = shared_array<float, kGradientScratchFloats>();
   const StageSlots slots = Own::stage(has_add);
-  using Weights = SharedWeights<1, kVectors>;
-  const RowMemory memory = {kInRegisters ? 0 : 1, Weights::bytes(me.threads_per_row), plan.stages,
-                            slots.row_bytes(me.threads_per_row), plan.rows_per_block};
-  unsigned char* own = dynamic_shared() + memory.stage(me.row_in_block, 0) +
-                       me.in_row / kWarpSize * plan.stages * slots.warp_bytes();
+  const SharedWeights<1, kVectors> shared_weight(me);
+  const WarpMemory memory(plan, slots, kInRegisters ? 0 : shared_weight.bytes(me.threads_per_row));
+  const RowSums exchange(memory, me);
 
   // Of the row that is copied next, at this thread's columns.
   const int64_t first = first_row(me);
@@ -88,7 +85,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   };
 
   float weight[kVectors][kColumns];
-  const Weights shared_weight(me);
   const auto prepare = [&] {
     const Parameter given = {params.weight, params.weight_dtype, 1.f};
     if constexpr (kInRegisters) {
@@ -125,7 +121,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       add_columns(xhat[i], g[i], weight[i], row_sums, sums.value[0][i], sums.value[1][i]);
     }
     if constexpr (kInRegisters) refill();
-    add_over_row(row_sums, scratch + parity * 2 * kMaxWarps, me);
+    exchange.add(row_sums, parity, me);
     parity ^= 1;
     const RowGradient gradient(row_sums, inverse_hidden, statistics);
 #pragma unroll
@@ -149,9 +145,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if constexpr (!kInRegisters) refill();
     dx = advanced(dx, steps.bytes[3]);
   };
-  for_each_row_ahead(plan, steps, slots, own, params.rows, first, copy, prepare, compute);
+  for_each_row_ahead(plan, steps, slots, memory.own, params.rows, first, copy, prepare, compute);
   if (params.partial != nullptr) {
-    sums.store(params.partial, hidden, me, columns, own, plan.stages * memory.stage_bytes);
+    sums.store(params.partial, hidden, me, columns, memory);
   }
 }
 
@@ -164,7 +160,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const RowThread me(plan, params.hidden);
   const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
   const float inverse_hidden = 1.f / float(hidden);
-  float* scratch = shared_array<float, kGradientScratchFloats>();
+  unsigned char* scratch =
+      shared_array<unsigned char, kWideThreads / kWarpSize * RowSums::kBytes>();
+  const RowSums exchange(scratch, RowSums::kBytes, me);
   float* dweight = nullptr;
   float* dbias = nullptr;
   if (params.partial != nullptr) {
@@ -208,7 +206,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
         dbias[v * kColumns + j] += dbias_here[j];
       }
     }
-    add_over_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me);
+    exchange.add(row_sums, round % 2, me);
     const RowGradient gradient(row_sums, inverse_hidden, statistics);
     for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       load(v);

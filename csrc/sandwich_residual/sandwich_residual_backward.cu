@@ -58,12 +58,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const Columns<kVectors> columns(me, hidden);
   const float inverse_hidden = 1.f / float(hidden);
   const bool drops = params.dropout.seed != nullptr;
-  float* scratch = shared_array<float, kGradientScratchFloats>();
-  using Weights = SharedWeights<2, kVectors>;  // of post, of pre
-  const RowMemory memory = {1, Weights::bytes(me.threads_per_row), plan.stages,
-                            kSlots.row_bytes(me.threads_per_row), plan.rows_per_block};
-  unsigned char* own = dynamic_shared() + memory.stage(me.row_in_block, 0) +
-                       me.in_row / kWarpSize * plan.stages * kSlots.warp_bytes();
+  const SharedWeights<2, kVectors> weights(me);  // of post, of pre
+  const WarpMemory memory(plan, kSlots, weights.bytes(me.threads_per_row));
+  const RowSums exchange(memory, me);
 
   // Of the row that is copied next, at this thread's columns.
   const int64_t first = first_row(me);
@@ -89,7 +86,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     f = advanced(f, steps.bytes[2]);
     h = advanced(h, steps.bytes[3]);
   };
-  const Weights weights(me);
   const auto prepare = [&] {
     weights.fill(
         {{params.post_weight, params.post_dtype, 1.f}, {params.pre_weight, params.pre_dtype, 1.f}},
@@ -111,7 +107,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       weights.load(1, i, weight);
       add_columns(xhat[i], g[i], weight, h_sums, sums.value[2][i], sums.value[3][i]);
     }
-    add_over_row(h_sums, scratch, me);
+    exchange.add(h_sums, 0, me);
     const RowGradient h_gradient(h_sums, inverse_hidden, h_statistics);
 
     uint32_t kept[kVectors];
@@ -143,7 +139,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     }
     refill();
     dresidual = advanced(dresidual, steps.bytes[5]);
-    add_over_row(f_sums, scratch + 2 * kMaxWarps, me);
+    exchange.add(f_sums, 1, me);
     const RowGradient f_gradient(f_sums, inverse_hidden, f_statistics);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
@@ -155,9 +151,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     }
     df = advanced(df, steps.bytes[4]);
   };
-  for_each_row_ahead(plan, steps, kSlots, own, params.rows, first, copy, prepare, compute);
+  for_each_row_ahead(plan, steps, kSlots, memory.own, params.rows, first, copy, prepare, compute);
   if (params.partial != nullptr) {
-    sums.store(params.partial, hidden, me, columns, own, plan.stages * memory.stage_bytes);
+    sums.store(params.partial, hidden, me, columns, memory);
   }
 }
 
