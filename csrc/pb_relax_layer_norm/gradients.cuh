@@ -140,8 +140,8 @@ __device__ __forceinline__ T* advanced(T* pointer, int64_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
 }
 
-// For each row of this thread's group, from `first` on: compute(row, stage, refill). copy(stage) begins to copy the
-// group's next row, as many rows ahead as there are stages: compute calls refill() once it has read
+// For each row of this thread's group, from `first` on: compute(row, stage, refill). copy(row, stage) begins to copy
+// the group's next row, as many rows ahead as there are stages: compute calls refill() once it has read
 // all of `stage`. prepare() is called behind the first copies.
 // `own`: the memory of this thread's warp.
 template <typename Copy, typename Prepare, typename Compute>
@@ -151,11 +151,11 @@ __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const Ro
                                                    const Prepare& prepare, const Compute& compute) {
   int64_t row = first;
   Slots now = Slots::of_warp(own), next = now;
-  if (row < rows) copy(now);
+  if (row < rows) copy(row, now);
   cp_async_commit_group();
   if (plan.stages == 2) {
     next = Slots::of_warp(own + slots.bytes());
-    if (row + steps.rows < rows) copy(next);
+    if (row + steps.rows < rows) copy(row + steps.rows, next);
     cp_async_commit_group();
   }
   prepare();
@@ -168,7 +168,7 @@ __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const Ro
     bar_warp_sync();  // lanes copied statistics for all
     compute(row, now, [&] {
       bar_warp_sync();
-      if (row < steps.last) copy(now);
+      if (row < steps.last) copy(row + (rows - steps.last), now);
       cp_async_commit_group();
     });
     const Slots other = now;
@@ -178,14 +178,30 @@ __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const Ro
   cp_async_wait_group<0>();
 }
 
-// A thread's elements of a weight.
-template <int kVectors>
-__device__ __forceinline__ void load_weight(const Parameter& given,
-                                            const Columns<kVectors>& columns, int hidden,
+// A thread's elements of a weight, which has dtype T or float32.
+template <typename T, int kVectors>
+__device__ __forceinline__ void load_weight(const void* weight, DType dtype,
+                                            const Columns<kVectors>& columns, int64_t hidden,
                                             float (&out)[kVectors][kColumns]) {
+  const bool aligned =
+      hidden % kColumns == 0 && reinterpret_cast<uintptr_t>(weight) % kPieceBytes == 0;
+  const auto load = [&](auto tag) {
+    const auto* from = static_cast<const decltype(tag)*>(weight) + columns.first();
 #pragma unroll
-  for (int i = 0; i < kVectors; ++i) {
-    load_parameter(given, columns.first() + i * columns.kApart, hidden, out[i]);
+    for (int i = 0; i < kVectors; ++i) {
+      unpack(load_vector_at(from, i * columns.kApart, columns.left, aligned), out[i]);
+    }
+  };
+  if (weight == nullptr) {
+#pragma unroll
+    for (int i = 0; i < kVectors; ++i) {
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) out[i][j] = 1.f;
+    }
+  } else if (dtype == DType::kFloat32) {
+    load(float());
+  } else {
+    load(T());
   }
 }
 
@@ -202,23 +218,12 @@ struct SharedWeights {
   __device__ __forceinline__ explicit SharedWeights(const RowThread& me)
       : slots(Slots::of_warp(dynamic_shared() + bytes(me.in_row / kWarpSize * kWarpSize))) {}
 
-  // Waits for the whole block.
-  __device__ __forceinline__ void fill(const Parameter (&given)[kCount],
-                                       const Columns<kVectors>& columns, int hidden,
-                                       const RowThread& me) const {
-    if (me.row_in_block == 0) {
-      float value[kCount][kVectors][kColumns];
+  // One group stores; a barrier must follow.
+  __device__ __forceinline__ void store(int n, const float (&value)[kVectors][kColumns]) const {
 #pragma unroll
-      for (int n = 0; n < kCount; ++n) load_weight(given[n], columns, hidden, value[n]);
-#pragma unroll
-      for (int n = 0; n < kCount; ++n) {
-#pragma unroll
-        for (int i = 0; i < kVectors; ++i) {
-          slots.store(n * kSlots + i * kPieces<float>, pack<float>(value[n][i]));
-        }
-      }
+    for (int i = 0; i < kVectors; ++i) {
+      slots.store(n * kSlots + i * kPieces<float>, pack<float>(value[i]));
     }
-    bar_sync();
   }
   __device__ __forceinline__ void load(int n, int i, float (&out)[kColumns]) const {
     unpack(slots.load<float>(n * kSlots + i * kPieces<float>), out);
@@ -348,7 +353,7 @@ __device__ __forceinline__ void add_columns(const float (&xhat)[kColumns], float
   for (int j = 0; j < kColumns; ++j) {
     dweight[j] += dy[j] * xhat[j];
     dbias[j] += dy[j];
-    dy[j] *= weight[j];
+    dy[j] = mul_rn(dy[j], weight[j]);  // the same to the bit where it is computed again
     row_sums[0] += dy[j];
     row_sums[1] += dy[j] * xhat[j];
   }

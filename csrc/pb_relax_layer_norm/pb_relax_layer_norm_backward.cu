@@ -64,51 +64,71 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const WarpMemory memory(plan, slots, kInRegisters ? 0 : shared_weight.bytes(me.threads_per_row));
   const RowSums exchange(memory, me);
 
-  // Of the row that is copied next, at this thread's columns.
-  const int64_t first = first_row(me);
+  // Of the row that is copied next, at this thread's columns; and dx. They go on from row to row, but
+  // where registers are scarce: there they are computed for each row.
+  const X *x, *add;
+  const Y* dy;
+  const RowStatistics* statistics_of_row;
+  X* dx;
+  const auto find_input = [&](int64_t row) {
+    dy = static_cast<const Y*>(params.dy.data) + row * params.dy.row_stride + columns.first();
+    x = static_cast<const X*>(params.x.data) + row * params.x.row_stride + columns.first();
+    add = static_cast<const X*>(params.add.data) + row * params.add.row_stride + columns.first();
+    statistics_of_row = params.statistics + row;
+  };
+  const auto find_dx = [&](int64_t row) {
+    dx = static_cast<X*>(params.dx) + row * hidden + columns.first();
+  };
   const RowSteps& steps = params.steps;
-  const Y* dy =
-      static_cast<const Y*>(params.dy.data) + first * params.dy.row_stride + columns.first();
-  const X* x = static_cast<const X*>(params.x.data) + first * params.x.row_stride + columns.first();
-  const X* add =
-      static_cast<const X*>(params.add.data) + first * params.add.row_stride + columns.first();
-  const RowStatistics* statistics_of_row = params.statistics + first;
-  const auto copy = [&](const Slots& stage) {
+  const int64_t first = first_row(me);
+  find_input(first);
+  find_dx(first);
+  const auto copy = [&](int64_t row, const Slots& stage) {
+    if constexpr (!kPlain) find_input(row);
     slots.copy_statistics(stage, statistics_of_row);
     stage.copy(Own::kX, x, columns, aligned);
     stage.copy(Own::kY, dy, columns, aligned);
     if (has_add) stage.copy(Own::kAdd, add, columns, aligned);
-    statistics_of_row += steps.rows;
-    dy = advanced(dy, steps.bytes[0]);
-    x = advanced(x, steps.bytes[1]);
-    if (has_add) add = advanced(add, steps.bytes[2]);
+    if constexpr (kPlain) {
+      statistics_of_row += steps.rows;
+      dy = advanced(dy, steps.bytes[0]);
+      x = advanced(x, steps.bytes[1]);
+    }
   };
 
   float weight[kVectors][kColumns];
   const auto prepare = [&] {
-    const Parameter given = {params.weight, params.weight_dtype, 1.f};
+    const auto load = [&] {
+      load_weight<X>(params.weight, params.weight_dtype, columns, hidden, weight);
+    };
     if constexpr (kInRegisters) {
-      load_weight(given, columns, hidden, weight);
+      load();
     } else {
-      shared_weight.fill({given}, columns, hidden, me);
+      if (me.row_in_block == 0) {
+        load();
+        shared_weight.store(0, weight);
+      }
+      bar_sync();
     }
   };
 
-  X* dx = static_cast<X*>(params.dx) + first * hidden + columns.first();
   ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
   int parity = 0;
   const auto compute = [&](int64_t row, const Slots& stage, const auto& refill) {
-    uint32_t kept[kVectors];
+    uint32_t kept = 0;  // a bit for each column
     if (drops) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        kept[i] = kept_columns(params.dropout, row, columns.vector_idx(i));
-        stage.keep<X>(Own::kX + i * kPieces<X>, kept[i]);
+        const uint32_t of_vector = kept_columns(params.dropout, row, columns.vector_idx(i));
+        stage.keep<X>(Own::kX + i * kPieces<X>, of_vector);
+        kept |= of_vector << i * kColumns;
       }
     }
     const RowStatistics statistics = slots.load_statistics(stage, 0);
     float xhat[kVectors][kColumns], g[kVectors][kColumns];
     const auto load = [&](int i) {  // g is still dy
+      // Or ptxas loads all the vectors before it works on the first, and has no registers for them.
+      if constexpr (kVectors > 2) bar_warp_sync();
       unpack(stage.load<X>(Own::kX + i * kPieces<X>), xhat[i]);
       normalise(xhat[i], statistics);
       unpack(stage.load<Y>(Own::kY + i * kPieces<Y>), g[i]);
@@ -124,26 +144,27 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     exchange.add(row_sums, parity, me);
     parity ^= 1;
     const RowGradient gradient(row_sums, inverse_hidden, statistics);
+    if constexpr (!kPlain) find_dx(row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if constexpr (!kInRegisters) {
         load(i);
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[i][j] *= weight[i][j];
+        for (int j = 0; j < kColumns; ++j) g[i][j] = mul_rn(g[i][j], weight[i][j]);
       }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) g[i][j] = gradient(g[i][j], xhat[i][j]);
       if (drops) {
 #pragma unroll
         for (int j = 0; j < kColumns; ++j) {
-          if ((kept[i] >> j & 1u) == 0) g[i][j] = 0.f;
+          if ((kept >> (i * kColumns + j) & 1u) == 0) g[i][j] = 0.f;
         }
       }
       if (has_add) add_vector(stage.load<X>(Own::kAdd + i * kPieces<X>), g[i]);
       store_vector_at(dx, i * columns.kApart, columns.left, aligned, pack<X>(g[i]));
     }
     if constexpr (!kInRegisters) refill();
-    dx = advanced(dx, steps.bytes[3]);
+    if constexpr (kPlain) dx = advanced(dx, steps.bytes[3]);
   };
   for_each_row_ahead(plan, steps, slots, memory.own, params.rows, first, copy, prepare, compute);
   if (params.partial != nullptr) {

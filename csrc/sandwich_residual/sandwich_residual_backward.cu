@@ -87,9 +87,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     h = advanced(h, steps.bytes[3]);
   };
   const auto prepare = [&] {
-    weights.fill(
-        {{params.post_weight, params.post_dtype, 1.f}, {params.pre_weight, params.pre_dtype, 1.f}},
-        columns, hidden, me);
+    if (me.row_in_block == 0) {
+      float post[kVectors][kColumns], pre[kVectors][kColumns];
+      load_weight<F>(params.post_weight, params.post_dtype, columns, hidden, post);
+      load_weight<H>(params.pre_weight, params.pre_dtype, columns, hidden, pre);
+      weights.store(0, post);
+      weights.store(1, pre);
+    }
+    bar_sync();
   };
 
   F* df = static_cast<F*>(params.df) + first * hidden + columns.first();
