@@ -37,13 +37,15 @@ struct Columns {
 struct Slots {
   static constexpr int kApart = kWarpSize * kPieceBytes;
 
-  unsigned char* first;
+  int first;  // from dynamic_shared() on: of an offset, one register holds all addresses
 
-  // `memory`: that of the warp.
-  static __device__ __forceinline__ Slots of_warp(unsigned char* memory) {
-    return {memory + threadIdx.x % kWarpSize * kPieceBytes};
+  // `memory`: where that of the warp begins.
+  static __device__ __forceinline__ Slots of_warp(int memory) {
+    return {memory + int(threadIdx.x) % kWarpSize * kPieceBytes};
   }
-  __device__ __forceinline__ unsigned char* at(int slot) const { return first + slot * kApart; }
+  __device__ __forceinline__ unsigned char* at(int slot) const {
+    return dynamic_shared() + (first + slot * kApart);
+  }
 
   template <typename T>
   __device__ __forceinline__ Vector<T> load(int slot) const {
@@ -113,15 +115,15 @@ struct StageSlots {
 // Of the block's dynamic shared memory: weights, then for each group, for each of its warps, its
 // stages.
 struct WarpMemory {
-  int bytes;           // of a warp
-  unsigned char* own;  // of this thread's warp
+  int bytes;  // of a warp
+  int own;    // where that of this thread's warp begins
 
   __device__ __forceinline__ WarpMemory(const RowPlan& plan, const StageSlots& stage,
                                         int weight_bytes)
       : bytes(plan.stages * stage.bytes()),
-        own(dynamic_shared() + weight_bytes + int(threadIdx.x) / kWarpSize * bytes) {}
+        own(weight_bytes + int(threadIdx.x) / kWarpSize * bytes) {}
 
-  __device__ __forceinline__ unsigned char* of_first_warp(const RowThread& me) const {
+  __device__ __forceinline__ int of_first_warp(const RowThread& me) const {
     return own - me.in_row / kWarpSize * bytes;
   }
 };
@@ -140,26 +142,27 @@ __device__ __forceinline__ T* advanced(T* pointer, int64_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
 }
 
-// For each row of this thread's group, from `first` on: compute(row, stage, refill). copy(row, stage) begins to copy
-// the group's next row, as many rows ahead as there are stages: compute calls refill() once it has read
-// all of `stage`. prepare() is called behind the first copies.
-// `own`: the memory of this thread's warp.
-template <typename Copy, typename Prepare, typename Compute>
+// For each row of this thread's group, from `first` on: compute(row, stage, refill). copy(row, stage)
+// begins to copy a row, as many rows ahead as there are stages: compute calls refill() once it has
+// read all of `stage`. prepare() is called behind the first copies. `own`: where the memory of this
+// thread's warp begins. Row: int, where all numbers of rows fit it, or int64_t.
+template <typename Row, typename Copy, typename Prepare, typename Compute>
 __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const RowSteps& steps,
-                                                   const StageSlots& slots, unsigned char* own,
-                                                   int64_t rows, int64_t first, const Copy& copy,
+                                                   const StageSlots& slots, int own, Row rows,
+                                                   Row first, const Copy& copy,
                                                    const Prepare& prepare, const Compute& compute) {
-  int64_t row = first;
-  Slots now = Slots::of_warp(own), next = now;
+  const Row step = Row(steps.rows), last = Row(steps.last);
+  Row row = first;
+  Slots now = Slots::of_warp(own);
+  const int both = 2 * now.first + (plan.stages == 2 ? slots.bytes() : 0);
   if (row < rows) copy(row, now);
   cp_async_commit_group();
   if (plan.stages == 2) {
-    next = Slots::of_warp(own + slots.bytes());
-    if (row + steps.rows < rows) copy(row + steps.rows, next);
+    if (row + step < rows) copy(row + step, Slots{both - now.first});
     cp_async_commit_group();
   }
   prepare();
-  for (; row < rows; row += steps.rows) {
+  for (; row < rows; row += step) {
     if (plan.stages == 2) {
       cp_async_wait_group<1>();
     } else {
@@ -168,12 +171,10 @@ __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const Ro
     bar_warp_sync();  // lanes copied statistics for all
     compute(row, now, [&] {
       bar_warp_sync();
-      if (row < steps.last) copy(row + (rows - steps.last), now);
+      if (row < last) copy(row + (rows - last), now);
       cp_async_commit_group();
     });
-    const Slots other = now;
-    now = next;
-    next = other;
+    now.first = both - now.first;
   }
   cp_async_wait_group<0>();
 }
@@ -216,7 +217,7 @@ struct SharedWeights {
     return kCount * kSlots * kPieceBytes * threads_per_row;
   }
   __device__ __forceinline__ explicit SharedWeights(const RowThread& me)
-      : slots(Slots::of_warp(dynamic_shared() + bytes(me.in_row / kWarpSize * kWarpSize))) {}
+      : slots(Slots::of_warp(bytes(me.in_row / kWarpSize * kWarpSize))) {}
 
   // One group stores; a barrier must follow.
   __device__ __forceinline__ void store(int n, const float (&value)[kVectors][kColumns]) const {
@@ -239,14 +240,17 @@ class RowSums {
   static constexpr int kBytes = 4 * sizeof(float);  // of a warp
   static_assert(kBytes <= StageSlots::kSumBytes);
 
-  // `memory`: that of the row's first warp; the others' follow at a distance of `apart` bytes.
-  __device__ __forceinline__ RowSums(unsigned char* memory, int apart, const RowThread& me)
-      : mine_(memory + me.in_row / kWarpSize * apart + of_lane()),
-        theirs_(memory + lane() % kHalf * apart + of_lane()) {}
+  // `first`: where the row's first warp has them in `memory`; the others' follow at a distance of
+  // `apart` bytes.
+  __device__ __forceinline__ RowSums(unsigned char* memory, int first, int apart,
+                                     const RowThread& me)
+      : memory_(memory),
+        mine_(kept(first + me.in_row / kWarpSize * apart + of_lane())),
+        theirs_(kept(first + lane() % kHalf * apart + of_lane())) {}
 
   __device__ __forceinline__ RowSums(const WarpMemory& memory, const RowThread& me)
-      : RowSums(memory.of_first_warp(me) + memory.bytes - StageSlots::kSumBytes, memory.bytes, me) {
-  }
+      : RowSums(dynamic_shared(), memory.of_first_warp(me) + memory.bytes - StageSlots::kSumBytes,
+                memory.bytes, me) {}
 
   // All threads of the row get the sums. `which`: 0 or 1, in turn.
   __device__ __forceinline__ void add(float (&number)[2], int which, const RowThread& me) const {
@@ -255,11 +259,13 @@ class RowSums {
     sum = add_lanes(sum + shfl_bfly(second ? number[0] : number[1], kHalf));
     const int num_warps = me.threads_per_row / kWarpSize;
     if (num_warps > 1) {
-      const int offset = which * 2 * int(sizeof(float));
-      if (lane() % kHalf == 0) *reinterpret_cast<float*>(mine_ + offset) = sum;
+      const auto place = [&](int offset) {
+        return reinterpret_cast<float*>(memory_ + (offset + which * 2 * int(sizeof(float))));
+      };
+      if (lane() % kHalf == 0) *place(mine_) = sum;
       me.sync();
       sum = 0.f;
-      if (lane() % kHalf < num_warps) sum = *reinterpret_cast<const float*>(theirs_ + offset);
+      if (lane() % kHalf < num_warps) sum = *place(theirs_);
       sum = add_lanes(sum);
     }
     const float other = shfl_bfly(sum, kHalf);
@@ -278,8 +284,9 @@ class RowSums {
     return value;
   }
 
-  unsigned char* mine_;          // where this warp's lanes 0 and 16 store
-  const unsigned char* theirs_;  // where this lane reads
+  unsigned char* memory_;
+  int mine_;    // where this warp's lanes 0 and 16 store
+  int theirs_;  // where this lane reads
 };
 
 // A thread's sums for its columns, one set for each gradient.
@@ -388,6 +395,14 @@ struct BackwardNeeds {
   int vectors;                                // of a thread
   int num_weights;
 };
+
+// Whether int holds all numbers of rows, and strides.
+inline bool int_holds(int64_t rows, const RowSteps& steps,
+                      std::initializer_list<TypedRows> matrices) {
+  int64_t largest = rows + 2 * steps.rows;
+  for (const TypedRows& matrix : matrices) largest = std::max(largest, matrix.rows.row_stride);
+  return largest <= INT32_MAX;
+}
 
 // Whether a block has the threads and the memory for a row; then params->plan and steps are set.
 template <typename Params>

@@ -183,7 +183,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const float inverse_hidden = 1.f / float(hidden);
   unsigned char* scratch =
       shared_array<unsigned char, kWideThreads / kWarpSize * RowSums::kBytes>();
-  const RowSums exchange(scratch, RowSums::kBytes, me);
+  const RowSums exchange(scratch, 0, RowSums::kBytes, me);
   float* dweight = nullptr;
   float* dbias = nullptr;
   if (params.partial != nullptr) {

@@ -44,10 +44,16 @@ template <typename F, typename H>
 struct BackwardSlots {
   static constexpr int kF = 0, kH = kF + kVectors * kPieces<F>, kDh = kH + kVectors * kPieces<H>;
   static constexpr int kDz = kDh + kVectors * kPieces<H>;
+  // Piece p of the residual's gradient in float32, in the slots of dh, and of dz where that has one
+  // piece.
+  static __device__ constexpr int gradient(int i, int p) {
+    return kPieces<H> == 2 ? kDh + 2 * i + p : (p == 0 ? kDh : kDz) + i;
+  }
   static constexpr StageSlots kStage = {kDz + kVectors * kPieces<H>, 2};
 };
 
-template <typename F, typename H, bool kAligned>
+// kPlain: rows are aligned, nothing is dropped, and int holds numbers of rows and strides.
+template <typename F, typename H, bool kPlain>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     sandwich_residual_backward_kernel(const SandwichResidualBackwardParams params) {
   using Own = BackwardSlots<F, H>;
@@ -57,34 +63,28 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const int hidden = int(params.hidden);
   const Columns<kVectors> columns(me, hidden);
   const float inverse_hidden = 1.f / float(hidden);
-  const bool drops = params.dropout.seed != nullptr;
+  const bool aligned = kPlain || plan.aligned;
+  const bool drops = !kPlain && params.dropout.seed != nullptr;
   const SharedWeights<2, kVectors> weights(me);  // of post, of pre
   const WarpMemory memory(plan, kSlots, weights.bytes(me.threads_per_row));
   const RowSums exchange(memory, me);
 
-  // Of the row that is copied next, at this thread's columns.
-  const int64_t first = first_row(me);
-  const RowSteps& steps = params.steps;
-  const auto begin = [&](const ConstRows& rows, auto tag) {
-    return static_cast<const decltype(tag)*>(rows.data) + first * rows.row_stride + columns.first();
+  // A row at this thread's columns. Found anew for each row: no registers hold pointers.
+  using Row = std::conditional_t<kPlain, int, int64_t>;
+  const auto input = [&](const ConstRows& rows, Row row, auto tag) {
+    return static_cast<const decltype(tag)*>(rows.data) +
+           (int64_t{row} * Row(rows.row_stride) + columns.first());
   };
-  const H* dh = begin(params.dh, H());
-  const H* dz = begin(params.dz, H());
-  const F* f = begin(params.f, F());
-  const H* h = begin(params.h, H());
-  const RowStatistics* statistics =
-      (threadIdx.x % kWarpSize == 0 ? params.f_statistics : params.h_statistics) + first;
-  const auto copy = [&](const Slots& stage) {
-    kSlots.copy_statistics(stage, statistics);
-    stage.copy(Own::kH, h, columns, kAligned);
-    stage.copy(Own::kDz, dz, columns, kAligned);
-    stage.copy(Own::kDh, dh, columns, kAligned);
-    stage.copy(Own::kF, f, columns, kAligned);
-    statistics += steps.rows;
-    dh = advanced(dh, steps.bytes[0]);
-    dz = advanced(dz, steps.bytes[1]);
-    f = advanced(f, steps.bytes[2]);
-    h = advanced(h, steps.bytes[3]);
+  const auto output = [&](void* rows, Row row, auto tag) {
+    return static_cast<decltype(tag)*>(rows) + (int64_t{row} * hidden + columns.first());
+  };
+  const auto copy = [&](Row row, const Slots& stage) {
+    kSlots.copy_statistics(
+        stage, (threadIdx.x % kWarpSize == 0 ? params.f_statistics : params.h_statistics) + row);
+    stage.copy(Own::kH, input(params.h, row, H()), columns, aligned);
+    stage.copy(Own::kDz, input(params.dz, row, H()), columns, aligned);
+    stage.copy(Own::kDh, input(params.dh, row, H()), columns, aligned);
+    stage.copy(Own::kF, input(params.f, row, F()), columns, aligned);
   };
   const auto prepare = [&] {
     if (me.row_in_block == 0) {
@@ -97,66 +97,102 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     bar_sync();
   };
 
-  F* df = static_cast<F*>(params.df) + first * hidden + columns.first();
-  H* dresidual = static_cast<H*>(params.dresidual) + first * hidden + columns.first();
   ColumnSums<4, kVectors> sums;  // dresidual * fhat, dresidual, dz * hhat, dz
-  const auto compute = [&](int64_t row, const Slots& stage, const auto& refill) {
-    float xhat[kVectors][kColumns], g[kVectors][kColumns], weight[kColumns];
+  const auto compute = [&](Row row, const Slots& stage, const auto& refill) {
+    // The normalised row and g, of h's norm and then of f's, kept where nothing else needs registers.
+    constexpr int kKept = kPlain ? kVectors : 1;
+    float xhat[kKept][kColumns], g[kKept][kColumns], weight[kColumns];
     const RowStatistics h_statistics = kSlots.load_statistics(stage, 1);
+    const auto load_h = [&](int i) {  // g is still dz
+      bar_warp_sync();  // or ptxas loads all the vectors at once, and has no registers for them
+      unpack(stage.load<H>(Own::kH + i * kPieces<H>), xhat[i % kKept]);
+      normalise(xhat[i % kKept], h_statistics);
+      unpack(stage.load<H>(Own::kDz + i * kPieces<H>), g[i % kKept]);
+      weights.load(1, i, weight);
+    };
     float h_sums[2] = {0.f, 0.f};  // of g, of g * hhat, with g = dz * pre_weight
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      unpack(stage.load<H>(Own::kH + i * kPieces<H>), xhat[i]);
-      normalise(xhat[i], h_statistics);
-      unpack(stage.load<H>(Own::kDz + i * kPieces<H>), g[i]);
-      weights.load(1, i, weight);
-      add_columns(xhat[i], g[i], weight, h_sums, sums.value[2][i], sums.value[3][i]);
+      load_h(i);
+      add_columns(xhat[i % kKept], g[i % kKept], weight, h_sums, sums.value[2][i],
+                  sums.value[3][i]);
     }
     exchange.add(h_sums, 0, me);
     const RowGradient h_gradient(h_sums, inverse_hidden, h_statistics);
 
-    uint32_t kept[kVectors];
+    uint32_t kept = 0;  // a bit for each column
     if (drops) {
 #pragma unroll
       for (int i = 0; i < kVectors; ++i) {
-        kept[i] = kept_columns(params.dropout, row, columns.vector_idx(i));
-        stage.keep<F>(Own::kF + i * kPieces<F>, kept[i]);
+        const uint32_t of_vector = kept_columns(params.dropout, row, columns.vector_idx(i));
+        stage.keep<F>(Own::kF + i * kPieces<F>, of_vector);
+        kept |= of_vector << i * kColumns;
       }
     }
     const RowStatistics f_statistics = kSlots.load_statistics(stage, 0);
+    const auto load_f = [&](int i) {
+      unpack(stage.load<F>(Own::kF + i * kPieces<F>), xhat[i % kKept]);
+      normalise(xhat[i % kKept], f_statistics);
+      weights.load(0, i, weight);
+    };
+    H* dresidual = output(params.dresidual, row, H());
     float f_sums[2] = {0.f, 0.f};  // of g, of g * fhat, with g = dresidual * post_weight
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      if constexpr (!kPlain) {
+        load_h(i);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) g[0][j] = mul_rn(g[0][j], weight[j]);
+      } else {
+        bar_warp_sync();
+      }
       float gradient[kColumns];  // of the residual, unrounded
       unpack(stage.load<H>(Own::kDh + i * kPieces<H>), gradient);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        gradient[j] += h_gradient(g[i][j], xhat[i][j]);
-        if (i * columns.kApart + (kAligned ? 0 : j) >= columns.left) gradient[j] = 0.f;
+        gradient[j] += h_gradient(g[i % kKept][j], xhat[i % kKept][j]);
+        if (i * columns.kApart + (kPlain ? 0 : j) >= columns.left) gradient[j] = 0.f;
       }
-      store_vector_at(dresidual, i * columns.kApart, columns.left, kAligned, pack<H>(gradient));
-      unpack(stage.load<F>(Own::kF + i * kPieces<F>), xhat[i]);
-      normalise(xhat[i], f_statistics);
-      weights.load(0, i, weight);
-      add_columns(xhat[i], gradient, weight, f_sums, sums.value[0][i], sums.value[1][i]);
+      store_vector_at(dresidual, i * columns.kApart, columns.left, aligned, pack<H>(gradient));
+      if constexpr (!kPlain) {
+        const Vector<float> unrounded = pack<float>(gradient);
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) g[i][j] = gradient[j];
+        for (int p = 0; p < 2; ++p) st_shared_v4(stage.at(Own::gradient(i, p)), unrounded.piece[p]);
+      }
+      load_f(i);
+      add_columns(xhat[i % kKept], gradient, weight, f_sums, sums.value[0][i], sums.value[1][i]);
+      if constexpr (kPlain) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) g[i][j] = gradient[j];
+      }
     }
-    refill();
-    dresidual = advanced(dresidual, steps.bytes[5]);
+    if constexpr (kPlain) refill();
     exchange.add(f_sums, 1, me);
     const RowGradient f_gradient(f_sums, inverse_hidden, f_statistics);
+    F* df = output(params.df, row, F());
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
+      if constexpr (!kPlain) {
+        Vector<float> unrounded;
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) g[i][j] = f_gradient(g[i][j], xhat[i][j]);
-      Vector<F> packed = pack<F>(g[i]);
-      if (drops) keep_columns(kept[i], packed);
-      store_vector_at(df, i * columns.kApart, columns.left, kAligned, packed);
+        for (int p = 0; p < 2; ++p)
+          unrounded.piece[p] = ld_shared_v4(stage.at(Own::gradient(i, p)));
+        unpack(unrounded, g[0]);
+        load_f(i);
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) g[0][j] = mul_rn(g[0][j], weight[j]);
+      }
+      float out[kColumns];
+#pragma unroll
+      for (int j = 0; j < kColumns; ++j) out[j] = f_gradient(g[i % kKept][j], xhat[i % kKept][j]);
+      Vector<F> packed = pack<F>(out);
+      if (drops) keep_columns(kept >> i * kColumns, packed);
+      store_vector_at(df, i * columns.kApart, columns.left, aligned, packed);
     }
-    df = advanced(df, steps.bytes[4]);
+    if constexpr (!kPlain) refill();
   };
-  for_each_row_ahead(plan, steps, kSlots, memory.own, params.rows, first, copy, prepare, compute);
+  for_each_row_ahead(plan, params.steps, kSlots, memory.own, Row(params.rows), Row(first_row(me)),
+                     copy, prepare, compute);
   if (params.partial != nullptr) {
     sums.store(params.partial, hidden, me, columns, memory);
   }
@@ -223,9 +259,10 @@ cudaError_t sandwich_residual_backward(const SandwichResidualBackwardParams& giv
   return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
     using F = typename decltype(f)::Type;
     using H = typename decltype(h)::Type;
-    return params.plan.aligned
-               ? launch_planned<sandwich_residual_backward_kernel<F, H, true>>(params, stream)
-               : launch_planned<sandwich_residual_backward_kernel<F, H, false>>(params, stream);
+    const bool plain = params.plan.aligned && params.dropout.seed == nullptr &&
+                       int_holds(params.rows, params.steps, matrices);
+    return plain ? launch_planned<sandwich_residual_backward_kernel<F, H, true>>(params, stream)
+                 : launch_planned<sandwich_residual_backward_kernel<F, H, false>>(params, stream);
   });
 }
 
