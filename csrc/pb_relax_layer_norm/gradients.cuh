@@ -133,7 +133,7 @@ struct WarpMemory {
 // The first row of a group. A row goes to block row % gridDim.x, so that multiprocessors differ by
 // one row at most.
 __device__ __forceinline__ int64_t first_row(const RowThread& me) {
-  return blockIdx.x + int64_t{gridDim.x} * me.row_in_block;
+  return blockIdx.x + int64_t{gridDim.x} * shfl_idx(me.row_in_block, 0);
 }
 
 template <typename T>
@@ -245,8 +245,8 @@ class RowSums {
   __device__ __forceinline__ RowSums(unsigned char* memory, int first, int apart,
                                      const RowThread& me)
       : memory_(memory),
-        mine_(kept(first + me.in_row / kWarpSize * apart + of_lane())),
-        theirs_(kept(first + lane() % kHalf * apart + of_lane())) {}
+        places_(kept((first + me.in_row / kWarpSize * apart + of_lane()) / kFloatBytes |
+                     (first + lane() % kHalf * apart + of_lane()) / kFloatBytes << 16)) {}
 
   __device__ __forceinline__ RowSums(const WarpMemory& memory, const RowThread& me)
       : RowSums(dynamic_shared(), memory.of_first_warp(me) + memory.bytes - StageSlots::kSumBytes,
@@ -259,13 +259,13 @@ class RowSums {
     sum = add_lanes(sum + shfl_bfly(second ? number[0] : number[1], kHalf));
     const int num_warps = me.threads_per_row / kWarpSize;
     if (num_warps > 1) {
-      const auto place = [&](int offset) {
-        return reinterpret_cast<float*>(memory_ + (offset + which * 2 * int(sizeof(float))));
+      const auto place = [&](uint32_t idx) {
+        return reinterpret_cast<float*>(memory_ + idx * kFloatBytes) + which * 2;
       };
-      if (lane() % kHalf == 0) *place(mine_) = sum;
+      if (lane() % kHalf == 0) *place(uint32_t(places_) & 0xffffu) = sum;
       me.sync();
       sum = 0.f;
-      if (lane() % kHalf < num_warps) sum = *place(theirs_);
+      if (lane() % kHalf < num_warps) sum = *place(uint32_t(places_) >> 16);
       sum = add_lanes(sum);
     }
     const float other = shfl_bfly(sum, kHalf);
@@ -274,10 +274,10 @@ class RowSums {
   }
 
  private:
-  static constexpr int kHalf = kWarpSize / 2;
+  static constexpr int kHalf = kWarpSize / 2, kFloatBytes = sizeof(float);
 
   static __device__ __forceinline__ int lane() { return threadIdx.x % kWarpSize; }
-  static __device__ __forceinline__ int of_lane() { return lane() / kHalf * int(sizeof(float)); }
+  static __device__ __forceinline__ int of_lane() { return lane() / kHalf * kFloatBytes; }
   static __device__ __forceinline__ float add_lanes(float value) {
 #pragma unroll
     for (int mask = kHalf / 2; mask > 0; mask /= 2) value += shfl_bfly(value, mask);
@@ -285,8 +285,9 @@ class RowSums {
   }
 
   unsigned char* memory_;
-  int mine_;    // where this warp's lanes 0 and 16 store
-  int theirs_;  // where this lane reads
+  // Numbers of floats, in one register: where this warp's lanes 0 and 16 store, and sixteen bits
+  // further up where this lane reads.
+  int places_;
 };
 
 // A thread's sums for its columns, one set for each gradient.
@@ -427,6 +428,7 @@ cudaError_t plan_backward(const BackwardNeeds& needs, Params* params, bool* fits
                       &params->plan);
   if (!*fits) return cudaSuccess;
   RowSteps& steps = params->steps;
+  steps.inverse_hidden = 1.f / float(params->hidden);
   steps.rows = int64_t{params->plan.num_blocks} * params->plan.rows_per_block;
   steps.last = params->rows - steps.rows * params->plan.stages;
   int64_t* bytes = steps.bytes;

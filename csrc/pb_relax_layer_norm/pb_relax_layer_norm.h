@@ -66,9 +66,10 @@ struct RowPlan {
   int num_threads() const { return threads_per_row * rows_per_block; }
 };
 
-// How far the backward kernels go from a group's row to its next one. The host computes it: the
-// kernels read it where they need it, and no register holds it.
+// How far the backward kernels go from a group's row to its next one, and what else the host
+// computes for them: they read it where they need it, and no register holds it.
 struct RowSteps {
+  float inverse_hidden;
   int64_t rows;
   int64_t last;      // rows before it have one to copy ahead, a row for each stage
   int64_t bytes[6];  // of each matrix, in the order of the parameters

@@ -55,7 +55,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const RowThread me(plan, params.hidden);
   const int hidden = int(params.hidden);
   const Columns<kVectors> columns(me, hidden);
-  const float inverse_hidden = 1.f / float(hidden);
   const bool has_add = !kPlain && params.add.data != nullptr;
   const bool drops = !kPlain && params.dropout.seed != nullptr;
   const bool aligned = kPlain || plan.aligned;
@@ -143,7 +142,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if constexpr (kInRegisters) refill();
     exchange.add(row_sums, parity, me);
     parity ^= 1;
-    const RowGradient gradient(row_sums, inverse_hidden, statistics);
+    const RowGradient gradient(row_sums, params.steps.inverse_hidden, statistics);
     if constexpr (!kPlain) find_dx(row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {

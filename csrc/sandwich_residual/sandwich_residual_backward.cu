@@ -62,7 +62,6 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const RowThread me(plan, params.hidden);
   const int hidden = int(params.hidden);
   const Columns<kVectors> columns(me, hidden);
-  const float inverse_hidden = 1.f / float(hidden);
   const bool aligned = kPlain || plan.aligned;
   const bool drops = !kPlain && params.dropout.seed != nullptr;
   const SharedWeights<2, kVectors> weights(me);  // of post, of pre
@@ -118,7 +117,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
                   sums.value[3][i]);
     }
     exchange.add(h_sums, 0, me);
-    const RowGradient h_gradient(h_sums, inverse_hidden, h_statistics);
+    const RowGradient h_gradient(h_sums, params.steps.inverse_hidden, h_statistics);
 
     uint32_t kept = 0;  // a bit for each column
     if (drops) {
@@ -168,7 +167,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     }
     if constexpr (kPlain) refill();
     exchange.add(f_sums, 1, me);
-    const RowGradient f_gradient(f_sums, inverse_hidden, f_statistics);
+    const RowGradient f_gradient(f_sums, params.steps.inverse_hidden, f_statistics);
     F* df = output(params.df, row, F());
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
