@@ -22,7 +22,7 @@ PIPES = (
     (
         "other",
         r"U[A-Z0-9]+|LDC|S2R|S2UR|R2UR|VOTE|REDUX|BRA|BSSY|BSYNC|EXIT|NOP|WARPSYNC|CALL|RET|YIELD|"
-        r"BMOV|BREAK|MEMBAR|ERRBAR|CCTL|ENDCOLLECTIVE|BRX|JMP|BPT|NANOSLEEP",
+        r"BMOV|BREAK|MEMBAR|(?:CGA)?ERRBAR|CCTL|ENDCOLLECTIVE|BRX|JMP|BPT|NANOSLEEP|ACQBULK|PREEXIT",
     ),
     ("integer", r"\w+"),
 )
@@ -61,7 +61,10 @@ class Instruction:
 
     @property
     def pending(self) -> int:
-        """Of a wait for copies: how many groups may still be in flight."""
+        """Of a wait for copies: how many groups may still be in flight. Of a barrier: whether the
+        warp goes on without waiting."""
+        if self.opcode.startswith("BAR."):
+            return int(self.opcode.startswith("BAR.ARV"))
         match = re.search(r"SB0, 0x([0-9a-f]+)", self.operands)
         return int(match.group(1), 16) if match else 0
 
