@@ -26,7 +26,7 @@
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 768;  // 80 registers each
 constexpr int kEnoughWarps = 16;
 constexpr int kWideThreads = 512;
 
@@ -90,16 +90,26 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const RowStatistics statistics = statistics_of_row(rough, x, hidden, inverse_hidden, params.eps,
                                                        params.relax, params.peak, me, scratch);
     Y* y_row = static_cast<Y*>(params.y) + row * hidden;
-    write_row(plan.aligned, me, [&](int i, auto aligned) {
-      float y[kColumns], w[kColumns], b[kColumns];
-      unpack(x.load(i), y);
-      unpack(weight.load(i), w);
-      unpack(bias.load(i), b);
-      normalise(y, statistics, w, b);
-      if (has_residual) add_vector(residual.load(i), y);
-      const Vector<Y> rounded = pack<Y>(y);
-      store_vector_at(y_row, me.column(i), hidden, aligned.value, rounded);
-      if (params.y_peak != nullptr) y_peak = peak_bits(y_peak, rounded, hidden - me.column(i));
+    write_row(plan.aligned, me, [&](int i, auto n, auto aligned) {
+      const auto x_i = x.from(i);
+      const auto residual_i = residual.from(i);
+      const auto weight_i = weight.from(i), bias_i = bias.from(i);
+      Y* y_i = y_row + me.column(i);
+      const int rest = hidden - me.column(i);
+#pragma unroll
+      for (int v = 0; v < n.value; ++v) {
+        float y[kColumns], w[kColumns], b[kColumns];
+        unpack(x_i.load(v), y);
+        unpack(weight_i.load(v), w);
+        unpack(bias_i.load(v), b);
+        normalise(y, statistics, w, b);
+        if (has_residual) add_vector(residual_i.load(v), y);
+        const Vector<Y> rounded = pack<Y>(y);
+        store_vector_of_row<aligned.value>(y_i, v, rest, rounded);
+        if (params.y_peak != nullptr) {
+          y_peak = peak_bits(y_peak, rounded, aligned.value ? kColumns : rest);
+        }
+      }
     });
     if (me.in_row == 0) params.statistics[row] = statistics;
   };

@@ -12,25 +12,37 @@ template <typename T, typename Function>
 __device__ __forceinline__ void for_each_vector(const SharedRow<T>& row, int hidden,
                                                 const RowThread& me, const Function& f) {
   in_batches<2>(me.num_whole, [&](int i, auto n) {
+    const SharedRow<T> from = row.from(i);
     Vector<T> vector[n.value];
 #pragma unroll
-    for (int v = 0; v < n.value; ++v) vector[v] = row.load(i + v);
+    for (int v = 0; v < n.value; ++v) vector[v] = from.load(v);
 #pragma unroll
     for (int v = 0; v < n.value; ++v) f(vector[v], kColumns);
   });
   if (me.num_whole < me.num_vectors) f(row.load(me.num_whole), hidden - me.column(me.num_whole));
 }
 
-// f(i, aligned) for each of this thread's vectors i, where `aligned` is a bool_constant.
+// f(i, n, aligned) for this thread's vectors, which f writes: n of them at once, from i on. n is an
+// integral_constant, `aligned` a bool_constant.
 template <typename Function>
 __device__ __forceinline__ void write_row(bool aligned, const RowThread& me, const Function& f) {
   if (aligned) {
-    in_batches<2>(me.num_vectors, [&](int i, auto n) {
-#pragma unroll
-      for (int v = i; v < i + n.value; ++v) f(v, std::true_type());
-    });
+    in_batches<2>(me.num_vectors, [&](int i, auto n) { f(i, n, std::true_type()); });
   } else {
-    in_batches<1>(me.num_vectors, [&](int i, auto) { f(i, std::false_type()); });
+    in_batches<1>(me.num_vectors, [&](int i, auto n) { f(i, n, std::false_type()); });
+  }
+}
+
+// Stores vector v from `first` on, of whose columns and those behind it `rest` are there.
+template <bool kAligned, typename T>
+__device__ __forceinline__ void store_vector_of_row(T* first, int v, int rest,
+                                                    const Vector<T>& vector) {
+  first += v * kWarpSize * kColumns;
+  if constexpr (kAligned) {
+#pragma unroll
+    for (int p = 0; p < kPieces<T>; ++p) st_global_v4(first + p * kVector<T>, vector.piece[p]);
+  } else {
+    store_vector_at(first, 0, rest - v * kWarpSize * kColumns, false, vector);
   }
 }
 

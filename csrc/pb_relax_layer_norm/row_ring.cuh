@@ -87,19 +87,28 @@ struct SharedRow {
 #pragma unroll
     for (int p = 0; p < kPieces<T>; ++p) st_shared_v4(piece[p] + i * kStep, vector.piece[p]);
   }
+  // Those from vector i on.
+  __device__ __forceinline__ SharedRow from(int i) const {
+    SharedRow rest = *this;
+#pragma unroll
+    for (int p = 0; p < kPieces<T>; ++p) rest.piece[p] += i * kStep;
+    return rest;
+  }
   // Begins to copy this thread's vectors of a row.
   __device__ __forceinline__ void copy(const ConstRows& rows, int64_t row, int hidden, bool aligned,
                                        const RowThread& me) const {
     const T* source = static_cast<const T*>(rows.data) + row * rows.row_stride;
     if (aligned) {
-      const T* first = source + me.column(0);
+      source += me.column(0);
       in_batches<4>(me.num_vectors, [&](int i, auto n) {
+        constexpr int kElements = kWarpSize * kColumns;  // from one vector to the next
+        const T* first = source + i * kElements;
+        const SharedRow to = from(i);
 #pragma unroll
-        for (int v = i; v < i + n.value; ++v) {
+        for (int v = 0; v < n.value; ++v) {
 #pragma unroll
           for (int p = 0; p < kPieces<T>; ++p) {
-            cp_async_16(piece[p] + v * kStep, first + (v * kWarpSize * kColumns + p * kVector<T>),
-                        true);
+            cp_async_16(to.piece[p] + v * kStep, first + (v * kElements + p * kVector<T>), true);
           }
         }
       });
@@ -113,7 +122,7 @@ struct SharedRow {
 };
 
 // For each row of this thread's group: copy(row, stage), ahead, then compute(row, stage); `stage` is
-// where the row lies in shared memory. prepare() is called behind the first copy.
+// where the row lies in shared memory. prepare() is called behind the first copies.
 // A row goes to block row % gridDim.x, so that multiprocessors differ by one row at most.
 template <typename Copy, typename Prepare, typename Compute>
 __device__ __forceinline__ void for_each_row(const RowPlan& plan, const RowMemory& shared,
@@ -121,25 +130,27 @@ __device__ __forceinline__ void for_each_row(const RowPlan& plan, const RowMemor
                                              const Prepare& prepare, const Compute& compute) {
   const int64_t step = int64_t{gridDim.x} * plan.rows_per_block;
   int64_t row = blockIdx.x + int64_t{gridDim.x} * me.row_in_block;
+  int64_t ahead = row;  // the next row to copy
   unsigned char* now = dynamic_shared() + shared.stage(me.row_in_block, 0);
   unsigned char* next = plan.stages == 2 ? now + shared.stage_bytes : now;
-  if (row < rows) copy(row, now);
-  cp_async_commit_group();
+#pragma unroll 1
+  for (int stage = 0; stage < plan.stages; ++stage) {
+    if (ahead < rows) copy(ahead, stage == 0 ? now : next);
+    cp_async_commit_group();
+    ahead += step;
+  }
   prepare();
+#pragma unroll 1
   for (; row < rows; row += step) {
-    const bool goes_on = row + step < rows;
     if (plan.stages == 2) {
-      if (goes_on) copy(row + step, next);
-      cp_async_commit_group();
       cp_async_wait_group<1>();
     } else {
       cp_async_wait_group<0>();
     }
     compute(row, now);
-    if (plan.stages == 1) {
-      if (goes_on) copy(row + step, next);
-      cp_async_commit_group();
-    }
+    if (ahead < rows) copy(ahead, now);
+    cp_async_commit_group();
+    ahead += step;
     unsigned char* other = now;
     now = next;
     next = other;
@@ -159,19 +170,21 @@ __device__ __forceinline__ void load_parameter(const Parameter& given, int64_t c
                                                int64_t hidden, float (&out)[kColumns]) {
   const bool aligned =
       hidden % kColumns == 0 && reinterpret_cast<uintptr_t>(given.data) % kPieceBytes == 0;
-  const auto load = [&](auto tag) {
-    unpack(load_vector_at(static_cast<const decltype(tag)*>(given.data), column, hidden, aligned),
-           out);
-  };
   if (given.data == nullptr) {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) out[j] = given.absent;
   } else if (given.dtype == DType::kFloat32) {
-    load(float());
-  } else if (given.dtype == DType::kFloat16) {
-    load(Half());
+    unpack(load_vector_at(static_cast<const float*>(given.data), column, hidden, aligned), out);
   } else {
-    load(BFloat16());
+    Vector<Half> vector =
+        load_vector_at(static_cast<const Half*>(given.data), column, hidden, aligned);
+    float other[kColumns];
+    unpack(vector, out);
+    unpack(Vector<BFloat16>{vector.piece[0]}, other);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (given.dtype == DType::kBFloat16) out[j] = other[j];
+    }
   }
 }
 

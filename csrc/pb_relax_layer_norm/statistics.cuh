@@ -96,16 +96,21 @@ __device__ __forceinline__ float rstd_of(float variance) {
 // max|x|. A NaN is passed over.
 template <typename T>
 struct Peak {
-  uint32_t of_pairs = 0;
+  uint32_t most = 0, least = 0;  // of even columns, of odd ones
 
   __device__ __forceinline__ void add(const Vector<T>& vector) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(vector.piece);
 #pragma unroll
-    for (int j = 0; j < kColumns / 2; ++j) of_pairs = max_x2<T>(of_pairs, abs_x2<T>(words[j]));
+    for (int j = 0; j < kColumns / 2; ++j) {
+      most = max_x2<T>(most, words[j]);
+      least = min_x2<T>(least, words[j]);
+    }
   }
   __device__ __forceinline__ float value() const {
-    const T* pair = reinterpret_cast<const T*>(&of_pairs);
-    return fmaxf(to_float(pair[0]), to_float(pair[1]));
+    const T* high = reinterpret_cast<const T*>(&most);
+    const T* low = reinterpret_cast<const T*>(&least);
+    return fmaxf(fmaxf(to_float(high[0]), to_float(high[1])),
+                 -fminf(to_float(low[0]), to_float(low[1])));
   }
 };
 template <>

@@ -70,31 +70,45 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
 
     RoughSums<H> rough_h;
     H* h_row = static_cast<H*>(params.h) + row * hidden;
-    write_row(plan.aligned, me, [&](int i, auto aligned) {
-      float x[kColumns], weight[kColumns], bias[kColumns];
-      unpack(f.load(i), x);
-      unpack(post_weight.load(i), weight);
-      unpack(post_bias.load(i), bias);
-      normalise(x, f_statistics, weight, bias);
-      add_vector(h.load(i), x);
-      Vector<H> rounded = pack<H>(x);
-      if (!aligned.value) clear_beyond(hidden - me.column(i), rounded);
-      h.store(i, rounded);
-      rough_h.add(rounded);
-      store_vector_at(h_row, me.column(i), hidden, aligned.value, rounded);
+    write_row(plan.aligned, me, [&](int i, auto n, auto aligned) {
+      const auto f_i = f.from(i);
+      const auto h_i = h.from(i);
+      const auto weight_i = post_weight.from(i), bias_i = post_bias.from(i);
+      H* to = h_row + me.column(i);
+      const int rest = hidden - me.column(i);
+#pragma unroll
+      for (int v = 0; v < n.value; ++v) {
+        float x[kColumns], weight[kColumns], bias[kColumns];
+        unpack(f_i.load(v), x);
+        unpack(weight_i.load(v), weight);
+        unpack(bias_i.load(v), bias);
+        normalise(x, f_statistics, weight, bias);
+        add_vector(h_i.load(v), x);
+        Vector<H> rounded = pack<H>(x);
+        if (!aligned.value) clear_beyond(rest, rounded);
+        h_i.store(v, rounded);
+        rough_h.add(rounded);
+        store_vector_of_row<aligned.value>(to, v, rest, rounded);
+      }
     });
     const RowStatistics h_statistics = statistics_of_row(
         rough_h, h, hidden, inverse_hidden, params.pre_eps, params.relax, nullptr, me, scratch);
     if (me.in_row == 0) params.h_statistics[row] = h_statistics;
 
     H* z_row = static_cast<H*>(params.z) + row * hidden;
-    write_row(plan.aligned, me, [&](int i, auto aligned) {
-      float x[kColumns], weight[kColumns], bias[kColumns];
-      unpack(h.load(i), x);
-      unpack(pre_weight.load(i), weight);
-      unpack(pre_bias.load(i), bias);
-      normalise(x, h_statistics, weight, bias);
-      store_vector_at(z_row, me.column(i), hidden, aligned.value, pack<H>(x));
+    write_row(plan.aligned, me, [&](int i, auto n, auto aligned) {
+      const auto h_i = h.from(i);
+      const auto weight_i = pre_weight.from(i), bias_i = pre_bias.from(i);
+      H* to = z_row + me.column(i);
+#pragma unroll
+      for (int v = 0; v < n.value; ++v) {
+        float x[kColumns], weight[kColumns], bias[kColumns];
+        unpack(h_i.load(v), x);
+        unpack(weight_i.load(v), weight);
+        unpack(bias_i.load(v), bias);
+        normalise(x, h_statistics, weight, bias);
+        store_vector_of_row<aligned.value>(to, v, hidden - me.column(i), pack<H>(x));
+      }
     });
   };
   for_each_row(plan, shared, params.rows, me, copy, prepare, compute);
