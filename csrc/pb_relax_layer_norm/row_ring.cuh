@@ -24,6 +24,7 @@ struct RowThread {
   int first_vector;     // of this thread's vectors, which are kWarpSize apart
   int num_vectors;      // that this thread has
   int num_whole;        // of them: those with eight columns
+  int lanes_for_warps;  // a power of two that is not less than the number of the row's warps
 
   __device__ __forceinline__ RowThread(const RowPlan& plan, int64_t hidden)
       : in_row(int(threadIdx.x) % plan.threads_per_row),
@@ -33,7 +34,10 @@ struct RowThread {
         num_vectors(max(0, min(plan.vectors_per_thread,
                                (vectors_of(hidden) - first_vector + kWarpSize - 1) / kWarpSize))),
         num_whole(num_vectors -
-                  int(num_vectors > 0 && column(num_vectors - 1) + kColumns > hidden)) {}
+                  int(num_vectors > 0 && column(num_vectors - 1) + kColumns > hidden)),
+        lanes_for_warps(1) {
+    while (lanes_for_warps * kWarpSize < threads_per_row) lanes_for_warps *= 2;
+  }
 
   // Of this thread's vectors.
   __device__ __forceinline__ int vector_idx(int i) const { return first_vector + i * kWarpSize; }

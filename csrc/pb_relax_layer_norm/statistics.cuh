@@ -52,13 +52,11 @@ __device__ __forceinline__ void reduce_row(float (&number)[kCount], float* scrat
   }
   me.sync();
   // Lane l takes the numbers of warp l, as far as there is one.
-  int lanes = 1;
-  while (lanes < num_warps) lanes *= 2;
-  const int warp = lane % lanes;
+  const int warp = lane & (me.lanes_for_warps - 1);
 #pragma unroll
   for (int n = 0; n < kCount; ++n) number[n] = warp < num_warps ? of_row[warp * kCount + n] : 0.f;
 #pragma unroll 1
-  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+  for (int mask = me.lanes_for_warps / 2; mask > 0; mask /= 2) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       number[n] = combine(n, number[n], shfl_bfly(number[n], mask));
