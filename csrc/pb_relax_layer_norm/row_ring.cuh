@@ -1,10 +1,10 @@
 // How rows reach the groups of threads that own them: the copies into shared memory, the loop over
 // rows, and the weights and biases beside them.
 //
-// A row lies in shared memory as it lies in global memory, but that a vector's two pieces of float32
-// change places where bit 2 of the vector's number is set, so that neighbours reach into different
-// banks. A thread copies, reads and overwrites its own vectors alone: waiting for its own copies is
-// all the synchronisation that rows need.
+// A row lies in shared memory as it lies in global memory, but that of 32 neighbouring vectors of
+// float32 the first pieces stand together, and behind them the second ones: the lanes of a warp reach
+// into different banks. A thread copies, reads and overwrites its own vectors alone: waiting for its
+// own copies is all the synchronisation that rows need.
 #pragma once
 
 #include <type_traits>
@@ -14,6 +14,8 @@
 #include "vector.cuh"
 
 namespace cogview {
+
+constexpr int kVectorStep = kWarpSize * kColumns;  // columns from a thread's vector to its next one
 
 // A thread among those of its row. Each warp has a part of the row, and deals it out to its lanes, so
 // that a thread's vectors are a constant apart.
@@ -53,73 +55,68 @@ struct RowThread {
   }
 };
 
-// f(i, n) for `count` numbers i: n of them at once, i, i + 1, ..., where n is an integral_constant.
-template <int kAtOnce, typename Function>
-__device__ __forceinline__ void in_batches(int count, const Function& f) {
-  int i = 0;
+// f(n) until the n have reached `count`: n is 2, then 1 where one is left, an integral_constant.
+template <typename Function>
+__device__ __forceinline__ void in_pairs(int count, const Function& f) {
 #pragma unroll 1
-  for (; i + kAtOnce <= count; i += kAtOnce) f(i, std::integral_constant<int, kAtOnce>());
-  if constexpr (kAtOnce > 1) {
-#pragma unroll 1
-    for (; i < count; ++i) f(i, std::integral_constant<int, 1>());
-  }
+  for (; count >= 2; count -= 2) f(std::integral_constant<int, 2>());
+  if (count > 0) f(std::integral_constant<int, 1>());
 }
 
-// A thread's vectors of a row of T in shared memory.
+// A thread's vectors of a row of T in shared memory, from one of them on.
 template <typename T>
 struct SharedRow {
   static constexpr int kStep = kWarpSize * kPieces<T>;  // from one to the next
-  uint4* piece[kPieces<T>];                             // of this thread's first vector
+  uint4* first;
 
-  __device__ __forceinline__ SharedRow(void* row, int first_vector) {
-    uint4* vector = static_cast<uint4*>(row) + first_vector * kPieces<T>;
-#pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) {
-      piece[p] = vector + (kPieces<T> == 2 ? p ^ (first_vector >> 2 & 1) : p);
-    }
-  }
+  __device__ __forceinline__ SharedRow(void* row, int first_vector)
+      : first(static_cast<uint4*>(row) + first_vector / kWarpSize * kStep +
+              first_vector % kWarpSize) {}
   __device__ __forceinline__ SharedRow(void* row, const RowThread& me)
       : SharedRow(row, me.first_vector) {}
 
+  // The next vectors. Where loops move on what they read and write, no address is computed again.
+  __device__ __forceinline__ void skip(int vectors) { first += vectors * kStep; }
+
+  __device__ __forceinline__ uint4* piece(int i, int p) const {
+    return first + (i * kStep + p * kWarpSize);
+  }
   __device__ __forceinline__ Vector<T> load(int i) const {
     Vector<T> vector;
 #pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) vector.piece[p] = ld_shared_v4(piece[p] + i * kStep);
+    for (int p = 0; p < kPieces<T>; ++p) vector.piece[p] = ld_shared_v4(piece(i, p));
     return vector;
   }
   __device__ __forceinline__ void store(int i, const Vector<T>& vector) const {
 #pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) st_shared_v4(piece[p] + i * kStep, vector.piece[p]);
-  }
-  // Those from vector i on.
-  __device__ __forceinline__ SharedRow from(int i) const {
-    SharedRow rest = *this;
-#pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) rest.piece[p] += i * kStep;
-    return rest;
+    for (int p = 0; p < kPieces<T>; ++p) st_shared_v4(piece(i, p), vector.piece[p]);
   }
   // Begins to copy this thread's vectors of a row.
   __device__ __forceinline__ void copy(const ConstRows& rows, int64_t row, int hidden, bool aligned,
                                        const RowThread& me) const {
-    const T* source = static_cast<const T*>(rows.data) + row * rows.row_stride;
+    const T* source = static_cast<const T*>(rows.data) + row * rows.row_stride + me.column(0);
+    SharedRow to = *this;
     if (aligned) {
-      source += me.column(0);
-      in_batches<4>(me.num_vectors, [&](int i, auto n) {
-        constexpr int kElements = kWarpSize * kColumns;  // from one vector to the next
-        const T* first = source + i * kElements;
-        const SharedRow to = from(i);
+      constexpr int kAtOnce = 4;
+#pragma unroll 1
+      for (int left = me.num_vectors; left > 0; left -= kAtOnce) {
 #pragma unroll
-        for (int v = 0; v < n.value; ++v) {
+        for (int v = 0; v < kAtOnce; ++v) {
+          if (v >= left) continue;
 #pragma unroll
           for (int p = 0; p < kPieces<T>; ++p) {
-            cp_async_16(to.piece[p] + v * kStep, first + (v * kElements + p * kVector<T>), true);
+            cp_async_16(to.piece(v, p), source + (v * kVectorStep + p * kVector<T>), true);
           }
         }
-      });
+        source += kAtOnce * kVectorStep;
+        to.skip(kAtOnce);
+      }
     } else {
 #pragma unroll 1
       for (int i = 0; i < me.num_vectors; ++i) {
-        store(i, load_vector_at(source, me.column(i), hidden, false));
+        to.store(0, load_vector_at(source, 0, hidden - me.column(i), false));
+        source += kVectorStep;
+        to.skip(1);
       }
     }
   }
