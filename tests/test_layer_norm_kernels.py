@@ -754,7 +754,7 @@ def test_reruns_and_multiprocessors(backend: str, dtypes: tuple[torch.dtype, tor
             for num_sms in (1, 40):
                 with modelled_device(num_sms):
                     assert not same(problem.run(backend), first, OF_A_ROW), (hidden, num_sms)
-            if hidden <= 700:
+            if hidden <= 300:
                 with modelled_device(3, 99):
                     assert not same(problem.run(backend), first, OF_A_ROW), hidden
 

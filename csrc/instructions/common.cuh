@@ -178,20 +178,8 @@ __device__ __forceinline__ uint32_t cvt_rn_x2<BFloat16>(float low, float high) {
   return out;
 }
 
-// Of each half |x| (abs.f16x2, abs.bf16x2), and the larger number; of a number and a NaN, the number
-// (max.f16x2, max.bf16x2).
-template <typename T>
-__device__ __forceinline__ uint32_t abs_x2(uint32_t x);
-template <>
-__device__ __forceinline__ uint32_t abs_x2<Half>(uint32_t x) {
-  asm("abs.f16x2 %0, %0;\n" : "+r"(x));
-  return x;
-}
-template <>
-__device__ __forceinline__ uint32_t abs_x2<BFloat16>(uint32_t x) {
-  asm("abs.bf16x2 %0, %0;\n" : "+r"(x));
-  return x;
-}
+// The larger and the smaller number of each half; of a number and a NaN the number (max.f16x2,
+// max.bf16x2, min.f16x2, min.bf16x2).
 template <typename T>
 __device__ __forceinline__ uint32_t max_x2(uint32_t a, uint32_t b);
 template <>
@@ -204,6 +192,20 @@ template <>
 __device__ __forceinline__ uint32_t max_x2<BFloat16>(uint32_t a, uint32_t b) {
   uint32_t out;
   asm("max.bf16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+template <typename T>
+__device__ __forceinline__ uint32_t min_x2(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t min_x2<Half>(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("min.f16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+template <>
+__device__ __forceinline__ uint32_t min_x2<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("min.bf16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
   return out;
 }
 

@@ -26,7 +26,7 @@
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 1024;
+constexpr int kMaxThreads = 768;  // 80 registers each
 constexpr int kEnoughWarps = 16;
 constexpr int kWideThreads = 512;
 
@@ -51,26 +51,23 @@ __device__ __forceinline__ uint32_t peak_bits(uint32_t bits, Vector<T> vector, i
   return bits;
 }
 
-template <typename X, typename Y>
+template <typename X, typename Y, bool kResidual>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     pb_relax_layer_norm_forward_kernel(const PbRelaxLayerNormForwardParams params) {
   const RowPlan& plan = params.plan;
   const int hidden = int(params.hidden);
   const RowThread me(plan, hidden);
-  const bool has_residual = params.residual.data != nullptr;
   const int x_bytes = row_bytes(hidden, kPieces<X>);
   const RowMemory shared = {2, row_bytes(hidden, kPieces<float>), plan.stages,
-                            x_bytes + (has_residual ? row_bytes(hidden, kPieces<Y>) : 0),
+                            x_bytes + (kResidual ? row_bytes(hidden, kPieces<Y>) : 0),
                             plan.rows_per_block};
-  const SharedRow<float> weight(dynamic_shared() + shared.parameter(0), me);
-  const SharedRow<float> bias(dynamic_shared() + shared.parameter(1), me);
   float* scratch = shared_array<float, kScratchFloats>();
   const float inverse_hidden = 1.f / float(hidden);
 
   uint32_t y_peak = 0;
   const auto copy = [&](int64_t row, unsigned char* stage) {
     SharedRow<X>(stage, me).copy(params.x, row, hidden, plan.aligned, me);
-    if (has_residual) {
+    if constexpr (kResidual) {
       SharedRow<Y>(stage + x_bytes, me).copy(params.residual, row, hidden, plan.aligned, me);
     }
   };
@@ -83,28 +80,48 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   };
   const auto compute = [&](int64_t row, unsigned char* stage) {
     const SharedRow<X> x(stage, me);
-    const SharedRow<Y> residual(stage + x_bytes, me);
     if (params.dropout.seed != nullptr) drop_columns(x, params.dropout, row, me);
     RoughSums<X> rough;
     for_each_vector(x, hidden, me, [&](const Vector<X>& vector, int) { rough.add(vector); });
     const RowStatistics statistics = statistics_of_row(rough, x, hidden, inverse_hidden, params.eps,
                                                        params.relax, params.peak, me, scratch);
-    Y* y_row = static_cast<Y*>(params.y) + row * hidden;
-    write_row(plan.aligned, me, [&](int i, auto aligned) {
-      float y[kColumns], w[kColumns], b[kColumns];
-      unpack(x.load(i), y);
-      unpack(weight.load(i), w);
-      unpack(bias.load(i), b);
-      normalise(y, statistics, w, b);
-      if (has_residual) add_vector(residual.load(i), y);
-      const Vector<Y> rounded = pack<Y>(y);
-      store_vector_at(y_row, me.column(i), hidden, aligned.value, rounded);
-      if (params.y_peak != nullptr) y_peak = peak_bits(y_peak, rounded, hidden - me.column(i));
-    });
+    const auto write = [&](auto aligned) {
+      WrittenRow<Y, aligned.value> to(params.y, row, hidden, me);
+      SharedRow<X> from = x;
+      SharedRow<Y> residual(stage + x_bytes, me);
+      SharedRow<float> weight(dynamic_shared() + shared.parameter(0), me);
+      SharedRow<float> bias(dynamic_shared() + shared.parameter(1), me);
+      in_pairs(me.num_vectors, [&](auto n) {
+#pragma unroll
+        for (int v = 0; v < n.value; ++v) {
+          float y[kColumns], w[kColumns], b[kColumns];
+          unpack(from.load(v), y);
+          unpack(weight.load(v), w);
+          unpack(bias.load(v), b);
+          normalise(y, statistics, w, b);
+          if constexpr (kResidual) add_vector(residual.load(v), y);
+          const Vector<Y> rounded = pack<Y>(y);
+          to.store(v, rounded);
+          if (kResidual && params.y_peak != nullptr) {
+            y_peak = peak_bits(y_peak, rounded, to.rest - v * kVectorStep);
+          }
+        }
+        from.skip(n.value);
+        residual.skip(n.value);
+        weight.skip(n.value);
+        bias.skip(n.value);
+        to.skip(n.value);
+      });
+    };
+    if (plan.aligned) {
+      write(std::true_type());
+    } else {
+      write(std::false_type());
+    }
     if (me.in_row == 0) params.statistics[row] = statistics;
   };
   for_each_row(plan, shared, params.rows, me, copy, prepare, compute);
-  if (params.y_peak != nullptr) join_peak(params.y_peak, y_peak);
+  if (kResidual && params.y_peak != nullptr) join_peak(params.y_peak, y_peak);
 }
 
 // Any width: one block per row; each pass reads the row again.
@@ -225,7 +242,14 @@ cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& giv
   return with_dtypes(params.x_dtype, params.y_dtype, [&](auto x, auto y) {
     using X = typename decltype(x)::Type;
     using Y = typename decltype(y)::Type;
-    if (fits) return launch_planned<pb_relax_layer_norm_forward_kernel<X, Y>>(params, stream);
+    if (fits && params.residual.data != nullptr) {
+      return launch_planned<pb_relax_layer_norm_forward_kernel<X, Y, true>>(params, stream);
+    }
+    if constexpr (std::is_same_v<X, Y>) {
+      if (fits) {
+        return launch_planned<pb_relax_layer_norm_forward_kernel<X, Y, false>>(params, stream);
+      }
+    }
     params.plan.aligned = needs.aligned;
     params.plan.threads_per_row = kWideThreads;
     return launch<pb_relax_layer_norm_forward_wide_kernel<X, Y>>(

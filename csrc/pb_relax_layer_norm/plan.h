@@ -111,10 +111,10 @@ __host__ __device__ constexpr int vectors_of(int64_t hidden) {
   return int((hidden + kColumns - 1) / kColumns);
 }
 
-// Of a row in shared memory: whole vectors. Int is int where a row is known to fit there.
+// Of a row in shared memory: whole vectors of a warp. Int is int where a row is known to fit there.
 template <typename Int>
 __host__ __device__ constexpr Int row_bytes(Int hidden, int pieces) {
-  return Int(vectors_of(hidden)) * pieces * kPieceBytes;
+  return (Int(vectors_of(hidden)) + kWarpSize - 1) / kWarpSize * kWarpSize * pieces * kPieceBytes;
 }
 
 // What a launch asks of plan_groups.

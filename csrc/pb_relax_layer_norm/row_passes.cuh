@@ -9,40 +9,53 @@ namespace cogview {
 
 // f(vector, count) for each of this thread's vectors of a row, `count` of whose columns there are.
 template <typename T, typename Function>
-__device__ __forceinline__ void for_each_vector(const SharedRow<T>& row, int hidden,
-                                                const RowThread& me, const Function& f) {
-  in_batches<2>(me.num_whole, [&](int i, auto n) {
+__device__ __forceinline__ void for_each_vector(SharedRow<T> row, int hidden, const RowThread& me,
+                                                const Function& f) {
+  in_pairs(me.num_whole, [&](auto n) {
     Vector<T> vector[n.value];
 #pragma unroll
-    for (int v = 0; v < n.value; ++v) vector[v] = row.load(i + v);
+    for (int v = 0; v < n.value; ++v) vector[v] = row.load(v);
 #pragma unroll
     for (int v = 0; v < n.value; ++v) f(vector[v], kColumns);
+    row.skip(n.value);
   });
-  if (me.num_whole < me.num_vectors) f(row.load(me.num_whole), hidden - me.column(me.num_whole));
+  if (me.num_whole < me.num_vectors) f(row.load(0), hidden - me.column(me.num_whole));
 }
 
-// f(i, aligned) for each of this thread's vectors i, where `aligned` is a bool_constant.
-template <typename Function>
-__device__ __forceinline__ void write_row(bool aligned, const RowThread& me, const Function& f) {
-  if (aligned) {
-    in_batches<2>(me.num_vectors, [&](int i, auto n) {
-#pragma unroll
-      for (int v = i; v < i + n.value; ++v) f(v, std::true_type());
-    });
-  } else {
-    in_batches<1>(me.num_vectors, [&](int i, auto) { f(i, std::false_type()); });
+// A thread's vectors of a row in global memory that is written, from one of them on.
+template <typename T, bool kAligned>
+struct WrittenRow {
+  T* first;
+  int rest;  // the row's columns from there on
+
+  __device__ __forceinline__ WrittenRow(void* rows, int64_t row, int hidden, const RowThread& me)
+      : first(static_cast<T*>(rows) + row * hidden + me.column(0)), rest(hidden - me.column(0)) {}
+
+  __device__ __forceinline__ void skip(int vectors) {
+    first += vectors * kVectorStep;
+    rest -= vectors * kVectorStep;
   }
-}
+  __device__ __forceinline__ void store(int i, const Vector<T>& vector) const {
+    T* to = first + i * kVectorStep;
+    if constexpr (kAligned) {
+#pragma unroll
+      for (int p = 0; p < kPieces<T>; ++p) st_global_v4(to + p * kVector<T>, vector.piece[p]);
+    } else {
+      store_vector_at(to, 0, rest - i * kVectorStep, false, vector);
+    }
+  }
+};
 
 // Dropped columns become zero. A pass of its own, so that the others are the same with and without it.
 template <typename T>
-__device__ __forceinline__ void drop_columns(const SharedRow<T>& x, const Dropout& dropout,
-                                             int64_t row, const RowThread& me) {
+__device__ __forceinline__ void drop_columns(SharedRow<T> x, const Dropout& dropout, int64_t row,
+                                             const RowThread& me) {
 #pragma unroll 1
   for (int i = 0; i < me.num_vectors; ++i) {
-    Vector<T> vector = x.load(i);
+    Vector<T> vector = x.load(0);
     keep_columns(kept_columns(dropout, row, me.vector_idx(i)), vector);
-    x.store(i, vector);
+    x.store(0, vector);
+    x.skip(1);
   }
 }
 

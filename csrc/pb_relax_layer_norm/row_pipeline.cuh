@@ -13,11 +13,14 @@ struct RowThread {
   int in_row;           // number of this thread among those of its row
   int threads_per_row;  // whole warps
   int row_in_block;
+  int lanes_for_warps = 1;
 
   __device__ __forceinline__ explicit RowThread(const RowPlan& plan)
       : in_row(int(threadIdx.x) % plan.threads_per_row),
         threads_per_row(plan.threads_per_row),
-        row_in_block(int(threadIdx.x) / plan.threads_per_row) {}
+        row_in_block(int(threadIdx.x) / plan.threads_per_row) {
+    while (lanes_for_warps * kWarpSize < threads_per_row) lanes_for_warps *= 2;
+  }
 
   // Of this thread's vectors.
   __device__ __forceinline__ int vector_idx(int i) const { return i * threads_per_row + in_row; }

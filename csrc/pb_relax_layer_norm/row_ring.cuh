@@ -1,10 +1,10 @@
 // How rows reach the groups of threads that own them: the copies into shared memory, the loop over
 // rows, and the weights and biases beside them.
 //
-// A row lies in shared memory as it lies in global memory, but that a vector's two pieces of float32
-// change places where bit 2 of the vector's number is set, so that neighbours reach into different
-// banks. A thread copies, reads and overwrites its own vectors alone: waiting for its own copies is
-// all the synchronisation that rows need.
+// A row lies in shared memory as it lies in global memory, but that of 32 neighbouring vectors of
+// float32 the first pieces stand together, and behind them the second ones: the lanes of a warp reach
+// into different banks. A thread copies, reads and overwrites its own vectors alone: waiting for its
+// own copies is all the synchronisation that rows need.
 #pragma once
 
 #include <type_traits>
@@ -15,6 +15,8 @@
 
 namespace cogview {
 
+constexpr int kVectorStep = kWarpSize * kColumns;  // columns from a thread's vector to its next one
+
 // A thread among those of its row. Each warp has a part of the row, and deals it out to its lanes, so
 // that a thread's vectors are a constant apart.
 struct RowThread {
@@ -24,6 +26,7 @@ struct RowThread {
   int first_vector;     // of this thread's vectors, which are kWarpSize apart
   int num_vectors;      // that this thread has
   int num_whole;        // of them: those with eight columns
+  int lanes_for_warps;  // a power of two that is not less than the number of the row's warps
 
   __device__ __forceinline__ RowThread(const RowPlan& plan, int64_t hidden)
       : in_row(int(threadIdx.x) % plan.threads_per_row),
@@ -33,7 +36,10 @@ struct RowThread {
         num_vectors(max(0, min(plan.vectors_per_thread,
                                (vectors_of(hidden) - first_vector + kWarpSize - 1) / kWarpSize))),
         num_whole(num_vectors -
-                  int(num_vectors > 0 && column(num_vectors - 1) + kColumns > hidden)) {}
+                  int(num_vectors > 0 && column(num_vectors - 1) + kColumns > hidden)),
+        lanes_for_warps(1) {
+    while (lanes_for_warps * kWarpSize < threads_per_row) lanes_for_warps *= 2;
+  }
 
   // Of this thread's vectors.
   __device__ __forceinline__ int vector_idx(int i) const { return first_vector + i * kWarpSize; }
@@ -49,71 +55,75 @@ struct RowThread {
   }
 };
 
-// f(i, n) for `count` numbers i: n of them at once, i, i + 1, ..., where n is an integral_constant.
-template <int kAtOnce, typename Function>
-__device__ __forceinline__ void in_batches(int count, const Function& f) {
-  int i = 0;
+// f(n) until the n have reached `count`: n is 2, then 1 where one is left, an integral_constant.
+template <typename Function>
+__device__ __forceinline__ void in_pairs(int count, const Function& f) {
 #pragma unroll 1
-  for (; i + kAtOnce <= count; i += kAtOnce) f(i, std::integral_constant<int, kAtOnce>());
-  if constexpr (kAtOnce > 1) {
-#pragma unroll 1
-    for (; i < count; ++i) f(i, std::integral_constant<int, 1>());
-  }
+  for (; count >= 2; count -= 2) f(std::integral_constant<int, 2>());
+  if (count > 0) f(std::integral_constant<int, 1>());
 }
 
-// A thread's vectors of a row of T in shared memory.
+// A thread's vectors of a row of T in shared memory, from one of them on.
 template <typename T>
 struct SharedRow {
   static constexpr int kStep = kWarpSize * kPieces<T>;  // from one to the next
-  uint4* piece[kPieces<T>];                             // of this thread's first vector
+  uint4* first;
 
-  __device__ __forceinline__ SharedRow(void* row, int first_vector) {
-    uint4* vector = static_cast<uint4*>(row) + first_vector * kPieces<T>;
-#pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) {
-      piece[p] = vector + (kPieces<T> == 2 ? p ^ (first_vector >> 2 & 1) : p);
-    }
-  }
+  __device__ __forceinline__ SharedRow(void* row, int first_vector)
+      : first(static_cast<uint4*>(row) + first_vector / kWarpSize * kStep +
+              first_vector % kWarpSize) {}
   __device__ __forceinline__ SharedRow(void* row, const RowThread& me)
       : SharedRow(row, me.first_vector) {}
 
+  // The next vectors. Where loops move on what they read and write, no address is computed again.
+  __device__ __forceinline__ void skip(int vectors) { first += vectors * kStep; }
+
+  __device__ __forceinline__ uint4* piece(int i, int p) const {
+    return first + (i * kStep + p * kWarpSize);
+  }
   __device__ __forceinline__ Vector<T> load(int i) const {
     Vector<T> vector;
 #pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) vector.piece[p] = ld_shared_v4(piece[p] + i * kStep);
+    for (int p = 0; p < kPieces<T>; ++p) vector.piece[p] = ld_shared_v4(piece(i, p));
     return vector;
   }
   __device__ __forceinline__ void store(int i, const Vector<T>& vector) const {
 #pragma unroll
-    for (int p = 0; p < kPieces<T>; ++p) st_shared_v4(piece[p] + i * kStep, vector.piece[p]);
+    for (int p = 0; p < kPieces<T>; ++p) st_shared_v4(piece(i, p), vector.piece[p]);
   }
   // Begins to copy this thread's vectors of a row.
   __device__ __forceinline__ void copy(const ConstRows& rows, int64_t row, int hidden, bool aligned,
                                        const RowThread& me) const {
-    const T* source = static_cast<const T*>(rows.data) + row * rows.row_stride;
+    const T* source = static_cast<const T*>(rows.data) + row * rows.row_stride + me.column(0);
+    SharedRow to = *this;
     if (aligned) {
-      const T* first = source + me.column(0);
-      in_batches<4>(me.num_vectors, [&](int i, auto n) {
+      constexpr int kAtOnce = 4;
+#pragma unroll 1
+      for (int left = me.num_vectors; left > 0; left -= kAtOnce) {
 #pragma unroll
-        for (int v = i; v < i + n.value; ++v) {
+        for (int v = 0; v < kAtOnce; ++v) {
+          if (v >= left) continue;
 #pragma unroll
           for (int p = 0; p < kPieces<T>; ++p) {
-            cp_async_16(piece[p] + v * kStep, first + (v * kWarpSize * kColumns + p * kVector<T>),
-                        true);
+            cp_async_16(to.piece(v, p), source + (v * kVectorStep + p * kVector<T>), true);
           }
         }
-      });
+        source += kAtOnce * kVectorStep;
+        to.skip(kAtOnce);
+      }
     } else {
 #pragma unroll 1
       for (int i = 0; i < me.num_vectors; ++i) {
-        store(i, load_vector_at(source, me.column(i), hidden, false));
+        to.store(0, load_vector_at(source, 0, hidden - me.column(i), false));
+        source += kVectorStep;
+        to.skip(1);
       }
     }
   }
 };
 
 // For each row of this thread's group: copy(row, stage), ahead, then compute(row, stage); `stage` is
-// where the row lies in shared memory. prepare() is called behind the first copy.
+// where the row lies in shared memory. prepare() is called behind the first copies.
 // A row goes to block row % gridDim.x, so that multiprocessors differ by one row at most.
 template <typename Copy, typename Prepare, typename Compute>
 __device__ __forceinline__ void for_each_row(const RowPlan& plan, const RowMemory& shared,
@@ -121,25 +131,27 @@ __device__ __forceinline__ void for_each_row(const RowPlan& plan, const RowMemor
                                              const Prepare& prepare, const Compute& compute) {
   const int64_t step = int64_t{gridDim.x} * plan.rows_per_block;
   int64_t row = blockIdx.x + int64_t{gridDim.x} * me.row_in_block;
+  int64_t ahead = row;  // the next row to copy
   unsigned char* now = dynamic_shared() + shared.stage(me.row_in_block, 0);
   unsigned char* next = plan.stages == 2 ? now + shared.stage_bytes : now;
-  if (row < rows) copy(row, now);
-  cp_async_commit_group();
+#pragma unroll 1
+  for (int stage = 0; stage < plan.stages; ++stage) {
+    if (ahead < rows) copy(ahead, stage == 0 ? now : next);
+    cp_async_commit_group();
+    ahead += step;
+  }
   prepare();
+#pragma unroll 1
   for (; row < rows; row += step) {
-    const bool goes_on = row + step < rows;
     if (plan.stages == 2) {
-      if (goes_on) copy(row + step, next);
-      cp_async_commit_group();
       cp_async_wait_group<1>();
     } else {
       cp_async_wait_group<0>();
     }
     compute(row, now);
-    if (plan.stages == 1) {
-      if (goes_on) copy(row + step, next);
-      cp_async_commit_group();
-    }
+    if (ahead < rows) copy(ahead, now);
+    cp_async_commit_group();
+    ahead += step;
     unsigned char* other = now;
     now = next;
     next = other;
@@ -159,19 +171,21 @@ __device__ __forceinline__ void load_parameter(const Parameter& given, int64_t c
                                                int64_t hidden, float (&out)[kColumns]) {
   const bool aligned =
       hidden % kColumns == 0 && reinterpret_cast<uintptr_t>(given.data) % kPieceBytes == 0;
-  const auto load = [&](auto tag) {
-    unpack(load_vector_at(static_cast<const decltype(tag)*>(given.data), column, hidden, aligned),
-           out);
-  };
   if (given.data == nullptr) {
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) out[j] = given.absent;
   } else if (given.dtype == DType::kFloat32) {
-    load(float());
-  } else if (given.dtype == DType::kFloat16) {
-    load(Half());
+    unpack(load_vector_at(static_cast<const float*>(given.data), column, hidden, aligned), out);
   } else {
-    load(BFloat16());
+    Vector<Half> vector =
+        load_vector_at(static_cast<const Half*>(given.data), column, hidden, aligned);
+    float other[kColumns];
+    unpack(vector, out);
+    unpack(Vector<BFloat16>{vector.piece[0]}, other);
+#pragma unroll
+    for (int j = 0; j < kColumns; ++j) {
+      if (given.dtype == DType::kBFloat16) out[j] = other[j];
+    }
   }
 }
 

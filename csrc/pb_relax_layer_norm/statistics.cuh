@@ -52,13 +52,11 @@ __device__ __forceinline__ void reduce_row(float (&number)[kCount], float* scrat
   }
   me.sync();
   // Lane l takes the numbers of warp l, as far as there is one.
-  int lanes = 1;
-  while (lanes < num_warps) lanes *= 2;
-  const int warp = lane % lanes;
+  const int warp = lane & (me.lanes_for_warps - 1);
 #pragma unroll
   for (int n = 0; n < kCount; ++n) number[n] = warp < num_warps ? of_row[warp * kCount + n] : 0.f;
 #pragma unroll 1
-  for (int mask = lanes / 2; mask > 0; mask /= 2) {
+  for (int mask = me.lanes_for_warps / 2; mask > 0; mask /= 2) {
 #pragma unroll
     for (int n = 0; n < kCount; ++n) {
       number[n] = combine(n, number[n], shfl_bfly(number[n], mask));
@@ -96,16 +94,21 @@ __device__ __forceinline__ float rstd_of(float variance) {
 // max|x|. A NaN is passed over.
 template <typename T>
 struct Peak {
-  uint32_t of_pairs = 0;
+  uint32_t most = 0, least = 0;  // of even columns, of odd ones
 
   __device__ __forceinline__ void add(const Vector<T>& vector) {
     const uint32_t* words = reinterpret_cast<const uint32_t*>(vector.piece);
 #pragma unroll
-    for (int j = 0; j < kColumns / 2; ++j) of_pairs = max_x2<T>(of_pairs, abs_x2<T>(words[j]));
+    for (int j = 0; j < kColumns / 2; ++j) {
+      most = max_x2<T>(most, words[j]);
+      least = min_x2<T>(least, words[j]);
+    }
   }
   __device__ __forceinline__ float value() const {
-    const T* pair = reinterpret_cast<const T*>(&of_pairs);
-    return fmaxf(to_float(pair[0]), to_float(pair[1]));
+    const T* high = reinterpret_cast<const T*>(&most);
+    const T* low = reinterpret_cast<const T*>(&least);
+    return fmaxf(fmaxf(to_float(high[0]), to_float(high[1])),
+                 -fminf(to_float(low[0]), to_float(low[1])));
   }
 };
 template <>

@@ -40,8 +40,6 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   const auto parameter = [&](int idx) {
     return SharedRow<float>(dynamic_shared() + shared.parameter(idx), me);
   };
-  const SharedRow<float> post_weight = parameter(0), post_bias = parameter(1);
-  const SharedRow<float> pre_weight = parameter(2), pre_bias = parameter(3);
   float* scratch = shared_array<float, kScratchFloats>();
   const float inverse_hidden = 1.f / float(hidden);
 
@@ -69,33 +67,67 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     if (me.in_row == 0) params.f_statistics[row] = f_statistics;
 
     RoughSums<H> rough_h;
-    H* h_row = static_cast<H*>(params.h) + row * hidden;
-    write_row(plan.aligned, me, [&](int i, auto aligned) {
-      float x[kColumns], weight[kColumns], bias[kColumns];
-      unpack(f.load(i), x);
-      unpack(post_weight.load(i), weight);
-      unpack(post_bias.load(i), bias);
-      normalise(x, f_statistics, weight, bias);
-      add_vector(h.load(i), x);
-      Vector<H> rounded = pack<H>(x);
-      if (!aligned.value) clear_beyond(hidden - me.column(i), rounded);
-      h.store(i, rounded);
-      rough_h.add(rounded);
-      store_vector_at(h_row, me.column(i), hidden, aligned.value, rounded);
-    });
+    const auto write_h = [&](auto aligned) {
+      WrittenRow<H, aligned.value> to(params.h, row, hidden, me);
+      SharedRow<F> from = f;
+      SharedRow<H> residual = h;
+      SharedRow<float> post_weight = parameter(0), post_bias = parameter(1);
+      in_pairs(me.num_vectors, [&](auto n) {
+#pragma unroll
+        for (int v = 0; v < n.value; ++v) {
+          float x[kColumns], weight[kColumns], bias[kColumns];
+          unpack(from.load(v), x);
+          unpack(post_weight.load(v), weight);
+          unpack(post_bias.load(v), bias);
+          normalise(x, f_statistics, weight, bias);
+          add_vector(residual.load(v), x);
+          Vector<H> rounded = pack<H>(x);
+          if (!aligned.value) clear_beyond(to.rest - v * kVectorStep, rounded);
+          residual.store(v, rounded);
+          rough_h.add(rounded);
+          to.store(v, rounded);
+        }
+        from.skip(n.value);
+        residual.skip(n.value);
+        post_weight.skip(n.value);
+        post_bias.skip(n.value);
+        to.skip(n.value);
+      });
+    };
+    if (plan.aligned) {
+      write_h(std::true_type());
+    } else {
+      write_h(std::false_type());
+    }
     const RowStatistics h_statistics = statistics_of_row(
         rough_h, h, hidden, inverse_hidden, params.pre_eps, params.relax, nullptr, me, scratch);
     if (me.in_row == 0) params.h_statistics[row] = h_statistics;
 
-    H* z_row = static_cast<H*>(params.z) + row * hidden;
-    write_row(plan.aligned, me, [&](int i, auto aligned) {
-      float x[kColumns], weight[kColumns], bias[kColumns];
-      unpack(h.load(i), x);
-      unpack(pre_weight.load(i), weight);
-      unpack(pre_bias.load(i), bias);
-      normalise(x, h_statistics, weight, bias);
-      store_vector_at(z_row, me.column(i), hidden, aligned.value, pack<H>(x));
-    });
+    const auto write_z = [&](auto aligned) {
+      WrittenRow<H, aligned.value> to(params.z, row, hidden, me);
+      SharedRow<H> from = h;
+      SharedRow<float> pre_weight = parameter(2), pre_bias = parameter(3);
+      in_pairs(me.num_vectors, [&](auto n) {
+#pragma unroll
+        for (int v = 0; v < n.value; ++v) {
+          float x[kColumns], weight[kColumns], bias[kColumns];
+          unpack(from.load(v), x);
+          unpack(pre_weight.load(v), weight);
+          unpack(pre_bias.load(v), bias);
+          normalise(x, h_statistics, weight, bias);
+          to.store(v, pack<H>(x));
+        }
+        from.skip(n.value);
+        pre_weight.skip(n.value);
+        pre_bias.skip(n.value);
+        to.skip(n.value);
+      });
+    };
+    if (plan.aligned) {
+      write_z(std::true_type());
+    } else {
+      write_z(std::false_type());
+    }
   };
   for_each_row(plan, shared, params.rows, me, copy, prepare, compute);
 }

@@ -40,7 +40,7 @@ using Lanes = std::array<uint32_t, kLanes>;
   X(IADD3) X(IMAD) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) X(IMNMX) X(IABS) X(LEA) X(LOP3) \
   X(PLOP3) X(SHF) X(PRMT) X(SEL) X(MOV) X(ISETP) X(POPC) X(FLO) X(BREV) X(P2R) X(R2P) X(R2UR) \
   X(S2R) X(S2UR) X(CS2R) X(VOTE) X(VOTEU) X(SHFL) X(REDUX) X(FADD) X(FMUL) X(FFMA) X(FMNMX) \
-  X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HMUL2) X(HFMA2) X(HMNMX2) X(HMMA) \
+  X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HMUL2) X(HFMA2) X(HMNMX2) X(VHMNMX) X(HMMA) \
   X(LDC) \
   X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM) X(LDGSTS) X(RED) X(REDG) X(ATOMG) \
   X(BRA) \
@@ -748,7 +748,7 @@ class Warp {
 
   // Arithmetic on two halves: an immediate is two numbers, the upper one first.
   void packed(const Instruction& in, uint32_t lanes) {
-    const size_t wanted = in.op == HFMA2 ? 3 : 2;
+    const size_t wanted = in.op == HFMA2 || in.op == VHMNMX ? 3 : 2;
     std::array<std::array<float, kLanes>, 2> numbers[3];
     size_t at = 1;
     for (size_t n = 0; n < wanted; ++n) {
@@ -769,15 +769,18 @@ class Warp {
         }
       }
     }
-    const uint32_t take_min = in.op == HMNMX2 ? predicate(in.operands[at]) : 0;
+    const bool is_extreme = in.op == HMNMX2 || in.op == VHMNMX;
+    const uint32_t take_min = is_extreme ? predicate(in.operands[at]) : 0;
     each(in, lanes, [&](int l) {
       uint32_t word = 0;
       for (int half = 0; half < 2; ++half) {
         const float a = numbers[0][half][l], b = numbers[1][half][l];
-        const float x = in.op == HADD2   ? a + b
-                        : in.op == HMUL2 ? a * b
-                        : in.op == HFMA2 ? std::fma(a, b, numbers[2][half][l])
-                                         : extreme(in, a, b, take_min >> l & 1);
+        const float x = in.op == HADD2    ? a + b
+                        : in.op == HMUL2  ? a * b
+                        : in.op == HFMA2  ? std::fma(a, b, numbers[2][half][l])
+                        : in.op == VHMNMX ? extreme(in, extreme(in, a, b, take_min >> l & 1),
+                                                    numbers[2][half][l], take_min >> l & 1)
+                                          : extreme(in, a, b, take_min >> l & 1);
         word |= uint32_t(in.has(BF16_V2) ? float_to_bfloat(x) : float_to_half(x)) << 16 * half;
       }
       return word;
@@ -1196,9 +1199,8 @@ class Warp {
       case FMUL: {
         const auto a = floats(o[1]), b = floats(o[2]);
         const float factor = in.has(D8) ? 0.125f : 1.f;
-        each(in, lanes, [&](int l) {
-          return as_bits(in.op == FADD ? a[l] + b[l] : a[l] * b[l] * factor);
-        });
+        each(in, lanes,
+             [&](int l) { return as_bits(in.op == FADD ? a[l] + b[l] : a[l] * b[l] * factor); });
         break;
       }
       case FFMA: {
@@ -1209,8 +1211,7 @@ class Warp {
       case FMNMX: {
         const auto a = floats(o[1]), b = floats(o[2]);
         const uint32_t take_min = predicate(o[3]);
-        each(in, lanes,
-             [&](int l) { return as_bits(extreme(in, a[l], b[l], take_min >> l & 1)); });
+        each(in, lanes, [&](int l) { return as_bits(extreme(in, a[l], b[l], take_min >> l & 1)); });
         break;
       }
       case FSETP: {
@@ -1285,6 +1286,7 @@ class Warp {
       case HMUL2:
       case HFMA2:
       case HMNMX2:
+      case VHMNMX:
         packed(in, lanes);
         break;
       case HMMA:
@@ -1422,7 +1424,8 @@ void free_kernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 // `sizes` gets the number of each warp's. The events stay until the thread's next call.
 int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int params_at,
                    const uint64_t* ranges, const uint8_t* streamed, int num_ranges, int threads,
-                   int threads_x, int x, int y, int grid_x, int grid_y, int64_t* sizes, const uint32_t** events, int64_t* bytes_moved) {
+                   int threads_x, int x, int y, int grid_x, int grid_y, int64_t* sizes,
+                   const uint32_t** events, int64_t* bytes_moved) {
   static thread_local std::vector<uint32_t> all;
   try {
     Launch launch;
