@@ -133,7 +133,7 @@ struct WarpMemory {
 // The first row of a group. A row goes to block row % gridDim.x, so that multiprocessors differ by
 // one row at most.
 __device__ __forceinline__ int64_t first_row(const RowThread& me) {
-  return blockIdx.x + int64_t{gridDim.x} * shfl_idx(me.row_in_block, 0);
+  return blockIdx.x + int64_t{gridDim.x} * me.row_in_block;
 }
 
 template <typename T>
