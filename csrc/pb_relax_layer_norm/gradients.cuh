@@ -20,15 +20,19 @@ template <int kVectors>
 struct Columns {
   static constexpr int kApart = kWarpSize * kColumns;  // from vector to vector, in columns
 
-  int first_vector;
+  int hidden;
   int left;  // columns of the row from the first one on; none where it is not positive
 
   __device__ __forceinline__ Columns(const RowThread& me, int hidden)
-      : first_vector(me.in_row / kWarpSize * kWarpSize * kVectors + me.in_row % kWarpSize),
-        left(hidden - first_vector * kColumns) {}
+      : hidden(hidden),
+        left(hidden -
+             (me.in_row / kWarpSize * kWarpSize * kVectors + me.in_row % kWarpSize) * kColumns) {}
 
-  __device__ __forceinline__ int first() const { return first_vector * kColumns; }
-  __device__ __forceinline__ int vector_idx(int i) const { return first_vector + i * kWarpSize; }
+  // Computed from `left`, lest it takes a register of its own.
+  __device__ __forceinline__ int first() const { return hidden - left; }
+  __device__ __forceinline__ int vector_idx(int i) const {
+    return first() / kColumns + i * kWarpSize;
+  }
   __device__ __forceinline__ bool has(int i) const { return i * kApart < left; }
 };
 
@@ -145,21 +149,24 @@ __device__ __forceinline__ T* advanced(T* pointer, int64_t bytes) {
 // For each row of this thread's group, from `first` on: compute(row, stage, refill). copy(row, stage)
 // begins to copy a row, as many rows ahead as there are stages: compute calls refill() once it has
 // read all of `stage`. prepare() is called behind the first copies. `own`: where the memory of this
-// thread's warp begins. Row: int, where all numbers of rows fit it, or int64_t.
+// thread's warp begins. Row: uint32_t, where that holds
+// all numbers of rows, or int64_t.
 template <typename Row, typename Copy, typename Prepare, typename Compute>
 __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const RowSteps& steps,
                                                    const StageSlots& slots, int own, Row rows,
                                                    Row first, const Copy& copy,
                                                    const Prepare& prepare, const Compute& compute) {
-  const Row step = Row(steps.rows), last = Row(steps.last);
+  const Row step = Row(steps.rows);
   Row row = first;
-  Slots now = Slots::of_warp(own);
-  const int both = 2 * now.first + (plan.stages == 2 ? slots.bytes() : 0);
-  if (row < rows) copy(row, now);
+  Slots stage = Slots::of_warp(own);
+  const int both = 2 * stage.first + (plan.stages == 2 ? slots.bytes() : 0);
+  if (row < rows) copy(row, stage);
   cp_async_commit_group();
   if (plan.stages == 2) {
-    if (row + step < rows) copy(row + step, Slots{both - now.first});
+    stage.first = both - stage.first;
+    if (row + step < rows) copy(row + step, stage);
     cp_async_commit_group();
+    stage.first = both - stage.first;
   }
   prepare();
   for (; row < rows; row += step) {
@@ -169,12 +176,13 @@ __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const Ro
       cp_async_wait_group<0>();
     }
     bar_warp_sync();  // lanes copied statistics for all
-    compute(row, now, [&] {
+    compute(row, stage, [&] {
       bar_warp_sync();
-      if (row < last) copy(row + (rows - last), now);
+      const Row next = row + Row(steps.ahead);
+      if (next < rows) copy(next, stage);
       cp_async_commit_group();
     });
-    now.first = both - now.first;
+    stage.first = both - stage.first;
   }
   cp_async_wait_group<0>();
 }
@@ -400,7 +408,7 @@ struct BackwardNeeds {
 // Whether int holds all numbers of rows, and strides.
 inline bool int_holds(int64_t rows, const RowSteps& steps,
                       std::initializer_list<TypedRows> matrices) {
-  int64_t largest = rows + 2 * steps.rows;
+  int64_t largest = rows + steps.ahead;
   for (const TypedRows& matrix : matrices) largest = std::max(largest, matrix.rows.row_stride);
   return largest <= INT32_MAX;
 }
@@ -430,7 +438,7 @@ cudaError_t plan_backward(const BackwardNeeds& needs, Params* params, bool* fits
   RowSteps& steps = params->steps;
   steps.inverse_hidden = 1.f / float(params->hidden);
   steps.rows = int64_t{params->plan.num_blocks} * params->plan.rows_per_block;
-  steps.last = params->rows - steps.rows * params->plan.stages;
+  steps.ahead = steps.rows * params->plan.stages;
   int64_t* bytes = steps.bytes;
   for (const auto& [matrix, dtype] : needs.matrices) {
     *bytes++ = steps.rows * matrix.row_stride * kPieceBytes * pieces_of(dtype) / kColumns;

@@ -69,13 +69,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const RowSums exchange(memory, me);
 
   // A row at this thread's columns. Found anew for each row: no registers hold pointers.
-  using Row = std::conditional_t<kPlain, int, int64_t>;
+  using Row = std::conditional_t<kPlain, uint32_t, int64_t>;
+  using Wide = std::conditional_t<kPlain, uint64_t, int64_t>;
   const auto input = [&](const ConstRows& rows, Row row, auto tag) {
     return static_cast<const decltype(tag)*>(rows.data) +
-           (int64_t{row} * Row(rows.row_stride) + columns.first());
+           (Wide{row} * Row(rows.row_stride) + columns.first());
   };
   const auto output = [&](void* rows, Row row, auto tag) {
-    return static_cast<decltype(tag)*>(rows) + (int64_t{row} * hidden + columns.first());
+    return static_cast<decltype(tag)*>(rows) + (Wide{row} * Row(hidden) + columns.first());
   };
   const auto copy = [&](Row row, const Slots& stage) {
     kSlots.copy_statistics(
@@ -258,10 +259,13 @@ cudaError_t sandwich_residual_backward(const SandwichResidualBackwardParams& giv
   return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
     using F = typename decltype(f)::Type;
     using H = typename decltype(h)::Type;
-    const bool plain = params.plan.aligned && params.dropout.seed == nullptr &&
-                       int_holds(params.rows, params.steps, matrices);
-    return plain ? launch_planned<sandwich_residual_backward_kernel<F, H, true>>(params, stream)
-                 : launch_planned<sandwich_residual_backward_kernel<F, H, false>>(params, stream);
+    if constexpr (kPieces<H> == 1) {  // float32 leaves too few registers, and time enough
+      if (params.plan.aligned && params.dropout.seed == nullptr &&
+          int_holds(params.rows, params.steps, matrices)) {
+        return launch_planned<sandwich_residual_backward_kernel<F, H, true>>(params, stream);
+      }
+    }
+    return launch_planned<sandwich_residual_backward_kernel<F, H, false>>(params, stream);
   });
 }
 
