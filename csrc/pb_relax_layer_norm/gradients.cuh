@@ -149,24 +149,29 @@ __device__ __forceinline__ T* advanced(T* pointer, int64_t bytes) {
 // For each row of this thread's group, from `first` on: compute(row, stage, refill). copy(row, stage)
 // begins to copy a row, as many rows ahead as there are stages: compute calls refill() once it has
 // read all of `stage`. prepare() is called behind the first copies. `own`: where the memory of this
-// thread's warp begins. Row: uint32_t, where that holds
-// all numbers of rows, or int64_t.
+// thread's warp begins. Row: uint32_t, where that holds all numbers of rows, or int64_t. Returns the
+// slots of the first stage.
 template <typename Row, typename Copy, typename Prepare, typename Compute>
-__device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const RowSteps& steps,
-                                                   const StageSlots& slots, int own, Row rows,
-                                                   Row first, const Copy& copy,
-                                                   const Prepare& prepare, const Compute& compute) {
+__device__ __forceinline__ Slots for_each_row_ahead(const RowPlan& plan, const RowSteps& steps,
+                                                    const StageSlots& slots, int own, Row rows,
+                                                    Row first, const Copy& copy,
+                                                    const Prepare& prepare,
+                                                    const Compute& compute) {
   const Row step = Row(steps.rows);
   Row row = first;
   Slots stage = Slots::of_warp(own);
-  const int both = 2 * stage.first + (plan.stages == 2 ? slots.bytes() : 0);
+  int to_next = plan.stages == 2 ? slots.bytes() : 0;
+  const auto turn = [&] {
+    stage.first += to_next;
+    to_next = -to_next;
+  };
   if (row < rows) copy(row, stage);
   cp_async_commit_group();
   if (plan.stages == 2) {
-    stage.first = both - stage.first;
+    turn();
     if (row + step < rows) copy(row + step, stage);
     cp_async_commit_group();
-    stage.first = both - stage.first;
+    turn();
   }
   prepare();
   for (; row < rows; row += step) {
@@ -182,9 +187,11 @@ __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const Ro
       if (next < rows) copy(next, stage);
       cp_async_commit_group();
     });
-    stage.first = both - stage.first;
+    turn();
   }
   cp_async_wait_group<0>();
+  if (to_next < 0) turn();
+  return stage;
 }
 
 // A thread's elements of a weight, which has dtype T or float32.
@@ -307,10 +314,10 @@ struct ColumnSums {
 
   // Adds up the sums of the block's groups, in order, and stores them in the block's rows of
   // `partial` (kGradients, gridDim.x, hidden). Call it after the last row: with several groups it
-  // uses the memory where rows arrived, kSlots slots of each thread.
+  // uses the memory where rows arrived, kSlots slots from `slots` on. warp_bytes: of a warp there.
   __device__ __forceinline__ void store(float* partial, int64_t hidden, const RowThread& me,
-                                        const Columns<kVectors>& columns,
-                                        const WarpMemory& memory) {
+                                        const Columns<kVectors>& columns, const Slots& slots,
+                                        int warp_bytes) {
     float* row = partial + blockIdx.x * hidden + columns.first();
     const int64_t next_gradient = gridDim.x * hidden;
     const auto store_vector = [&](int n, const float (&sums)[kColumns]) {
@@ -325,8 +332,7 @@ struct ColumnSums {
       }
       return;
     }
-    const Slots slots = Slots::of_warp(memory.own);
-    const int group_bytes = me.threads_per_row / kWarpSize * memory.bytes;
+    const int group_bytes = me.threads_per_row / kWarpSize * warp_bytes;
     bar_warp_sync();  // other lanes' rows lay there
 #pragma unroll
     for (int n = 0; n < kGradients * kVectors; ++n) {

@@ -166,10 +166,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if constexpr (!kInRegisters) refill();
     if constexpr (kPlain) dx = advanced(dx, steps.bytes[3]);
   };
-  for_each_row_ahead(plan, steps, slots, memory.own, Row(params.rows), Row(first), copy, prepare,
-                     compute);
+  const Slots stages = for_each_row_ahead(plan, steps, slots, memory.own, Row(params.rows),
+                                          Row(first), copy, prepare, compute);
   if (params.partial != nullptr) {
-    sums.store(params.partial, hidden, me, columns, memory);
+    sums.store(params.partial, hidden, me, columns, stages, memory.bytes);
   }
 }
 

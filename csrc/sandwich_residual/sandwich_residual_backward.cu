@@ -160,11 +160,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
         for (int p = 0; p < 2; ++p) st_shared_v4(stage.at(Own::gradient(i, p)), unrounded.piece[p]);
       }
       load_f(i);
-      add_columns(xhat[i % kKept], gradient, weight, f_sums, sums.value[0][i], sums.value[1][i]);
-      if constexpr (kPlain) {
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[i][j] = gradient[j];
-      }
+      for (int j = 0; j < kColumns; ++j) g[i % kKept][j] = gradient[j];
+      add_columns(xhat[i % kKept], gradient, weight, f_sums, sums.value[0][i], sums.value[1][i]);
     }
     if constexpr (kPlain) refill();
     exchange.add(f_sums, 1, me);
@@ -179,22 +177,24 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
           unrounded.piece[p] = ld_shared_v4(stage.at(Own::gradient(i, p)));
         unpack(unrounded, g[0]);
         load_f(i);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[0][j] = mul_rn(g[0][j], weight[j]);
+      } else {
+        weights.load(0, i, weight);
       }
       float out[kColumns];
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) out[j] = f_gradient(g[i % kKept][j], xhat[i % kKept][j]);
+      for (int j = 0; j < kColumns; ++j) {
+        out[j] = f_gradient(mul_rn(g[i % kKept][j], weight[j]), xhat[i % kKept][j]);
+      }
       Vector<F> packed = pack<F>(out);
       if (drops) keep_columns(kept >> i * kColumns, packed);
       store_vector_at(df, i * columns.kApart, columns.left, aligned, packed);
     }
     if constexpr (!kPlain) refill();
   };
-  for_each_row_ahead(plan, params.steps, kSlots, memory.own, Row(params.rows), Row(first_row(me)),
-                     copy, prepare, compute);
+  const Slots stages = for_each_row_ahead(plan, params.steps, kSlots, memory.own, Row(params.rows),
+                                          Row(first_row(me)), copy, prepare, compute);
   if (params.partial != nullptr) {
-    sums.store(params.partial, hidden, me, columns, memory);
+    sums.store(params.partial, hidden, me, columns, stages, memory.bytes);
   }
 }
 
