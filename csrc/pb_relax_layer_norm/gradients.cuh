@@ -69,16 +69,19 @@ struct Slots {
   template <typename T, int kVectors>
   __device__ __forceinline__ void copy(int slot, const T* from, const Columns<kVectors>& columns,
                                        bool aligned) const {
+    constexpr int kApart = Columns<kVectors>::kApart;
+    if (aligned) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      constexpr int kApart = Columns<kVectors>::kApart;
-      if (aligned) {
+      for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
         for (int p = 0; p < kPieces<T>; ++p) {
           cp_async_16(at(slot + i * kPieces<T> + p), from + i * kApart + p * kVector<T>,
                       columns.has(i));
         }
-      } else {
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kVectors; ++i) {
         store(slot + i * kPieces<T>, load_vector_at(from, i * kApart, columns.left, false));
       }
     }

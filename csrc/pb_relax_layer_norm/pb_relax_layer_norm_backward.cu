@@ -52,7 +52,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   // Registers hold the weight, and between the two passes over a row xhat and g.
   constexpr bool kInRegisters = kPlain;
   const RowPlan& plan = params.plan;
-  const RowThread me(plan, params.hidden);
+  RowThread me(plan, params.hidden);
+  if constexpr (kVectors > 2) {  // a row has most threads of a block: there is one group
+    me.in_row = threadIdx.x;
+    me.row_in_block = 0;
+  }
   const int hidden = int(params.hidden);
   const Columns<kVectors> columns(me, hidden);
   const bool has_add = !kPlain && params.add.data != nullptr;
@@ -65,7 +69,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 
   // Of the row that is copied next, at this thread's columns; and dx. They go on from row to row, but
   // where registers are scarce: there they are computed for each row.
-  using Row = std::conditional_t<kPlain, uint32_t, int64_t>;
+  using Row = std::conditional_t<kPlain || (kVectors > 2), uint32_t, int64_t>;
   const X *x, *add;
   const Y* dy;
   const RowStatistics* statistics_of_row;
