@@ -252,7 +252,9 @@ struct SharedWeights {
 // Sums
 
 // Adds up two numbers over the threads of a row, at most 16 warps. In shared memory each warp has
-// two floats for its sums, and two more: consecutive calls use different ones.
+// two floats for its sums, and two more: consecutive calls use different ones. kKept: registers hold
+// the addresses, or they are computed again for each row.
+template <bool kKept>
 class RowSums {
  public:
   static constexpr int kBytes = 4 * sizeof(float);  // of a warp
@@ -263,8 +265,13 @@ class RowSums {
   __device__ __forceinline__ RowSums(unsigned char* memory, int first, int apart,
                                      const RowThread& me)
       : memory_(memory),
-        places_(kept((first + me.in_row / kWarpSize * apart + of_lane()) / kFloatBytes |
-                     (first + lane() % kHalf * apart + of_lane()) / kFloatBytes << 16)) {}
+        mine_(first + me.in_row / kWarpSize * apart + of_lane()),
+        theirs_(first + lane() % kHalf * apart + of_lane()) {
+    if constexpr (kKept) {
+      mine_ = kept(mine_);
+      theirs_ = kept(theirs_);
+    }
+  }
 
   __device__ __forceinline__ RowSums(const WarpMemory& memory, const RowThread& me)
       : RowSums(dynamic_shared(), memory.of_first_warp(me) + memory.bytes - StageSlots::kSumBytes,
@@ -277,13 +284,13 @@ class RowSums {
     sum = add_lanes(sum + shfl_bfly(second ? number[0] : number[1], kHalf));
     const int num_warps = me.threads_per_row / kWarpSize;
     if (num_warps > 1) {
-      const auto place = [&](uint32_t idx) {
-        return reinterpret_cast<float*>(memory_ + idx * kFloatBytes) + which * 2;
+      const auto place = [&](int offset) {
+        return reinterpret_cast<float*>(memory_ + (offset + which * 2 * kFloatBytes));
       };
-      if (lane() % kHalf == 0) *place(uint32_t(places_) & 0xffffu) = sum;
+      if (lane() % kHalf == 0) *place(mine_) = sum;
       me.sync();
       sum = 0.f;
-      if (lane() % kHalf < num_warps) sum = *place(uint32_t(places_) >> 16);
+      if (lane() % kHalf < num_warps) sum = *place(theirs_);
       sum = add_lanes(sum);
     }
     const float other = shfl_bfly(sum, kHalf);
@@ -303,9 +310,8 @@ class RowSums {
   }
 
   unsigned char* memory_;
-  // Numbers of floats, in one register: where this warp's lanes 0 and 16 store, and sixteen bits
-  // further up where this lane reads.
-  int places_;
+  int mine_;    // where this warp's lanes 0 and 16 store
+  int theirs_;  // where this lane reads
 };
 
 // A thread's sums for its columns, one set for each gradient.

@@ -65,7 +65,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const StageSlots slots = Own::stage(has_add);
   const SharedWeights<1, kVectors> shared_weight(me);
   const WarpMemory memory(plan, slots, kInRegisters ? 0 : shared_weight.bytes(me.threads_per_row));
-  const RowSums exchange(memory, me);
+  const RowSums<kPlain> exchange(memory, me);
 
   // Of the row that is copied next, at this thread's columns; and dx. They go on from row to row, but
   // where registers are scarce: there they are computed for each row.
@@ -187,8 +187,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
   const float inverse_hidden = 1.f / float(hidden);
   unsigned char* scratch =
-      shared_array<unsigned char, kWideThreads / kWarpSize * RowSums::kBytes>();
-  const RowSums exchange(scratch, 0, RowSums::kBytes, me);
+      shared_array<unsigned char, kWideThreads / kWarpSize * RowSums<false>::kBytes>();
+  const RowSums<false> exchange(scratch, 0, RowSums<false>::kBytes, me);
   float* dweight = nullptr;
   float* dbias = nullptr;
   if (params.partial != nullptr) {

@@ -66,7 +66,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const bool drops = !kPlain && params.dropout.seed != nullptr;
   const SharedWeights<2, kVectors> weights(me);  // of post, of pre
   const WarpMemory memory(plan, kSlots, weights.bytes(me.threads_per_row));
-  const RowSums exchange(memory, me);
+  const RowSums<kPlain> exchange(memory, me);
 
   // A row at this thread's columns. Found anew for each row: no registers hold pointers.
   using Row = std::conditional_t<kPlain, uint32_t, int64_t>;
