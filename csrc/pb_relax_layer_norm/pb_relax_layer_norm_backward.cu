@@ -64,7 +64,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const bool aligned = kPlain || plan.aligned;
   const StageSlots slots = Own::stage(has_add);
   const SharedWeights<1, kVectors> shared_weight(me);
-  const WarpMemory memory(plan, slots, kInRegisters ? 0 : shared_weight.bytes(me.threads_per_row));
+  const WarpMemory memory(plan, slots, shared_weight.bytes(me.threads_per_row));
   const RowSums<kPlain> exchange(memory, me);
 
   // Of the row that is copied next, at this thread's columns; and dx. They go on from row to row, but
@@ -117,8 +117,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   };
 
   ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
-  int parity = 0;
-  const auto compute = [&](Row row, const Slots& stage, const auto& refill) {
+  const auto compute = [&](Row row, const Slots& stage, int turn, const auto& refill) {
     uint32_t kept = 0;  // a bit for each column
     if (drops) {
 #pragma unroll
@@ -142,19 +141,22 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       load(i);
-      add_columns(xhat[i], g[i], weight[i], row_sums, sums.value[0][i], sums.value[1][i]);
+      if constexpr (kInRegisters) {
+        add_to_columns(xhat[i], g[i], sums.value[0][i], sums.value[1][i]);
+      }
+      weigh(weight[i], g[i]);
+      add_to_row(xhat[i], g[i], row_sums);
     }
     if constexpr (kInRegisters) refill();
-    exchange.add(row_sums, parity, me);
-    parity ^= 1;
+    exchange.add(row_sums, turn, me);
     const RowGradient gradient(row_sums, params.steps.inverse_hidden, statistics);
     if constexpr (!kPlain) find_dx(row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if constexpr (!kInRegisters) {
         load(i);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[i][j] = mul_rn(g[i][j], weight[i][j]);
+        add_to_columns(xhat[i], g[i], sums.value[0][i], sums.value[1][i]);
+        weigh(weight[i], g[i]);
       }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) g[i][j] = gradient(g[i][j], xhat[i][j]);
@@ -223,7 +225,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       load(v);
       float dweight_here[kColumns] = {}, dbias_here[kColumns] = {};
-      add_columns(xhat, g, weight, row_sums, dweight_here, dbias_here);
+      add_to_columns(xhat, g, dweight_here, dbias_here);
+      weigh(weight, g);
+      add_to_row(xhat, g, row_sums);
       if (dweight == nullptr) continue;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
@@ -238,7 +242,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       load(v);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        g[j] = gradient(g[j] * weight[j], xhat[j]);
+        g[j] = gradient(mul_rn(g[j], weight[j]), xhat[j]);
         if (params.dropout.seed != nullptr && (kept >> j & 1u) == 0) g[j] = 0.f;
       }
       if (params.add.data != nullptr) {
@@ -300,30 +304,21 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& g
                                                      {params.x, params.x_dtype},
                                                      {params.add, params.x_dtype},
                                                      {{params.dx, params.hidden}, params.x_dtype}};
-  const bool aligned = all_aligned(params.hidden, matrices);
-  bool plain =
-      aligned && !has_add && params.dropout.seed == nullptr && params.x_dtype == params.dy_dtype;
   BackwardNeeds needs = {};
   needs.matrices = matrices;
   needs.pieces = pieces_of(params.dy_dtype) + (has_add ? 2 : 1) * pieces_of(params.x_dtype);
   needs.statistics = 1;
   needs.vectors = params.hidden <= kBackwardThreads * 2 * kColumns ? 2 : 4;
-  needs.num_weights = plain && needs.vectors == 2 ? 0 : 1;
+  needs.num_weights = 1;
   needs.max_threads = kBackwardThreads;
   bool fits = false;
-  cudaError_t status = plan_backward(needs, &params, &fits);
+  const cudaError_t status = plan_backward(needs, &params, &fits);
   if (status != cudaSuccess) return status;
-  if (plain && fits && !int_holds(params.rows, params.steps, matrices)) {
-    plain = false;
-    needs.num_weights = 1;
-    status = plan_backward(needs, &params, &fits);
-    if (status != cudaSuccess) return status;
-  }
   return with_dtypes(params.x_dtype, params.dy_dtype, [&](auto x, auto dy) {
     using X = typename decltype(x)::Type;
     using Y = typename decltype(dy)::Type;
     if (!fits) {
-      params.plan.aligned = aligned;
+      params.plan.aligned = all_aligned(params.hidden, matrices);
       params.plan.threads_per_row = kWideThreads;
       return launch<pb_relax_layer_norm_backward_wide_kernel<X, Y>>(
           params.num_blocks, 1, kWideThreads, 0, stream, params);
@@ -332,7 +327,8 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& g
       return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 4, false>>(params, stream);
     }
     if constexpr (std::is_same_v<X, Y>) {
-      if (plain) {
+      if (params.plan.aligned && !has_add && params.dropout.seed == nullptr &&
+          int_holds(params.rows, params.steps, matrices)) {
         return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 2, true>>(params, stream);
       }
     }
