@@ -27,7 +27,6 @@ namespace cogview {
 namespace {
 
 constexpr int kMaxThreads = 768;  // 80 registers each
-constexpr int kEnoughWarps = 16;
 constexpr int kWideThreads = 512;
 
 // *peak becomes the larger of itself and the warp's max|value|, given as bits. Those of a NaN are
@@ -237,7 +236,7 @@ cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& giv
   }
   needs.num_parameters = 2;
   bool fits = false;
-  const cudaError_t status = plan_by_warps(needs, kEnoughWarps, &params.plan, &fits);
+  const cudaError_t status = plan_by_warps(needs, &params.plan, &fits);
   if (status != cudaSuccess) return status;
   return with_dtypes(params.x_dtype, params.y_dtype, [&](auto x, auto y) {
     using X = typename decltype(x)::Type;

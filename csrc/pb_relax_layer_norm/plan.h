@@ -126,6 +126,7 @@ struct GroupNeeds {
   int max_threads;      // of a block
   int64_t stage_bytes;  // what arrives of a row
   int num_parameters;   // weights and biases that are kept in shared memory
+  int max_stages = 2;   // 1: more rows at once rather than copies that run ahead
 };
 
 constexpr int kMaxGroups = 15;  // of several warps: each has a named barrier
@@ -138,7 +139,7 @@ inline bool plan_groups(const GroupNeeds& needs, int threads_per_row, int shared
   int64_t most = std::min(int64_t{needs.max_threads / threads_per_row},
                           (needs.rows + needs.num_blocks - 1) / needs.num_blocks);
   if (threads_per_row > kWarpSize) most = std::min(most, int64_t{kMaxGroups});
-  for (int stages = 2; stages > 0; --stages) {
+  for (int stages = needs.max_stages; stages > 0; --stages) {
     RowMemory shared = {needs.num_parameters, row_bytes(int(needs.hidden), kPieces<float>), stages,
                         int(needs.stage_bytes), 0};
     const int free_bytes = shared_limit - shared.bytes();
@@ -158,26 +159,35 @@ inline bool plan_groups(const GroupNeeds& needs, int threads_per_row, int shared
   return false;
 }
 
-// Plans the fewest warps to a row that give a block `enough_warps`, else the most warps; false where
-// no row fits. A row of one warp needs no barrier, and its sums no shared memory. The number of rows
-// does not matter: a row's sums are added in the same order whatever rows are beside it.
-inline cudaError_t plan_by_warps(const GroupNeeds& needs, int enough_warps, RowPlan* plan,
-                                 bool* fits) {
+// So many warps hide each other's latency: in the cycle model of benchmarks/kernels/cycles, fewer
+// leave memory idle, and more are not faster.
+constexpr int kEnoughWarps = 12;
+
+// Plans the fewest warps to a row that give a block kEnoughWarps, with two stages if that is enough
+// rows; else the most warps. False where no row fits. A row of one warp needs no barrier, and fewer
+// warps add up fewer sums.
+// The number of rows does not matter: a row's columns are added in the same order whatever rows are
+// beside it. Groups without a row help to load the parameters.
+inline cudaError_t plan_by_warps(GroupNeeds needs, RowPlan* plan, bool* fits) {
   int limit = 0;
   const cudaError_t status = max_shared_bytes(&limit);
   if (status != cudaSuccess) return status;
   limit -= kRowArrayBytes + kReservedSharedBytes;
-  GroupNeeds many = needs;
-  many.rows = int64_t{needs.num_blocks} * needs.max_threads;
-  RowPlan best = {};
+  const int num_blocks = int(std::min(int64_t{needs.num_blocks}, needs.rows));
+  needs.rows = int64_t{needs.num_blocks} * needs.max_threads;
+  *fits = false;
+  *plan = {};
   for (int threads = kWarpSize; threads <= needs.max_threads; threads *= 2) {
-    const bool has_work = int64_t{threads / 2} * kColumns < needs.hidden || threads == kWarpSize;
-    RowPlan more = best;
-    if (!has_work || !plan_groups(many, threads, limit, &more)) break;
-    if (more.num_threads() > best.num_threads()) best = more;
-    if (best.num_threads() >= enough_warps * kWarpSize) break;
+    if (threads > kWarpSize && threads > vectors_of(needs.hidden)) break;
+    for (needs.max_stages = 2; needs.max_stages > 0; --needs.max_stages) {
+      RowPlan found = {};
+      if (!plan_groups(needs, threads, limit, &found)) return cudaSuccess;
+      if (found.num_threads() > plan->num_threads()) *plan = found;
+      plan->num_blocks = num_blocks;
+      *fits = true;
+      if (plan->num_threads() >= kEnoughWarps * kWarpSize) return cudaSuccess;
+    }
   }
-  *fits = best.threads_per_row > 0 && plan_groups(needs, best.threads_per_row, limit, plan);
   return cudaSuccess;
 }
 

@@ -26,7 +26,6 @@ namespace cogview {
 namespace {
 
 constexpr int kMaxThreads = 768;  // 80 registers each
-constexpr int kEnoughWarps = 16;
 
 template <typename F, typename H>
 __global__ void __launch_bounds__(kMaxThreads, 1)
@@ -186,7 +185,7 @@ cudaError_t sandwich_residual_forward(const SandwichResidualForwardParams& param
   needs.num_parameters = 4;
   SandwichResidualForwardParams planned = params;
   bool fits = false;
-  const cudaError_t status = plan_by_warps(needs, kEnoughWarps, &planned.plan, &fits);
+  const cudaError_t status = plan_by_warps(needs, &planned.plan, &fits);
   if (status != cudaSuccess) return status;
   if (!fits) return launch_norms(params, stream);
   return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
