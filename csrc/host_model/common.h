@@ -158,6 +158,8 @@ __forceinline__ float ex2_approx(float x) {
 
 __forceinline__ float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
 
+__forceinline__ float mul_rn(float a, float b) { return a * b; }
+
 __forceinline__ uint32_t float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
 __forceinline__ float uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 

@@ -125,6 +125,9 @@ __device__ __forceinline__ float rsqrt_approx(float x) {
   return y;
 }
 
+// a b, rounded: not contracted with a sum that it is part of (mul.rn.f32).
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+
 // The bits of a float, and the float that has these bits (mov.b32).
 __device__ __forceinline__ uint32_t float_as_uint(float value) { return __float_as_uint(value); }
 __device__ __forceinline__ float uint_as_float(uint32_t bits) { return __uint_as_float(bits); }

@@ -66,6 +66,15 @@ struct RowPlan {
   int num_threads() const { return threads_per_row * rows_per_block; }
 };
 
+// How far the backward kernels go from a group's row to its next one, and what else the host
+// computes for them: they read it where they need it, and no register holds it.
+struct RowSteps {
+  float inverse_hidden;
+  int64_t rows;
+  int64_t last;      // rows before it have one to copy ahead, a row for each stage
+  int64_t bytes[6];  // of each matrix, in the order of the parameters
+};
+
 // y = LN(x), or y = residual + LN(dropout(x)).
 struct PbRelaxLayerNormForwardParams {
   int64_t rows, hidden;
@@ -99,7 +108,8 @@ struct PbRelaxLayerNormBackwardParams {
   int num_blocks;  // that the rows are dealt out to: exactly as many rows of `partial` are written
   void* dx;        // (rows, hidden), contiguous
   float* partial;  // (2, num_blocks, hidden): sums of dy * xhat, sums of dy; may be null
-  RowPlan plan;    // set by the launcher
+  RowPlan plan;    // set by the launcher, as steps of dy, x, add, dx
+  RowSteps steps;
 };
 
 // A weight's or bias's gradient, the sum of its rows of `partial`.

@@ -28,104 +28,167 @@
 #include "dropout.cuh"
 #include "gradients.cuh"
 #include "plan.h"
-#include "row_pipeline.cuh"
 
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kWideThreads = 512;
 
+// The slots of a row: x, dy, add.
 template <typename X, typename Y, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    pb_relax_layer_norm_backward_kernel(const PbRelaxLayerNormBackwardParams params) {
-  constexpr int kXSlots = 1, kYSlots = kXSlots + kVectors * kPieces<X>;
-  constexpr int kAddSlots = kYSlots + kVectors * kPieces<Y>;
-  constexpr int kSlots = kAddSlots + kVectors * kPieces<X>;
-  const RowPlan& plan = params.plan;
-  const RowThread me(plan);
-  const int hidden = int(params.hidden);
-  const float inverse_hidden = 1.f / float(hidden);
-  const bool has_add = params.add.data != nullptr;
-  float* scratch = shared_array<float, kGradientScratchFloats>();
-  using Parameters = SharedParameters<1, kVectors>;  // weight
-  const SharedMemoryPlan shared = {plan.stages, int(blockDim.x), plan.threads_per_row,
-                                   has_add ? kSlots : kAddSlots, Parameters::kSlots};
-  const Parameters parameters(shared, me);
-  parameters.template fill<X>(0, params.weight, params.weight_dtype, 1.f, hidden, me);
-  bar_sync();
+struct BackwardSlots {
+  static constexpr int kX = 0, kY = kX + kVectors * kPieces<X>, kAdd = kY + kVectors * kPieces<Y>;
 
-  ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
-  const auto copy = [&](int64_t row, bool is_row, const Slots& slots) {
-    cp_async_16(slots.first, params.statistics + row, is_row);
-    copy_row<X, kVectors>(params.x, row, is_row, hidden, plan.aligned, me, slots, kXSlots);
-    copy_row<Y, kVectors>(params.dy, row, is_row, hidden, plan.aligned, me, slots, kYSlots);
-    if (has_add) {
-      copy_row<X, kVectors>(params.add, row, is_row, hidden, plan.aligned, me, slots, kAddSlots);
+  static __host__ __device__ constexpr StageSlots stage(bool has_add) {
+    return {kAdd + (has_add ? kVectors * kPieces<X> : 0), 1};
+  }
+};
+
+// kPlain: rows are aligned, and nothing is dropped or added.
+template <typename X, typename Y, int kVectors, bool kPlain>
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    pb_relax_layer_norm_backward_kernel(const PbRelaxLayerNormBackwardParams params) {
+  using Own = BackwardSlots<X, Y, kVectors>;
+  // Registers hold the weight, and between the two passes over a row xhat and g.
+  constexpr bool kInRegisters = kPlain;
+  const RowPlan& plan = params.plan;
+  const RowThread me(plan, params.hidden);
+  const int hidden = int(params.hidden);
+  const Columns<kVectors> columns(me, hidden);
+  const bool has_add = !kPlain && params.add.data != nullptr;
+  const bool drops = !kPlain && params.dropout.seed != nullptr;
+  const bool aligned = kPlain || plan.aligned;
+  const StageSlots slots = Own::stage(has_add);
+  const SharedWeights<1, kVectors> shared_weight(me);
+  const WarpMemory memory(plan, slots, kInRegisters ? 0 : shared_weight.bytes(me.threads_per_row));
+  const RowSums exchange(memory, me);
+
+  // Of the row that is copied next, at this thread's columns; and dx. They go on from row to row, but
+  // where registers are scarce: there they are computed for each row.
+  const X *x, *add;
+  const Y* dy;
+  const RowStatistics* statistics_of_row;
+  X* dx;
+  const auto find_input = [&](int64_t row) {
+    dy = static_cast<const Y*>(params.dy.data) + row * params.dy.row_stride + columns.first();
+    x = static_cast<const X*>(params.x.data) + row * params.x.row_stride + columns.first();
+    add = static_cast<const X*>(params.add.data) + row * params.add.row_stride + columns.first();
+    statistics_of_row = params.statistics + row;
+  };
+  const auto find_dx = [&](int64_t row) {
+    dx = static_cast<X*>(params.dx) + row * hidden + columns.first();
+  };
+  const RowSteps& steps = params.steps;
+  const int64_t first = first_row(me);
+  find_input(first);
+  find_dx(first);
+  const auto copy = [&](int64_t row, const Slots& stage) {
+    if constexpr (!kPlain) find_input(row);
+    slots.copy_statistics(stage, statistics_of_row);
+    stage.copy(Own::kX, x, columns, aligned);
+    stage.copy(Own::kY, dy, columns, aligned);
+    if (has_add) stage.copy(Own::kAdd, add, columns, aligned);
+    if constexpr (kPlain) {
+      statistics_of_row += steps.rows;
+      dy = advanced(dy, steps.bytes[0]);
+      x = advanced(x, steps.bytes[1]);
     }
   };
-  const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int round) {
-    const RowStatistics statistics = slots.load_statistics(0);
-    uint32_t kept[kVectors] = {};
-    float xhat[kVectors][kColumns], g[kVectors][kColumns], weight[kColumns];
+
+  float weight[kVectors][kColumns];
+  const auto prepare = [&] {
+    const auto load = [&] {
+      load_weight<X>(params.weight, params.weight_dtype, columns, hidden, weight);
+    };
+    if constexpr (kInRegisters) {
+      load();
+    } else {
+      if (me.row_in_block == 0) {
+        load();
+        shared_weight.store(0, weight);
+      }
+      bar_sync();
+    }
+  };
+
+  ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
+  int parity = 0;
+  const auto compute = [&](int64_t row, const Slots& stage, const auto& refill) {
+    uint32_t kept = 0;  // a bit for each column
+    if (drops) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const uint32_t of_vector = kept_columns(params.dropout, row, columns.vector_idx(i));
+        stage.keep<X>(Own::kX + i * kPieces<X>, of_vector);
+        kept |= of_vector << i * kColumns;
+      }
+    }
+    const RowStatistics statistics = slots.load_statistics(stage, 0);
+    float xhat[kVectors][kColumns], g[kVectors][kColumns];
     const auto load = [&](int i) {  // g is still dy
-      Vector<X> x = slots.load<X>(kXSlots + i * kPieces<X>);
-      if (params.dropout.seed != nullptr) keep_columns(kept[i], x);
-      unpack(x, xhat[i]);
+      // Or ptxas loads all the vectors before it works on the first, and has no registers for them.
+      if constexpr (kVectors > 2) bar_warp_sync();
+      unpack(stage.load<X>(Own::kX + i * kPieces<X>), xhat[i]);
       normalise(xhat[i], statistics);
-      unpack(slots.load<Y>(kYSlots + i * kPieces<Y>), g[i]);
-      parameters.load(0, i, weight);
+      unpack(stage.load<Y>(Own::kY + i * kPieces<Y>), g[i]);
+      if constexpr (!kInRegisters) shared_weight.load(0, i, weight[i]);
     };
     float row_sums[2] = {0.f, 0.f};  // of g, of g * xhat
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (me.column(i) >= hidden) continue;
-      if (params.dropout.seed != nullptr) {
-        kept[i] = kept_columns(params.dropout, row, me.vector_idx(i));
-      }
       load(i);
-      add_columns(xhat[i], g[i], weight, row_sums, sums.value[0][i], sums.value[1][i]);
+      add_columns(xhat[i], g[i], weight[i], row_sums, sums.value[0][i], sums.value[1][i]);
     }
-    reduce_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me, Add());
-    const RowGradient gradient(row_sums, inverse_hidden, statistics);
-    if (!is_row) return;
+    if constexpr (kInRegisters) refill();
+    exchange.add(row_sums, parity, me);
+    parity ^= 1;
+    const RowGradient gradient(row_sums, params.steps.inverse_hidden, statistics);
+    if constexpr (!kPlain) find_dx(row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (me.column(i) >= hidden) continue;
-      if constexpr (kVectors > 2) {  // too few registers to keep them
+      if constexpr (!kInRegisters) {
         load(i);
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[i][j] *= weight[j];
+        for (int j = 0; j < kColumns; ++j) g[i][j] = mul_rn(g[i][j], weight[i][j]);
       }
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        g[i][j] = gradient(g[i][j], xhat[i][j]);
-        if (params.dropout.seed != nullptr && (kept[i] >> j & 1u) == 0) g[i][j] = 0.f;
+      for (int j = 0; j < kColumns; ++j) g[i][j] = gradient(g[i][j], xhat[i][j]);
+      if (drops) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          if ((kept >> (i * kColumns + j) & 1u) == 0) g[i][j] = 0.f;
+        }
       }
-      if (has_add) add_vector(slots.load<X>(kAddSlots + i * kPieces<X>), g[i]);
-      store_vector_at(static_cast<X*>(params.dx) + row * hidden, me.column(i), hidden, plan.aligned,
-                      pack<X>(g[i]));
+      if (has_add) add_vector(stage.load<X>(Own::kAdd + i * kPieces<X>), g[i]);
+      store_vector_at(dx, i * columns.kApart, columns.left, aligned, pack<X>(g[i]));
     }
+    if constexpr (!kInRegisters) refill();
+    if constexpr (kPlain) dx = advanced(dx, steps.bytes[3]);
   };
-  for_each_row(plan, shared, params.rows, me, copy, compute);
-  if (params.partial != nullptr) sums.store(params.partial, hidden, me);
+  for_each_row_ahead(plan, steps, slots, memory.own, params.rows, first, copy, prepare, compute);
+  if (params.partial != nullptr) {
+    sums.store(params.partial, hidden, me, columns, memory);
+  }
 }
 
 // Any width: a block works on a row at a time; each thread adds to columns of `partial` that no
 // other thread touches.
 template <typename X, typename Y>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kWideThreads, 1)
     pb_relax_layer_norm_backward_wide_kernel(const PbRelaxLayerNormBackwardParams params) {
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
+  const RowThread me(plan, params.hidden);
   const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
   const float inverse_hidden = 1.f / float(hidden);
-  float* scratch = shared_array<float, kGradientScratchFloats>();
+  unsigned char* scratch =
+      shared_array<unsigned char, kWideThreads / kWarpSize * RowSums::kBytes>();
+  const RowSums exchange(scratch, 0, RowSums::kBytes, me);
   float* dweight = nullptr;
   float* dbias = nullptr;
   if (params.partial != nullptr) {
     dweight = params.partial + int64_t(blockIdx.x) * hidden;
     dbias = params.partial + (int64_t(gridDim.x) + blockIdx.x) * hidden;
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       for (int64_t column = v * kColumns; column < min(hidden, (v + 1) * kColumns); ++column) {
         dweight[column] = dbias[column] = 0.f;
       }
@@ -148,10 +211,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       unpack(x, xhat);
       normalise(xhat, statistics);
       unpack(load_vector_at(dy_row, v * kColumns, hidden, plan.aligned), g);
-      load_parameter<X>(params.weight, params.weight_dtype, 1.f, v * kColumns, hidden, weight);
+      load_parameter({params.weight, params.weight_dtype, 1.f}, v * kColumns, hidden, weight);
     };
     float row_sums[2] = {0.f, 0.f};
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       load(v);
       float dweight_here[kColumns] = {}, dbias_here[kColumns] = {};
       add_columns(xhat, g, weight, row_sums, dweight_here, dbias_here);
@@ -163,9 +226,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         dbias[v * kColumns + j] += dbias_here[j];
       }
     }
-    reduce_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me, Add());
+    exchange.add(row_sums, round % 2, me);
     const RowGradient gradient(row_sums, inverse_hidden, statistics);
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       load(v);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
@@ -221,39 +284,47 @@ __global__ void __launch_bounds__(kSumColumns* kSumRows)
   }
 }
 
-struct BackwardKernels {
-  static constexpr int kMaxVectors = 4;
-  template <typename X, typename Y, int kVectors>
-  static cudaError_t launch(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-    return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, kVectors>>(params, stream);
-  }
-};
-
 }  // namespace
 
 cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& given,
                                          cudaStream_t stream) {
   PbRelaxLayerNormBackwardParams params = given;
-  RowNeeds needs = {};
-  needs.aligned = all_aligned(params.hidden, {{params.x, params.x_dtype},
-                                              {params.dy, params.dy_dtype},
-                                              {params.add, params.x_dtype},
-                                              {{params.dx, params.hidden}, params.x_dtype}});
-  needs.every_block = true;  // each writes its row of `partial`
-  needs.max_threads = kMaxThreads;
-  needs.stage_pieces = pieces_of(params.x_dtype) + pieces_of(params.dy_dtype);
-  if (params.add.data != nullptr) needs.stage_pieces += pieces_of(params.x_dtype);
-  needs.thread_pieces = 1;  // the row's statistics
-  needs.num_parameters = 1;
-  const auto launch_wide = [&](auto x, auto dy) {
-    params.plan.aligned = needs.aligned;
-    params.plan.threads_per_row = kMaxThreads;
-    return launch<pb_relax_layer_norm_backward_wide_kernel<typename decltype(x)::Type,
-                                                           typename decltype(dy)::Type>>(
-        params.num_blocks, 1, kMaxThreads, 0, stream, params);
-  };
-  return plan_and_launch<BackwardKernels>(needs, params, params.x_dtype, params.dy_dtype, stream,
-                                          launch_wide);
+  const bool has_add = params.add.data != nullptr;
+  const std::initializer_list<TypedRows> matrices = {{params.dy, params.dy_dtype},
+                                                     {params.x, params.x_dtype},
+                                                     {params.add, params.x_dtype},
+                                                     {{params.dx, params.hidden}, params.x_dtype}};
+  const bool aligned = all_aligned(params.hidden, matrices);
+  const bool plain =
+      aligned && !has_add && params.dropout.seed == nullptr && params.x_dtype == params.dy_dtype;
+  BackwardNeeds needs = {};
+  needs.matrices = matrices;
+  needs.pieces = pieces_of(params.dy_dtype) + (has_add ? 2 : 1) * pieces_of(params.x_dtype);
+  needs.statistics = 1;
+  needs.vectors = params.hidden <= kBackwardThreads * 2 * kColumns ? 2 : 4;
+  needs.num_weights = plain && needs.vectors == 2 ? 0 : 1;
+  bool fits = false;
+  const cudaError_t status = plan_backward(needs, &params, &fits);
+  if (status != cudaSuccess) return status;
+  return with_dtypes(params.x_dtype, params.dy_dtype, [&](auto x, auto dy) {
+    using X = typename decltype(x)::Type;
+    using Y = typename decltype(dy)::Type;
+    if (!fits) {
+      params.plan.aligned = aligned;
+      params.plan.threads_per_row = kWideThreads;
+      return launch<pb_relax_layer_norm_backward_wide_kernel<X, Y>>(
+          params.num_blocks, 1, kWideThreads, 0, stream, params);
+    }
+    if (needs.vectors > 2) {
+      return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 4, false>>(params, stream);
+    }
+    if constexpr (std::is_same_v<X, Y>) {
+      if (plain) {
+        return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 2, true>>(params, stream);
+      }
+    }
+    return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 2, false>>(params, stream);
+  });
 }
 
 cudaError_t pb_relax_layer_norm_partial_sums(const PartialSumsParams& params, cudaStream_t stream) {

@@ -31,7 +31,8 @@ struct RowThread {
   __device__ __forceinline__ RowThread(const RowPlan& plan, int64_t hidden)
       : in_row(int(threadIdx.x) % plan.threads_per_row),
         threads_per_row(plan.threads_per_row),
-        row_in_block(int(threadIdx.x) / plan.threads_per_row),
+        // Of lane 0: the compiler learns that a warp's threads go through the same rows.
+        row_in_block(shfl_idx(int(threadIdx.x) / plan.threads_per_row, 0)),
         first_vector(in_row / kWarpSize * kWarpSize * plan.vectors_per_thread + in_row % kWarpSize),
         num_vectors(max(0, min(plan.vectors_per_thread,
                                (vectors_of(hidden) - first_vector + kWarpSize - 1) / kWarpSize))),
