@@ -26,7 +26,7 @@
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 768;  // 80 registers each
+constexpr int kMaxThreads = 640;  // 96 registers each
 constexpr int kWideThreads = 512;
 
 // *peak becomes the larger of itself and the warp's max|value|, given as bits. Those of a NaN are

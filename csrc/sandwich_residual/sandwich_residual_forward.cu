@@ -25,7 +25,7 @@
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 768;  // 80 registers each
+constexpr int kMaxThreads = 640;  // 96 registers each
 
 template <typename F, typename H>
 __global__ void __launch_bounds__(kMaxThreads, 1)
