@@ -5,18 +5,21 @@
 // computed as statistics.cuh says. Dropped elements of x count as zero; Epsilon says what becomes of
 // the factor 1 / (1 - p) of the others.
 //
-// Phases     0 (relax = tensor) `peak`: max|x|. 1 weight and bias to shared memory. 2 in rounds:
-//            copy the next rows; sum and maximum of x; sums of its deviations; y.
+// Phases     0 (relax = tensor) `peak`: max|x|. 1 weight and bias to shared memory, behind the first
+//            copies. 2 for each row, in shared memory: drop; sum and maximum of x; sums of its
+//            deviations; y. Then the row's place is free for the copy of a later one.
 // Layout     x, residual: rows at a stride; y contiguous; statistics: sixteen bytes a row.
-// Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).
-// Warps      threads_per_row threads, whole warps, own a row and keep it in registers: x and
-//            residual are read once, y is written once. Rows that are wider, or do not fit into
-//            shared memory, take the `wide` kernel: one block per row, three passes over x.
-// Smem       of 2560 float16 columns, 160 threads a row, 6 rows, with the residual:
-//              2 stages   x, residual   76 800 bytes each
-//              parameters weight, bias  23 040 bytes
-//              scratch    of the sums      640 bytes   in all 177 280
-// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row).
+// Grid       at most num_blocks blocks; row r goes to block r % gridDim.x.
+// Warps      a group of threads_per_row threads, whole warps, owns a row and goes from row to row
+//            without waiting for other groups: x and residual are read once, y is written once. Most
+//            rows have one warp, wide ones more (plan_by_warps). Rows that do not fit into shared
+//            memory take the `wide` kernel: one block per row, three passes over x.
+// Smem       of 2560 16-bit columns without residual, one warp a row, 20 rows:
+//              parameters weight, bias   20 480 bytes
+//              2 stages   x             102 400 bytes each
+//              scratch    of the sums       640 bytes   in all 225 920
+// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row, for rows of more
+//            than one warp: a barrier for each group).
 // Rounding   float32 throughout, y rounded once.
 // Reference  cogview_kernels.norm.reference.pb_relax_layer_norm
 
@@ -32,10 +35,7 @@ constexpr int kWideThreads = 512;
 // *peak becomes the larger of itself and the warp's max|value|, given as bits. Those of a NaN are
 // larger than all others.
 __device__ __forceinline__ void join_peak(float* peak, uint32_t bits) {
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
-    bits = max(bits, shfl_bfly(bits, mask));
-  }
+  bits = redux_max(bits);
   if (threadIdx.x % kWarpSize == 0) red_global_max(reinterpret_cast<uint32_t*>(peak), bits);
 }
 

@@ -107,14 +107,15 @@ struct RowMemory {
   __host__ __device__ constexpr int bytes() const { return stage(rows_per_block, 0); }
 };
 
-__host__ __device__ constexpr int vectors_of(int64_t hidden) {
-  return int((hidden + kColumns - 1) / kColumns);
+template <typename Int>
+__host__ __device__ constexpr Int vectors_of(Int hidden) {
+  return (hidden + kColumns - 1) / kColumns;
 }
 
 // Of a row in shared memory: whole vectors of a warp. Int is int where a row is known to fit there.
 template <typename Int>
 __host__ __device__ constexpr Int row_bytes(Int hidden, int pieces) {
-  return (Int(vectors_of(hidden)) + kWarpSize - 1) / kWarpSize * kWarpSize * pieces * kPieceBytes;
+  return (vectors_of(hidden) + kWarpSize - 1) / kWarpSize * kWarpSize * pieces * kPieceBytes;
 }
 
 // What a launch asks of plan_groups.

@@ -34,8 +34,9 @@ struct RowThread {
         // Of lane 0: the compiler learns that a warp's threads go through the same rows.
         row_in_block(shfl_idx(int(threadIdx.x) / plan.threads_per_row, 0)),
         first_vector(in_row / kWarpSize * kWarpSize * plan.vectors_per_thread + in_row % kWarpSize),
-        num_vectors(max(0, min(plan.vectors_per_thread,
-                               (vectors_of(hidden) - first_vector + kWarpSize - 1) / kWarpSize))),
+        num_vectors(
+            max(0, min(plan.vectors_per_thread,
+                       (vectors_of(int(hidden)) - first_vector + kWarpSize - 1) / kWarpSize))),
         num_whole(num_vectors -
                   int(num_vectors > 0 && column(num_vectors - 1) + kColumns > hidden)),
         lanes_for_warps(1) {

@@ -3,19 +3,22 @@
 // Math  h = residual + LN_post(dropout(f));  z = LN_pre(h), of the rounded h
 // with both norms as pb_relax_layer_norm_forward.cu computes them.
 //
-// Phases     1 four parameters to shared memory. 2 in rounds: copy the next rows; statistics of f,
-//            h; statistics of h, z.
+// Phases     1 four parameters to shared memory, behind the first copies. 2 for each row, in shared
+//            memory: drop; statistics of f; h, which takes the residual's place; statistics of h; z.
+//            Then the row's place is free for the copy of a later one.
 // Layout     f, residual: rows at a stride; h, z contiguous; statistics: sixteen bytes a row.
-// Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).
-// Warps      threads_per_row threads, whole warps, own a row: f and residual are read once, h and z
-//            are written once. Two launches of pb_relax_layer_norm_forward serve instead where a row
-//            is too wide, without z, and for Relax::kTensor, whose second norm needs the maximum
-//            over all of h.
-// Smem       of 2560 float16 columns, 160 threads a row, 5 rows:
-//              2 stages   f, residual                  64 000 bytes each
-//              parameters two weights, two biases      43 520 bytes
-//              scratch    of the sums                     640 bytes   in all 172 160
-// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row).
+// Grid       at most num_blocks blocks; row r goes to block r % gridDim.x.
+// Warps      a group of threads_per_row threads, whole warps, owns a row, as in
+//            pb_relax_layer_norm_forward.cu: f and residual are read once, h and z are written once.
+//            Two launches of pb_relax_layer_norm_forward serve instead where shared memory holds
+//            fewer than two rows, without z, and for Relax::kTensor, whose second norm needs the
+//            maximum over all of h.
+// Smem       of 2560 16-bit columns, one warp a row, 18 rows:
+//              parameters two weights, two biases   40 960 bytes
+//              1 stage    f, residual              184 320 bytes
+//              scratch    of the sums                  640 bytes   in all 225 920
+// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row, for rows of more
+//            than one warp: a barrier for each group).
 // Rounding   float32 throughout, h and z rounded once each.
 // Reference  cogview_kernels.norm.reference.sandwich_residual
 
@@ -187,7 +190,10 @@ cudaError_t sandwich_residual_forward(const SandwichResidualForwardParams& param
   bool fits = false;
   const cudaError_t status = plan_by_warps(needs, &planned.plan, &fits);
   if (status != cudaSuccess) return status;
-  if (!fits) return launch_norms(params, stream);
+  // Memory would be idle while a block computes on its only row.
+  if (!fits || planned.plan.rows_per_block * planned.plan.stages < 2) {
+    return launch_norms(params, stream);
+  }
   return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
     using F = typename decltype(f)::Type;
     using H = typename decltype(h)::Type;
