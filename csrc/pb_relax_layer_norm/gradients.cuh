@@ -20,15 +20,19 @@ template <int kVectors>
 struct Columns {
   static constexpr int kApart = kWarpSize * kColumns;  // from vector to vector, in columns
 
-  int first_vector;
+  int hidden;
   int left;  // columns of the row from the first one on; none where it is not positive
 
   __device__ __forceinline__ Columns(const RowThread& me, int hidden)
-      : first_vector(me.in_row / kWarpSize * kWarpSize * kVectors + me.in_row % kWarpSize),
-        left(hidden - first_vector * kColumns) {}
+      : hidden(hidden),
+        left(hidden -
+             (me.in_row / kWarpSize * kWarpSize * kVectors + me.in_row % kWarpSize) * kColumns) {}
 
-  __device__ __forceinline__ int first() const { return first_vector * kColumns; }
-  __device__ __forceinline__ int vector_idx(int i) const { return first_vector + i * kWarpSize; }
+  // Computed from `left`, lest it takes a register of its own.
+  __device__ __forceinline__ int first() const { return hidden - left; }
+  __device__ __forceinline__ int vector_idx(int i) const {
+    return first() / kColumns + i * kWarpSize;
+  }
   __device__ __forceinline__ bool has(int i) const { return i * kApart < left; }
 };
 
@@ -65,16 +69,19 @@ struct Slots {
   template <typename T, int kVectors>
   __device__ __forceinline__ void copy(int slot, const T* from, const Columns<kVectors>& columns,
                                        bool aligned) const {
+    constexpr int kApart = Columns<kVectors>::kApart;
+    if (aligned) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      constexpr int kApart = Columns<kVectors>::kApart;
-      if (aligned) {
+      for (int i = 0; i < kVectors; ++i) {
 #pragma unroll
         for (int p = 0; p < kPieces<T>; ++p) {
           cp_async_16(at(slot + i * kPieces<T> + p), from + i * kApart + p * kVector<T>,
                       columns.has(i));
         }
-      } else {
+      }
+    } else {
+#pragma unroll 1
+      for (int i = 0; i < kVectors; ++i) {
         store(slot + i * kPieces<T>, load_vector_at(from, i * kApart, columns.left, false));
       }
     }
@@ -145,21 +152,29 @@ __device__ __forceinline__ T* advanced(T* pointer, int64_t bytes) {
 // For each row of this thread's group, from `first` on: compute(row, stage, refill). copy(row, stage)
 // begins to copy a row, as many rows ahead as there are stages: compute calls refill() once it has
 // read all of `stage`. prepare() is called behind the first copies. `own`: where the memory of this
-// thread's warp begins. Row: int, where all numbers of rows fit it, or int64_t.
+// thread's warp begins. Row: uint32_t, where that holds all numbers of rows, or int64_t. Returns the
+// slots of the first stage.
 template <typename Row, typename Copy, typename Prepare, typename Compute>
-__device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const RowSteps& steps,
-                                                   const StageSlots& slots, int own, Row rows,
-                                                   Row first, const Copy& copy,
-                                                   const Prepare& prepare, const Compute& compute) {
-  const Row step = Row(steps.rows), last = Row(steps.last);
+__device__ __forceinline__ Slots for_each_row_ahead(const RowPlan& plan, const RowSteps& steps,
+                                                    const StageSlots& slots, int own, Row rows,
+                                                    Row first, const Copy& copy,
+                                                    const Prepare& prepare,
+                                                    const Compute& compute) {
+  const Row step = Row(steps.rows);
   Row row = first;
-  Slots now = Slots::of_warp(own);
-  const int both = 2 * now.first + (plan.stages == 2 ? slots.bytes() : 0);
-  if (row < rows) copy(row, now);
+  Slots stage = Slots::of_warp(own);
+  int to_next = plan.stages == 2 ? slots.bytes() : 0;
+  const auto turn = [&] {
+    stage.first += to_next;
+    to_next = -to_next;
+  };
+  if (row < rows) copy(row, stage);
   cp_async_commit_group();
   if (plan.stages == 2) {
-    if (row + step < rows) copy(row + step, Slots{both - now.first});
+    turn();
+    if (row + step < rows) copy(row + step, stage);
     cp_async_commit_group();
+    turn();
   }
   prepare();
   for (; row < rows; row += step) {
@@ -169,14 +184,17 @@ __device__ __forceinline__ void for_each_row_ahead(const RowPlan& plan, const Ro
       cp_async_wait_group<0>();
     }
     bar_warp_sync();  // lanes copied statistics for all
-    compute(row, now, [&] {
+    compute(row, stage, [&] {
       bar_warp_sync();
-      if (row < last) copy(row + (rows - last), now);
+      const Row next = row + Row(steps.ahead);
+      if (next < rows) copy(next, stage);
       cp_async_commit_group();
     });
-    now.first = both - now.first;
+    turn();
   }
   cp_async_wait_group<0>();
+  if (to_next < 0) turn();
+  return stage;
 }
 
 // A thread's elements of a weight, which has dtype T or float32.
@@ -234,7 +252,9 @@ struct SharedWeights {
 // Sums
 
 // Adds up two numbers over the threads of a row, at most 16 warps. In shared memory each warp has
-// two floats for its sums, and two more: consecutive calls use different ones.
+// two floats for its sums, and two more: consecutive calls use different ones. kKept: registers hold
+// the addresses, or they are computed again for each row.
+template <bool kKept>
 class RowSums {
  public:
   static constexpr int kBytes = 4 * sizeof(float);  // of a warp
@@ -245,8 +265,13 @@ class RowSums {
   __device__ __forceinline__ RowSums(unsigned char* memory, int first, int apart,
                                      const RowThread& me)
       : memory_(memory),
-        places_(kept((first + me.in_row / kWarpSize * apart + of_lane()) / kFloatBytes |
-                     (first + lane() % kHalf * apart + of_lane()) / kFloatBytes << 16)) {}
+        mine_(first + me.in_row / kWarpSize * apart + of_lane()),
+        theirs_(first + lane() % kHalf * apart + of_lane()) {
+    if constexpr (kKept) {
+      mine_ = kept(mine_);
+      theirs_ = kept(theirs_);
+    }
+  }
 
   __device__ __forceinline__ RowSums(const WarpMemory& memory, const RowThread& me)
       : RowSums(dynamic_shared(), memory.of_first_warp(me) + memory.bytes - StageSlots::kSumBytes,
@@ -259,13 +284,13 @@ class RowSums {
     sum = add_lanes(sum + shfl_bfly(second ? number[0] : number[1], kHalf));
     const int num_warps = me.threads_per_row / kWarpSize;
     if (num_warps > 1) {
-      const auto place = [&](uint32_t idx) {
-        return reinterpret_cast<float*>(memory_ + idx * kFloatBytes) + which * 2;
+      const auto place = [&](int offset) {
+        return reinterpret_cast<float*>(memory_ + (offset + which * 2 * kFloatBytes));
       };
-      if (lane() % kHalf == 0) *place(uint32_t(places_) & 0xffffu) = sum;
+      if (lane() % kHalf == 0) *place(mine_) = sum;
       me.sync();
       sum = 0.f;
-      if (lane() % kHalf < num_warps) sum = *place(uint32_t(places_) >> 16);
+      if (lane() % kHalf < num_warps) sum = *place(theirs_);
       sum = add_lanes(sum);
     }
     const float other = shfl_bfly(sum, kHalf);
@@ -285,9 +310,8 @@ class RowSums {
   }
 
   unsigned char* memory_;
-  // Numbers of floats, in one register: where this warp's lanes 0 and 16 store, and sixteen bits
-  // further up where this lane reads.
-  int places_;
+  int mine_;    // where this warp's lanes 0 and 16 store
+  int theirs_;  // where this lane reads
 };
 
 // A thread's sums for its columns, one set for each gradient.
@@ -299,10 +323,10 @@ struct ColumnSums {
 
   // Adds up the sums of the block's groups, in order, and stores them in the block's rows of
   // `partial` (kGradients, gridDim.x, hidden). Call it after the last row: with several groups it
-  // uses the memory where rows arrived, kSlots slots of each thread.
+  // uses the memory where rows arrived, kSlots slots from `slots` on. warp_bytes: of a warp there.
   __device__ __forceinline__ void store(float* partial, int64_t hidden, const RowThread& me,
-                                        const Columns<kVectors>& columns,
-                                        const WarpMemory& memory) {
+                                        const Columns<kVectors>& columns, const Slots& slots,
+                                        int warp_bytes) {
     float* row = partial + blockIdx.x * hidden + columns.first();
     const int64_t next_gradient = gridDim.x * hidden;
     const auto store_vector = [&](int n, const float (&sums)[kColumns]) {
@@ -317,8 +341,7 @@ struct ColumnSums {
       }
       return;
     }
-    const Slots slots = Slots::of_warp(memory.own);
-    const int group_bytes = me.threads_per_row / kWarpSize * memory.bytes;
+    const int group_bytes = me.threads_per_row / kWarpSize * warp_bytes;
     bar_warp_sync();  // other lanes' rows lay there
 #pragma unroll
     for (int n = 0; n < kGradients * kVectors; ++n) {
@@ -400,7 +423,7 @@ struct BackwardNeeds {
 // Whether int holds all numbers of rows, and strides.
 inline bool int_holds(int64_t rows, const RowSteps& steps,
                       std::initializer_list<TypedRows> matrices) {
-  int64_t largest = rows + 2 * steps.rows;
+  int64_t largest = rows + steps.ahead;
   for (const TypedRows& matrix : matrices) largest = std::max(largest, matrix.rows.row_stride);
   return largest <= INT32_MAX;
 }
@@ -430,7 +453,7 @@ cudaError_t plan_backward(const BackwardNeeds& needs, Params* params, bool* fits
   RowSteps& steps = params->steps;
   steps.inverse_hidden = 1.f / float(params->hidden);
   steps.rows = int64_t{params->plan.num_blocks} * params->plan.rows_per_block;
-  steps.last = params->rows - steps.rows * params->plan.stages;
+  steps.ahead = steps.rows * params->plan.stages;
   int64_t* bytes = steps.bytes;
   for (const auto& [matrix, dtype] : needs.matrices) {
     *bytes++ = steps.rows * matrix.row_stride * kPieceBytes * pieces_of(dtype) / kColumns;

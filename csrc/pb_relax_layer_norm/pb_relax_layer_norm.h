@@ -71,7 +71,7 @@ struct RowPlan {
 struct RowSteps {
   float inverse_hidden;
   int64_t rows;
-  int64_t last;      // rows before it have one to copy ahead, a row for each stage
+  int64_t ahead;     // how far ahead rows are copied: a row for each stage
   int64_t bytes[6];  // of each matrix, in the order of the parameters
 };
 

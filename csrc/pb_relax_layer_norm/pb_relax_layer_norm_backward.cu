@@ -52,7 +52,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   // Registers hold the weight, and between the two passes over a row xhat and g.
   constexpr bool kInRegisters = kPlain;
   const RowPlan& plan = params.plan;
-  const RowThread me(plan, params.hidden);
+  RowThread me(plan, params.hidden);
+  if constexpr (kVectors > 2) {  // a row has most threads of a block: there is one group
+    me.in_row = threadIdx.x;
+    me.row_in_block = 0;
+  }
   const int hidden = int(params.hidden);
   const Columns<kVectors> columns(me, hidden);
   const bool has_add = !kPlain && params.add.data != nullptr;
@@ -61,10 +65,11 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const StageSlots slots = Own::stage(has_add);
   const SharedWeights<1, kVectors> shared_weight(me);
   const WarpMemory memory(plan, slots, kInRegisters ? 0 : shared_weight.bytes(me.threads_per_row));
-  const RowSums exchange(memory, me);
+  const RowSums<kPlain> exchange(memory, me);
 
   // Of the row that is copied next, at this thread's columns; and dx. They go on from row to row, but
   // where registers are scarce: there they are computed for each row.
+  using Row = std::conditional_t<kPlain || (kVectors > 2), uint32_t, int64_t>;
   const X *x, *add;
   const Y* dy;
   const RowStatistics* statistics_of_row;
@@ -82,7 +87,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const int64_t first = first_row(me);
   find_input(first);
   find_dx(first);
-  const auto copy = [&](int64_t row, const Slots& stage) {
+  const auto copy = [&](Row row, const Slots& stage) {
     if constexpr (!kPlain) find_input(row);
     slots.copy_statistics(stage, statistics_of_row);
     stage.copy(Own::kX, x, columns, aligned);
@@ -113,7 +118,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 
   ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
   int parity = 0;
-  const auto compute = [&](int64_t row, const Slots& stage, const auto& refill) {
+  const auto compute = [&](Row row, const Slots& stage, const auto& refill) {
     uint32_t kept = 0;  // a bit for each column
     if (drops) {
 #pragma unroll
@@ -165,9 +170,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     if constexpr (!kInRegisters) refill();
     if constexpr (kPlain) dx = advanced(dx, steps.bytes[3]);
   };
-  for_each_row_ahead(plan, steps, slots, memory.own, params.rows, first, copy, prepare, compute);
+  const Slots stages = for_each_row_ahead(plan, steps, slots, memory.own, Row(params.rows),
+                                          Row(first), copy, prepare, compute);
   if (params.partial != nullptr) {
-    sums.store(params.partial, hidden, me, columns, memory);
+    sums.store(params.partial, hidden, me, columns, stages, memory.bytes);
   }
 }
 
@@ -181,8 +187,8 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
   const float inverse_hidden = 1.f / float(hidden);
   unsigned char* scratch =
-      shared_array<unsigned char, kWideThreads / kWarpSize * RowSums::kBytes>();
-  const RowSums exchange(scratch, 0, RowSums::kBytes, me);
+      shared_array<unsigned char, kWideThreads / kWarpSize * RowSums<false>::kBytes>();
+  const RowSums<false> exchange(scratch, 0, RowSums<false>::kBytes, me);
   float* dweight = nullptr;
   float* dbias = nullptr;
   if (params.partial != nullptr) {
@@ -295,7 +301,7 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& g
                                                      {params.add, params.x_dtype},
                                                      {{params.dx, params.hidden}, params.x_dtype}};
   const bool aligned = all_aligned(params.hidden, matrices);
-  const bool plain =
+  bool plain =
       aligned && !has_add && params.dropout.seed == nullptr && params.x_dtype == params.dy_dtype;
   BackwardNeeds needs = {};
   needs.matrices = matrices;
@@ -304,8 +310,14 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& g
   needs.vectors = params.hidden <= kBackwardThreads * 2 * kColumns ? 2 : 4;
   needs.num_weights = plain && needs.vectors == 2 ? 0 : 1;
   bool fits = false;
-  const cudaError_t status = plan_backward(needs, &params, &fits);
+  cudaError_t status = plan_backward(needs, &params, &fits);
   if (status != cudaSuccess) return status;
+  if (plain && fits && !int_holds(params.rows, params.steps, matrices)) {
+    plain = false;
+    needs.num_weights = 1;
+    status = plan_backward(needs, &params, &fits);
+    if (status != cudaSuccess) return status;
+  }
   return with_dtypes(params.x_dtype, params.dy_dtype, [&](auto x, auto dy) {
     using X = typename decltype(x)::Type;
     using Y = typename decltype(dy)::Type;

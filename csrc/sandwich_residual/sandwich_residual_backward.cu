@@ -66,16 +66,17 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const bool drops = !kPlain && params.dropout.seed != nullptr;
   const SharedWeights<2, kVectors> weights(me);  // of post, of pre
   const WarpMemory memory(plan, kSlots, weights.bytes(me.threads_per_row));
-  const RowSums exchange(memory, me);
+  const RowSums<kPlain> exchange(memory, me);
 
   // A row at this thread's columns. Found anew for each row: no registers hold pointers.
-  using Row = std::conditional_t<kPlain, int, int64_t>;
+  using Row = std::conditional_t<kPlain, uint32_t, int64_t>;
+  using Wide = std::conditional_t<kPlain, uint64_t, int64_t>;
   const auto input = [&](const ConstRows& rows, Row row, auto tag) {
     return static_cast<const decltype(tag)*>(rows.data) +
-           (int64_t{row} * Row(rows.row_stride) + columns.first());
+           (Wide{row} * Row(rows.row_stride) + columns.first());
   };
   const auto output = [&](void* rows, Row row, auto tag) {
-    return static_cast<decltype(tag)*>(rows) + (int64_t{row} * hidden + columns.first());
+    return static_cast<decltype(tag)*>(rows) + (Wide{row} * Row(hidden) + columns.first());
   };
   const auto copy = [&](Row row, const Slots& stage) {
     kSlots.copy_statistics(
@@ -159,11 +160,9 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
         for (int p = 0; p < 2; ++p) st_shared_v4(stage.at(Own::gradient(i, p)), unrounded.piece[p]);
       }
       load_f(i);
-      add_columns(xhat[i % kKept], gradient, weight, f_sums, sums.value[0][i], sums.value[1][i]);
-      if constexpr (kPlain) {
 #pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[i][j] = gradient[j];
-      }
+      for (int j = 0; j < kColumns; ++j) g[i % kKept][j] = gradient[j];
+      add_columns(xhat[i % kKept], gradient, weight, f_sums, sums.value[0][i], sums.value[1][i]);
     }
     if constexpr (kPlain) refill();
     exchange.add(f_sums, 1, me);
@@ -178,22 +177,24 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
           unrounded.piece[p] = ld_shared_v4(stage.at(Own::gradient(i, p)));
         unpack(unrounded, g[0]);
         load_f(i);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[0][j] = mul_rn(g[0][j], weight[j]);
+      } else {
+        weights.load(0, i, weight);
       }
       float out[kColumns];
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) out[j] = f_gradient(g[i % kKept][j], xhat[i % kKept][j]);
+      for (int j = 0; j < kColumns; ++j) {
+        out[j] = f_gradient(mul_rn(g[i % kKept][j], weight[j]), xhat[i % kKept][j]);
+      }
       Vector<F> packed = pack<F>(out);
       if (drops) keep_columns(kept >> i * kColumns, packed);
       store_vector_at(df, i * columns.kApart, columns.left, aligned, packed);
     }
     if constexpr (!kPlain) refill();
   };
-  for_each_row_ahead(plan, params.steps, kSlots, memory.own, Row(params.rows), Row(first_row(me)),
-                     copy, prepare, compute);
+  const Slots stages = for_each_row_ahead(plan, params.steps, kSlots, memory.own, Row(params.rows),
+                                          Row(first_row(me)), copy, prepare, compute);
   if (params.partial != nullptr) {
-    sums.store(params.partial, hidden, me, columns, memory);
+    sums.store(params.partial, hidden, me, columns, stages, memory.bytes);
   }
 }
 
@@ -258,10 +259,13 @@ cudaError_t sandwich_residual_backward(const SandwichResidualBackwardParams& giv
   return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
     using F = typename decltype(f)::Type;
     using H = typename decltype(h)::Type;
-    const bool plain = params.plan.aligned && params.dropout.seed == nullptr &&
-                       int_holds(params.rows, params.steps, matrices);
-    return plain ? launch_planned<sandwich_residual_backward_kernel<F, H, true>>(params, stream)
-                 : launch_planned<sandwich_residual_backward_kernel<F, H, false>>(params, stream);
+    if constexpr (kPieces<H> == 1) {  // float32 leaves too few registers, and time enough
+      if (params.plan.aligned && params.dropout.seed == nullptr &&
+          int_holds(params.rows, params.steps, matrices)) {
+        return launch_planned<sandwich_residual_backward_kernel<F, H, true>>(params, stream);
+      }
+    }
+    return launch_planned<sandwich_residual_backward_kernel<F, H, false>>(params, stream);
   });
 }
 
