@@ -81,8 +81,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const SharedRow<X> x(stage, me);
     if (params.dropout.seed != nullptr) drop_columns(x, params.dropout, row, me);
     RoughSums<X> rough;
-    for_each_vector(x, hidden, me, [&](const Vector<X>& vector, int) { rough.add(vector); });
-    const RowStatistics statistics = statistics_of_row(rough, x, hidden, inverse_hidden, params.eps,
+    for_each_vector(x, me, [&](const Vector<X>& vector, int) { rough.add(vector); });
+    const RowStatistics statistics = statistics_of_row(rough, x, inverse_hidden, params.eps,
                                                        params.relax, params.peak, me, scratch);
     const auto write = [&](auto aligned) {
       WrittenRow<Y, aligned.value> to(params.y, row, hidden, me);
@@ -90,9 +90,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       SharedRow<Y> residual(stage + x_bytes, me);
       SharedRow<float> weight(dynamic_shared() + shared.parameter(0), me);
       SharedRow<float> bias(dynamic_shared() + shared.parameter(1), me);
-      in_pairs(me.num_vectors, [&](auto n) {
+      for_each_vector(me, [&](auto n, auto columns) {
+        if (columns == 0) return;
 #pragma unroll
-        for (int v = 0; v < n.value; ++v) {
+        for (int v = 0; v < n; ++v) {
           float y[kColumns], w[kColumns], b[kColumns];
           unpack(from.load(v), y);
           unpack(weight.load(v), w);
@@ -100,16 +101,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
           normalise(y, statistics, w, b);
           if constexpr (kResidual) add_vector(residual.load(v), y);
           const Vector<Y> rounded = pack<Y>(y);
-          to.store(v, rounded);
-          if (kResidual && params.y_peak != nullptr) {
-            y_peak = peak_bits(y_peak, rounded, to.rest - v * kVectorStep);
-          }
+          to.store(v, columns, rounded);
+          if (kResidual && params.y_peak != nullptr) y_peak = peak_bits(y_peak, rounded, columns);
         }
-        from.skip(n.value);
-        residual.skip(n.value);
-        weight.skip(n.value);
-        bias.skip(n.value);
-        to.skip(n.value);
+        from.skip(n);
+        residual.skip(n);
+        weight.skip(n);
+        bias.skip(n);
+        to.skip(n);
       });
     };
     if (plan.aligned) {
@@ -145,9 +144,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       }
       return x;
     };
+    // Warps stay together.
     const auto for_each_vector = [&](const auto& f) {
-      for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
-        f(load_x(v), int(min(hidden - v * kColumns, int64_t{kColumns})));
+      for (int64_t first = 0; first < num_vectors; first += kWideThreads) {
+        const int64_t v = first + threadIdx.x;
+        f(load_x(v), int(max(min(hidden - v * kColumns, int64_t{kColumns}), int64_t{0})));
       }
     };
     RoughSums<X> rough;

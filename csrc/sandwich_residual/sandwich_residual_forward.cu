@@ -63,9 +63,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const SharedRow<H> h(stage + f_bytes, me);  // the residual, until h takes its place
     if (params.dropout.seed != nullptr) drop_columns(f, params.dropout, row, me);
     RoughSums<F> rough_f;
-    for_each_vector(f, hidden, me, [&](const Vector<F>& vector, int) { rough_f.add(vector); });
+    for_each_vector(f, me, [&](const Vector<F>& vector, int) { rough_f.add(vector); });
     const RowStatistics f_statistics = statistics_of_row(
-        rough_f, f, hidden, inverse_hidden, params.post_eps, params.relax, nullptr, me, scratch);
+        rough_f, f, inverse_hidden, params.post_eps, params.relax, nullptr, me, scratch);
     if (me.in_row == 0) params.f_statistics[row] = f_statistics;
 
     RoughSums<H> rough_h;
@@ -74,26 +74,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       SharedRow<F> from = f;
       SharedRow<H> residual = h;
       SharedRow<float> post_weight = parameter(0), post_bias = parameter(1);
-      in_pairs(me.num_vectors, [&](auto n) {
+      for_each_vector(me, [&](auto n, auto columns) {
 #pragma unroll
-        for (int v = 0; v < n.value; ++v) {
-          float x[kColumns], weight[kColumns], bias[kColumns];
-          unpack(from.load(v), x);
-          unpack(post_weight.load(v), weight);
-          unpack(post_bias.load(v), bias);
-          normalise(x, f_statistics, weight, bias);
-          add_vector(residual.load(v), x);
-          Vector<H> rounded = pack<H>(x);
-          if (!aligned.value) clear_beyond(to.rest - v * kVectorStep, rounded);
-          residual.store(v, rounded);
+        for (int v = 0; v < n; ++v) {
+          Vector<H> rounded = {};
+          if (columns > 0) {
+            float x[kColumns], weight[kColumns], bias[kColumns];
+            unpack(from.load(v), x);
+            unpack(post_weight.load(v), weight);
+            unpack(post_bias.load(v), bias);
+            normalise(x, f_statistics, weight, bias);
+            add_vector(residual.load(v), x);
+            rounded = pack<H>(x);
+            clear_beyond(columns, rounded);
+            residual.store(v, rounded);
+            to.store(v, columns, rounded);
+          }
           rough_h.add(rounded);
-          to.store(v, rounded);
         }
-        from.skip(n.value);
-        residual.skip(n.value);
-        post_weight.skip(n.value);
-        post_bias.skip(n.value);
-        to.skip(n.value);
+        from.skip(n);
+        residual.skip(n);
+        post_weight.skip(n);
+        post_bias.skip(n);
+        to.skip(n);
       });
     };
     if (plan.aligned) {
@@ -101,28 +104,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     } else {
       write_h(std::false_type());
     }
-    const RowStatistics h_statistics = statistics_of_row(
-        rough_h, h, hidden, inverse_hidden, params.pre_eps, params.relax, nullptr, me, scratch);
+    const RowStatistics h_statistics = statistics_of_row(rough_h, h, inverse_hidden, params.pre_eps,
+                                                         params.relax, nullptr, me, scratch);
     if (me.in_row == 0) params.h_statistics[row] = h_statistics;
 
     const auto write_z = [&](auto aligned) {
       WrittenRow<H, aligned.value> to(params.z, row, hidden, me);
       SharedRow<H> from = h;
       SharedRow<float> pre_weight = parameter(2), pre_bias = parameter(3);
-      in_pairs(me.num_vectors, [&](auto n) {
+      for_each_vector(me, [&](auto n, auto columns) {
+        if (columns == 0) return;
 #pragma unroll
-        for (int v = 0; v < n.value; ++v) {
+        for (int v = 0; v < n; ++v) {
           float x[kColumns], weight[kColumns], bias[kColumns];
           unpack(from.load(v), x);
           unpack(pre_weight.load(v), weight);
           unpack(pre_bias.load(v), bias);
           normalise(x, h_statistics, weight, bias);
-          to.store(v, pack<H>(x));
+          to.store(v, columns, pack<H>(x));
         }
-        from.skip(n.value);
-        pre_weight.skip(n.value);
-        pre_bias.skip(n.value);
-        to.skip(n.value);
+        from.skip(n);
+        pre_weight.skip(n);
+        pre_bias.skip(n);
+        to.skip(n);
       });
     };
     if (plan.aligned) {
