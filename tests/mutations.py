@@ -740,14 +740,14 @@ MUTATIONS = [
         (
             "warps-share-their-vectors",
             ROUNDS,
-            "in_row / kWarpSize * kWarpSize * plan.vectors_per_thread +",
-            "",
+            "shfl_idx(in_row / kWarpSize * kWarpSize * most, 0)",
+            "0",
         ),
         (
             "last-vector-taken-for-whole",
             KINDS,
-            "int(num_vectors > 0 && column(num_vectors - 1) + kColumns > hidden)",
-            "0",
+            "tail = has_tail ? max(0, min(kColumns, int(hidden) - column(num_full))) : 0;",
+            "tail = has_tail && int(hidden) > column(num_full) ? kColumns : 0;",
         ),
         (
             "groups-share-a-barrier",
@@ -755,7 +755,8 @@ MUTATIONS = [
             "bar_sync(1 + row_in_block, threads_per_row);",
             "bar_sync(1, threads_per_row);",
         ),
-        ("last-vector-of-an-odd-number-lost", NORMS, "if (count > 0) f(", "if (false) f("),
+        ("last-vector-of-an-odd-number-lost", NORMS, "if (left > 0) f(", "if (false) f("),
+        ("last-vector-lost", KINDS, "if (me.has_tail) f(", "if (false) f("),
         ("pieces-share-slots", NORMS, "(i * kStep + p * kWarpSize)", "(i * kStep)"),
         ("row-copied-beyond-its-end", NORMS, "if (v >= left) continue;", "if (v > left) continue;"),
         (
@@ -807,18 +808,19 @@ MUTATIONS = [
     ),
     *mutations(
         "pb_relax_layer_norm/row_passes.cuh",
-        ("vectors-visited-twice", NORMS, "row.skip(n.value);", ""),
-        (
-            "last-vector-not-visited",
-            KINDS,
-            "if (me.num_whole < me.num_vectors) f(",
-            "if (false) f(",
-        ),
+        ("vectors-visited-twice", NORMS, "row.skip(n);", ""),
+        ("vectors-that-are-not-there", KINDS, "if (columns > 0) {", "if (true) {"),
         (
             "last-vector-written-whole",
             NORMS,
-            "rest - i * kVectorStep, false",
-            "rest - i * kVectorStep + 1, false",
+            "store_vector_at(to, 0, columns, false, vector);",
+            "store_vector_at(to, 0, kColumns, false, vector);",
+        ),
+        (
+            "vectors-written-that-are-not-there",
+            NORMS,
+            "if (columns == 0) return;",
+            "",
         ),
         (
             "dropout-of-the-first-vector",
@@ -884,6 +886,7 @@ MUTATIONS = [
             "0.f",
         ),
         ("odd-columns-not-in-sum", OFFSET, "return of_even + of_odd;", "return of_even;"),
+        ("half-the-matrix-not-in-sum", OFFSET, "of_rows[0] + of_rows[2]", "of_rows[0]"),
         ("sum-out-of-range", OVERFLOW, "kHalf ? 1.f : 0x1p-16f", "kHalf ? 1.f : 1.f"),
         (
             "sum-of-denormals-lost",
@@ -893,7 +896,7 @@ MUTATIONS = [
         ),
         ("shift-not-in-variance", OFFSET, "- shift * shift, 0.f)", ", 0.f)"),
         ("forward-no-shift", OFFSET, "(d * row.rstd - offset)", "(d * row.rstd)"),
-        ("padding-in-moments", KINDS, "j < count ? d(x[j]) : 0.f", "d(x[j])"),
+        ("padding-in-moments", KINDS, "j < columns ? d(x[j]) : 0.f", "d(x[j])"),
         (
             "peak-of-the-row-alone",
             KINDS,
@@ -1002,7 +1005,7 @@ MUTATIONS = [
         (
             "y-peak-of-padding",
             KINDS,
-            "peak_bits(y_peak, rounded, to.rest - v * kVectorStep)",
+            "peak_bits(y_peak, rounded, columns)",
             "peak_bits(y_peak, rounded, kColumns)",
         ),
         (
@@ -1021,7 +1024,7 @@ MUTATIONS = [
         (
             "wide-padding-in-moments",
             OFFSET,
-            "int(min(hidden - v * kColumns, int64_t{kColumns}))",
+            "int(max(min(hidden - v * kColumns, int64_t{kColumns}), int64_t{0}))",
             "kColumns",
         ),
         (
@@ -1097,12 +1100,17 @@ MUTATIONS = [
         (
             "h-padding-not-cleared",
             KINDS,
-            "clear_beyond(to.rest - v * kVectorStep, rounded);",
-            "{}",
+            "clear_beyond(columns, rounded);",
+            "",
         ),
         ("z-of-the-residual", SANDWICH, "residual.store(v, rounded);", ""),
         ("h-not-in-its-sums", KINDS, "rough_h.add(rounded);", ""),
-        ("pre-eps-shrunk", ROUNDS, "params.pre_eps, params.relax", "params.post_eps, params.relax"),
+        (
+            "pre-eps-shrunk",
+            ROUNDS,
+            "rough_h, h, inverse_hidden, params.pre_eps",
+            "rough_h, h, inverse_hidden, params.post_eps",
+        ),
         ("pre-weight-of-post", KINDS, "pre_weight = parameter(2)", "pre_weight = parameter(0)"),
         ("sandwich-dropout-lost", DROPPED, "drop_columns(f, params.dropout, row, me);", "{}"),
         ("sandwich-residual-lost", KINDS, "add_vector(residual.load(v), x);", ""),
