@@ -773,7 +773,7 @@ MUTATIONS = [
         ),
         (
             "rows-dealt-out-twice",
-            ROUNDS,
+            RERUNS,
             "blockIdx.x + int64_t{gridDim.x} * me.row_in_block;",
             "blockIdx.x + me.row_in_block;",
         ),

@@ -9,9 +9,7 @@
 
 #include <type_traits>
 
-#include "../instructions/sm80.cuh"
-#include "plan.h"
-#include "vector.cuh"
+#include "row_ring.cuh"
 
 namespace cogview {
 
