@@ -418,6 +418,7 @@ struct BackwardNeeds {
   int statistics;                             // and for each row
   int vectors;                                // of a thread
   int num_weights;
+  int max_threads;  // of a block
 };
 
 // Whether int holds all numbers of rows, and strides.
@@ -434,7 +435,7 @@ cudaError_t plan_backward(const BackwardNeeds& needs, Params* params, bool* fits
   int most_bytes = 0;
   const cudaError_t status = max_shared_bytes(&most_bytes);
   if (status != cudaSuccess) return status;
-  *fits = params->hidden <= int64_t{kBackwardThreads} * needs.vectors * kColumns;
+  *fits = params->hidden <= int64_t{needs.max_threads} * needs.vectors * kColumns;
   if (!*fits) return cudaSuccess;
   const int threads = threads_for(params->hidden, needs.vectors);
   GroupNeeds group = {};
@@ -443,7 +444,7 @@ cudaError_t plan_backward(const BackwardNeeds& needs, Params* params, bool* fits
   group.num_blocks = params->num_blocks;
   group.every_block = true;  // each writes its rows of `partial`
   group.aligned = all_aligned(params->hidden, needs.matrices);
-  group.max_threads = kBackwardThreads;
+  group.max_threads = needs.max_threads;
   const StageSlots stage = {needs.vectors * needs.pieces, needs.statistics};
   group.stage_bytes = threads / kWarpSize * stage.bytes();
   group.num_parameters = needs.num_weights;

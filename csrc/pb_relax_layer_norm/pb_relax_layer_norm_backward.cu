@@ -309,6 +309,7 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& g
   needs.statistics = 1;
   needs.vectors = params.hidden <= kBackwardThreads * 2 * kColumns ? 2 : 4;
   needs.num_weights = plain && needs.vectors == 2 ? 0 : 1;
+  needs.max_threads = kBackwardThreads;
   bool fits = false;
   cudaError_t status = plan_backward(needs, &params, &fits);
   if (status != cudaSuccess) return status;

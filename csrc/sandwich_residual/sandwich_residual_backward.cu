@@ -39,6 +39,10 @@ namespace {
 
 constexpr int kVectors = 2;  // of a thread: more column sums than these registers do not hold
 
+// Of a block of the plain kernel: three warps on a quarter of a multiprocessor have 168 registers a
+// thread, four have 128.
+constexpr int kPlainThreads = 384;
+
 // The slots of a row.
 template <typename F, typename H>
 struct BackwardSlots {
@@ -54,7 +58,7 @@ struct BackwardSlots {
 
 // kPlain: rows are aligned, nothing is dropped, and int holds numbers of rows and strides.
 template <typename F, typename H, bool kPlain>
-__global__ void __launch_bounds__(kBackwardThreads, 1)
+__global__ void __launch_bounds__(kPlain ? kPlainThreads : kBackwardThreads, 1)
     sandwich_residual_backward_kernel(const SandwichResidualBackwardParams params) {
   using Own = BackwardSlots<F, H>;
   constexpr StageSlots kSlots = Own::kStage;
@@ -252,16 +256,24 @@ cudaError_t sandwich_residual_backward(const SandwichResidualBackwardParams& giv
   needs.statistics = 2;
   needs.vectors = kVectors;
   needs.num_weights = 2;
+  needs.max_threads = kPlainThreads;
   bool fits = false;
-  const cudaError_t status = plan_backward(needs, &params, &fits);
+  cudaError_t status = plan_backward(needs, &params, &fits);
   if (status != cudaSuccess) return status;
-  if (!fits) return launch_norms(params, stream);
+  const bool plain = fits && params.plan.aligned && params.dropout.seed == nullptr &&
+                     params.f_dtype == params.h_dtype && params.h_dtype != DType::kFloat32 &&
+                     int_holds(params.rows, params.steps, matrices);
+  if (!plain) {
+    needs.max_threads = kBackwardThreads;
+    status = plan_backward(needs, &params, &fits);
+    if (status != cudaSuccess) return status;
+    if (!fits) return launch_norms(params, stream);
+  }
   return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
     using F = typename decltype(f)::Type;
     using H = typename decltype(h)::Type;
-    if constexpr (kPieces<H> == 1) {  // float32 leaves too few registers, and time enough
-      if (params.plan.aligned && params.dropout.seed == nullptr &&
-          int_holds(params.rows, params.steps, matrices)) {
+    if constexpr (std::is_same_v<F, H> && kPieces<H> == 1) {
+      if (plain) {
         return launch_planned<sandwich_residual_backward_kernel<F, H, true>>(params, stream);
       }
     }
