@@ -817,12 +817,6 @@ MUTATIONS = [
             "store_vector_at(to, 0, kColumns, false, vector);",
         ),
         (
-            "vectors-written-that-are-not-there",
-            NORMS,
-            "if (columns == 0) return;",
-            "",
-        ),
-        (
             "dropout-of-the-first-vector",
             SANDWICH,
             "kept_columns(dropout, row, me.vector_idx(i))",
@@ -1020,6 +1014,7 @@ MUTATIONS = [
             "drop_columns(x, params.dropout, row, me);",
             "{}",
         ),
+        ("vectors-written-that-are-not-there", NORMS, "if (columns == 0) return;", ""),
         ("forward-residual-lost", ROUNDS, "add_vector(residual.load(v), y);", "{}"),
         (
             "wide-padding-in-moments",
@@ -1103,6 +1098,7 @@ MUTATIONS = [
             "clear_beyond(columns, rounded);",
             "",
         ),
+        ("z-written-where-it-is-not", SANDWICH, "if (columns == 0) return;", ""),
         ("z-of-the-residual", SANDWICH, "residual.store(v, rounded);", ""),
         ("h-not-in-its-sums", KINDS, "rough_h.add(rounded);", ""),
         (

@@ -33,11 +33,10 @@ struct WrittenRow {
 
   __device__ __forceinline__ void skip(int vectors) { first += vectors * kVectorStep; }
 
-  // Vector i, so many columns of it.
+  // Vector i, so many columns of it: all eight where rows are aligned.
   __device__ __forceinline__ void store(int i, int columns, const Vector<T>& vector) const {
     T* to = first + i * kVectorStep;
     if constexpr (kAligned) {
-      if (columns == 0) return;
 #pragma unroll
       for (int p = 0; p < kPieces<T>; ++p) st_global_v4(to + p * kVector<T>, vector.piece[p]);
     } else {
