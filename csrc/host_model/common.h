@@ -210,21 +210,22 @@ __forceinline__ uint32_t cvt_rn_x2(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
 }
 
-// Of a number and a NaN the number.
-template <typename T, typename Choose>
-__forceinline__ uint32_t choose_x2(uint32_t a, uint32_t b, const Choose& choose) {
+// Of a number and a NaN the number; std::fmax takes signalling NaNs for more.
+template <typename T, typename Before>
+__forceinline__ uint32_t choose_x2(uint32_t a, uint32_t b, const Before& before) {
   const auto of_half = [&](uint16_t a, uint16_t b) {
-    return uint32_t(from_float<T>(choose(to_float(T{a}), to_float(T{b}))).bits);
+    const float x = to_float(T{a}), y = to_float(T{b});
+    return uint32_t(from_float<T>(x != x || before(y, x) ? y : x).bits);
   };
   return of_half(uint16_t(a), uint16_t(b)) | of_half(uint16_t(a >> 16), uint16_t(b >> 16)) << 16;
 }
 template <typename T>
 __forceinline__ uint32_t max_x2(uint32_t a, uint32_t b) {
-  return choose_x2<T>(a, b, [](float a, float b) { return std::fmax(a, b); });
+  return choose_x2<T>(a, b, [](float one, float other) { return one > other; });
 }
 template <typename T>
 __forceinline__ uint32_t min_x2(uint32_t a, uint32_t b) {
-  return choose_x2<T>(a, b, [](float a, float b) { return std::fmin(a, b); });
+  return choose_x2<T>(a, b, [](float one, float other) { return one < other; });
 }
 
 }  // namespace cogview

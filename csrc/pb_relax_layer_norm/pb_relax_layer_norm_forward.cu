@@ -5,18 +5,21 @@
 // computed as statistics.cuh says. Dropped elements of x count as zero; Epsilon says what becomes of
 // the factor 1 / (1 - p) of the others.
 //
-// Phases     0 (relax = tensor) `peak`: max|x|. 1 weight and bias to shared memory. 2 in rounds:
-//            copy the next rows; sum and maximum of x; sums of its deviations; y.
+// Phases     0 (relax = tensor) `peak`: max|x|. 1 weight and bias to shared memory, behind the first
+//            copies. 2 for each row, in shared memory: drop; sum and maximum of x; sums of its
+//            deviations; y. Then the row's place is free for the copy of a later one.
 // Layout     x, residual: rows at a stride; y contiguous; statistics: sixteen bytes a row.
-// Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).
-// Warps      threads_per_row threads, whole warps, own a row and keep it in registers: x and
-//            residual are read once, y is written once. Rows that are wider, or do not fit into
-//            shared memory, take the `wide` kernel: one block per row, three passes over x.
-// Smem       of 2560 float16 columns, 160 threads a row, 6 rows, with the residual:
-//              2 stages   x, residual   76 800 bytes each
-//              parameters weight, bias  23 040 bytes
-//              scratch    of the sums      640 bytes   in all 177 280
-// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row).
+// Grid       at most num_blocks blocks; row r goes to block r % gridDim.x.
+// Warps      a group of threads_per_row threads, whole warps, owns a row and goes from row to row
+//            without waiting for other groups: x and residual are read once, y is written once. Most
+//            rows have one warp, wide ones more (plan_by_warps). Rows that do not fit into shared
+//            memory take the `wide` kernel: one block per row, three passes over x.
+// Smem       of 2560 16-bit columns without residual, one warp a row, 20 rows:
+//              parameters weight, bias   20 480 bytes
+//              2 stages   x             102 400 bytes each
+//              scratch    of the sums       640 bytes   in all 225 920
+// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row, for rows of more
+//            than one warp: a barrier for each group).
 // Rounding   float32 throughout, y rounded once.
 // Reference  cogview_kernels.norm.reference.pb_relax_layer_norm
 
@@ -26,17 +29,13 @@
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 768;  // 80 registers each
-constexpr int kEnoughWarps = 16;
+constexpr int kMaxThreads = 640;  // 96 registers each
 constexpr int kWideThreads = 512;
 
 // *peak becomes the larger of itself and the warp's max|value|, given as bits. Those of a NaN are
 // larger than all others.
 __device__ __forceinline__ void join_peak(float* peak, uint32_t bits) {
-#pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
-    bits = max(bits, shfl_bfly(bits, mask));
-  }
+  bits = redux_max(bits);
   if (threadIdx.x % kWarpSize == 0) red_global_max(reinterpret_cast<uint32_t*>(peak), bits);
 }
 
@@ -82,8 +81,8 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const SharedRow<X> x(stage, me);
     if (params.dropout.seed != nullptr) drop_columns(x, params.dropout, row, me);
     RoughSums<X> rough;
-    for_each_vector(x, hidden, me, [&](const Vector<X>& vector, int) { rough.add(vector); });
-    const RowStatistics statistics = statistics_of_row(rough, x, hidden, inverse_hidden, params.eps,
+    for_each_vector(x, me, [&](const Vector<X>& vector, int) { rough.add(vector); });
+    const RowStatistics statistics = statistics_of_row(rough, x, inverse_hidden, params.eps,
                                                        params.relax, params.peak, me, scratch);
     const auto write = [&](auto aligned) {
       WrittenRow<Y, aligned.value> to(params.y, row, hidden, me);
@@ -91,9 +90,10 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       SharedRow<Y> residual(stage + x_bytes, me);
       SharedRow<float> weight(dynamic_shared() + shared.parameter(0), me);
       SharedRow<float> bias(dynamic_shared() + shared.parameter(1), me);
-      in_pairs(me.num_vectors, [&](auto n) {
+      for_each_vector(me, [&](auto n, auto columns) {
+        if (columns == 0) return;
 #pragma unroll
-        for (int v = 0; v < n.value; ++v) {
+        for (int v = 0; v < n; ++v) {
           float y[kColumns], w[kColumns], b[kColumns];
           unpack(from.load(v), y);
           unpack(weight.load(v), w);
@@ -101,16 +101,14 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
           normalise(y, statistics, w, b);
           if constexpr (kResidual) add_vector(residual.load(v), y);
           const Vector<Y> rounded = pack<Y>(y);
-          to.store(v, rounded);
-          if (kResidual && params.y_peak != nullptr) {
-            y_peak = peak_bits(y_peak, rounded, to.rest - v * kVectorStep);
-          }
+          to.store(v, columns, rounded);
+          if (kResidual && params.y_peak != nullptr) y_peak = peak_bits(y_peak, rounded, columns);
         }
-        from.skip(n.value);
-        residual.skip(n.value);
-        weight.skip(n.value);
-        bias.skip(n.value);
-        to.skip(n.value);
+        from.skip(n);
+        residual.skip(n);
+        weight.skip(n);
+        bias.skip(n);
+        to.skip(n);
       });
     };
     if (plan.aligned) {
@@ -146,9 +144,11 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       }
       return x;
     };
+    // Warps stay together.
     const auto for_each_vector = [&](const auto& f) {
-      for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
-        f(load_x(v), int(min(hidden - v * kColumns, int64_t{kColumns})));
+      for (int64_t first = 0; first < num_vectors; first += kWideThreads) {
+        const int64_t v = first + threadIdx.x;
+        f(load_x(v), int(max(min(hidden - v * kColumns, int64_t{kColumns}), int64_t{0})));
       }
     };
     RoughSums<X> rough;
@@ -237,7 +237,7 @@ cudaError_t pb_relax_layer_norm_forward(const PbRelaxLayerNormForwardParams& giv
   }
   needs.num_parameters = 2;
   bool fits = false;
-  const cudaError_t status = plan_by_warps(needs, kEnoughWarps, &params.plan, &fits);
+  const cudaError_t status = plan_by_warps(needs, &params.plan, &fits);
   if (status != cudaSuccess) return status;
   return with_dtypes(params.x_dtype, params.y_dtype, [&](auto x, auto y) {
     using X = typename decltype(x)::Type;

@@ -7,41 +7,40 @@
 
 namespace cogview {
 
-// f(vector, count) for each of this thread's vectors of a row, `count` of whose columns there are.
+// f(vector, columns) for each of this thread's vectors of a row; zeros in columns that are not there.
 template <typename T, typename Function>
-__device__ __forceinline__ void for_each_vector(SharedRow<T> row, int hidden, const RowThread& me,
+__device__ __forceinline__ void for_each_vector(SharedRow<T> row, const RowThread& me,
                                                 const Function& f) {
-  in_pairs(me.num_whole, [&](auto n) {
-    Vector<T> vector[n.value];
+  for_each_vector(me, [&](auto n, auto columns) {
+    Vector<T> vector[n.value] = {};
+    if (columns > 0) {
 #pragma unroll
-    for (int v = 0; v < n.value; ++v) vector[v] = row.load(v);
+      for (int v = 0; v < n; ++v) vector[v] = row.load(v);
+    }
 #pragma unroll
-    for (int v = 0; v < n.value; ++v) f(vector[v], kColumns);
-    row.skip(n.value);
+    for (int v = 0; v < n; ++v) f(vector[v], columns);
+    row.skip(n);
   });
-  if (me.num_whole < me.num_vectors) f(row.load(0), hidden - me.column(me.num_whole));
 }
 
 // A thread's vectors of a row in global memory that is written, from one of them on.
 template <typename T, bool kAligned>
 struct WrittenRow {
   T* first;
-  int rest;  // the row's columns from there on
 
   __device__ __forceinline__ WrittenRow(void* rows, int64_t row, int hidden, const RowThread& me)
-      : first(static_cast<T*>(rows) + row * hidden + me.column(0)), rest(hidden - me.column(0)) {}
+      : first(static_cast<T*>(rows) + row * hidden + me.column(0)) {}
 
-  __device__ __forceinline__ void skip(int vectors) {
-    first += vectors * kVectorStep;
-    rest -= vectors * kVectorStep;
-  }
-  __device__ __forceinline__ void store(int i, const Vector<T>& vector) const {
+  __device__ __forceinline__ void skip(int vectors) { first += vectors * kVectorStep; }
+
+  // Vector i, so many columns of it: all eight where rows are aligned.
+  __device__ __forceinline__ void store(int i, int columns, const Vector<T>& vector) const {
     T* to = first + i * kVectorStep;
     if constexpr (kAligned) {
 #pragma unroll
       for (int p = 0; p < kPieces<T>; ++p) st_global_v4(to + p * kVector<T>, vector.piece[p]);
     } else {
-      store_vector_at(to, 0, rest - i * kVectorStep, false, vector);
+      store_vector_at(to, 0, columns, false, vector);
     }
   }
 };
@@ -62,11 +61,11 @@ __device__ __forceinline__ void drop_columns(SharedRow<T> x, const Dropout& drop
 // Statistics of a row whose `rough` sums are known.
 template <typename T>
 __device__ __forceinline__ RowStatistics statistics_of_row(const RoughSums<T>& rough,
-                                                           const SharedRow<T>& x, int hidden,
+                                                           const SharedRow<T>& x,
                                                            float inverse_hidden, const Epsilon& eps,
                                                            Relax relax, const float* tensor_peak,
                                                            const RowThread& me, float* scratch) {
-  const auto visit = [&](const auto& f) { for_each_vector(x, hidden, me, f); };
+  const auto visit = [&](const auto& f) { for_each_vector(x, me, f); };
   return statistics_of_row(rough, visit, inverse_hidden, eps, relax, tensor_peak, me, scratch);
 }
 

@@ -23,23 +23,28 @@ struct RowThread {
   int in_row;           // number of this thread among those of its row
   int threads_per_row;  // whole warps
   int row_in_block;     // number of the group
-  int first_vector;     // of this thread's vectors, which are kWarpSize apart
-  int num_vectors;      // that this thread has
-  int num_whole;        // of them: those with eight columns
   int lanes_for_warps;  // a power of two that is not less than the number of the row's warps
+  int first_vector;     // of this thread's vectors, which are kWarpSize apart
+  int num_full;         // of them: those that all lanes of the warp have, with eight columns
+  bool has_tail;        // whether a lane of the warp has one behind those
+  int tail;             // how many columns of it this thread has
+  int num_vectors;      // that this thread has
 
   __device__ __forceinline__ RowThread(const RowPlan& plan, int64_t hidden)
       : in_row(int(threadIdx.x) % plan.threads_per_row),
         threads_per_row(plan.threads_per_row),
         // Of lane 0: the compiler learns that a warp's threads go through the same rows.
         row_in_block(shfl_idx(int(threadIdx.x) / plan.threads_per_row, 0)),
-        first_vector(in_row / kWarpSize * kWarpSize * plan.vectors_per_thread + in_row % kWarpSize),
-        num_vectors(max(0, min(plan.vectors_per_thread,
-                               (vectors_of(hidden) - first_vector + kWarpSize - 1) / kWarpSize))),
-        num_whole(num_vectors -
-                  int(num_vectors > 0 && column(num_vectors - 1) + kColumns > hidden)),
         lanes_for_warps(1) {
     while (lanes_for_warps * kWarpSize < threads_per_row) lanes_for_warps *= 2;
+    const int most = plan.vectors_per_thread;
+    const int of_lane_0 = shfl_idx(in_row / kWarpSize * kWarpSize * most, 0);
+    const int columns = max(0, int(hidden) - of_lane_0 * kColumns);  // from there on
+    num_full = min(most, columns / kVectorStep);
+    has_tail = num_full < most && columns > num_full * kVectorStep;
+    first_vector = of_lane_0 + in_row % kWarpSize;
+    tail = has_tail ? max(0, min(kColumns, int(hidden) - column(num_full))) : 0;
+    num_vectors = num_full + int(tail > 0);
   }
 
   // Of this thread's vectors.
@@ -56,12 +61,22 @@ struct RowThread {
   }
 };
 
-// f(n) until the n have reached `count`: n is 2, then 1 where one is left, an integral_constant.
+template <int kValue>
+struct Constant {
+  static constexpr int value = kValue;
+  __host__ __device__ constexpr operator int() const { return kValue; }
+};
+
+// f(n, columns) for this thread's vectors, n of them at once, which have so many columns: eight, but
+// in the last call perhaps fewer, or none where other lanes of the warp have some. n, and columns in
+// all calls but the last, are Constants. Warps stay together.
 template <typename Function>
-__device__ __forceinline__ void in_pairs(int count, const Function& f) {
+__device__ __forceinline__ void for_each_vector(const RowThread& me, const Function& f) {
+  int left = me.num_full;
 #pragma unroll 1
-  for (; count >= 2; count -= 2) f(std::integral_constant<int, 2>());
-  if (count > 0) f(std::integral_constant<int, 1>());
+  for (; left >= 2; left -= 2) f(Constant<2>(), Constant<kColumns>());
+  if (left > 0) f(Constant<1>(), Constant<kColumns>());
+  if (me.has_tail) f(Constant<1>(), me.tail);
 }
 
 // A thread's vectors of a row of T in shared memory, from one of them on.

@@ -9,18 +9,19 @@
 
 #include <type_traits>
 
-#include "plan.h"
-#include "vector.cuh"
+#include "row_ring.cuh"
 
 namespace cogview {
 
 // What becomes of number n of two threads. A maximum is one of numbers that are not negative.
 struct Add {
-  static constexpr int kMaxima = 0;
+  static constexpr int kMaxima = 0, kEqualLanes = 1;
   __device__ __forceinline__ float operator()(int, float a, float b) const { return a + b; }
 };
+template <int kLanes>
 struct MaxThenAdd {
-  static constexpr int kMaxima = 1;  // number 0
+  static constexpr int kMaxima = 1;           // number 0
+  static constexpr int kEqualLanes = kLanes;  // so many neighbours have the sum of all of them
   __device__ __forceinline__ float operator()(int n, float a, float b) const {
     return n < kMaxima ? fmaxf(a, b) : a + b;
   }
@@ -37,7 +38,7 @@ __device__ __forceinline__ void reduce_row(float (&number)[kCount], float* scrat
     number[n] = uint_as_float(redux_max(float_as_uint(number[n])));
   }
 #pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+  for (int mask = kWarpSize / 2; mask >= Combine::kEqualLanes; mask /= 2) {
 #pragma unroll
     for (int n = Combine::kMaxima; n < kCount; ++n) {
       number[n] = combine(n, number[n], shfl_bfly(number[n], mask));
@@ -144,18 +145,39 @@ struct ScaledSum {
 // The maximum, and the sum from which the mean comes before it is known how the row should be scaled:
 // scaled down, as it could overflow. That loses a row of denormal numbers, for which a second sum,
 // scaled up, is worth another pass. float16 has neither so large nor so small numbers.
+//
+// 16-bit numbers are added up by the tensor cores, which leaves their conversion to the second pass:
+// a warp's vectors are a matrix of 16 x 16, and the other factor is constant. Tensor cores may round
+// down; shift takes that back as any other error of the first mean. Whole warps call add().
 template <typename T>
 struct RoughSums {
   static constexpr bool kHalf = std::is_same_v<T, Half>;
   static constexpr float kDown = kHalf ? 1.f : 0x1p-16f, kUp = 0x1p64f;
   static constexpr float kTiny = kHalf ? 0.f : 0x1p-32f;  // maximum of a row with a second sum
+  static constexpr int kEqualLanes = 4;                   // that share rows of the matrix
   Peak<T> peak;
-  ScaledSum sum;
+  float of_rows[4] = {};  // the lane's two rows, each twice
 
   __device__ __forceinline__ void add(const Vector<T>& vector) {
     peak.add(vector);
-    sum.add(vector, kDown);
+    const uint4 words = vector.piece[0];
+    const uint32_t down = cvt_rn_x2<T>(kDown, kDown);
+    mma_m16n8k16<T>(of_rows, {words.x, words.y, words.z, words.w}, down, down);
   }
+  __device__ __forceinline__ float sum() const { return of_rows[0] + of_rows[2]; }
+};
+template <>
+struct RoughSums<float> {
+  static constexpr float kDown = 0x1p-16f, kUp = 0x1p64f, kTiny = 0x1p-32f;
+  static constexpr int kEqualLanes = 1;
+  Peak<float> peak;
+  ScaledSum scaled;
+
+  __device__ __forceinline__ void add(const Vector<float>& vector) {
+    peak.add(vector);
+    scaled.add(vector, kDown);
+  }
+  __device__ __forceinline__ float sum() const { return scaled.value(); }
 };
 
 // The rest of the statistics: sum and sum of squares of d.
@@ -168,14 +190,14 @@ struct Moments {
 
   __device__ __forceinline__ float d(float x) const { return x * scale - rough_mean; }
 
-  // `count`: how many of the columns the row has.
+  // `columns`: how many of these the row has.
   template <typename T>
-  __device__ __forceinline__ void add(const Vector<T>& vector, int count) {
+  __device__ __forceinline__ void add(const Vector<T>& vector, int columns) {
     float x[kColumns];
     unpack(vector, x);
 #pragma unroll
     for (int j = 0; j < kColumns; ++j) {
-      const float of_column = j < count ? d(x[j]) : 0.f;
+      const float of_column = j < columns ? d(x[j]) : 0.f;
       sum[j % 2] += of_column;
       square[j % 2] += of_column * of_column;
     }
@@ -187,15 +209,15 @@ constexpr int kScratchFloats = 5 * kMaxWarps;  // of statistics_of_row
 static_assert(kScratchFloats * sizeof(float) <= kRowArrayBytes);
 
 // Statistics of a row of numbers of dtype T. `rough` are those of this thread; visit(f) calls
-// f(vector, count) for each of its vectors, `count` of whose columns the row has.
+// f(vector, columns) for each of its vectors, so many of whose columns the row has.
 template <typename T, typename Visit>
 __device__ __forceinline__ RowStatistics statistics_of_row(const RoughSums<T>& rough,
                                                            const Visit& visit, float inverse_hidden,
                                                            const Epsilon& eps, Relax relax,
                                                            const float* tensor_peak,
                                                            const RowThread& me, float* scratch) {
-  float first[2] = {rough.peak.value(), rough.sum.value()};
-  reduce_row(first, scratch, me, MaxThenAdd());
+  float first[2] = {rough.peak.value(), rough.sum()};
+  reduce_row(first, scratch, me, MaxThenAdd<RoughSums<T>::kEqualLanes>());
   const float peak = relax == Relax::kTensor ? *tensor_peak : first[0];
   const float scale = relaxing_scale(peak, relax);
   float mean = first[1] * scale * (inverse_hidden / RoughSums<T>::kDown);
@@ -208,7 +230,7 @@ __device__ __forceinline__ RowStatistics statistics_of_row(const RoughSums<T>& r
     mean = again[0] * (scale / kUp) * inverse_hidden;
   }
   Moments moments(scale, mean);
-  visit([&](const Vector<T>& vector, int count) { moments.add(vector, count); });
+  visit([&](const Vector<T>& vector, int columns) { moments.add(vector, columns); });
   float second[2] = {moments.sum[0] + moments.sum[1], moments.square[0] + moments.square[1]};
   reduce_row(second, scratch + 3 * kMaxWarps, me, Add());
   const float shift = second[0] * inverse_hidden;

@@ -3,19 +3,22 @@
 // Math  h = residual + LN_post(dropout(f));  z = LN_pre(h), of the rounded h
 // with both norms as pb_relax_layer_norm_forward.cu computes them.
 //
-// Phases     1 four parameters to shared memory. 2 in rounds: copy the next rows; statistics of f,
-//            h; statistics of h, z.
+// Phases     1 four parameters to shared memory, behind the first copies. 2 for each row, in shared
+//            memory: drop; statistics of f; h, which takes the residual's place; statistics of h; z.
+//            Then the row's place is free for the copy of a later one.
 // Layout     f, residual: rows at a stride; h, z contiguous; statistics: sixteen bytes a row.
-// Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).
-// Warps      threads_per_row threads, whole warps, own a row: f and residual are read once, h and z
-//            are written once. Two launches of pb_relax_layer_norm_forward serve instead where a row
-//            is too wide, without z, and for Relax::kTensor, whose second norm needs the maximum
-//            over all of h.
-// Smem       of 2560 float16 columns, 160 threads a row, 5 rows:
-//              2 stages   f, residual                  64 000 bytes each
-//              parameters two weights, two biases      43 520 bytes
-//              scratch    of the sums                     640 bytes   in all 172 160
-// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row).
+// Grid       at most num_blocks blocks; row r goes to block r % gridDim.x.
+// Warps      a group of threads_per_row threads, whole warps, owns a row, as in
+//            pb_relax_layer_norm_forward.cu: f and residual are read once, h and z are written once.
+//            Two launches of pb_relax_layer_norm_forward serve instead where shared memory holds
+//            fewer than two rows, without z, and for Relax::kTensor, whose second norm needs the
+//            maximum over all of h.
+// Smem       of 2560 16-bit columns, one warp a row, 18 rows:
+//              parameters two weights, two biases   40 960 bytes
+//              1 stage    f, residual              184 320 bytes
+//              scratch    of the sums                  640 bytes   in all 225 920
+// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row, for rows of more
+//            than one warp: a barrier for each group).
 // Rounding   float32 throughout, h and z rounded once each.
 // Reference  cogview_kernels.norm.reference.sandwich_residual
 
@@ -25,8 +28,7 @@
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 768;  // 80 registers each
-constexpr int kEnoughWarps = 16;
+constexpr int kMaxThreads = 640;  // 96 registers each
 
 template <typename F, typename H>
 __global__ void __launch_bounds__(kMaxThreads, 1)
@@ -61,9 +63,9 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     const SharedRow<H> h(stage + f_bytes, me);  // the residual, until h takes its place
     if (params.dropout.seed != nullptr) drop_columns(f, params.dropout, row, me);
     RoughSums<F> rough_f;
-    for_each_vector(f, hidden, me, [&](const Vector<F>& vector, int) { rough_f.add(vector); });
+    for_each_vector(f, me, [&](const Vector<F>& vector, int) { rough_f.add(vector); });
     const RowStatistics f_statistics = statistics_of_row(
-        rough_f, f, hidden, inverse_hidden, params.post_eps, params.relax, nullptr, me, scratch);
+        rough_f, f, inverse_hidden, params.post_eps, params.relax, nullptr, me, scratch);
     if (me.in_row == 0) params.f_statistics[row] = f_statistics;
 
     RoughSums<H> rough_h;
@@ -72,26 +74,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       SharedRow<F> from = f;
       SharedRow<H> residual = h;
       SharedRow<float> post_weight = parameter(0), post_bias = parameter(1);
-      in_pairs(me.num_vectors, [&](auto n) {
+      for_each_vector(me, [&](auto n, auto columns) {
 #pragma unroll
-        for (int v = 0; v < n.value; ++v) {
-          float x[kColumns], weight[kColumns], bias[kColumns];
-          unpack(from.load(v), x);
-          unpack(post_weight.load(v), weight);
-          unpack(post_bias.load(v), bias);
-          normalise(x, f_statistics, weight, bias);
-          add_vector(residual.load(v), x);
-          Vector<H> rounded = pack<H>(x);
-          if (!aligned.value) clear_beyond(to.rest - v * kVectorStep, rounded);
-          residual.store(v, rounded);
+        for (int v = 0; v < n; ++v) {
+          Vector<H> rounded = {};
+          if (columns > 0) {
+            float x[kColumns], weight[kColumns], bias[kColumns];
+            unpack(from.load(v), x);
+            unpack(post_weight.load(v), weight);
+            unpack(post_bias.load(v), bias);
+            normalise(x, f_statistics, weight, bias);
+            add_vector(residual.load(v), x);
+            rounded = pack<H>(x);
+            clear_beyond(columns, rounded);
+            residual.store(v, rounded);
+            to.store(v, columns, rounded);
+          }
           rough_h.add(rounded);
-          to.store(v, rounded);
         }
-        from.skip(n.value);
-        residual.skip(n.value);
-        post_weight.skip(n.value);
-        post_bias.skip(n.value);
-        to.skip(n.value);
+        from.skip(n);
+        residual.skip(n);
+        post_weight.skip(n);
+        post_bias.skip(n);
+        to.skip(n);
       });
     };
     if (plan.aligned) {
@@ -99,28 +104,29 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
     } else {
       write_h(std::false_type());
     }
-    const RowStatistics h_statistics = statistics_of_row(
-        rough_h, h, hidden, inverse_hidden, params.pre_eps, params.relax, nullptr, me, scratch);
+    const RowStatistics h_statistics = statistics_of_row(rough_h, h, inverse_hidden, params.pre_eps,
+                                                         params.relax, nullptr, me, scratch);
     if (me.in_row == 0) params.h_statistics[row] = h_statistics;
 
     const auto write_z = [&](auto aligned) {
       WrittenRow<H, aligned.value> to(params.z, row, hidden, me);
       SharedRow<H> from = h;
       SharedRow<float> pre_weight = parameter(2), pre_bias = parameter(3);
-      in_pairs(me.num_vectors, [&](auto n) {
+      for_each_vector(me, [&](auto n, auto columns) {
+        if (columns == 0) return;
 #pragma unroll
-        for (int v = 0; v < n.value; ++v) {
+        for (int v = 0; v < n; ++v) {
           float x[kColumns], weight[kColumns], bias[kColumns];
           unpack(from.load(v), x);
           unpack(pre_weight.load(v), weight);
           unpack(pre_bias.load(v), bias);
           normalise(x, h_statistics, weight, bias);
-          to.store(v, pack<H>(x));
+          to.store(v, columns, pack<H>(x));
         }
-        from.skip(n.value);
-        pre_weight.skip(n.value);
-        pre_bias.skip(n.value);
-        to.skip(n.value);
+        from.skip(n);
+        pre_weight.skip(n);
+        pre_bias.skip(n);
+        to.skip(n);
       });
     };
     if (plan.aligned) {
@@ -186,9 +192,12 @@ cudaError_t sandwich_residual_forward(const SandwichResidualForwardParams& param
   needs.num_parameters = 4;
   SandwichResidualForwardParams planned = params;
   bool fits = false;
-  const cudaError_t status = plan_by_warps(needs, kEnoughWarps, &planned.plan, &fits);
+  const cudaError_t status = plan_by_warps(needs, &planned.plan, &fits);
   if (status != cudaSuccess) return status;
-  if (!fits) return launch_norms(params, stream);
+  // Memory would be idle while a block computes on its only row.
+  if (!fits || planned.plan.rows_per_block * planned.plan.stages < 2) {
+    return launch_norms(params, stream);
+  }
   return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
     using F = typename decltype(f)::Type;
     using H = typename decltype(h)::Type;
