@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../instructions/sm80.cuh"
+#include "../instructions/sm90.cuh"
 #include "dropout.cuh"
 #include "row_ring.cuh"
 
@@ -321,9 +322,11 @@ struct ColumnSums {
   // Adds up the sums of the block's groups, in order, and stores them in the block's rows of
   // `partial` (kGradients, gridDim.x, hidden). Call it after the last row: with several groups it
   // uses the memory where rows arrived, kSlots slots from `slots` on. warp_bytes: of a warp there.
+  // The kernel that adds up `partial` may start from now on.
   __device__ __forceinline__ void store(float* partial, int64_t hidden, const RowThread& me,
                                         const Columns<kVectors>& columns, const Slots& slots,
                                         int warp_bytes) {
+    griddepcontrol_launch_dependents();
     float* row = partial + blockIdx.x * hidden + columns.first();
     const int64_t next_gradient = gridDim.x * hidden;
     const auto store_vector = [&](int n, const float (&sums)[kColumns]) {

@@ -6,8 +6,8 @@
 // Dropped elements of x count as zero, and their dx is `add`.
 //
 // Phases     1 the weight to shared memory. 2 in rounds: copy the next rows; sums of g and g xhat;
-//            dx. 3 the block's column sums to `partial`. 4 `partial_sums`, a launch of its own,
-//            adds up the rows of `partial`.
+//            dx. 3 the block's column sums to `partial`, whose rows
+//            pb_relax_layer_norm_partial_sums.cu adds up; that kernel may start when phase 3 does.
 // Layout     dy, x, add: rows at a stride; dx contiguous; partial (2, num_blocks, hidden) float32.
 // Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
 // Warps      threads_per_row threads, whole warps, own a row: dy, x and add are read once, dx is
@@ -20,8 +20,7 @@
 //              scratch    of the sums           512 bytes   in all 90 112
 // Barriers   bar.sync: the weight is there; a warp's sums are there (reduce_row); in phase 3, the
 //            slots are free, and column sums of another row are there.
-// Writers    one thread writes each element of dx and of `partial`; `partial_sums` adds in a fixed
-//            order. No atomics: deterministic.
+// Writers    one thread writes each element of dx and of `partial`. No atomics: deterministic.
 // Rounding   float32 throughout; dx, dweight and dbias rounded once.
 // Reference  gradient of cogview_kernels.norm.reference.pb_relax_layer_norm
 
@@ -255,45 +254,6 @@ __global__ void __launch_bounds__(kWideThreads, 1)
   }
 }
 
-constexpr int kSumColumns = 32, kSumRows = 8;
-
-// Block (x, y) adds up the partial rows of gradient y, 32 columns of them.
-__global__ void __launch_bounds__(kSumColumns* kSumRows)
-    pb_relax_layer_norm_partial_sums_kernel(const __grid_constant__ PartialSumsParams params) {
-  float* scratch = shared_array<float, kSumRows * kSumColumns>();
-  const ParameterGradient& gradient = params.gradients[blockIdx.y];
-  if (gradient.data == nullptr) return;  // the whole block
-  const int64_t hidden = params.hidden;
-  const int column_in_block = int(threadIdx.x) % kSumColumns;
-  const int row_in_block = int(threadIdx.x) / kSumColumns;
-  const int64_t column = int64_t(blockIdx.x) * kSumColumns + column_in_block;
-
-  float sum = 0.f;
-  if (column < hidden) {
-    const float* source =
-        params.partial + int64_t(blockIdx.y) * params.num_blocks * hidden + column;
-#pragma unroll 4
-    for (int row = row_in_block; row < params.num_blocks; row += kSumRows) {
-      sum += source[row * hidden];
-    }
-  }
-  scratch[row_in_block * kSumColumns + column_in_block] = sum;
-  bar_sync();
-  if (row_in_block > 0 || column >= hidden) return;
-  for (int row = 1; row < kSumRows; ++row) sum += scratch[row * kSumColumns + column_in_block];
-  switch (gradient.dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(gradient.data)[column] = sum;
-      return;
-    case DType::kFloat16:
-      static_cast<Half*>(gradient.data)[column] = from_float<Half>(sum);
-      return;
-    case DType::kBFloat16:
-      static_cast<BFloat16*>(gradient.data)[column] = from_float<BFloat16>(sum);
-      return;
-  }
-}
-
 }  // namespace
 
 cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& given,
@@ -334,12 +294,6 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& g
     }
     return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 2, false>>(params, stream);
   });
-}
-
-cudaError_t pb_relax_layer_norm_partial_sums(const PartialSumsParams& params, cudaStream_t stream) {
-  return launch<pb_relax_layer_norm_partial_sums_kernel>(ceil_div(params.hidden, kSumColumns),
-                                                         params.num_gradients,
-                                                         kSumColumns * kSumRows, 0, stream, params);
 }
 
 }  // namespace cogview

@@ -8,8 +8,8 @@
 // with the gradient of a norm as in pb_relax_layer_norm_backward.cu.
 //
 // Phases     1 two weights to shared memory. 2 in rounds: copy the next rows; sums of h's norm;
-//            dresidual and sums of f's norm; df. 3 the block's column sums to `partial`. 4
-//            pb_relax_layer_norm_partial_sums, a launch of its own, adds up the rows of `partial`.
+//            dresidual and sums of f's norm; df. 3 the block's column sums to `partial`, whose rows
+//            pb_relax_layer_norm_partial_sums.cu adds up; that kernel may start when phase 3 does.
 // Layout     dh, dz, f, h: rows at a stride; df, dresidual contiguous; partial (4, num_blocks,
 //            hidden) float32, the post weight's and bias's sums first.
 // Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
