@@ -726,6 +726,54 @@ def test_plans_of_groups(host_model: None) -> None:
     }
 
 
+# Of the backward kernels: inputs of the types of f or x, of h or y; statistics of a row; weights.
+BACKWARD = {
+    "pb_relax_layer_norm_backward_kernel": (1, 1, 1, 1),
+    "sandwich_residual_backward_kernel": (1, 3, 2, 2),
+}
+
+
+def test_plans_of_backward(host_model: None) -> None:
+    """The fewest warps that hold a row's column sums; as many groups of them as a block's threads
+    and memory hold, and as there are rows; several only with two stages, where ColumnSums adds them
+    up."""
+    found: dict[str, set[tuple[bool, bool, int]]] = {kernel: set() for kernel in BACKWARD}
+    rows, blocks = 23, 2
+    for dtype in (torch.float16, torch.float32):
+        for hidden in (5, 200, 768, 2560, 5120, 6152, 8192, 8200, 16384):
+            for shared_kb in SHARED_KB:
+                for problem in (
+                    make_sandwich(rows, hidden, (dtype, dtype)),
+                    make_norm(rows, hidden, dtype),
+                ):
+                    with modelled_device(blocks, shared_kb):
+                        ran = launches(problem)
+                    for launch in ran:
+                        kernel = launch["kernel"].partition("<")[0]
+                        if kernel not in BACKWARD or kernel[:4] != launch["operator"][:4]:
+                            continue
+                        of_f, of_h, statistics, weights = BACKWARD[kernel]
+                        vectors = 2 if hidden <= 8192 else 4
+                        warps = math.ceil(hidden / (256 * vectors))
+                        pieces = (of_f + of_h) * (dtype.itemsize // 2)
+                        stage = warps * (vectors * pieces * 512 + 16 * statistics + 16)
+                        rest = warps * vectors * 1024 * weights
+                        few = of_h == 3 and dtype.itemsize == 2 and hidden <= 6144
+                        most = min((12 if few else 16) // warps, math.ceil(rows / blocks))
+                        most = min(most, MOST_BARRIERS) if warps > 1 else most
+                        room = (shared_kb * KB - RESERVED - rest) // stage
+                        stages = 2 if room >= 2 else 1
+                        groups = min(most, room // stages)
+                        assert launch["threads"] == 32 * warps * groups, (kernel, hidden)
+                        assert launch["dynamic_shared"] == rest + groups * stages * stage
+                        assert launch["grid"] == (blocks, 1)
+                        assert groups == 1 or stages == 2
+                        found[kernel].add((warps > 1, groups > 1, stages))
+    for kernel, plans in found.items():
+        some = {(False, True, 2), (True, True, 2), (True, False, 2), (True, False, 1)}
+        assert plans >= some, (kernel, plans)
+
+
 @pytest.mark.parametrize("shared_kb", SHARED_KB[:3])
 def test_memory_is_left_for_the_system(host_model: None, shared_kb: int) -> None:
     """Beside a launch's shared memory, its own arrays included, 1 KB stays free. The widest rows of
