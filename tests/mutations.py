@@ -75,6 +75,7 @@ OFFSET = "large_offset"
 OVERFLOW = "nothing_overflows"
 RESERVE = "memory_is_left"
 MEAN = "first_mean"
+BLOCKS = "more_blocks_than"
 
 
 @dataclass(frozen=True)
@@ -928,7 +929,6 @@ MUTATIONS = [
             "limit -= kRowArrayBytes + kReservedSharedBytes;",
             "",
         ),
-        ("blocks-without-rows-left-out", NORMS, "needs.every_block ? needs.num_blocks :", ""),
         (
             "sums-depend-on-the-rows",
             RERUNS,
@@ -1037,6 +1037,33 @@ MUTATIONS = [
         ),
     ),
     *mutations(
+        "pb_relax_layer_norm/pb_relax_layer_norm_partial_sums.cu",
+        ("partials-before-the-backward-ends", BLOCKS, "griddepcontrol_wait();", ""),
+        (
+            "partials-end-before-the-backward",
+            SANDWICH,
+            "griddepcontrol_wait();\n  if (gradient.data == nullptr) return;",
+            "if (gradient.data == nullptr) return;\n  griddepcontrol_wait();",
+        ),
+        ("partials-without-barrier", BLOCKS, "bar_sync();", ""),
+        ("partials-of-a-warp-lost", BLOCKS, "int other = 0; other", "int other = 1; other"),
+        ("partials-of-lanes-lost", BLOCKS, "sum[j] += shfl_bfly(sum[j], 2 * kThreadsAcross);", ""),
+        ("partials-beyond-192-lost", BLOCKS, "row += kLoads * kThreadsDown", "row += num_rows"),
+        ("partials-step", BLOCKS, "source += kThreadsDown * hidden", "source += hidden"),
+        (
+            "partials-of-another-gradient",
+            BLOCKS,
+            "(int64_t{blockIdx.y} * params.num_blocks + down)",
+            "(int64_t{blockIdx.y} + down)",
+        ),
+        (
+            "partials-of-columns-behind",
+            BLOCKS,
+            "< hidden ? params.num_blocks : 0",
+            "< hidden + 8 ? params.num_blocks : 0",
+        ),
+    ),
+    *mutations(
         "pb_relax_layer_norm/pb_relax_layer_norm_backward.cu",
         ("backward-row-behind-the-last", OFFSET, "if (!is_row) return;", ""),
         ("dx-of-dropped", DROPPED, "(kept[i] >> j & 1u) == 0) g[i][j] = 0.f;", "false) {}"),
@@ -1076,19 +1103,6 @@ MUTATIONS = [
             ROUNDS,
             "dweight[column] = dbias[column] = 0.f;",
             "dweight[column] = 0.f;",
-        ),
-        ("partials-without-barrier", KINDS, "= sum;\n  bar_sync();", "= sum;"),
-        (
-            "partial-lost",
-            KINDS,
-            "int row = 1; row < kSumRows;",
-            "int row = 2; row < kSumRows;",
-        ),
-        (
-            "partial-of-another-gradient",
-            KINDS,
-            "int64_t(blockIdx.y) * params.num_blocks * hidden",
-            "int64_t(blockIdx.y) * hidden",
         ),
     ),
     *mutations(

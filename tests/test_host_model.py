@@ -155,6 +155,10 @@ BUGS = {
     "misaligned_copy_target": "misaligned: cp_async (planted.cu:",
     "misaligned_row": "misaligned: ldmatrix_x4 (planted.cu:",
     "misaligned_plain": "misaligned: read of 4 bytes",
+    "early_read_before_wait": "thread 0: read of 4 bytes at a+0 before griddepcontrol_wait",
+    "early_write_before_wait": "thread 0: write of 4 bytes at out+0 before griddepcontrol_wait",
+    "early_vector_before_wait": "at a+0 before griddepcontrol_wait",
+    "early_return_before_wait": "thread 5: returned without griddepcontrol_wait",
     "too_much_shared": "barriers: cannot launch 1 x 1 blocks of 64 threads with 233472 bytes",
 }
 
@@ -184,6 +188,15 @@ def test_errors_say_where(run: Run) -> None:
 def test_kernels_keep_the_name_of_their_family(run: Run) -> None:
     text = run("kernel_of_a_family")
     assert text.startswith("sm80::kernel_of_a_family<Params>, block (0, 0), thread 0: ")
+
+
+def test_a_kernel_that_starts_early(run: Run) -> None:
+    """Once it has waited it may do anything; launched in order, it need not wait."""
+    for _ in range(2):
+        assert run("early") == ""
+        np.testing.assert_array_equal(run.out, np.arange(64) + 1)
+        assert run("early_but_launched_in_order") == ""
+    assert run("early_return_before_wait").startswith("early_return_before_wait, block (0, 0), ")
 
 
 def test_an_error_leaves_the_model_usable(run: Run) -> None:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
 from test_layer_norm_kernels import variants
@@ -30,6 +32,7 @@ TENSOR_CORES = (
 )
 
 
+SOURCES = DOCS.parent / "csrc" / "pb_relax_layer_norm"
 COMMITTED = json.loads((DOCS / "kernels.json").read_text())
 ROWS = {(row["kernel"], row["architecture"]): row for row in COMMITTED["kernels"]}
 KERNELS = {kernel for kernel, _ in ROWS}
@@ -77,6 +80,7 @@ def test_ctas_per_sm_by_hand(
         ("shared_stores_16", ("STS.128 [R4]",)),
         ("mma", ("HMMA.16816.F32.BF16 R4", "HGMMA.64x64x16.F32 R4")),
         ("local", ("STL.64 [R4]", "LDL R4")),
+        ("grid_control", ("ACQBULK", "PREEXIT")),
         (None, ("LDGDEPBAR", "LDS.U.64 R4", "STS [R4], R128", "FFMA R4")),
     ],
 )
@@ -129,6 +133,12 @@ def assert_sound(rows: list[Row]) -> None:
         assert (row["ldmatrix"] > 0) == multiplies, f"{name}: {row['ldmatrix']} ldmatrix"
         multiplies |= is_added_up_by_tensor_cores(row["kernel"])
         assert (row["mma"] > 0) == multiplies, f"{name}: {row['mma']} mma"
+        # A backward says when the sums of its partial sums may start, but for rows too wide for a
+        # block; they wait for its end.
+        overlaps = accesses_of_a_row(row["kernel"]) is not None and "_backward_" in kernel
+        overlaps |= kernel.endswith("_partial_sums_kernel")
+        overlaps &= int(re.sub(r"\D", "", row["architecture"])) >= 90
+        assert (row["grid_control"] > 0) == overlaps, f"{name}: {row['grid_control']} grid_control"
         # Aligned rows; the same code holds the path for unaligned ones.
         copied, stored = accesses_of_a_row(row["kernel"]) or (0, 0)
         for column, least in (
@@ -148,6 +158,32 @@ def test_committed_kernels_are_sound() -> None:
     assert {
         kernel for kernel in KERNELS if kernel.startswith(("pb_relax", "sandwich"))
     } == variants()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+@pytest.mark.parametrize("architecture", ["80", "90a", "120"])
+def test_partial_sums_wait_before_they_read(architecture: str, tmp_path: Path) -> None:
+    """The wait stands before all that touches global memory and before each way out. With the
+    recorded nvcc, all loads of a thread stand before the first sum."""
+    if (program := table.cuobjdump()) is None:
+        pytest.skip("no cuobjdump (the dev extra has it)")
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    version = nvcc.partition("release ")[2].partition("\n")[0]
+    source, binary = SOURCES / "pb_relax_layer_norm_partial_sums.cu", tmp_path / "sums.cubin"
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = ["nvcc", target, "-std=c++17", "-O3", "-cubin", str(source), "-o", str(binary)]
+    subprocess.run(command, check=True)
+    dump = subprocess.run([program, "-sass", str(binary)], capture_output=True, text=True)
+    functions = dump.stdout.split("Function : ")[1:]
+    assert len(functions) == 2
+    for code in functions:
+        found = re.findall(r"\b(ACQBULK|EXIT|LDG\S*|LD|STG|FADD)\b", code)
+        assert (found[0] == "ACQBULK") == (architecture != "80")
+        assert not any("CONSTANT" in name for name in found), "loads that may be moved"
+        if version in COMMITTED["nvcc"]:
+            found = [name for name in found if name not in ("ACQBULK", "EXIT")]
+            assert all("LDG" in name for name in found[:12]) and found[12] == "FADD"
+            assert not any("LD" in name for name in found[12:])
 
 
 def test_launches_of_the_host_model() -> None:

@@ -530,6 +530,13 @@ def test_many_rounds(
         check(make_sandwich(rows, hidden, dtypes, **options), backend)
 
 
+@pytest.mark.parametrize("hidden", [3, 40])
+def test_more_blocks_than_a_thread_sums_at_once(backend: str, hidden: int) -> None:
+    with modelled_device(300):
+        for rows in (15, 191, 193, 300):
+            check(make_norm(rows, hidden, torch.float32, kinds=HARD), backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_peak_after_many_rounds(backend: str, dtype: torch.dtype) -> None:
     """The largest number of a tensor stands in a row that a block reaches in its third round."""

@@ -143,6 +143,9 @@ __forceinline__ void st_shared_v4(void* address, uint4 value, Where where = Wher
 __forceinline__ uint4 ld_global_nc_v4(const void* address, Where where = Where::current()) {
   return host_model::ld_global_v4(address, where);
 }
+__forceinline__ uint4 ld_global_v4(const void* address, Where where = Where::current()) {
+  return host_model::ld_global_v4(address, where);
+}
 __forceinline__ void st_global_v4(void* address, uint4 value, Where where = Where::current()) {
   host_model::st_global_v4(address, value, where);
 }

@@ -200,6 +200,7 @@ void Worker::run_block(int64_t new_block) {
   }
   for (int thread = 0; thread < launch->num_threads; ++thread) {
     Fiber& fiber = fibers[thread];
+    fiber.waited_for_grids = false;
     fiber.copies.clear();
     fiber.groups.clear();
     prepare_context(fiber.context, int(fiber.lane), fiber_main);
@@ -241,6 +242,9 @@ void Worker::wait(Fiber& fiber, const char* instruction, const Where& where) {
 
 void Worker::exit(Fiber& fiber) {
   Warp& warp = *fiber.warp;
+  if (launch->starts_early && !fiber.waited_for_grids) {
+    fail(fiber, "returned without griddepcontrol_wait, though the kernel starts early");
+  }
   if (warp.arrived != 0) {
     const Fiber& other = warp.fibers[std::countr_zero(warp.arrived)];
     fail(fiber, format("returned, and thread %u waits for the whole warp at ", other.thread) +
@@ -454,7 +458,7 @@ std::string kernel_name(std::string_view signature) {
   const std::string_view key = "kKernel = ";
   const size_t found = signature.find(key);
   std::string name(found == signature.npos ? signature : signature.substr(found + key.size()));
-  name = name.substr(0, std::min(name.find("; Params"), name.find(", Params")));
+  name = name.substr(0, std::min(name.find("; "), name.find(", kStart")));
   for (const std::string_view part :
        {"&", "cogview::", "{anonymous}::", "(anonymous namespace)::"}) {
     for (size_t at; (at = name.find(part)) != name.npos;) name.erase(at, part.size());
@@ -479,7 +483,7 @@ std::vector<RecordedLaunch> take_recorded_launches() {
 
 cudaError_t launch(std::string_view name, void (*kernel)(const void*), const void* params,
                    size_t params_bytes, int64_t grid_x, int grid_y, int num_threads,
-                   int shared_bytes) {
+                   int shared_bytes, bool starts_early) {
   if (launches_recorded()) {
     const std::lock_guard lock(recorded_mutex);
     recorded.push_back({kernel_name(name),
@@ -510,6 +514,7 @@ cudaError_t launch(std::string_view name, void (*kernel)(const void*), const voi
                 .grid_y = grid_y,
                 .num_threads = num_threads,
                 .shared_bytes = shared_bytes,
+                .starts_early = starts_early,
                 .op = &op};
   const int64_t num_blocks = grid_x * grid_y;
   const size_t num_workers = size_t(std::min(int64_t(workers().num_threads), num_blocks));

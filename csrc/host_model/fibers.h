@@ -69,8 +69,9 @@ struct Fiber {
   unsigned thread = 0, lane = 0;
   const char* instruction = nullptr;  // where it waits
   Where where;
-  std::vector<Copy> copies;    // oldest first
-  std::vector<size_t> groups;  // sizes of the committed groups, oldest first
+  bool waited_for_grids = false;  // by griddepcontrol_wait
+  std::vector<Copy> copies;       // oldest first
+  std::vector<size_t> groups;     // sizes of the committed groups, oldest first
 
   uint32_t bit() const { return 1u << lane; }
 };
@@ -109,6 +110,7 @@ struct Launch {
   size_t params_bytes;
   int64_t grid_x;
   int grid_y, num_threads, shared_bytes;
+  bool starts_early;
   OperatorState* op;
   std::atomic<int64_t> next_block = 0;
   std::atomic<bool> failed = false;

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "fibers.h"
+#include "sm90.h"
 
 namespace host_model {
 namespace {
@@ -249,6 +250,8 @@ void multiply(Warp& warp) {
     for (int i = 0; i < 4; ++i) warp.c[lane].value[i] = c[g + i / 2 * 8][2 * t + i % 2];
   }
 }
+
+void griddepcontrol_wait() { running->waited_for_grids = true; }
 
 Float4 mma(Element element, Float4 c, Registers4 a, uint64_t b, Where where) {
   Fiber& fiber = *running;

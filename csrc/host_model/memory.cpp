@@ -143,6 +143,10 @@ void check_global(const Fiber& fiber, const Access& access, GlobalBuffer& global
                   bool atomic) {
   const char* name = global.buffer.name;
   const size_t offset = address - global.begin;
+  if (fiber.worker->launch->starts_early && !fiber.waited_for_grids) {
+    fail(fiber, access,
+         access.text() + format(" at %s+%zu before griddepcontrol_wait", name, offset));
+  }
   if (access.is_write && !global.buffer.writable) {
     fail(fiber, access, access.text() + format(" at %s+%zu, which is an input", name, offset));
   }

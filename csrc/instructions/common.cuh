@@ -96,6 +96,11 @@ __device__ __forceinline__ uint4 ld_global_nc_v4(const void* address) {
   return __ldg(static_cast<const uint4*>(address));
 }
 
+// Loads sixteen bytes (ld.global.v4).
+__device__ __forceinline__ uint4 ld_global_v4(const void* address) {
+  return *static_cast<const uint4*>(address);
+}
+
 // Stores sixteen bytes to global memory (st.global.v4).
 __device__ __forceinline__ void st_global_v4(void* address, uint4 value) {
   asm volatile(

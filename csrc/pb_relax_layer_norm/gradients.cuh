@@ -6,6 +6,7 @@
 #include <type_traits>
 
 #include "../instructions/sm80.cuh"
+#include "../instructions/sm90.cuh"
 #include "dropout.cuh"
 #include "row_ring.cuh"
 
@@ -149,8 +150,8 @@ __device__ __forceinline__ T* advanced(T* pointer, int64_t bytes) {
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
 }
 
-// For each row of this thread's group, from `first` on: compute(row, stage, refill). copy(row, stage)
-// begins to copy a row, as many rows ahead as there are stages: compute calls refill() once it has
+// For each row of this thread's group, from `first` on: compute(row, stage, turn, refill); `turn` is 0
+// and 1, in turn. copy(row, stage) begins to copy a row, as many rows ahead as there are stages: compute calls refill() once it has
 // read all of `stage`. prepare() is called behind the first copies. `own`: where the memory of this
 // thread's warp begins. Row: uint32_t, where that holds all numbers of rows, or int64_t. Returns the
 // slots of the first stage.
@@ -162,19 +163,17 @@ __device__ __forceinline__ Slots for_each_row_ahead(const RowPlan& plan, const R
                                                     const Compute& compute) {
   const Row step = Row(steps.rows);
   Row row = first;
-  Slots stage = Slots::of_warp(own);
-  int to_next = plan.stages == 2 ? slots.bytes() : 0;
-  const auto turn = [&] {
-    stage.first += to_next;
-    to_next = -to_next;
-  };
-  if (row < rows) copy(row, stage);
+  const Slots first_stage = Slots::of_warp(own);
+  const int apart = plan.stages == 2 ? slots.bytes() : 0;
+  int turn = 0;  // 0 and 1, in turn
+  const auto stage = [&] { return Slots{first_stage.first + turn * apart}; };
+  if (row < rows) copy(row, stage());
   cp_async_commit_group();
   if (plan.stages == 2) {
-    turn();
-    if (row + step < rows) copy(row + step, stage);
+    turn = 1;
+    if (row + step < rows) copy(row + step, stage());
     cp_async_commit_group();
-    turn();
+    turn = 0;
   }
   prepare();
   for (; row < rows; row += step) {
@@ -184,17 +183,16 @@ __device__ __forceinline__ Slots for_each_row_ahead(const RowPlan& plan, const R
       cp_async_wait_group<0>();
     }
     bar_warp_sync();  // lanes copied statistics for all
-    compute(row, stage, [&] {
+    compute(row, stage(), turn, [&] {
       bar_warp_sync();
       const Row next = row + Row(steps.ahead);
-      if (next < rows) copy(next, stage);
+      if (next < rows) copy(next, stage());
       cp_async_commit_group();
     });
-    turn();
+    turn ^= 1;
   }
   cp_async_wait_group<0>();
-  if (to_next < 0) turn();
-  return stage;
+  return first_stage;
 }
 
 // A thread's elements of a weight, which has dtype T or float32.
@@ -324,9 +322,11 @@ struct ColumnSums {
   // Adds up the sums of the block's groups, in order, and stores them in the block's rows of
   // `partial` (kGradients, gridDim.x, hidden). Call it after the last row: with several groups it
   // uses the memory where rows arrived, kSlots slots from `slots` on. warp_bytes: of a warp there.
+  // The kernel that adds up `partial` may start from now on.
   __device__ __forceinline__ void store(float* partial, int64_t hidden, const RowThread& me,
                                         const Columns<kVectors>& columns, const Slots& slots,
                                         int warp_bytes) {
+    griddepcontrol_launch_dependents();
     float* row = partial + blockIdx.x * hidden + columns.first();
     const int64_t next_gradient = gridDim.x * hidden;
     const auto store_vector = [&](int n, const float (&sums)[kColumns]) {
@@ -375,18 +375,31 @@ __device__ __forceinline__ void normalise(float (&x)[kColumns], const RowStatist
   }
 }
 
-// What a thread adds to its row's sums of g and of g xhat, with g = dy weight, and to its columns'
-// sums of dy xhat and dy. dy becomes g.
-__device__ __forceinline__ void add_columns(const float (&xhat)[kColumns], float (&dy)[kColumns],
-                                            const float (&weight)[kColumns], float (&row_sums)[2],
-                                            float (&dweight)[kColumns], float (&dbias)[kColumns]) {
+// What a thread adds to its columns' sums of dy xhat and dy.
+__device__ __forceinline__ void add_to_columns(const float (&xhat)[kColumns],
+                                               const float (&dy)[kColumns],
+                                               float (&dweight)[kColumns],
+                                               float (&dbias)[kColumns]) {
 #pragma unroll
   for (int j = 0; j < kColumns; ++j) {
     dweight[j] += dy[j] * xhat[j];
     dbias[j] += dy[j];
-    dy[j] = mul_rn(dy[j], weight[j]);  // the same to the bit where it is computed again
-    row_sums[0] += dy[j];
-    row_sums[1] += dy[j] * xhat[j];
+  }
+}
+
+// g = dy weight in place of dy. The same to the bit wherever it is computed.
+__device__ __forceinline__ void weigh(const float (&weight)[kColumns], float (&dy)[kColumns]) {
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) dy[j] = mul_rn(dy[j], weight[j]);
+}
+
+// What a thread adds to its row's sums of g and of g xhat.
+__device__ __forceinline__ void add_to_row(const float (&xhat)[kColumns],
+                                           const float (&g)[kColumns], float (&row_sums)[2]) {
+#pragma unroll
+  for (int j = 0; j < kColumns; ++j) {
+    row_sums[0] += g[j];
+    row_sums[1] += g[j] * xhat[j];
   }
 }
 

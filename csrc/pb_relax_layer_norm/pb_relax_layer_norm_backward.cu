@@ -6,8 +6,8 @@
 // Dropped elements of x count as zero, and their dx is `add`.
 //
 // Phases     1 the weight to shared memory. 2 in rounds: copy the next rows; sums of g and g xhat;
-//            dx. 3 the block's column sums to `partial`. 4 `partial_sums`, a launch of its own,
-//            adds up the rows of `partial`.
+//            dx. 3 the block's column sums to `partial`, whose rows
+//            pb_relax_layer_norm_partial_sums.cu adds up; that kernel may start when phase 3 does.
 // Layout     dy, x, add: rows at a stride; dx contiguous; partial (2, num_blocks, hidden) float32.
 // Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
 // Warps      threads_per_row threads, whole warps, own a row: dy, x and add are read once, dx is
@@ -20,8 +20,7 @@
 //              scratch    of the sums           512 bytes   in all 90 112
 // Barriers   bar.sync: the weight is there; a warp's sums are there (reduce_row); in phase 3, the
 //            slots are free, and column sums of another row are there.
-// Writers    one thread writes each element of dx and of `partial`; `partial_sums` adds in a fixed
-//            order. No atomics: deterministic.
+// Writers    one thread writes each element of dx and of `partial`. No atomics: deterministic.
 // Rounding   float32 throughout; dx, dweight and dbias rounded once.
 // Reference  gradient of cogview_kernels.norm.reference.pb_relax_layer_norm
 
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const bool aligned = kPlain || plan.aligned;
   const StageSlots slots = Own::stage(has_add);
   const SharedWeights<1, kVectors> shared_weight(me);
-  const WarpMemory memory(plan, slots, kInRegisters ? 0 : shared_weight.bytes(me.threads_per_row));
+  const WarpMemory memory(plan, slots, shared_weight.bytes(me.threads_per_row));
   const RowSums<kPlain> exchange(memory, me);
 
   // Of the row that is copied next, at this thread's columns; and dx. They go on from row to row, but
@@ -117,8 +116,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   };
 
   ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
-  int parity = 0;
-  const auto compute = [&](Row row, const Slots& stage, const auto& refill) {
+  const auto compute = [&](Row row, const Slots& stage, int turn, const auto& refill) {
     uint32_t kept = 0;  // a bit for each column
     if (drops) {
 #pragma unroll
@@ -142,19 +140,22 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       load(i);
-      add_columns(xhat[i], g[i], weight[i], row_sums, sums.value[0][i], sums.value[1][i]);
+      if constexpr (kInRegisters) {
+        add_to_columns(xhat[i], g[i], sums.value[0][i], sums.value[1][i]);
+      }
+      weigh(weight[i], g[i]);
+      add_to_row(xhat[i], g[i], row_sums);
     }
     if constexpr (kInRegisters) refill();
-    exchange.add(row_sums, parity, me);
-    parity ^= 1;
+    exchange.add(row_sums, turn, me);
     const RowGradient gradient(row_sums, params.steps.inverse_hidden, statistics);
     if constexpr (!kPlain) find_dx(row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       if constexpr (!kInRegisters) {
         load(i);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[i][j] = mul_rn(g[i][j], weight[i][j]);
+        add_to_columns(xhat[i], g[i], sums.value[0][i], sums.value[1][i]);
+        weigh(weight[i], g[i]);
       }
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) g[i][j] = gradient(g[i][j], xhat[i][j]);
@@ -223,7 +224,9 @@ __global__ void __launch_bounds__(kWideThreads, 1)
     for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       load(v);
       float dweight_here[kColumns] = {}, dbias_here[kColumns] = {};
-      add_columns(xhat, g, weight, row_sums, dweight_here, dbias_here);
+      add_to_columns(xhat, g, dweight_here, dbias_here);
+      weigh(weight, g);
+      add_to_row(xhat, g, row_sums);
       if (dweight == nullptr) continue;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
@@ -238,7 +241,7 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       load(v);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        g[j] = gradient(g[j] * weight[j], xhat[j]);
+        g[j] = gradient(mul_rn(g[j], weight[j]), xhat[j]);
         if (params.dropout.seed != nullptr && (kept >> j & 1u) == 0) g[j] = 0.f;
       }
       if (params.add.data != nullptr) {
@@ -248,45 +251,6 @@ __global__ void __launch_bounds__(kWideThreads, 1)
       store_vector_at(static_cast<X*>(params.dx) + row * hidden, v * kColumns, hidden, plan.aligned,
                       pack<X>(g));
     }
-  }
-}
-
-constexpr int kSumColumns = 32, kSumRows = 8;
-
-// Block (x, y) adds up the partial rows of gradient y, 32 columns of them.
-__global__ void __launch_bounds__(kSumColumns* kSumRows)
-    pb_relax_layer_norm_partial_sums_kernel(const __grid_constant__ PartialSumsParams params) {
-  float* scratch = shared_array<float, kSumRows * kSumColumns>();
-  const ParameterGradient& gradient = params.gradients[blockIdx.y];
-  if (gradient.data == nullptr) return;  // the whole block
-  const int64_t hidden = params.hidden;
-  const int column_in_block = int(threadIdx.x) % kSumColumns;
-  const int row_in_block = int(threadIdx.x) / kSumColumns;
-  const int64_t column = int64_t(blockIdx.x) * kSumColumns + column_in_block;
-
-  float sum = 0.f;
-  if (column < hidden) {
-    const float* source =
-        params.partial + int64_t(blockIdx.y) * params.num_blocks * hidden + column;
-#pragma unroll 4
-    for (int row = row_in_block; row < params.num_blocks; row += kSumRows) {
-      sum += source[row * hidden];
-    }
-  }
-  scratch[row_in_block * kSumColumns + column_in_block] = sum;
-  bar_sync();
-  if (row_in_block > 0 || column >= hidden) return;
-  for (int row = 1; row < kSumRows; ++row) sum += scratch[row * kSumColumns + column_in_block];
-  switch (gradient.dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(gradient.data)[column] = sum;
-      return;
-    case DType::kFloat16:
-      static_cast<Half*>(gradient.data)[column] = from_float<Half>(sum);
-      return;
-    case DType::kBFloat16:
-      static_cast<BFloat16*>(gradient.data)[column] = from_float<BFloat16>(sum);
-      return;
   }
 }
 
@@ -300,30 +264,21 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& g
                                                      {params.x, params.x_dtype},
                                                      {params.add, params.x_dtype},
                                                      {{params.dx, params.hidden}, params.x_dtype}};
-  const bool aligned = all_aligned(params.hidden, matrices);
-  bool plain =
-      aligned && !has_add && params.dropout.seed == nullptr && params.x_dtype == params.dy_dtype;
   BackwardNeeds needs = {};
   needs.matrices = matrices;
   needs.pieces = pieces_of(params.dy_dtype) + (has_add ? 2 : 1) * pieces_of(params.x_dtype);
   needs.statistics = 1;
   needs.vectors = params.hidden <= kBackwardThreads * 2 * kColumns ? 2 : 4;
-  needs.num_weights = plain && needs.vectors == 2 ? 0 : 1;
+  needs.num_weights = 1;
   needs.max_threads = kBackwardThreads;
   bool fits = false;
-  cudaError_t status = plan_backward(needs, &params, &fits);
+  const cudaError_t status = plan_backward(needs, &params, &fits);
   if (status != cudaSuccess) return status;
-  if (plain && fits && !int_holds(params.rows, params.steps, matrices)) {
-    plain = false;
-    needs.num_weights = 1;
-    status = plan_backward(needs, &params, &fits);
-    if (status != cudaSuccess) return status;
-  }
   return with_dtypes(params.x_dtype, params.dy_dtype, [&](auto x, auto dy) {
     using X = typename decltype(x)::Type;
     using Y = typename decltype(dy)::Type;
     if (!fits) {
-      params.plan.aligned = aligned;
+      params.plan.aligned = all_aligned(params.hidden, matrices);
       params.plan.threads_per_row = kWideThreads;
       return launch<pb_relax_layer_norm_backward_wide_kernel<X, Y>>(
           params.num_blocks, 1, kWideThreads, 0, stream, params);
@@ -332,18 +287,13 @@ cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& g
       return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 4, false>>(params, stream);
     }
     if constexpr (std::is_same_v<X, Y>) {
-      if (plain) {
+      if (params.plan.aligned && !has_add && params.dropout.seed == nullptr &&
+          int_holds(params.rows, params.steps, matrices)) {
         return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 2, true>>(params, stream);
       }
     }
     return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 2, false>>(params, stream);
   });
-}
-
-cudaError_t pb_relax_layer_norm_partial_sums(const PartialSumsParams& params, cudaStream_t stream) {
-  return launch<pb_relax_layer_norm_partial_sums_kernel>(ceil_div(params.hidden, kSumColumns),
-                                                         params.num_gradients,
-                                                         kSumColumns * kSumRows, 0, stream, params);
 }
 
 }  // namespace cogview

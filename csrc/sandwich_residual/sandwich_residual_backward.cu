@@ -8,8 +8,8 @@
 // with the gradient of a norm as in pb_relax_layer_norm_backward.cu.
 //
 // Phases     1 two weights to shared memory. 2 in rounds: copy the next rows; sums of h's norm;
-//            dresidual and sums of f's norm; df. 3 the block's column sums to `partial`. 4
-//            pb_relax_layer_norm_partial_sums, a launch of its own, adds up the rows of `partial`.
+//            dresidual and sums of f's norm; df. 3 the block's column sums to `partial`, whose rows
+//            pb_relax_layer_norm_partial_sums.cu adds up; that kernel may start when phase 3 does.
 // Layout     dh, dz, f, h: rows at a stride; df, dresidual contiguous; partial (4, num_blocks,
 //            hidden) float32, the post weight's and bias's sums first.
 // Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
@@ -37,6 +37,7 @@
 namespace cogview {
 namespace {
 
+constexpr int kPost = 0, kPre = 1;  // the norms, in the order of their gradients
 constexpr int kVectors = 2;  // of a thread: more column sums than these registers do not hold
 
 // Of a block of the plain kernel: three warps on a quarter of a multiprocessor have 168 registers a
@@ -95,31 +96,37 @@ __global__ void __launch_bounds__(kPlain ? kPlainThreads : kBackwardThreads, 1)
       float post[kVectors][kColumns], pre[kVectors][kColumns];
       load_weight<F>(params.post_weight, params.post_dtype, columns, hidden, post);
       load_weight<H>(params.pre_weight, params.pre_dtype, columns, hidden, pre);
-      weights.store(0, post);
-      weights.store(1, pre);
+      weights.store(kPost, post);
+      weights.store(kPre, pre);
     }
     bar_sync();
   };
 
   ColumnSums<4, kVectors> sums;  // dresidual * fhat, dresidual, dz * hhat, dz
-  const auto compute = [&](Row row, const Slots& stage, const auto& refill) {
-    // The normalised row and g, of h's norm and then of f's, kept where nothing else needs registers.
-    constexpr int kKept = kPlain ? kVectors : 1;
-    float xhat[kKept][kColumns], g[kKept][kColumns], weight[kColumns];
-    const RowStatistics h_statistics = kSlots.load_statistics(stage, 1);
+  const auto compute = [&](Row row, const Slots& stage, int, const auto& refill) {
+    // Of h's norm, then of f's: the normalised row, and g. Where nothing else needs registers they are
+    // held from pass to pass, of f's norm dresidual for g; elsewhere they are computed again.
+    constexpr int kHeld = kPlain ? kVectors : 1;
+    float xhat[kHeld][kColumns], g[kHeld][kColumns], weight[kColumns];
+    const auto add_gradients = [&](int norm, int i) {  // of its parameters; g is not weighed yet
+      add_to_columns(xhat[i % kHeld], g[i % kHeld], sums.value[2 * norm][i],
+                     sums.value[2 * norm + 1][i]);
+    };
+    const RowStatistics h_statistics = kSlots.load_statistics(stage, kPre);
     const auto load_h = [&](int i) {  // g is still dz
       bar_warp_sync();  // or ptxas loads all the vectors at once, and has no registers for them
-      unpack(stage.load<H>(Own::kH + i * kPieces<H>), xhat[i % kKept]);
-      normalise(xhat[i % kKept], h_statistics);
-      unpack(stage.load<H>(Own::kDz + i * kPieces<H>), g[i % kKept]);
-      weights.load(1, i, weight);
+      unpack(stage.load<H>(Own::kH + i * kPieces<H>), xhat[i % kHeld]);
+      normalise(xhat[i % kHeld], h_statistics);
+      unpack(stage.load<H>(Own::kDz + i * kPieces<H>), g[i % kHeld]);
+      weights.load(kPre, i, weight);
     };
     float h_sums[2] = {0.f, 0.f};  // of g, of g * hhat, with g = dz * pre_weight
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       load_h(i);
-      add_columns(xhat[i % kKept], g[i % kKept], weight, h_sums, sums.value[2][i],
-                  sums.value[3][i]);
+      if constexpr (kPlain) add_gradients(kPre, i);
+      weigh(weight, g[i % kHeld]);
+      add_to_row(xhat[i % kHeld], g[i % kHeld], h_sums);
     }
     exchange.add(h_sums, 0, me);
     const RowGradient h_gradient(h_sums, params.steps.inverse_hidden, h_statistics);
@@ -133,29 +140,31 @@ __global__ void __launch_bounds__(kPlain ? kPlainThreads : kBackwardThreads, 1)
         kept |= of_vector << i * kColumns;
       }
     }
-    const RowStatistics f_statistics = kSlots.load_statistics(stage, 0);
+    const RowStatistics f_statistics = kSlots.load_statistics(stage, kPost);
     const auto load_f = [&](int i) {
-      unpack(stage.load<F>(Own::kF + i * kPieces<F>), xhat[i % kKept]);
-      normalise(xhat[i % kKept], f_statistics);
-      weights.load(0, i, weight);
+      unpack(stage.load<F>(Own::kF + i * kPieces<F>), xhat[i % kHeld]);
+      normalise(xhat[i % kHeld], f_statistics);
+      weights.load(kPost, i, weight);
     };
     H* dresidual = output(params.dresidual, row, H());
     float f_sums[2] = {0.f, 0.f};  // of g, of g * fhat, with g = dresidual * post_weight
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if constexpr (!kPlain) {
-        load_h(i);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[0][j] = mul_rn(g[0][j], weight[j]);
-      } else {
+      if constexpr (kPlain) {
         bar_warp_sync();
+      } else {
+        load_h(i);
+        add_gradients(kPre, i);
+        weigh(weight, g[0]);
       }
-      float gradient[kColumns];  // of the residual, unrounded
+      float gradient[kColumns];  // dresidual, unrounded
       unpack(stage.load<H>(Own::kDh + i * kPieces<H>), gradient);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        gradient[j] += h_gradient(g[i % kKept][j], xhat[i % kKept][j]);
-        if (i * columns.kApart + (kPlain ? 0 : j) >= columns.left) gradient[j] = 0.f;
+        const bool is_absent = i * columns.kApart + (kPlain ? 0 : j) >= columns.left;
+        gradient[j] += h_gradient(g[i % kHeld][j], xhat[i % kHeld][j]);
+        if (is_absent) gradient[j] = 0.f;
+        g[i % kHeld][j] = gradient[j];
       }
       store_vector_at(dresidual, i * columns.kApart, columns.left, aligned, pack<H>(gradient));
       if constexpr (!kPlain) {
@@ -164,9 +173,9 @@ __global__ void __launch_bounds__(kPlain ? kPlainThreads : kBackwardThreads, 1)
         for (int p = 0; p < 2; ++p) st_shared_v4(stage.at(Own::gradient(i, p)), unrounded.piece[p]);
       }
       load_f(i);
-#pragma unroll
-      for (int j = 0; j < kColumns; ++j) g[i % kKept][j] = gradient[j];
-      add_columns(xhat[i % kKept], gradient, weight, f_sums, sums.value[0][i], sums.value[1][i]);
+      if constexpr (kPlain) add_gradients(kPost, i);
+      weigh(weight, gradient);
+      add_to_row(xhat[i % kHeld], gradient, f_sums);
     }
     if constexpr (kPlain) refill();
     exchange.add(f_sums, 1, me);
@@ -174,22 +183,24 @@ __global__ void __launch_bounds__(kPlain ? kPlainThreads : kBackwardThreads, 1)
     F* df = output(params.df, row, F());
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if constexpr (!kPlain) {
+      if constexpr (kPlain) {
+        weights.load(kPost, i, weight);
+      } else {
         Vector<float> unrounded;
 #pragma unroll
-        for (int p = 0; p < 2; ++p)
+        for (int p = 0; p < 2; ++p) {
           unrounded.piece[p] = ld_shared_v4(stage.at(Own::gradient(i, p)));
+        }
         unpack(unrounded, g[0]);
         load_f(i);
-      } else {
-        weights.load(0, i, weight);
+        add_gradients(kPost, i);
       }
-      float out[kColumns];
+      weigh(weight, g[i % kHeld]);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        out[j] = f_gradient(mul_rn(g[i % kKept][j], weight[j]), xhat[i % kKept][j]);
+        g[i % kHeld][j] = f_gradient(g[i % kHeld][j], xhat[i % kHeld][j]);
       }
-      Vector<F> packed = pack<F>(out);
+      Vector<F> packed = pack<F>(g[i % kHeld]);
       if (drops) keep_columns(kept >> i * kColumns, packed);
       store_vector_at(df, i * columns.kApart, columns.left, aligned, packed);
     }
@@ -256,19 +267,16 @@ cudaError_t sandwich_residual_backward(const SandwichResidualBackwardParams& giv
   needs.statistics = 2;
   needs.vectors = kVectors;
   needs.num_weights = 2;
-  needs.max_threads = kPlainThreads;
+  // Not by alignment: wherever a row lies, the same groups add up the same sums.
+  const bool few = params.f_dtype == params.h_dtype && params.h_dtype != DType::kFloat32 &&
+                   params.dropout.seed == nullptr &&
+                   params.hidden <= kPlainThreads * kVectors * kColumns;
+  needs.max_threads = few ? kPlainThreads : kBackwardThreads;
   bool fits = false;
-  cudaError_t status = plan_backward(needs, &params, &fits);
+  const cudaError_t status = plan_backward(needs, &params, &fits);
   if (status != cudaSuccess) return status;
-  const bool plain = fits && params.plan.aligned && params.dropout.seed == nullptr &&
-                     params.f_dtype == params.h_dtype && params.h_dtype != DType::kFloat32 &&
-                     int_holds(params.rows, params.steps, matrices);
-  if (!plain) {
-    needs.max_threads = kBackwardThreads;
-    status = plan_backward(needs, &params, &fits);
-    if (status != cudaSuccess) return status;
-    if (!fits) return launch_norms(params, stream);
-  }
+  if (!fits) return launch_norms(params, stream);
+  const bool plain = few && params.plan.aligned && int_holds(params.rows, params.steps, matrices);
   return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
     using F = typename decltype(f)::Type;
     using H = typename decltype(h)::Type;

@@ -8,6 +8,7 @@
 #include <string>
 
 #include "instructions/sm80.cuh"
+#include "instructions/sm90.cuh"
 
 #ifndef COGVIEW_HOST_MODEL
 #include <cuda_runtime.h>
@@ -98,6 +99,22 @@ KERNEL(shared_v4_kernel) {  // the neighbour's sixteen bytes, through shared mem
   st_shared_v4(shared + 16 * threadIdx.x, ld_global_nc_v4(static_cast<const char*>(p.a) + 16 * i));
   bar_sync();
   st_global_v4(static_cast<char*>(p.out) + 16 * i, ld_shared_v4(shared + 16 * (threadIdx.x ^ 1)));
+}
+
+// Two kernels, sixteen bytes for each thread: the first writes them late, the second starts early and
+// copies them, in reverse, behind the first ones.
+KERNEL(late_kernel) {
+  griddepcontrol_launch_dependents();
+  int i = thread_number();
+  for (int turn = 0; turn < 1000; ++turn) i = shfl_idx(i, threadIdx.x);  // its own
+  const uint4 bits = ld_global_nc_v4(static_cast<const char*>(p.a) + 16 * i);
+  st_global_v4(static_cast<char*>(p.out) + 16 * i, bits);
+}
+KERNEL(early_kernel) {
+  const int i = thread_number(), size = int(gridDim.x * blockDim.x);
+  griddepcontrol_wait();
+  char* out = static_cast<char*>(p.out);
+  st_global_v4(out + 16 * (size + i), ld_global_v4(out + 16 * (size - 1 - i)));
 }
 
 KERNEL(red_global_max_kernel) {  // a: the value, b: its place in out
@@ -220,6 +237,12 @@ cudaError_t launch_blocks(int num_blocks, const Params& params) {
 template <auto kKernel, int kThreads = 32, int kShared = 0>
 constexpr Launch kLaunch = launch_blocks<kKernel, kThreads, kShared>;
 
+cudaError_t launch_early(int num_blocks, const Params& params) {
+  const cudaError_t status = launch<late_kernel>(num_blocks, 1, 32, 0, nullptr, params);
+  if (status != cudaSuccess) return status;
+  return launch<early_kernel, Start::kEarly>(num_blocks, 1, 32, 0, nullptr, params);
+}
+
 const std::map<std::string, Launch> kPrimitives = {
     {"shfl_bfly", kLaunch<shfl_bfly_kernel>},
     {"shfl_idx", kLaunch<shfl_idx_kernel>},
@@ -230,6 +253,7 @@ const std::map<std::string, Launch> kPrimitives = {
     {"bar_sync_of_groups", kLaunch<bar_sync_of_groups_kernel, 960, 960 * 8>},
     {"copy_v4", kLaunch<copy_v4_kernel>},
     {"shared_v4", kLaunch<shared_v4_kernel, 32, 32 * 16>},
+    {"griddepcontrol", launch_early},
     {"red_global_max", kLaunch<red_global_max_kernel>},
     {"cp_async_16", kLaunch<cp_async_kernel<16>, 32, 32 * 16>},
     {"cp_async_4", kLaunch<cp_async_kernel<4>, 32, 32 * 4>},

@@ -201,6 +201,14 @@ def test_shared_v4(run: Primitives, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(run("shared_v4", 64, np.zeros_like(bits), bits), neighbour)
 
 
+def test_griddepcontrol(run: Primitives, rng: np.random.Generator) -> None:
+    """A kernel that starts while the one before it runs waits for all of it; ld_global_v4."""
+    for _ in range(20):
+        bits = words(rng, 16, 32, 4)
+        out = run("griddepcontrol", 16, words(rng, 2, 16, 32, 4), bits)
+        np.testing.assert_array_equal(out, [bits, bits[::-1, ::-1]])
+
+
 def test_red_global_max(run: Primitives, rng: np.random.Generator) -> None:
     """Many threads of many blocks write few numbers, which are unsigned."""
     value, place = words(rng, 64, 32), rng.integers(0, 40, (64, 32), dtype=np.int32)

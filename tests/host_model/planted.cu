@@ -9,6 +9,7 @@
 
 #include "host_model/report.h"
 #include "instructions/sm80.cuh"
+#include "instructions/sm90.cuh"
 
 namespace cogview::sm80 {
 namespace {
@@ -524,6 +525,38 @@ KERNEL(product) {
 
 // Launches
 
+// Kernels that start early
+
+KERNEL(early_read_before_wait) {
+  const float value = p.in()[threadIdx.x];
+  griddepcontrol_wait();
+  p.out[threadIdx.x] = value;
+}
+
+KERNEL(early_write_before_wait) {
+  p.out[threadIdx.x] = 1.f;
+  griddepcontrol_wait();
+}
+
+KERNEL(early_vector_before_wait) {
+  float four[4];
+  load_vector(p.in(), four);
+  griddepcontrol_wait();
+  p.out[threadIdx.x] = four[0];
+}
+
+KERNEL(early_return_before_wait) {
+  if (threadIdx.x == 5) return;
+  griddepcontrol_wait();
+}
+
+KERNEL(early) {
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  griddepcontrol_wait();
+  p.out[threadIdx.x] = p.in()[threadIdx.x] + s[threadIdx.x];
+}
+
 struct Case {
   cudaError_t (*launch)(const Params& params);
   bool must_write = true;
@@ -532,6 +565,11 @@ struct Case {
 template <auto kKernel, int kBlocks = 1, int kThreads = 64, int kShared = 0, int kGridY = 1>
 cudaError_t run_kernel(const Params& params) {
   return launch<kKernel>(kBlocks, kGridY, kThreads, kShared, nullptr, params);
+}
+
+template <auto kKernel>
+cudaError_t run_early(const Params& params) {
+  return launch<kKernel, Start::kEarly>(1, 1, 64, 0, nullptr, params);
 }
 
 #define CASE(name)              \
@@ -622,6 +660,12 @@ const std::map<std::string, Case> kCases = {
     {"product_bfloat16_rows", {run_kernel<product<BFloat16, Load::kFromRows>, 1, 32>}},
     {"product_bfloat16_by_hand", {run_kernel<product<BFloat16, Load::kByHand>, 1, 32>}},
     {"kernel_of_a_family", {run_kernel<sm80::kernel_of_a_family<Params>, 1, 32>}},
+    {"early_read_before_wait", {run_early<early_read_before_wait>}},
+    {"early_write_before_wait", {run_early<early_write_before_wait>}},
+    {"early_vector_before_wait", {run_early<early_vector_before_wait>}},
+    {"early_return_before_wait", {run_early<early_return_before_wait>}},
+    {"early", {run_early<early>}},
+    {"early_but_launched_in_order", {run_kernel<early_read_before_wait>}},
     {"too_much_shared", {run_kernel<barriers, 1, 64, 228 * 1024>}},
 };
 
