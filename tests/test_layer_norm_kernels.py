@@ -23,7 +23,7 @@ import cogview_kernels as ck
 from cogview_kernels import extension
 from cogview_kernels.extension import modelled_device
 from cogview_kernels.norm import function as norm
-from cogview_kernels.norm import portable, reference
+from cogview_kernels.norm import operators, portable, reference
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 HALVES = (torch.float16, torch.bfloat16)
@@ -987,3 +987,34 @@ def test_a_large_offset_costs_nothing(backend: str, hidden: int, relax: str | No
             error = (actual[result].double() - expected).abs().max().item()
             atol = 64 * FLOAT32.eps * expected.abs().max().item() + 1e-9
             assert error <= atol, (result, error, atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [300, 4096])
+@pytest.mark.parametrize("relax", RELAX)
+def test_the_first_mean_is_nearly_the_mean(
+    host_model: None, dtype: torch.dtype, hidden: int, relax: str | None
+) -> None:
+    """Of the statistics that the backward takes from the forward: whatever a row's numbers, the
+    scale is exact, the shift is a rounding error, and the two means are the row's."""
+    kinds = (
+        "offset",
+        "constant",
+        "normal",
+        "large",
+        "small constant",
+        "denormal",
+        "small",
+        "zeros",
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([fill(kind, (2, hidden), dtype, generator) for kind in kinds])
+    with modelled_device(1, 99):  # several warps to a row of 4096
+        _, statistics = operators._norm(x, None, None, 1e-5, RELAX.index(relax))
+    rough_mean, shift, _, scale = statistics.double().unbind(-1)
+    assert torch.equal(scale.log2(), scale.log2().round())
+    scaled = x.double() * scale[:, None]
+    largest = scaled.abs().amax(-1)
+    assert (shift.abs() <= 2**-18 * largest + FLOAT32.tiny).all()
+    error = (rough_mean + shift - scaled.mean(-1)).abs()
+    assert (error <= 4 * FLOAT32.eps * largest + FLOAT32.tiny).all()

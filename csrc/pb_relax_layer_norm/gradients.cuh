@@ -455,7 +455,6 @@ cudaError_t plan_backward(const BackwardNeeds& needs, Params* params, bool* fits
   group.rows = params->rows;
   group.hidden = int64_t{threads} * needs.vectors * kColumns;  // every thread has its slots
   group.num_blocks = params->num_blocks;
-  group.every_block = true;  // each writes its rows of `partial`
   group.aligned = all_aligned(params->hidden, needs.matrices);
   group.max_threads = needs.max_threads;
   const StageSlots stage = {needs.vectors * needs.pieces, needs.statistics};

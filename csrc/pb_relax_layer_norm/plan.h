@@ -49,8 +49,7 @@ __host__ __device__ constexpr Int row_bytes(Int hidden, int pieces) {
 // What a launch asks of plan_groups.
 struct GroupNeeds {
   int64_t rows, hidden;
-  int num_blocks;       // at most
-  bool every_block;     // launch num_blocks blocks even where fewer have rows
+  int num_blocks;       // not more than rows
   bool aligned;         // as in RowPlan
   int max_threads;      // of a block
   int64_t stage_bytes;  // what arrives of a row
@@ -81,8 +80,7 @@ inline bool plan_groups(const GroupNeeds& needs, int threads_per_row, int shared
     plan->aligned = needs.aligned;
     plan->vectors_per_thread = int(ceil_div(vectors_of(needs.hidden), int64_t{threads_per_row}));
     plan->shared_bytes = shared.bytes();
-    plan->num_blocks =
-        needs.every_block ? needs.num_blocks : int(std::min(int64_t{needs.num_blocks}, needs.rows));
+    plan->num_blocks = needs.num_blocks;
     return true;
   }
   return false;
@@ -102,7 +100,6 @@ inline cudaError_t plan_by_warps(GroupNeeds needs, RowPlan* plan, bool* fits) {
   const cudaError_t status = max_shared_bytes(&limit);
   if (status != cudaSuccess) return status;
   limit -= kRowArrayBytes + kReservedSharedBytes;
-  const int num_blocks = int(std::min(int64_t{needs.num_blocks}, needs.rows));
   needs.rows = int64_t{needs.num_blocks} * needs.max_threads;
   *fits = false;
   *plan = {};
@@ -112,7 +109,6 @@ inline cudaError_t plan_by_warps(GroupNeeds needs, RowPlan* plan, bool* fits) {
       RowPlan found = {};
       if (!plan_groups(needs, threads, limit, &found)) return cudaSuccess;
       if (found.num_threads() > plan->num_threads()) *plan = found;
-      plan->num_blocks = num_blocks;
       *fits = true;
       if (plan->num_threads() >= kEnoughWarps * kWarpSize) return cudaSuccess;
     }
