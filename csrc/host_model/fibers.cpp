@@ -8,6 +8,7 @@
 #include <functional>
 #include <string_view>
 #include <thread>
+#include <utility>
 
 #include "report.h"
 
@@ -184,6 +185,7 @@ void Worker::make_fibers(size_t num_threads) {
 void Worker::run_block(int64_t new_block) {
   block = new_block;
   num_exited_ = num_at_barrier_ = 0;
+  barriers_of_warps_ = {};
   block_start = block_base = ++now;
   for (auto& array : arrays) std::memset(array->data, 0xff, array->bytes);
 #ifdef __SANITIZE_ADDRESS__
@@ -194,7 +196,7 @@ void Worker::run_block(int64_t new_block) {
   for (int w = 0; w < num_warps(); ++w) {
     warps[w].runnable = kAllLanes;
     warps[w].arrived = warps[w].exited = warps[w].ballot = 0;
-    warps[w].base = now;
+    warps[w].known.fill(now);
   }
   for (int thread = 0; thread < launch->num_threads; ++thread) {
     Fiber& fiber = fibers[thread];
@@ -281,18 +283,12 @@ void Worker::fail(const Fiber& fiber, const std::string& text) {
 }
 
 void Worker::fail_at_barrier(const Fiber& returned) {
-  for (int thread = 0; thread < launch->num_threads; ++thread) {
-    const Fiber& other = fibers[thread];
-    const bool waits = other.instruction != nullptr && (other.warp->arrived & other.bit()) == 0;
-    if (!waits) continue;
-    record(other, "divergent barrier: " + place(other.instruction, other.where) +
-                      format(", but thread %u has returned", returned.thread));
-    break;
-  }
-  abandon();
+  fail(fibers[barrier_first_], "divergent barrier: " + place("bar_sync", barrier_where_) +
+                                   format(", but thread %u has returned", returned.thread));
 }
 
-// No fiber can go on: some lanes wait for the rest of their warp, which waits at a barrier.
+// No fiber can go on: some lanes wait for the rest of their warp, which waits at a barrier; or some
+// warps wait for others, which wait elsewhere or have returned.
 void Worker::report_deadlock() {
   abandoned_ = true;
   for (int w = 0; w < num_warps(); ++w) {
@@ -303,6 +299,25 @@ void Worker::report_deadlock() {
     record(arrived, "divergent warp: waits at " + place(arrived.instruction, arrived.where) +
                         format(", but thread %u waits at ", missing.thread) +
                         place(missing.instruction, missing.where));
+    return;
+  }
+  for (int id = 1; id < kBarriers; ++id) {
+    const BarrierOfWarps& barrier = barriers_of_warps_[id];
+    if (barrier.warps == 0) continue;
+    // Of the warps that do not wait here, one that waits elsewhere tells more than one that returned.
+    const Warp* other = nullptr;
+    for (int w = 0; w < num_warps(); ++w) {
+      if ((barrier.warps >> w & 1) != 0) continue;
+      if (other == nullptr || other->exited != 0) other = &warps[w];
+    }
+    const Fiber& missing = *other->fibers;
+    record(
+        *barrier.first,
+        "divergent barrier: " + place(barrier.first->instruction, barrier.first->where) +
+            format(": %d of %d threads wait at barrier %d, but thread %u ",
+                   std::popcount(barrier.warps) * kLanes, barrier.num_threads, id, missing.thread) +
+            (other->exited != 0 ? "has returned"
+                                : "waits at " + place(missing.instruction, missing.where)));
     return;
   }
 }
@@ -346,6 +361,79 @@ void Worker::barrier(Fiber& fiber, const Where& where) {
   num_at_barrier_ = 0;
   block_base = ++now;
   for (int w = 0; w < num_warps(); ++w) warps[w].runnable = kAllLanes;
+}
+
+void Worker::check_arrival_of_warp(const Fiber& fiber, int id, int num_threads,
+                                   const Where& where) {
+  const BarrierOfWarps& barrier = barriers_of_warps_[id];
+  if (barrier.warps != 0 &&
+      (num_threads != barrier.num_threads || !same_place(where, barrier.first->where))) {
+    fail(fiber, "divergent barrier: " + place("bar_sync", where) +
+                    format(" for %d threads at barrier %d, but thread %u waits at ", num_threads,
+                           id, barrier.first->thread) +
+                    place("bar_sync", barrier.first->where) +
+                    format(" for %d", barrier.num_threads));
+  }
+  // A warp must know of the last meeting here. Otherwise it might have come earlier and have met some
+  // of those warps.
+  if (barrier.last_time <= block_base) return;
+  const auto& known = fiber.warp->known;
+  for (uint32_t warps = barrier.last_warps; warps != 0; warps &= warps - 1) {
+    if (known[size_t(std::countr_zero(warps))] >= barrier.last_time) return;
+  }
+  fail(fiber, "divergent barrier: " + place("bar_sync", where) +
+                  format(": warp %u and others met at barrier %d, with no barrier between",
+                         unsigned(std::countr_zero(barrier.last_warps)), id));
+}
+
+void Worker::barrier_of_warps(Fiber& fiber, int id, int num_threads, const Where& where) {
+  const char* const instruction = "bar_sync";
+  if (id < 1 || id >= kBarriers) {
+    fail(fiber, place(instruction, where) + format(": there is no barrier %d for warps", id));
+  }
+  if (num_threads < kLanes || num_threads % kLanes != 0 || num_threads > launch->num_threads) {
+    fail(fiber, place(instruction, where) +
+                    format(": %d threads cannot be whole warps of the block, which has %d threads",
+                           num_threads, launch->num_threads));
+  }
+  Warp& warp = *fiber.warp;
+  if (warp.exited != 0 || warp.arrived != 0) check_arrival(fiber, instruction, where);
+  const int operands = num_threads * kBarriers + id;
+  if (warp.arrived != 0 && warp.lane_argument[std::countr_zero(warp.arrived)] != operands) {
+    fail(fiber, "divergent warp: " + place(instruction, where) +
+                    format(": thread %u gave other numbers",
+                           warp.fibers[std::countr_zero(warp.arrived)].thread));
+  }
+  warp.lane_argument[fiber.lane] = operands;
+  warp.arrived |= fiber.bit();
+  if (warp.arrived != kAllLanes) return wait(fiber, instruction, where);
+  warp.arrived = 0;
+  check_arrival_of_warp(fiber, id, num_threads, where);
+  BarrierOfWarps& barrier = barriers_of_warps_[id];
+  if (barrier.warps == 0) {
+    barrier.num_threads = num_threads;
+    barrier.first = warp.fibers;
+  }
+  barrier.warps |= 1u << warp.index();
+  if (std::popcount(barrier.warps) * kLanes < num_threads) return wait(fiber, instruction, where);
+  counters.flush();
+  ++counters.barriers;
+  const uint32_t met = barrier.last_warps = std::exchange(barrier.warps, 0);
+  barrier.last_time = ++now;
+  // Each learns what all of them knew, and what they did.
+  std::array<uint32_t, kMaxWarps> known{};
+  for (int w = 0; w < num_warps(); ++w) {
+    if ((met >> w & 1) == 0) continue;
+    for (int v = 0; v < num_warps(); ++v) known[v] = std::max(known[v], warps[w].known[v]);
+  }
+  for (int w = 0; w < num_warps(); ++w) {
+    if ((met >> w & 1) != 0) known[w] = now;
+  }
+  for (int w = 0; w < num_warps(); ++w) {
+    if ((met >> w & 1) == 0) continue;
+    warps[w].known = known;
+    warps[w].runnable = kAllLanes;
+  }
 }
 
 // Launches

@@ -55,6 +55,11 @@ KERNEL(vote_ballot_kernel) {
   store(p, i, vote_ballot(load<int>(p.a, i) != 0));
 }
 
+KERNEL(redux_max_kernel) {
+  const int i = thread_number();
+  store(p, i, redux_max(load<uint32_t>(p.a, i)));
+}
+
 KERNEL(popc_kernel) {
   const int i = thread_number();
   store(p, i, popc(load<uint32_t>(p.a, i)));
@@ -63,6 +68,21 @@ KERNEL(popc_kernel) {
 KERNEL(shl_kernel) {  // b: the count
   const int i = thread_number();
   store(p, i, shl(load<uint32_t>(p.a, i), load<uint32_t>(p.b, i)));
+}
+
+// Groups of two warps exchange words in as many turns as b says for each group, with two buffers.
+KERNEL(bar_sync_of_groups_kernel) {
+  const int i = thread_number(), group = int(threadIdx.x) / 64, thread = int(threadIdx.x) % 64;
+  uint32_t* buffers = reinterpret_cast<uint32_t*>(dynamic_shared()) + 128 * group;
+  const int turns = load<int>(p.b, i / 64);
+  uint32_t value = load<uint32_t>(p.a, i);
+  for (int turn = 0; turn < turns; ++turn) {
+    uint32_t* buffer = buffers + 64 * (turn % 2);
+    buffer[thread] = value;
+    bar_sync(1 + group, 64);
+    value = 3 * buffer[(thread + 33) % 64] + uint32_t(turn);
+  }
+  store(p, i, value);
 }
 
 // Memory
@@ -162,6 +182,28 @@ KERNEL(ex2_approx_kernel) {
   store(p, i, ex2_approx(load<float>(p.a, i)));
 }
 
+KERNEL(rsqrt_approx_kernel) {
+  const int i = thread_number();
+  store(p, i, rsqrt_approx(load<float>(p.a, i)));
+}
+
+template <typename T>
+KERNEL(max_x2_kernel) {
+  const int i = thread_number();
+  store(p, i, max_x2<T>(load<uint32_t>(p.a, i), load<uint32_t>(p.b, i)));
+}
+
+template <typename T>
+KERNEL(min_x2_kernel) {
+  const int i = thread_number();
+  store(p, i, min_x2<T>(load<uint32_t>(p.a, i), load<uint32_t>(p.b, i)));
+}
+
+KERNEL(uint_as_float_kernel) {
+  const int i = thread_number();
+  store(p, i, uint_as_float(load<uint32_t>(p.a, i)));
+}
+
 KERNEL(float_as_uint_kernel) {
   const int i = thread_number();
   store(p, i, float_as_uint(load<float>(p.a, i)));
@@ -205,8 +247,10 @@ const std::map<std::string, Launch> kPrimitives = {
     {"shfl_bfly", kLaunch<shfl_bfly_kernel>},
     {"shfl_idx", kLaunch<shfl_idx_kernel>},
     {"vote_ballot", kLaunch<vote_ballot_kernel>},
+    {"redux_max", kLaunch<redux_max_kernel>},
     {"popc", kLaunch<popc_kernel>},
     {"shl", kLaunch<shl_kernel>},
+    {"bar_sync_of_groups", kLaunch<bar_sync_of_groups_kernel, 960, 960 * 8>},
     {"copy_v4", kLaunch<copy_v4_kernel>},
     {"shared_v4", kLaunch<shared_v4_kernel, 32, 32 * 16>},
     {"griddepcontrol", launch_early},
@@ -218,7 +262,13 @@ const std::map<std::string, Launch> kPrimitives = {
     {"mma_float16", kLaunch<mma_kernel<Half>>},
     {"mma_bfloat16", kLaunch<mma_kernel<BFloat16>>},
     {"ex2_approx", kLaunch<ex2_approx_kernel>},
+    {"rsqrt_approx", kLaunch<rsqrt_approx_kernel>},
+    {"max_x2_float16", kLaunch<max_x2_kernel<Half>>},
+    {"max_x2_bfloat16", kLaunch<max_x2_kernel<BFloat16>>},
+    {"min_x2_float16", kLaunch<min_x2_kernel<Half>>},
+    {"min_x2_bfloat16", kLaunch<min_x2_kernel<BFloat16>>},
     {"float_as_uint", kLaunch<float_as_uint_kernel>},
+    {"uint_as_float", kLaunch<uint_as_float_kernel>},
     {"to_float_float16", kLaunch<to_float_kernel<Half>>},
     {"to_float_bfloat16", kLaunch<to_float_kernel<BFloat16>>},
     {"from_float_float16", kLaunch<from_float_kernel<Half>>},
