@@ -22,7 +22,7 @@ STALE = "differs from docs/kernels.json: run `make kernel-table` and commit what
 NARROW_LOADS = ("_partial_sums_kernel", "_reduce_kernel", "_far_keys_kernel")
 NARROW_STORES = (*NARROW_LOADS, "_backward_row_kernel", "_peak_kernel")
 # Rows this wide do not fit a small SM with float32 gradients; the launcher picks another kernel.
-FOUR_VECTORS = re.compile(r"pb_relax_layer_norm_backward_kernel<\w+, \w+, 4>")
+FOUR_VECTORS = re.compile(r"pb_relax_layer_norm_backward_kernel<\w+, \w+, 4, false>")
 SMALL = ("sm_86", "sm_120")
 TENSOR_CORES = (
     "attention_forward_kernel",

@@ -601,7 +601,7 @@ VARIANTS = {
         *(f"{types}, 2, true" for types in EQUAL),
     ],
     "pb_relax_layer_norm_backward_wide_kernel": MIXED,
-    "pb_relax_layer_norm_partial_sums_kernel": [],
+    "pb_relax_layer_norm_partial_sums_kernel": ["1", "4"],  # columns of a thread
     "sandwich_residual_forward_kernel": MIXED,
     "sandwich_residual_backward_kernel": [
         *(f"{types}, false" for types in MIXED),
@@ -640,10 +640,10 @@ def host_model() -> None:
 
 
 def test_every_kernel_and_variant(host_model: None) -> None:
-    assert len(variants()) == 8 + 5 + 3 + 13 + 5 + 1 + 5 + 7
+    assert len(variants()) == 8 + 5 + 3 + 13 + 5 + 2 + 5 + 7
     ran: set[str] = set()
     for dtypes in PAIRS:
-        for hidden, shared_kb in ((200, 227), (8200, 227), (8208, 163), (23048, 227)):
+        for hidden, shared_kb in ((202, 227), (200, 227), (8200, 227), (8208, 163), (23048, 227)):
             for final_norm in (True, False):
                 for relax, dropout in (("row", 0), ("row", 6554), ("tensor", 6554)):
                     options: dict[str, Any] = {"final_norm": final_norm, "dropout": dropout}
@@ -724,6 +724,54 @@ def test_plans_of_groups(host_model: None) -> None:
         (True, "pb_relax_layer_norm_forward_kernel"),
         (True, "pb_relax_layer_norm_forward_wide_kernel"),
     }
+
+
+# Of the backward kernels: inputs of the types of f or x, of h or y; statistics of a row; weights.
+BACKWARD = {
+    "pb_relax_layer_norm_backward_kernel": (1, 1, 1, 1),
+    "sandwich_residual_backward_kernel": (1, 3, 2, 2),
+}
+
+
+def test_plans_of_backward(host_model: None) -> None:
+    """The fewest warps that hold a row's column sums; as many groups of them as a block's threads
+    and memory hold, and as there are rows; several only with two stages, where ColumnSums adds them
+    up."""
+    found: dict[str, set[tuple[bool, bool, int]]] = {kernel: set() for kernel in BACKWARD}
+    rows, blocks = 23, 2
+    for dtype in (torch.float16, torch.float32):
+        for hidden in (5, 200, 768, 2560, 5120, 6152, 8192, 8200, 16384):
+            for shared_kb in SHARED_KB:
+                for problem in (
+                    make_sandwich(rows, hidden, (dtype, dtype)),
+                    make_norm(rows, hidden, dtype),
+                ):
+                    with modelled_device(blocks, shared_kb):
+                        ran = launches(problem)
+                    for launch in ran:
+                        kernel = launch["kernel"].partition("<")[0]
+                        if kernel not in BACKWARD or kernel[:4] != launch["operator"][:4]:
+                            continue
+                        of_f, of_h, statistics, weights = BACKWARD[kernel]
+                        vectors = 2 if hidden <= 8192 else 4
+                        warps = math.ceil(hidden / (256 * vectors))
+                        pieces = (of_f + of_h) * (dtype.itemsize // 2)
+                        stage = warps * (vectors * pieces * 512 + 16 * statistics + 16)
+                        rest = warps * vectors * 1024 * weights
+                        few = of_h == 3 and dtype.itemsize == 2 and hidden <= 6144
+                        most = min((12 if few else 16) // warps, math.ceil(rows / blocks))
+                        most = min(most, MOST_BARRIERS) if warps > 1 else most
+                        room = (shared_kb * KB - RESERVED - rest) // stage
+                        stages = 2 if room >= 2 else 1
+                        groups = min(most, room // stages)
+                        assert launch["threads"] == 32 * warps * groups, (kernel, hidden)
+                        assert launch["dynamic_shared"] == rest + groups * stages * stage
+                        assert launch["grid"] == (blocks, 1)
+                        assert groups == 1 or stages == 2
+                        found[kernel].add((warps > 1, groups > 1, stages))
+    for kernel, plans in found.items():
+        some = {(False, True, 2), (True, True, 2), (True, False, 2), (True, False, 1)}
+        assert plans >= some, (kernel, plans)
 
 
 @pytest.mark.parametrize("shared_kb", SHARED_KB[:3])

@@ -144,17 +144,18 @@ __device__ __forceinline__ int64_t first_row(const RowThread& me) {
   return blockIdx.x + int64_t{gridDim.x} * me.row_in_block;
 }
 
+// A pointer so many bytes further on.
 template <typename T>
 __device__ __forceinline__ T* advanced(T* pointer, int64_t bytes) {
   using Byte = std::conditional_t<std::is_const_v<T>, const unsigned char, unsigned char>;
   return reinterpret_cast<T*>(reinterpret_cast<Byte*>(pointer) + bytes);
 }
 
-// For each row of this thread's group, from `first` on: compute(row, stage, turn, refill); `turn` is 0
-// and 1, in turn. copy(row, stage) begins to copy a row, as many rows ahead as there are stages: compute calls refill() once it has
-// read all of `stage`. prepare() is called behind the first copies. `own`: where the memory of this
-// thread's warp begins. Row: uint32_t, where that holds all numbers of rows, or int64_t. Returns the
-// slots of the first stage.
+// For each row of this thread's group, from `first` on: compute(row, stage, turn, refill), where turn
+// is 0 and 1 in turn. copy(row, stage) begins to copy a row, as many rows ahead as there are stages:
+// compute calls refill() once it has read all of `stage`. prepare() is called behind the first
+// copies. `own`: where the memory of this thread's warp begins. Row: uint32_t where that holds all
+// numbers of rows, else int64_t. Returns the slots of the first stage.
 template <typename Row, typename Copy, typename Prepare, typename Compute>
 __device__ __forceinline__ Slots for_each_row_ahead(const RowPlan& plan, const RowSteps& steps,
                                                     const StageSlots& slots, int own, Row rows,
@@ -165,7 +166,7 @@ __device__ __forceinline__ Slots for_each_row_ahead(const RowPlan& plan, const R
   Row row = first;
   const Slots first_stage = Slots::of_warp(own);
   const int apart = plan.stages == 2 ? slots.bytes() : 0;
-  int turn = 0;  // 0 and 1, in turn
+  int turn = 0;
   const auto stage = [&] { return Slots{first_stage.first + turn * apart}; };
   if (row < rows) copy(row, stage());
   cp_async_commit_group();

@@ -5,21 +5,27 @@
 //   dweight = sum over rows of dy * xhat;  dbias = sum over rows of dy
 // Dropped elements of x count as zero, and their dx is `add`.
 //
-// Phases     1 the weight to shared memory. 2 in rounds: copy the next rows; sums of g and g xhat;
-//            dx. 3 the block's column sums to `partial`, whose rows
+// Phases     1 the first rows are on their way; the weight. 2 each group goes from row to row: sums of
+//            g and g xhat; dx. 3 the block's column sums to `partial`, whose rows
 //            pb_relax_layer_norm_partial_sums.cu adds up; that kernel may start when phase 3 does.
 // Layout     dy, x, add: rows at a stride; dx contiguous; partial (2, num_blocks, hidden) float32.
-// Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
+// Grid       num_blocks blocks, each with rows_per_block groups of threads (RowPlan). Row r is of
+//            block r % num_blocks.
 // Warps      threads_per_row threads, whole warps, own a row: dy, x and add are read once, dx is
-//            written once. Column sums stay in registers until phase 3. Rows that are wider, or do
-//            not fit into shared memory, take the `wide` kernel: a row at a time, two passes over
-//            it, column sums in `partial`.
-// Smem       of 2560 float16 columns, 160 threads a row, 3 rows, without `add`:
-//              2 stages   statistics, x, dy  38 400 bytes each; phase 3 uses them for column sums
-//              parameters weight             12 800 bytes
-//              scratch    of the sums           512 bytes   in all 90 112
-// Barriers   bar.sync: the weight is there; a warp's sums are there (reduce_row); in phase 3, the
-//            slots are free, and column sums of another row are there.
+//            written once. Two vectors of each thread, or four where 512 threads have too few with
+//            two; their column sums stay in registers until phase 3. Rows that are wider, or do not
+//            fit into shared memory, take the `wide` kernel: a block works on a row at a time, two
+//            passes over it, column sums in `partial`.
+// Plain      rows that are aligned, with nothing dropped or added, have a kernel of their own: the
+//            weight stays in registers, and from pass to pass xhat and g; a row's stage is refilled
+//            before its sums are known. Other rows are read again in shared memory.
+// Smem       of 2560 float16 columns, 5 warps a row, 3 groups, without `add`:
+//              weight    10 240 bytes
+//              2 stages  x, dy, statistics and sums of each warp  31 200 bytes each; phase 3 uses
+//                        them for column sums                     in all 72 640
+// Barriers   a group's bar.sync: its warps' sums are there (RowSums). bar.warp.sync: one lane's copy
+//            of the statistics is there; all lanes have read it. The block's bar.sync: the weight is
+//            there, but for plain rows; in phase 3, the groups' column sums are there.
 // Writers    one thread writes each element of dx and of `partial`. No atomics: deterministic.
 // Rounding   float32 throughout; dx, dweight and dbias rounded once.
 // Reference  gradient of cogview_kernels.norm.reference.pb_relax_layer_norm
@@ -48,8 +54,6 @@ template <typename X, typename Y, int kVectors, bool kPlain>
 __global__ void __launch_bounds__(kBackwardThreads, 1)
     pb_relax_layer_norm_backward_kernel(const PbRelaxLayerNormBackwardParams params) {
   using Own = BackwardSlots<X, Y, kVectors>;
-  // Registers hold the weight, and between the two passes over a row xhat and g.
-  constexpr bool kInRegisters = kPlain;
   const RowPlan& plan = params.plan;
   RowThread me(plan, params.hidden);
   if constexpr (kVectors > 2) {  // a row has most threads of a block: there is one group
@@ -66,9 +70,10 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
   const WarpMemory memory(plan, slots, shared_weight.bytes(me.threads_per_row));
   const RowSums<kPlain> exchange(memory, me);
 
-  // Of the row that is copied next, at this thread's columns; and dx. They go on from row to row, but
-  // where registers are scarce: there they are computed for each row.
+  // No memory has 2^32 rows of so many columns as four vectors are for.
   using Row = std::conditional_t<kPlain || (kVectors > 2), uint32_t, int64_t>;
+  // Of the row that is copied next, at this thread's columns, and of dx. They go on from row to row
+  // where rows are plain; elsewhere registers are scarce, and they are computed for each row.
   const X *x, *add;
   const Y* dy;
   const RowStatistics* statistics_of_row;
@@ -104,7 +109,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
     const auto load = [&] {
       load_weight<X>(params.weight, params.weight_dtype, columns, hidden, weight);
     };
-    if constexpr (kInRegisters) {
+    if constexpr (kPlain) {
       load();
     } else {
       if (me.row_in_block == 0) {
@@ -134,25 +139,25 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       unpack(stage.load<X>(Own::kX + i * kPieces<X>), xhat[i]);
       normalise(xhat[i], statistics);
       unpack(stage.load<Y>(Own::kY + i * kPieces<Y>), g[i]);
-      if constexpr (!kInRegisters) shared_weight.load(0, i, weight[i]);
+      if constexpr (!kPlain) shared_weight.load(0, i, weight[i]);
     };
     float row_sums[2] = {0.f, 0.f};  // of g, of g * xhat
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
       load(i);
-      if constexpr (kInRegisters) {
+      if constexpr (kPlain) {
         add_to_columns(xhat[i], g[i], sums.value[0][i], sums.value[1][i]);
       }
       weigh(weight[i], g[i]);
       add_to_row(xhat[i], g[i], row_sums);
     }
-    if constexpr (kInRegisters) refill();
+    if constexpr (kPlain) refill();
     exchange.add(row_sums, turn, me);
     const RowGradient gradient(row_sums, params.steps.inverse_hidden, statistics);
     if constexpr (!kPlain) find_dx(row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if constexpr (!kInRegisters) {
+      if constexpr (!kPlain) {
         load(i);
         add_to_columns(xhat[i], g[i], sums.value[0][i], sums.value[1][i]);
         weigh(weight[i], g[i]);
@@ -168,7 +173,7 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
       if (has_add) add_vector(stage.load<X>(Own::kAdd + i * kPieces<X>), g[i]);
       store_vector_at(dx, i * columns.kApart, columns.left, aligned, pack<X>(g[i]));
     }
-    if constexpr (!kInRegisters) refill();
+    if constexpr (!kPlain) refill();
     if constexpr (kPlain) dx = advanced(dx, steps.bytes[3]);
   };
   const Slots stages = for_each_row_ahead(plan, steps, slots, memory.own, Row(params.rows),

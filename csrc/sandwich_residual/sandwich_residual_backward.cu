@@ -7,22 +7,29 @@
 //   dpost_weight = sum over rows of dresidual * fhat;  dpost_bias = sum over rows of dresidual
 // with the gradient of a norm as in pb_relax_layer_norm_backward.cu.
 //
-// Phases     1 two weights to shared memory. 2 in rounds: copy the next rows; sums of h's norm;
-//            dresidual and sums of f's norm; df. 3 the block's column sums to `partial`, whose rows
-//            pb_relax_layer_norm_partial_sums.cu adds up; that kernel may start when phase 3 does.
+// Phases     1 the first rows are on their way; two weights to shared memory. 2 each group goes from
+//            row to row: sums of h's norm; dresidual and sums of f's norm; df. 3 the block's column
+//            sums to `partial`, whose rows pb_relax_layer_norm_partial_sums.cu adds up; that kernel
+//            may start when phase 3 does.
 // Layout     dh, dz, f, h: rows at a stride; df, dresidual contiguous; partial (4, num_blocks,
 //            hidden) float32, the post weight's and bias's sums first.
-// Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
+// Grid       num_blocks blocks, each with rows_per_block groups of threads (RowPlan). Row r is of
+//            block r % num_blocks.
 // Warps      threads_per_row threads, whole warps, own a row: dh, dz, f and h are read once, df and
-//            dresidual are written once. Two launches of pb_relax_layer_norm_backward serve instead
+//            dresidual are written once. Two vectors of each thread, whose column sums stay in
+//            registers until phase 3. Two launches of pb_relax_layer_norm_backward serve instead
 //            where a row is too wide, and without z.
-// Smem       of 2560 float16 columns, 160 threads a row, 3 rows:
-//              2 stages   statistics of f and h, f, h, dh, dz   84 480 bytes each; dresidual
-//                         replaces dh and dz, and phase 3 uses them for column sums
-//              parameters two weights                           23 040 bytes
-//              scratch    of the sums                              512 bytes   in all 192 512
-// Barriers   bar.sync: weights are there; a warp's sums are there (reduce_row); in phase 3, the
-//            slots are free, and column sums of another row are there.
+// Plain      rows of 16 bits that are aligned, with nothing dropped, have a kernel of their own: what
+//            a pass computes stays in registers for the next one, and a row's stage is refilled
+//            before the sums of f's norm are known. Other rows are read again in shared memory, where
+//            dresidual, not rounded, takes the place of dh and dz.
+// Smem       of 2560 float16 columns, 5 warps a row, 2 groups:
+//              two weights  20 480 bytes
+//              2 stages     f, h, dh, dz, statistics and sums of each warp  41 440 bytes each; phase
+//                           3 uses them for column sums             in all 103 360
+// Barriers   a group's bar.sync: its warps' sums are there (RowSums). bar.warp.sync: two lanes'
+//            copies of the statistics are there; all lanes have read them. The block's bar.sync:
+//            weights are there; in phase 3, the groups' column sums are there.
 // Writers    one thread writes each element of df, dresidual and `partial`. No atomics:
 //            deterministic.
 // Rounding   float32 throughout; df is computed from dresidual before it is rounded, except where two
@@ -40,8 +47,8 @@ namespace {
 constexpr int kPost = 0, kPre = 1;  // the norms, in the order of their gradients
 constexpr int kVectors = 2;  // of a thread: more column sums than these registers do not hold
 
-// Of a block of the plain kernel: three warps on a quarter of a multiprocessor have 168 registers a
-// thread, four have 128.
+// Of a block at most, where rows may be plain: three warps on a quarter of a multiprocessor have 168
+// registers a thread, four have 128, which are too few for all that the kernel holds.
 constexpr int kPlainThreads = 384;
 
 // The slots of a row.
