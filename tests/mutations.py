@@ -70,6 +70,7 @@ KINDS = "each_kind_of_row"
 PLACES = "places_do_not_matter"
 ROUNDS = "many_rounds"
 RERUNS = "reruns_and_multiprocessors"
+STRIDES = "strides_in_many_rounds"
 DROPPED = "what_is_dropped"
 OFFSET = "large_offset"
 OVERFLOW = "nothing_overflows"
@@ -104,6 +105,7 @@ def mutations(file: str, *rows: tuple[str, str, str, str]) -> list[Mutation]:
 # - a variance's clamp at zero: what lies below is a rounding error, and rstd_of clamps again;
 # - that a known peak is not computed again: the same maximum, one launch later;
 # - whether dx is aligned: operators allocate it;
+# - the warp's barrier before column sums replace rows: the last refill has one;
 # - eps where all elements are dropped: the row is zero, whatever it is divided by;
 # - dkdv's barrier before a warp's first lane finds the next head: the host's compiler lets that
 #   lane alone read what it overwrites.
@@ -1022,7 +1024,6 @@ MUTATIONS = [
             "bar_sync();\n    // Vectors",
             "// Vectors",
         ),
-        ("sums-over-rows", ROUNDS, "bar_warp_sync();  // other lanes'", "// other lanes'"),
         (
             "sums-share-slots",
             ROUNDS,
@@ -1034,7 +1035,7 @@ MUTATIONS = [
         ("rows-ahead-by-one-stage", ROUNDS, "steps.rows * params->plan.stages;", "steps.rows;"),
         (
             "backward-without-memory-for-the-system",
-            RESERVE,
+            "plans_of_backward",
             "most_bytes - kRowArrayBytes - kReservedSharedBytes",
             "most_bytes",
         ),
@@ -1141,7 +1142,7 @@ MUTATIONS = [
         ("add-taken-for-aligned", PLACES, "{params.add, params.x_dtype},", "{{}, params.x_dtype},"),
         (
             "dy-by-the-stride-of-x",
-            PLACES,
+            STRIDES,
             "advanced(dy, steps.bytes[0])",
             "advanced(dy, steps.bytes[1])",
         ),
@@ -1220,7 +1221,7 @@ MUTATIONS = [
         ("dh-lost", KINDS, "gradient[j] += h_gradient", "gradient[j] = h_gradient"),
         (
             "gradients-of-another-norm",
-            KINDS,
+            ROUNDS,
             "if constexpr (kPlain) add_gradients(kPost, i);",
             "if constexpr (kPlain) add_gradients(kPre, i);",
         ),

@@ -888,6 +888,18 @@ def test_places_do_not_matter(backend: str, dtypes: tuple[torch.dtype, torch.dty
 
 
 @pytest.mark.parametrize("dtypes", PAIRS)
+def test_strides_in_many_rounds(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Every group goes from row to row several times, in each matrix by its own stride."""
+    for problem in (make_norm(40, 520, dtypes[0]), make_sandwich(40, 520, dtypes)):
+        apart = {name: 8 * n for n, name in enumerate(problem.matrices(), 1)}
+        moved = problem
+        for name, tensor in problem.matrices().items():
+            moved = moved.change(name, F.pad(tensor, (0, apart[name]), value=math.nan)[:, :520])
+        with modelled_device(1):
+            assert not same(moved.run(backend), problem.run(backend))
+
+
+@pytest.mark.parametrize("dtypes", PAIRS)
 @pytest.mark.parametrize("hidden", [24, 300, 8200, 17000])
 def test_what_is_dropped_does_not_matter(
     backend: str, dtypes: tuple[torch.dtype, torch.dtype], hidden: int
