@@ -1155,8 +1155,8 @@ MUTATIONS = [
         (
             "weight-without-barrier",
             OVERFLOW,
-            "shared_weight.store(0, weight);\n      }\n      bar_sync();",
-            "shared_weight.store(0, weight);\n      }",
+            "shared_weight.store(0, weight);\n    }\n    bar_sync();",
+            "shared_weight.store(0, weight);\n    }",
         ),
         (
             "backward-scratch-shared",
@@ -1221,7 +1221,7 @@ MUTATIONS = [
         ("dh-lost", KINDS, "gradient[j] += h_gradient", "gradient[j] = h_gradient"),
         (
             "gradients-of-another-norm",
-            ROUNDS,
+            SANDWICH,
             "if constexpr (kPlain) add_gradients(kPost, i);",
             "if constexpr (kPlain) add_gradients(kPre, i);",
         ),
@@ -1245,7 +1245,7 @@ MUTATIONS = [
         ),
         (
             "weight-of-df",
-            KINDS,
+            SANDWICH,
             "weights.load(kPost, i, weight);\n      } else",
             "weights.load(kPre, i, weight);\n      } else",
         ),

@@ -25,7 +25,7 @@
 //                        them for column sums                     in all 72 640
 // Barriers   a group's bar.sync: its warps' sums are there (RowSums). bar.warp.sync: one lane's copy
 //            of the statistics is there; all lanes have read it. The block's bar.sync: the weight is
-//            there, but for plain rows; in phase 3, the groups' column sums are there.
+//            there; in phase 3, the groups' column sums are there.
 // Writers    one thread writes each element of dx and of `partial`. No atomics: deterministic.
 // Rounding   float32 throughout; dx, dweight and dbias rounded once.
 // Reference  gradient of cogview_kernels.norm.reference.pb_relax_layer_norm
@@ -106,17 +106,14 @@ __global__ void __launch_bounds__(kBackwardThreads, 1)
 
   float weight[kVectors][kColumns];
   const auto prepare = [&] {
-    const auto load = [&] {
+    if (me.row_in_block == 0) {
       load_weight<X>(params.weight, params.weight_dtype, columns, hidden, weight);
-    };
+      shared_weight.store(0, weight);
+    }
+    bar_sync();
     if constexpr (kPlain) {
-      load();
-    } else {
-      if (me.row_in_block == 0) {
-        load();
-        shared_weight.store(0, weight);
-      }
-      bar_sync();
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) shared_weight.load(0, i, weight[i]);
     }
   };
 
