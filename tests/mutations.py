@@ -880,7 +880,7 @@ MUTATIONS = [
         (
             "peak-of-positive-numbers",
             KINDS,
-            "-fminf(to_float(low[0]), to_float(low[1]))",
+            "fabsf(smallest)",
             "0.f",
         ),
         ("odd-columns-not-in-sum", OFFSET, "return of_even + of_odd;", "return of_even;"),

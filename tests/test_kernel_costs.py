@@ -167,7 +167,10 @@ def test_committed_norms_move_each_activation_once(case: costs.NormCase) -> None
     for operator, tensors in zip(costs.PASSES, floors, strict=True):
         row = NORMS[str(case), operator]
         assert row["floor"] == tensors * case.rows * case.hidden * 2
-        assert row["bank_conflicts"] == 0 and row["activations"] >= row["floor"], row
+        assert row["activations"] >= row["floor"], row
+        # Only where the warps of a backward exchange the sums of a row: cycles, against those in
+        # which shared memory could take or give the activations once.
+        assert row["bank_conflicts"] <= (0.15 if "backward" in operator else 0) * row["floor"] / 128
         if case.hidden < 16384:
             assert row["passes"] == costs.PASSES[operator]
             assert row["activations"] == row["floor"]
@@ -201,7 +204,7 @@ def test_what_the_blocks_of_a_backward_move_for_themselves(
 def test_norm_counts_equal_the_committed_ones(
     case: costs.NormCase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Counts fewer rows: activations and statistics scale with the rows; parameters and
+    """Counts fewer rows: activations, statistics and conflicts scale with the rows; parameters and
     partial sums scale with the blocks, whose number and size stay."""
     fewer = case._replace(rows=6 * costs.NUM_SMS)
     num_blocks = operators._num_summing_blocks
@@ -210,7 +213,7 @@ def test_norm_counts_equal_the_committed_ones(
     )
     for row in costs.norm_rows(fewer):
         committed = NORMS[str(case), row["operator"]]
-        for name in ("launches", "passes", "parameters", "partial_sums", "bank_conflicts"):
+        for name in ("launches", "passes", "parameters", "partial_sums"):
             assert row[name] == committed[name], f"{name} {STALE}"
-        for name in ("floor", "activations", "statistics"):
+        for name in ("floor", "activations", "statistics", "bank_conflicts"):
             assert row[name] * case.rows == committed[name] * fewer.rows, f"{name} {STALE}"

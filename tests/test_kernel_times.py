@@ -300,22 +300,27 @@ def test_warps_that_wait_for_nobody_stop_the_walk() -> None:
         ("HADD2", "R4, R4", 0x4000C400),
         ("VHMNMX.BF16_V2", "R1, RZ.H0_H0, R2, !PT", 0x40003F80),
         ("VHMNMX.BF16_V2", "R1, RZ.H0_H0, -R2, !PT", 0x3F800000),
+        ("VIMNMX", "R5, 0x8, PT", 0xFFFFFFFD),
+        ("VIMNMX.RELU", "R5, 0x8, PT", 0),  # -3, not below zero
+        ("VIMNMX.RELU", "R6, 0x8, PT", 8),
     ],
 )
-def test_packed_halves(opcode: str, operands: str, expected: int) -> None:
+def test_halves_and_extremes(opcode: str, operands: str, expected: int) -> None:
     program = f"""
         MOV R1, 0x3f80c000
         MOV R2, 0x40003f80
         MOV R3, 0x7fc07fc0
         MOV R4, 0x3c00c000
+        MOV R5, 0xfffffffd
+        MOV R6, 0x9
         {opcode} R0, {operands}
         ISETP.NE.AND P0, PT, R0, {hex(expected)}, PT
-        @P0 BRA 0x80
+        @P0 BRA 0xa0
         EXIT
         NOP
         EXIT
     """
-    assert walk(program)[-1] == 7
+    assert walk(program)[-1] == 9
 
 
 def test_what_nobody_has_met_stops_the_walk() -> None:

@@ -108,8 +108,9 @@ struct Peak {
   __device__ __forceinline__ float value() const {
     const T* high = reinterpret_cast<const T*>(&most);
     const T* low = reinterpret_cast<const T*>(&least);
-    return fmaxf(fmaxf(to_float(high[0]), to_float(high[1])),
-                 -fminf(to_float(low[0]), to_float(low[1])));
+    const float smallest = fminf(to_float(low[0]), to_float(low[1]));
+    // Not -smallest, which may be -0: redux_max compares bits.
+    return fmaxf(fmaxf(to_float(high[0]), to_float(high[1])), fabsf(smallest));
   }
 };
 template <>

@@ -49,7 +49,8 @@ using Lanes = std::array<uint32_t, kLanes>;
 #define MODIFIERS(M) \
   M(U8) M(S8) M(U16) M(S16) M(U32) M(U64) M(S64) M(WIDE) M(HI) M(X) M(EX) M(SX32) M(R) M(OR) \
   M(XOR) M(BF16) M(EX2) M(RCP) M(RSQ) M(LG2) M(SQRT) M(RP) M(ALL) M(IDX) M(UP) M(DOWN) M(MAX) \
-  M(MIN) M(ADD) M(F32) M(MT88) M(DIV) M(SH) M(NAN_) M(BF16_V2) M(D8) M(FTZ)
+  M(MIN) M(ADD) M(F32) M(MT88) M(DIV) M(SH) M(NAN_) M(BF16_V2) M(D8) M(FTZ) \
+  M(RELU)
 enum Op { OPS(COMMA) kUnknown };
 enum Modifier { MODIFIERS(COMMA) kNumModifiers };
 enum class Kind { kRegister, kUniform, kPredicate, kUniformPredicate, kImmediate, kConstant,
@@ -1019,8 +1020,10 @@ class Warp {
           return less == bool(take_min >> l & 1) ? x : y;
         };
         each(in, lanes, [&](int l) {
-          if (in.op == VIADDMNMX) return pick(a[l] + b[l], c[l], l);
-          return three ? pick(pick(a[l], b[l], l), c[l], l) : pick(a[l], b[l], l);
+          const uint32_t first = in.op == VIADDMNMX ? a[l] + b[l] : a[l];
+          uint32_t result = pick(first, in.op == VIADDMNMX ? c[l] : b[l], l);
+          if (in.op == VIMNMX3) result = pick(result, c[l], l);
+          return in.has(RELU) && int32_t(result) < 0 ? 0u : result;
         });
         break;
       }
