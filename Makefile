@@ -27,7 +27,7 @@ help:
 	@echo "make quantizers     train the image tokenizer with each of its four rules, and compare them"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
-	@echo "make kernel-times   predict the times of the attention kernels on one H200 (a model; needs nvcc, no GPU)"
+	@echo "make kernel-times   predict the times of the kernels on one H200 (a model; needs nvcc, no GPU)"
 	@echo "make check-install  pip install in fresh environments, every way that is supported"
 	@echo "make format         format Python and C++"
 	@echo "make clean          remove what was built"
@@ -118,7 +118,8 @@ kernel-table: build
 kernel-costs: build
 	$(BIN)/python -m benchmarks.kernels.costs
 
-# Some of it, printed and not recorded: make kernel-times ARGS="forward --cases B --head-dims 64"
+# Some of it, printed and not recorded: make kernel-times ARGS="forward --cases B --head-dims 64",
+# of the norms: ARGS="norms backward --shapes 8192x2560"
 kernel-times: build
 	$(BIN)/python -m benchmarks.kernels.cycles.times $(ARGS)
 

@@ -104,10 +104,27 @@ BUGS = {
     "race_write_after_reads_of_a_warp": "shared_array+4, which several threads of warp 1 read",
     "race_in_warp": "race: read of 4 bytes at shared_array+",
     "race_between_warps": "race: read of 4 bytes at shared_array+124, which thread 31 wrote",
+    "race_between_groups": "race: read of 4 bytes at shared_array+128, which thread 32 wrote",
+    "race_in_group": "race: read of 4 bytes at shared_array+128, which thread 32 wrote",
+    "race_write_after_reads_of_groups": "shared_array+0, which threads of several warps read",
+    "race_after_other_group": "race: read of 4 bytes at shared_array+256, which thread 64 wrote",
     "barrier_at_two_places": "divergent barrier: bar_sync (planted.cu:",
     "barrier_after_return": "divergent barrier: bar_sync (planted.cu:",
     "barrier_in_loop": "but thread 0 has returned",
     "barrier_for_half_a_warp": "divergent warp: waits at shfl_bfly (planted.cu:",
+    "group_of_half_a_warp": "thread 16: divergent warp: at shfl_bfly (planted.cu:",
+    "group_of_lanes_that_return": "returned, and thread 0 waits for the whole warp at bar_sync",
+    "group_of_odd_lanes": "thread 1: divergent warp: bar_sync (planted.cu:",
+    "group_at_two_places": "for 64 threads at barrier 1, but thread 0 waits at bar_sync",
+    "group_of_two_counts": "for 96 threads at barrier 1, but thread 0 waits at bar_sync",
+    "group_of_half_warps": "48 threads cannot be whole warps of the block, which has 64 threads",
+    "group_larger_than_the_block": "96 threads cannot be whole warps of the block",
+    "group_at_the_barrier_of_the_block": "there is no barrier 0 for warps",
+    "group_at_barrier_16": "there is no barrier 16 for warps",
+    "groups_at_one_barrier": "warp 0 and others met at barrier 1, with no barrier between",
+    "group_without_a_warp": "32 of 64 threads wait at barrier 3, but thread 32 has returned",
+    "group_with_a_warp_elsewhere": "wait at barrier 3, but thread 32 waits at bar_sync",
+    "group_with_a_warp_in_another": "wait at barrier 3, but thread 32 waits at bar_sync",
     "shuffle_after_return": "shfl_bfly (planted.cu:",
     "return_before_shuffle": "returned, and thread 0 waits for the whole warp at shfl_bfly",
     "shuffle_at_two_places": "divergent warp: at shfl_bfly (planted.cu:",
@@ -138,6 +155,10 @@ BUGS = {
     "misaligned_copy_target": "misaligned: cp_async (planted.cu:",
     "misaligned_row": "misaligned: ldmatrix_x4 (planted.cu:",
     "misaligned_plain": "misaligned: read of 4 bytes",
+    "early_read_before_wait": "thread 0: read of 4 bytes at a+0 before griddepcontrol_wait",
+    "early_write_before_wait": "thread 0: write of 4 bytes at out+0 before griddepcontrol_wait",
+    "early_vector_before_wait": "at a+0 before griddepcontrol_wait",
+    "early_return_before_wait": "thread 5: returned without griddepcontrol_wait",
     "too_much_shared": "barriers: cannot launch 1 x 1 blocks of 64 threads with 233472 bytes",
 }
 
@@ -169,6 +190,15 @@ def test_kernels_keep_the_name_of_their_family(run: Run) -> None:
     assert text.startswith("sm80::kernel_of_a_family<Params>, block (0, 0), thread 0: ")
 
 
+def test_a_kernel_that_starts_early(run: Run) -> None:
+    """Once it has waited it may do anything; launched in order, it need not wait."""
+    for _ in range(2):
+        assert run("early") == ""
+        np.testing.assert_array_equal(run.out, np.arange(64) + 1)
+        assert run("early_but_launched_in_order") == ""
+    assert run("early_return_before_wait").startswith("early_return_before_wait, block (0, 0), ")
+
+
 def test_an_error_leaves_the_model_usable(run: Run) -> None:
     for _ in range(3):
         assert run("race_read") != ""
@@ -198,6 +228,28 @@ def test_barriers(run: Run) -> None:
         run.out, (np.arange(64) ^ 1) + 3 - 64 * ((np.arange(64) ^ 1) > 60)
     )
     assert run.counts()["barriers"] == 6
+
+
+def test_barriers_of_groups(run: Run) -> None:
+    out = np.zeros(192, dtype=np.float32)
+    assert run("barriers_of_groups", out=out) == ""
+    values = np.arange(192, dtype=np.float32).reshape(3, 64)
+    for group, turns in enumerate((7, 4, 1)):
+        for _ in range(turns):
+            values[group] = np.roll(values[group], -33) + values[group, 0]
+    np.testing.assert_array_equal(out, values.ravel()[::-1])
+    assert run.counts()["barriers"] == 7 + 4 + 1 + 2
+
+
+def test_groups_that_return(run: Run) -> None:
+    assert run("groups_that_return") == ""
+    np.testing.assert_array_equal(run.out, np.arange(64)[::-1])
+    assert run.counts()["barriers"] == 2 + 4
+
+
+def test_groups_in_a_chain(run: Run) -> None:
+    assert run("groups_in_a_chain") == ""
+    np.testing.assert_array_equal(run.out[:32], 131 - np.arange(32))
 
 
 def test_collectives(run: Run) -> None:

@@ -7,12 +7,14 @@ import json
 from itertools import groupby
 
 import pytest
+import torch
 from helpers import region_of
 
 from benchmarks.kernels import costs
 from benchmarks.kernels.counting import DOCS, between
 from benchmarks.suite.cases import AttentionCase
 from cogview_kernels import extension
+from cogview_kernels.norm import operators
 
 STALE = "differs from docs/kernel_costs.json: run `make kernel-costs` and commit what it writes"
 COMMITTED = json.loads((DOCS / "kernel_costs.json").read_text())
@@ -165,24 +167,53 @@ def test_committed_norms_move_each_activation_once(case: costs.NormCase) -> None
     for operator, tensors in zip(costs.PASSES, floors, strict=True):
         row = NORMS[str(case), operator]
         assert row["floor"] == tensors * case.rows * case.hidden * 2
-        assert row["bank_conflicts"] == 0 and row["activations"] >= row["floor"], row
+        assert row["activations"] >= row["floor"], row
+        # Only where the warps of a backward exchange the sums of a row: cycles, against those in
+        # which shared memory could take or give the activations once.
+        assert row["bank_conflicts"] <= (0.15 if "backward" in operator else 0) * row["floor"] / 128
         if case.hidden < 16384:
             assert row["passes"] == costs.PASSES[operator]
             assert row["activations"] == row["floor"]
         if case.rows == 8192:  # with fewer rows the blocks' own bytes weigh more
-            bound = {2: 0.05, 4: 0.06}[case.residual.itemsize]
-            assert row["parameters"] + row["partial_sums"] < bound * row["floor"], row
+            assert row["parameters"] + row["partial_sums"] < 0.05 * row["floor"], row
+
+
+@needs_host_model
+@pytest.mark.parametrize("residual", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("rows", [8192, 4096, 512])
+def test_what_the_blocks_of_a_backward_move_for_themselves(
+    rows: int, residual: torch.dtype
+) -> None:
+    """Parameters and partial sums against the floor; columns do not matter, so there are few."""
+    launched = costs.norm_launches(costs.NormCase(rows, 8, residual))
+    for operator, floor in costs.PASSES.items():
+        if "backward" not in operator:
+            continue
+        sizes = dict.fromkeys(costs.LIKE_RESIDUAL, residual.itemsize)
+        row_bytes = sum(times * sizes.get(name, 2) for name, times in floor.items())
+        moved = costs.bytes_by_kind(launched[operator], costs.OTHERS)
+        own = (moved["parameters"] + moved["partial_sums"]) / 8
+        blocks = launched[operator][0]["grid"][0]
+        busiest = -(-rows // blocks)
+        assert busiest == -(-rows // costs.NUM_SMS) or blocks >= 0.9 * costs.NUM_SMS - 1
+        assert own < (0.05 if rows == 8192 else 3.4 / busiest) * rows * row_bytes
 
 
 @needs_host_model
 @pytest.mark.parametrize("case", costs.NORM_CASES[:2], ids=str)
-def test_norm_counts_equal_the_committed_ones(case: costs.NormCase) -> None:
-    """Counts fewer rows: activations and statistics scale with the rows; parameters and
+def test_norm_counts_equal_the_committed_ones(
+    case: costs.NormCase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Counts fewer rows: activations, statistics and conflicts scale with the rows; parameters and
     partial sums scale with the blocks, whose number and size stay."""
     fewer = case._replace(rows=6 * costs.NUM_SMS)
+    num_blocks = operators._num_summing_blocks
+    monkeypatch.setattr(
+        operators, "_num_summing_blocks", lambda _, *others: num_blocks(case.rows, *others)
+    )
     for row in costs.norm_rows(fewer):
         committed = NORMS[str(case), row["operator"]]
-        for name in ("launches", "passes", "parameters", "partial_sums", "bank_conflicts"):
+        for name in ("launches", "passes", "parameters", "partial_sums"):
             assert row[name] == committed[name], f"{name} {STALE}"
-        for name in ("floor", "activations", "statistics"):
+        for name in ("floor", "activations", "statistics", "bank_conflicts"):
             assert row[name] * case.rows == committed[name] * fewer.rows, f"{name} {STALE}"

@@ -5,8 +5,11 @@ from __future__ import annotations
 import json
 import re
 import shutil
+import subprocess
+from pathlib import Path
 
 import pytest
+from test_layer_norm_kernels import variants
 
 from benchmarks.kernels import table
 from benchmarks.kernels.counting import DOCS, Row, between
@@ -19,7 +22,7 @@ STALE = "differs from docs/kernels.json: run `make kernel-table` and commit what
 NARROW_LOADS = ("_partial_sums_kernel", "_reduce_kernel", "_far_keys_kernel")
 NARROW_STORES = (*NARROW_LOADS, "_backward_row_kernel", "_peak_kernel")
 # Rows this wide do not fit a small SM with float32 gradients; the launcher picks another kernel.
-FOUR_VECTORS = re.compile(r"pb_relax_layer_norm_backward_kernel<\w+, \w+, 4>")
+FOUR_VECTORS = re.compile(r"pb_relax_layer_norm_backward_kernel<\w+, \w+, 4, false>")
 SMALL = ("sm_86", "sm_120")
 TENSOR_CORES = (
     "attention_forward_kernel",
@@ -29,6 +32,7 @@ TENSOR_CORES = (
 )
 
 
+SOURCES = DOCS.parent / "csrc" / "pb_relax_layer_norm"
 COMMITTED = json.loads((DOCS / "kernels.json").read_text())
 ROWS = {(row["kernel"], row["architecture"]): row for row in COMMITTED["kernels"]}
 KERNELS = {kernel for kernel, _ in ROWS}
@@ -76,6 +80,7 @@ def test_ctas_per_sm_by_hand(
         ("shared_stores_16", ("STS.128 [R4]",)),
         ("mma", ("HMMA.16816.F32.BF16 R4", "HGMMA.64x64x16.F32 R4")),
         ("local", ("STL.64 [R4]", "LDL R4")),
+        ("grid_control", ("ACQBULK", "PREEXIT")),
         (None, ("LDGDEPBAR", "LDS.U.64 R4", "STS [R4], R128", "FFMA R4")),
     ],
 )
@@ -91,20 +96,26 @@ def test_the_page_shows_the_record() -> None:
 
 
 def accesses_of_a_row(kernel: str) -> tuple[int, int] | None:
-    """How many 16-byte vectors of a row one thread copies to shared memory and stores; None where
-    the kernel does not keep rows there."""
-    match = re.fullmatch(r"(\w+)_kernel<(\w+), (\w+), (\d)>", kernel)
-    if match is None or "three_region" in kernel:
+    """How many 16-byte vectors of a row one thread copies to shared memory and stores at once; None
+    where the kernel does not keep rows there."""
+    match = re.fullmatch(r"(pb_relax\w+ward|sandwich\w+)_kernel<(\w+), (\w+)(.*)>", kernel)
+    if match is None:
         return None
-    name, *types, vectors = match.groups()
+    name, *types, rest = match.groups()
     x, y = (2 if dtype == "float" else 1 for dtype in types)
+    vectors = int((re.findall(r"\d", rest) or ["1"])[0])
     copied, stored = {
-        "pb_relax_layer_norm_forward": (x, y),
+        "pb_relax_layer_norm_forward": (4 * (x + (y if "true" in rest else 0)), y),
         "pb_relax_layer_norm_backward": (x + y, x),
-        "sandwich_residual_forward": (x + y, 2 * y),
+        "sandwich_residual_forward": (4 * (x + y), 2 * y),
         "sandwich_residual_backward": (x + 3 * y, x + y),
     }[name]
-    return int(vectors) * copied, int(vectors) * stored
+    return vectors * copied, vectors * stored
+
+
+def is_added_up_by_tensor_cores(kernel: str) -> bool:
+    """16-bit rows of the norms' forward."""
+    return re.match(r"(pb_relax|sandwich)\w+_forward(_wide)?_kernel<(Half|BF)", kernel) is not None
 
 
 def assert_sound(rows: list[Row]) -> None:
@@ -118,40 +129,61 @@ def assert_sound(rows: list[Row]) -> None:
             assert row["loads_16"] + row["cp_async_16"] > 0, f"{name}: no load of sixteen bytes"
         if not kernel.endswith(NARROW_STORES):
             assert row["stores_16"] > 0, f"{name}: no store of sixteen bytes"
-        for column in ("mma", "ldmatrix"):
-            expected = kernel.endswith(TENSOR_CORES)
-            assert (row[column] > 0) == expected, f"{name}: {row[column]} {column}"
+        multiplies = kernel.endswith(TENSOR_CORES)
+        assert (row["ldmatrix"] > 0) == multiplies, f"{name}: {row['ldmatrix']} ldmatrix"
+        multiplies |= is_added_up_by_tensor_cores(row["kernel"])
+        assert (row["mma"] > 0) == multiplies, f"{name}: {row['mma']} mma"
+        # A backward says when the sums of its partial sums may start, but for rows too wide for a
+        # block; they wait for its end.
+        overlaps = accesses_of_a_row(row["kernel"]) is not None and "_backward_" in kernel
+        overlaps |= kernel.endswith("_partial_sums_kernel")
+        overlaps &= int(re.sub(r"\D", "", row["architecture"])) >= 90
+        assert (row["grid_control"] > 0) == overlaps, f"{name}: {row['grid_control']} grid_control"
         # Aligned rows; the same code holds the path for unaligned ones.
         copied, stored = accesses_of_a_row(row["kernel"]) or (0, 0)
         for column, least in (
             ("cp_async_16", copied),
-            ("shared_loads_16", copied),
+            ("shared_loads_16", stored),
             ("stores_16", stored),
         ):
             assert row[column] >= least, f"{name}: {column}, rows move in smaller pieces"
 
 
 def test_committed_kernels_are_sound() -> None:
-    """All architectures have the same kernels, with the instructions that the sources ask for; of
-    the norms one for each pair of dtypes and number of vectors to a thread."""
+    """All architectures have the same kernels, with the instructions that the sources ask for."""
     assert_sound(COMMITTED["kernels"])
     architectures = {f"sm_{name.replace('.', '')}" for name in table.ARCHITECTURES}
     assert set(ROWS) == {(kernel, other) for kernel in KERNELS for other in architectures}
     assert max(row["static_shared"] for row in ROWS.values()) <= 3072, "kMaxArrayBytes, launch.h"
-    pairs = [("float", "float")]
-    pairs += [(x, y) for x in ("Half", "BFloat16") for y in (x, "float")]
-    names = {
-        "pb_relax_layer_norm_forward": (1, 2),
-        "pb_relax_layer_norm_backward": (1, 2, 4),
-        "sandwich_residual_forward": (1, 2),
-        "sandwich_residual_backward": (1, 2),
-    }
-    assert {kernel for kernel in KERNELS if accesses_of_a_row(kernel) is not None} == {
-        f"{name}_kernel<{x}, {y}, {vectors}>"
-        for name, up_to in names.items()
-        for vectors in up_to
-        for x, y in pairs
-    }
+    assert {
+        kernel for kernel in KERNELS if kernel.startswith(("pb_relax", "sandwich"))
+    } == variants()
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on the PATH")
+@pytest.mark.parametrize("architecture", ["80", "90a", "120"])
+def test_partial_sums_wait_before_they_read(architecture: str, tmp_path: Path) -> None:
+    """The wait stands before all that touches global memory and before each way out. With the
+    recorded nvcc, all loads of a thread stand before the first sum."""
+    if (program := table.cuobjdump()) is None:
+        pytest.skip("no cuobjdump (the dev extra has it)")
+    nvcc = subprocess.run(["nvcc", "--version"], capture_output=True, text=True).stdout
+    version = nvcc.partition("release ")[2].partition("\n")[0]
+    source, binary = SOURCES / "pb_relax_layer_norm_partial_sums.cu", tmp_path / "sums.cubin"
+    target = f"-gencode=arch=compute_{architecture},code=sm_{architecture}"
+    command = ["nvcc", target, "-std=c++17", "-O3", "-cubin", str(source), "-o", str(binary)]
+    subprocess.run(command, check=True)
+    dump = subprocess.run([program, "-sass", str(binary)], capture_output=True, text=True)
+    functions = dump.stdout.split("Function : ")[1:]
+    assert len(functions) == 2
+    for code in functions:
+        found = re.findall(r"\b(ACQBULK|EXIT|LDG\S*|LD|STG|FADD)\b", code)
+        assert (found[0] == "ACQBULK") == (architecture != "80")
+        assert not any("CONSTANT" in name for name in found), "loads that may be moved"
+        if version in COMMITTED["nvcc"]:
+            found = [name for name in found if name not in ("ACQBULK", "EXIT")]
+            assert all("LDG" in name for name in found[:12]) and found[12] == "FADD"
+            assert not any("LD" in name for name in found[12:])
 
 
 def test_launches_of_the_host_model() -> None:

@@ -48,16 +48,16 @@ def test_a_failed_call_leaves_no_error(cuda: ctypes.CDLL, function: str, error: 
     """Whatever fails is returned, and the next caller finds neither its error nor a wrong limit."""
     cuda.fail(function.encode(), error)
     assert cuda.launch(100 * KB) == error
-    assert cuda.get_last_error() == 0 and cuda.calls(b"cudaLaunchKernel") == 0
+    assert cuda.get_last_error() == 0 and cuda.calls(b"cudaLaunchKernelExC") == 0
     cuda.fail(function.encode(), 0)
     assert cuda.launch(100 * KB) == 0
 
 
 def test_a_failed_launch_leaves_no_error(cuda: ctypes.CDLL) -> None:
-    cuda.fail(b"cudaLaunchKernel", 9)
+    cuda.fail(b"cudaLaunchKernelExC", 9)
     assert cuda.launch(0) == cuda.launch(100 * KB) == 9
     assert cuda.get_last_error() == 0
-    cuda.fail(b"cudaLaunchKernel", 0)
+    cuda.fail(b"cudaLaunchKernelExC", 0)
     assert cuda.launch(0) == cuda.launch(100 * KB) == 0
     assert cuda.kernel_sum() == 2 * 42
 
@@ -70,7 +70,7 @@ def test_an_error_of_others_stays_theirs(cuda: ctypes.CDLL) -> None:
 
 def test_an_error_that_ends_the_context_is_returned_by_every_call(cuda: ctypes.CDLL) -> None:
     cuda.set_last_error(0, True)
-    cuda.fail(b"cudaLaunchKernel", 700)
+    cuda.fail(b"cudaLaunchKernelExC", 700)
     assert cuda.launch(0) == cuda.launch(0) == cuda.get_last_error() == 700
 
 
@@ -114,6 +114,47 @@ def test_too_many_blocks(cuda: ctypes.CDLL) -> None:
     assert cuda.launch_blocks(ctypes.c_int64(2**31)) == 9
     assert cuda.launch_blocks(ctypes.c_int64(2**32 + 3)) == 9
     assert cuda.launch_blocks(ctypes.c_int64(3)) == 0
+
+
+# Launches that may start while the kernel before them is still running
+
+
+def test_early_where_the_code_waits(cuda: ctypes.CDLL) -> None:
+    """On devices whose code was compiled for 9.0 or later, and nowhere else; each is asked once."""
+    for device, architecture in enumerate((80, 89, 90, 120)):
+        cuda.set_compiled_for(device, architecture)
+    early = 0
+    for _ in range(2):
+        for device in range(4):
+            cuda.set_device(device)
+            assert cuda.launch_early() == cuda.launch(0) == 0
+            early += device >= 2
+            assert cuda.early_launches() == early
+    assert cuda.kernel_sum() == 16 * 42
+    assert cuda.calls(b"cudaFuncGetAttributes") == 4
+
+
+def test_drivers_that_cannot_capture_an_early_launch(cuda: ctypes.CDLL) -> None:
+    cuda.set_compiled_for(0, 90)
+    cuda.set_machine(12020, 1)
+    assert cuda.launch_early() == 0
+    assert cuda.early_launches() == 0 and cuda.kernel_sum() == 42
+
+
+@pytest.mark.parametrize(
+    "function", ["cudaGetDevice", "cudaFuncGetAttributes", "cudaDriverGetVersion"]
+)
+def test_a_device_that_cannot_be_asked_about_early_launches(
+    cuda: ctypes.CDLL, function: str
+) -> None:
+    cuda.set_compiled_for(0, 90)
+    cuda.fail(function.encode(), 35)
+    assert cuda.launch_early() == 35
+    assert cuda.get_last_error() == 0 and cuda.calls(b"cudaLaunchKernelExC") == 0
+    cuda.fail(function.encode(), 0)
+    assert cuda.launch_early() == 0 and cuda.early_launches() == 1
+    cuda.fail(b"cudaLaunchKernelExC", 9)
+    assert cuda.launch_early() == 9 and cuda.get_last_error() == 0
 
 
 # The choice of a family of attention kernels

@@ -23,7 +23,7 @@ import cogview_kernels as ck
 from cogview_kernels import extension
 from cogview_kernels.extension import modelled_device
 from cogview_kernels.norm import function as norm
-from cogview_kernels.norm import portable, reference
+from cogview_kernels.norm import operators, portable, reference
 
 CSRC = Path(__file__).resolve().parents[1] / "csrc"
 HALVES = (torch.float16, torch.bfloat16)
@@ -530,6 +530,13 @@ def test_many_rounds(
         check(make_sandwich(rows, hidden, dtypes, **options), backend)
 
 
+@pytest.mark.parametrize("hidden", [3, 40])
+def test_more_blocks_than_a_thread_sums_at_once(backend: str, hidden: int) -> None:
+    with modelled_device(300):
+        for rows in (15, 191, 193, 300):
+            check(make_norm(rows, hidden, torch.float32, kinds=HARD), backend)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_peak_after_many_rounds(backend: str, dtype: torch.dtype) -> None:
     """The largest number of a tensor stands in a row that a block reaches in its third round."""
@@ -578,27 +585,42 @@ def test_a_wrong_result_is_caught(problem: Problem, name: str) -> None:
 # Every kernel, and every way to deal out rows
 
 
+SPELLED = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+MIXED = [f"{SPELLED[one]}, {SPELLED[two]}" for one, two in PAIRS]
+EQUAL = [f"{SPELLED[dtype]}, {SPELLED[dtype]}" for dtype in DTYPES]
+# What each kernel is compiled for.
+VARIANTS = {
+    "pb_relax_layer_norm_forward_kernel": [
+        *(f"{types}, true" for types in MIXED),  # with a residual
+        *(f"{types}, false" for types in EQUAL),
+    ],
+    "pb_relax_layer_norm_forward_wide_kernel": MIXED,
+    "pb_relax_layer_norm_peak_kernel": list(SPELLED.values()),
+    "pb_relax_layer_norm_backward_kernel": [
+        *(f"{types}, {number}, false" for types in MIXED for number in (2, 4)),
+        *(f"{types}, 2, true" for types in EQUAL),
+    ],
+    "pb_relax_layer_norm_backward_wide_kernel": MIXED,
+    "pb_relax_layer_norm_partial_sums_kernel": ["1", "4"],  # columns of a thread
+    "sandwich_residual_forward_kernel": MIXED,
+    "sandwich_residual_backward_kernel": [
+        *(f"{types}, false" for types in MIXED),
+        *(f"{types}, true" for types in EQUAL[1:]),  # of 16 bits
+    ],
+}
+
+
 def variants() -> set[str]:
-    """The kernels of the sources with the types and numbers they are instantiated for."""
-    found: set[str] = set()
-    spelled = {torch.float32: "float", torch.float16: "Half", torch.bfloat16: "BFloat16"}
+    """The kernels of the sources with what they are instantiated for."""
+    found = set()
     for path in (*CSRC.glob("pb_relax_layer_norm/*.cu"), *CSRC.glob("sandwich_residual/*.cu")):
-        text = path.read_text()
-        most = re.search(r"kMaxVectors = (\d);", text)
-        assert most is not None
-        vectors = {number for number in (1, 2, 4) if number <= int(most.group(1))}
-        for kernel in re.findall(
-            r"^ .*\b(\w+_kernel)\(const [\w ]+ params\) {", text, re.MULTILINE
-        ):
-            types = len(re.findall(r"typename", text.split(f" {kernel}(")[0].split("template")[-1]))
-            if "template <" not in text.split(f" {kernel}(")[0].rpartition("}\n")[2]:
-                found.add(kernel)
-                continue
-            each = {", ".join(spelled[dtype] for dtype in pair[:types]) for pair in PAIRS}
-            if "wide" not in kernel and "peak" not in kernel:
-                each = {f"{one}, {number}" for one in each for number in vectors}
-            found |= {f"{kernel}<{one}>" for one in each}
-    return found
+        found |= set(re.findall(r"^ .*\b(\w+_kernel)\(const ", path.read_text(), re.MULTILINE))
+    assert found == set(VARIANTS)
+    return {
+        f"{kernel}<{one}>" if one else kernel
+        for kernel, arguments in VARIANTS.items()
+        for one in arguments or [""]
+    }
 
 
 def launches(problem: Problem) -> list[dict[str, Any]]:
@@ -618,13 +640,13 @@ def host_model() -> None:
 
 
 def test_every_kernel_and_variant(host_model: None) -> None:
-    assert len(variants()) == 10 + 5 + 3 + 15 + 5 + 1 + 10 + 10
+    assert len(variants()) == 8 + 5 + 3 + 13 + 5 + 2 + 5 + 7
     ran: set[str] = set()
     for dtypes in PAIRS:
-        for hidden, shared_kb in ((200, 227), (300, 227), (8200, 227), (8208, 163), (17001, 227)):
+        for hidden, shared_kb in ((202, 227), (200, 227), (8200, 227), (8208, 163), (23048, 227)):
             for final_norm in (True, False):
-                options: dict[str, Any] = {"final_norm": final_norm, "dropout": 6554}
-                for relax in ("row", "tensor"):
+                for relax, dropout in (("row", 0), ("row", 6554), ("tensor", 6554)):
+                    options: dict[str, Any] = {"final_norm": final_norm, "dropout": dropout}
                     with modelled_device(2, shared_kb):
                         problem = make_sandwich(3, hidden, dtypes, relax=relax, **options)
                         ran |= {launch["kernel"] for launch in launches(problem)}
@@ -634,62 +656,122 @@ def test_every_kernel_and_variant(host_model: None) -> None:
     assert ran == variants()
 
 
-# Slots of sixteen bytes for each vector of f or x, of h or y; for a thread; and parameters.
-SLOTS = {
-    "pb_relax_layer_norm_forward_kernel": (1, 0, 0, 2),
-    "pb_relax_layer_norm_backward_kernel": (1, 1, 1, 1),
-    "sandwich_residual_forward_kernel": (1, 1, 0, 4),
-    "sandwich_residual_backward_kernel": (1, 3, 2, 2),
+# Of the kernels whose rows are owned by groups of warps: how many inputs of the types of f or x, of
+# h or y; weights and biases.
+GROUPS = {
+    "pb_relax_layer_norm_forward_kernel": (1, 0, 2),
+    "sandwich_residual_forward_kernel": (1, 1, 4),
 }
-MAX_THREADS = {"forward": 1024, "backward": 512}
+ENOUGH_WARPS, MOST_WARPS, MOST_BARRIERS, RESERVED = 12, 20, 15, 2 * KB
 
 
-def plan_of(launch: dict[str, Any], hidden: int) -> tuple[str, int, int, int]:
-    """Kernel, vectors a thread, rows a block, stages: as RowPlan says."""
-    kernel, _, types = launch["kernel"].rstrip(">").partition("<")
-    of_f, of_h, of_thread, parameters = SLOTS[kernel]
-    f, h, number = types.split(", ")
-    vectors = int(number)
-    pieces = of_f * (2 if f == "float" else 1) + of_h * (2 if h == "float" else 1)
-    threads = math.ceil(math.ceil(hidden / 8) / (32 * vectors)) * 32
-    stage = threads * ((vectors * pieces + of_thread) | 1) * 16
-    rows = launch["threads"] // threads
-    rest = launch["dynamic_shared"] - threads * ((2 * parameters * vectors) | 1) * 16
-    assert rows * threads == launch["threads"] and rest % (rows * stage) == 0
-    return kernel, vectors, rows, rest // (rows * stage)
+def warps_of_a_row(row: int, parameters: int, hidden: int, shared: int) -> tuple[int, int, int]:
+    """Warps to a row, rows and stages of a block, as plan_by_warps says: the fewest warps of which
+    there are enough, with two stages where they are. 0 rows where none fits."""
+    best = 0, 0, 0
+    for warps in (1, 2, 4, 8, 16):
+        for stages in (2, 1):
+            rows = max(0, shared - parameters) // (row * stages)
+            if rows == 0:
+                continue
+            rows = min(rows, MOST_WARPS // warps, MOST_BARRIERS if warps > 1 else rows)
+            if warps > 1 and 32 * warps > math.ceil(hidden / 8):
+                continue
+            if warps * rows > best[0] * best[1]:
+                best = warps, rows, stages
+            if warps * rows >= ENOUGH_WARPS:
+                return best
+    return best
 
 
-def test_plans(host_model: None) -> None:
-    """Blocks that hold one row or many, with one stage or two, and the launches where no plan
-    fits."""
-    found: dict[str, set[tuple[int, bool, int]]] = {kernel: set() for kernel in SLOTS}
+def test_plans_of_groups(host_model: None) -> None:
+    """How many warps own a row, and where rows lie: with one stage or two, and the launches where
+    no plan fits."""
+    found: dict[str, set[tuple[bool, bool, int]]] = {kernel: set() for kernel in GROUPS}
     fallbacks = set()
-    for dtypes in ((torch.float16, torch.float16), (torch.float32, torch.float32)):
-        for hidden in (200, 300, 1024, 2048, 4096, 5120, 8192, 8200):
+    for dtype in (torch.float16, torch.float32):
+        for hidden in (5, 200, 300, 1024, 2048, 4096, 5120, 8192, 8200, 16384):
             for shared_kb in SHARED_KB:
                 for problem in (
-                    make_sandwich(7, hidden, dtypes),
-                    make_norm(7, hidden, dtypes[0]),
+                    make_sandwich(7, hidden, (dtype, dtype)),
+                    make_norm(7, hidden, dtype),
                 ):
                     with modelled_device(2, shared_kb):
-                        for launch in launches(problem):
-                            kernel = launch["kernel"].partition("<")[0]
-                            if kernel not in SLOTS:
-                                fallbacks.add(kernel)
-                                continue
-                            if launch["operator"].startswith("sandwich") != kernel.startswith(
-                                "sandw"
-                            ):
-                                fallbacks.add("norms of the sandwich")
-                                continue
-                            _, vectors, rows, stages = plan_of(launch, hidden)
-                            assert rows * stages >= 1
-                            found[kernel].add((vectors, rows > 1, stages))
+                        ran = launches(problem)
+                    for launch in ran:
+                        kernel = launch["kernel"].partition("<")[0]
+                        is_sandwich = launch["operator"].startswith("sandwich")
+                        if "forward" not in kernel:
+                            continue
+                        if kernel not in GROUPS or is_sandwich != kernel.startswith("sandwich"):
+                            fallbacks.add((is_sandwich, kernel))
+                            continue
+                        of_f, of_h, parameters = GROUPS[kernel]
+                        vectors = math.ceil(hidden / 256) * 32  # of whole warps
+                        row = vectors * 8 * dtype.itemsize * (of_f + of_h)
+                        rest = vectors * 32 * parameters
+                        plan = warps_of_a_row(row, rest, hidden, shared_kb * KB - RESERVED)
+                        warps, rows, stages = plan
+                        assert launch["threads"] == 32 * warps * rows, (kernel, hidden, plan)
+                        assert launch["dynamic_shared"] == rest + row * rows * stages
+                        assert launch["grid"] == (2, 1)
+                        found[kernel].add((warps > 1, rows > 1, stages))
     for kernel, plans in found.items():
-        assert {(1, True, 2), (2, True, 2)} <= plans, kernel
-        assert {(rows, stages) for _, rows, stages in plans} >= {(True, 2), (False, 1), (False, 2)}
-    assert "norms of the sandwich" in fallbacks
-    assert {f"pb_relax_layer_norm_{way}_wide_kernel" for way in MAX_THREADS} <= fallbacks
+        assert plans >= {(False, True, 2), (False, True, 1), (True, True, 1)}, (kernel, plans)
+    assert (True, False, 1) in found["pb_relax_layer_norm_forward_kernel"]
+    assert fallbacks == {
+        (False, "pb_relax_layer_norm_forward_wide_kernel"),
+        (True, "pb_relax_layer_norm_forward_kernel"),
+        (True, "pb_relax_layer_norm_forward_wide_kernel"),
+    }
+
+
+# Of the backward kernels: inputs of the types of f or x, of h or y; statistics of a row; weights.
+BACKWARD = {
+    "pb_relax_layer_norm_backward_kernel": (1, 1, 1, 1),
+    "sandwich_residual_backward_kernel": (1, 3, 2, 2),
+}
+
+
+def test_plans_of_backward(host_model: None) -> None:
+    """The fewest warps that hold a row's column sums; as many groups of them as a block's threads
+    and memory hold, and as there are rows; several only with two stages, where ColumnSums adds them
+    up."""
+    found: dict[str, set[tuple[bool, bool, int]]] = {kernel: set() for kernel in BACKWARD}
+    rows, blocks = 23, 2
+    for dtype in (torch.float16, torch.float32):
+        for hidden in (5, 200, 768, 2560, 5120, 6152, 8192, 8200, 16384):
+            for shared_kb in SHARED_KB:
+                for problem in (
+                    make_sandwich(rows, hidden, (dtype, dtype)),
+                    make_norm(rows, hidden, dtype),
+                ):
+                    with modelled_device(blocks, shared_kb):
+                        ran = launches(problem)
+                    for launch in ran:
+                        kernel = launch["kernel"].partition("<")[0]
+                        if kernel not in BACKWARD or kernel[:4] != launch["operator"][:4]:
+                            continue
+                        of_f, of_h, statistics, weights = BACKWARD[kernel]
+                        vectors = 2 if hidden <= 8192 else 4
+                        warps = math.ceil(hidden / (256 * vectors))
+                        pieces = (of_f + of_h) * (dtype.itemsize // 2)
+                        stage = warps * (vectors * pieces * 512 + 16 * statistics + 16)
+                        rest = warps * vectors * 1024 * weights
+                        few = of_h == 3 and dtype.itemsize == 2 and hidden <= 6144
+                        most = min((12 if few else 16) // warps, math.ceil(rows / blocks))
+                        most = min(most, MOST_BARRIERS) if warps > 1 else most
+                        room = (shared_kb * KB - RESERVED - rest) // stage
+                        stages = 2 if room >= 2 else 1
+                        groups = min(most, room // stages)
+                        assert launch["threads"] == 32 * warps * groups, (kernel, hidden)
+                        assert launch["dynamic_shared"] == rest + groups * stages * stage
+                        assert launch["grid"] == (blocks, 1)
+                        assert groups == 1 or stages == 2
+                        found[kernel].add((warps > 1, groups > 1, stages))
+    for kernel, plans in found.items():
+        some = {(False, True, 2), (True, True, 2), (True, False, 2), (True, False, 1)}
+        assert plans >= some, (kernel, plans)
 
 
 @pytest.mark.parametrize("shared_kb", SHARED_KB[:3])
@@ -754,7 +836,7 @@ def test_reruns_and_multiprocessors(backend: str, dtypes: tuple[torch.dtype, tor
             for num_sms in (1, 40):
                 with modelled_device(num_sms):
                     assert not same(problem.run(backend), first, OF_A_ROW), (hidden, num_sms)
-            if hidden <= 700:
+            if hidden <= 300:
                 with modelled_device(3, 99):
                     assert not same(problem.run(backend), first, OF_A_ROW), hidden
 
@@ -803,6 +885,18 @@ def test_places_do_not_matter(backend: str, dtypes: tuple[torch.dtype, torch.dty
             once = problem.map(lambda t: t[:1].expand(4, -1) if t.ndim == 2 else t)
             copied = once.map(lambda t: t.contiguous())
             assert not same(once.run(backend), copied.run(backend)), hidden
+
+
+@pytest.mark.parametrize("dtypes", PAIRS)
+def test_strides_in_many_rounds(backend: str, dtypes: tuple[torch.dtype, torch.dtype]) -> None:
+    """Every group goes from row to row several times, in each matrix by its own stride."""
+    for problem in (make_norm(40, 520, dtypes[0]), make_sandwich(40, 520, dtypes)):
+        apart = {name: 8 * n for n, name in enumerate(problem.matrices(), 1)}
+        moved = problem
+        for name, tensor in problem.matrices().items():
+            moved = moved.change(name, F.pad(tensor, (0, apart[name]), value=math.nan)[:, :520])
+        with modelled_device(1):
+            assert not same(moved.run(backend), problem.run(backend))
 
 
 @pytest.mark.parametrize("dtypes", PAIRS)
@@ -905,3 +999,34 @@ def test_a_large_offset_costs_nothing(backend: str, hidden: int, relax: str | No
             error = (actual[result].double() - expected).abs().max().item()
             atol = 64 * FLOAT32.eps * expected.abs().max().item() + 1e-9
             assert error <= atol, (result, error, atol)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("hidden", [300, 4096])
+@pytest.mark.parametrize("relax", RELAX)
+def test_the_first_mean_is_nearly_the_mean(
+    host_model: None, dtype: torch.dtype, hidden: int, relax: str | None
+) -> None:
+    """Of the statistics that the backward takes from the forward: whatever a row's numbers, the
+    scale is exact, the shift is a rounding error, and the two means are the row's."""
+    kinds = (
+        "offset",
+        "constant",
+        "normal",
+        "large",
+        "small constant",
+        "denormal",
+        "small",
+        "zeros",
+    )
+    generator = torch.Generator().manual_seed(0)
+    x = torch.cat([fill(kind, (2, hidden), dtype, generator) for kind in kinds])
+    with modelled_device(1, 99):  # several warps to a row of 4096
+        _, statistics = operators._norm(x, None, None, 1e-5, RELAX.index(relax))
+    rough_mean, shift, _, scale = statistics.double().unbind(-1)
+    assert torch.equal(scale.log2(), scale.log2().round())
+    scaled = x.double() * scale[:, None]
+    largest = scaled.abs().amax(-1)
+    assert (shift.abs() <= 2**-18 * largest + FLOAT32.tiny).all()
+    error = (rough_mean + shift - scaled.mean(-1)).abs()
+    assert (error <= 4 * FLOAT32.eps * largest + FLOAT32.tiny).all()

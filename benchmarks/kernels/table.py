@@ -34,8 +34,8 @@ Launches = dict[int, dict[str, tuple[int, int]]]  # threads and bytes of dynamic
 CACHE = DOCS.parent / "build" / "kernel_table"
 ARCHITECTURES = ("8.0", "8.6", "9.0a", "10.0", "12.0")
 
-# Of the norms: too wide for shared memory, 4 vectors to a thread of the backward, 1, 2.
-NORM_WIDTHS = (32768, 10240, 768, 2560)
+# Of the norms: odd, too wide for shared memory, 4 vectors to a thread of the backward, 1, 2.
+NORM_WIDTHS = (2561, 32768, 10240, 768, 2560)
 
 # Per SM: KiB of shared memory, warps, CTAs ("Technical Specifications per Compute Capability" in
 # the CUDA C++ Programming Guide). Register file and allocation units are the same for all.
@@ -61,6 +61,7 @@ INSTRUCTIONS = {
     "ldmatrix": r"LDSM\b",
     "mma": r"\w*MMA\b",
     "local": r"(?:LDL|STL)\b",  # registers spilled, or arrays that did not become registers
+    "grid_control": r"(?:ACQBULK|PREEXIT)\b",  # griddepcontrol.wait, .launch_dependents
 }
 # What cuobjdump prints, line by line: a fact belongs to the architecture and kernel before it.
 FACT = re.compile(
@@ -242,7 +243,8 @@ def _order(row: Row) -> tuple[Any, ...]:
 
 
 # Columns of the page: of the record's row, what a reader decides by.
-SHOWN = ("threads", "registers", "dynamic_shared", "ctas_per_sm", "limit", *INSTRUCTIONS)
+SHOWN = ["threads", "registers", "dynamic_shared", "ctas_per_sm", "limit"]
+SHOWN += [name for name in INSTRUCTIONS if name != "grid_control"]
 
 
 def tables(facts: dict[str, Any]) -> str:

@@ -2,7 +2,8 @@
 // use.
 //
 // Threads of a block are fibers. An instruction of a whole warp, or a barrier, waits until all of its
-// threads have reached the same place in the source. The hooks that -fsanitize=thread compiles in
+// threads have reached the same place in the source. For a barrier of some warps this is stricter than
+// the manual, which has no use for the place. The hooks that -fsanitize=thread compiles in
 // report what a kernel does in plain C++ (memory.cpp).
 //
 // Modelled exactly: fragments, rounding of conversions, what each instruction reads and writes, and
@@ -43,8 +44,10 @@ __attribute__((const)) unsigned grid_dim_y();
 
 uint32_t shfl(const char* primitive, uint32_t value, int source_lane, Where where);
 uint32_t vote_ballot(bool predicate, Where where);
+uint32_t redux_max(uint32_t value, Where where);
 void bar_warp_sync(Where where);
 void bar_sync(Where where);
+void bar_sync(int id, int num_threads, Where where);
 void* shared_array(const void* key, int bytes);
 unsigned char* dynamic_shared();
 uint4 ld_shared_v4(const void* address, Where where);
@@ -109,10 +112,16 @@ __forceinline__ float shfl_idx(float value, int source_lane, Where where = Where
 __forceinline__ uint32_t vote_ballot(bool predicate, Where where = Where::current()) {
   return host_model::vote_ballot(predicate, where);
 }
+__forceinline__ uint32_t redux_max(uint32_t value, Where where = Where::current()) {
+  return host_model::redux_max(value, where);
+}
 __forceinline__ void bar_warp_sync(Where where = Where::current()) {
   host_model::bar_warp_sync(where);
 }
 __forceinline__ void bar_sync(Where where = Where::current()) { host_model::bar_sync(where); }
+__forceinline__ void bar_sync(int id, int num_threads, Where where = Where::current()) {
+  host_model::bar_sync(id, num_threads, where);
+}
 
 // Its address stands for the instantiation.
 template <typename T, int kSize>
@@ -134,6 +143,9 @@ __forceinline__ void st_shared_v4(void* address, uint4 value, Where where = Wher
 __forceinline__ uint4 ld_global_nc_v4(const void* address, Where where = Where::current()) {
   return host_model::ld_global_v4(address, where);
 }
+__forceinline__ uint4 ld_global_v4(const void* address, Where where = Where::current()) {
+  return host_model::ld_global_v4(address, where);
+}
 __forceinline__ void st_global_v4(void* address, uint4 value, Where where = Where::current()) {
   host_model::st_global_v4(address, value, where);
 }
@@ -147,7 +159,12 @@ __forceinline__ float ex2_approx(float x) {
   return y < 1.17549435e-38f ? 0.f : y;
 }
 
+__forceinline__ float rsqrt_approx(float x) { return 1.f / std::sqrt(x); }
+
+__forceinline__ float mul_rn(float a, float b) { return a * b; }
+
 __forceinline__ uint32_t float_as_uint(float value) { return std::bit_cast<uint32_t>(value); }
+__forceinline__ float uint_as_float(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 __forceinline__ int popc(uint32_t bits) { return std::popcount(bits); }
 
@@ -194,6 +211,24 @@ __forceinline__ T from_float(float value) {
 template <typename T>
 __forceinline__ uint32_t cvt_rn_x2(float low, float high) {
   return uint32_t(from_float<T>(low).bits) | uint32_t(from_float<T>(high).bits) << 16;
+}
+
+// Of a number and a NaN the number; std::fmax takes signalling NaNs for more.
+template <typename T, typename Before>
+__forceinline__ uint32_t choose_x2(uint32_t a, uint32_t b, const Before& before) {
+  const auto of_half = [&](uint16_t a, uint16_t b) {
+    const float x = to_float(T{a}), y = to_float(T{b});
+    return uint32_t(from_float<T>(x != x || before(y, x) ? y : x).bits);
+  };
+  return of_half(uint16_t(a), uint16_t(b)) | of_half(uint16_t(a >> 16), uint16_t(b >> 16)) << 16;
+}
+template <typename T>
+__forceinline__ uint32_t max_x2(uint32_t a, uint32_t b) {
+  return choose_x2<T>(a, b, [](float one, float other) { return one > other; });
+}
+template <typename T>
+__forceinline__ uint32_t min_x2(uint32_t a, uint32_t b) {
+  return choose_x2<T>(a, b, [](float one, float other) { return one < other; });
 }
 
 }  // namespace cogview

@@ -8,6 +8,7 @@
 #include <functional>
 #include <string_view>
 #include <thread>
+#include <utility>
 
 #include "report.h"
 
@@ -184,6 +185,7 @@ void Worker::make_fibers(size_t num_threads) {
 void Worker::run_block(int64_t new_block) {
   block = new_block;
   num_exited_ = num_at_barrier_ = 0;
+  barriers_of_warps_ = {};
   block_start = block_base = ++now;
   for (auto& array : arrays) std::memset(array->data, 0xff, array->bytes);
 #ifdef __SANITIZE_ADDRESS__
@@ -194,10 +196,11 @@ void Worker::run_block(int64_t new_block) {
   for (int w = 0; w < num_warps(); ++w) {
     warps[w].runnable = kAllLanes;
     warps[w].arrived = warps[w].exited = warps[w].ballot = 0;
-    warps[w].base = now;
+    warps[w].known.fill(now);
   }
   for (int thread = 0; thread < launch->num_threads; ++thread) {
     Fiber& fiber = fibers[thread];
+    fiber.waited_for_grids = false;
     fiber.copies.clear();
     fiber.groups.clear();
     prepare_context(fiber.context, int(fiber.lane), fiber_main);
@@ -239,6 +242,9 @@ void Worker::wait(Fiber& fiber, const char* instruction, const Where& where) {
 
 void Worker::exit(Fiber& fiber) {
   Warp& warp = *fiber.warp;
+  if (launch->starts_early && !fiber.waited_for_grids) {
+    fail(fiber, "returned without griddepcontrol_wait, though the kernel starts early");
+  }
   if (warp.arrived != 0) {
     const Fiber& other = warp.fibers[std::countr_zero(warp.arrived)];
     fail(fiber, format("returned, and thread %u waits for the whole warp at ", other.thread) +
@@ -277,18 +283,12 @@ void Worker::fail(const Fiber& fiber, const std::string& text) {
 }
 
 void Worker::fail_at_barrier(const Fiber& returned) {
-  for (int thread = 0; thread < launch->num_threads; ++thread) {
-    const Fiber& other = fibers[thread];
-    const bool waits = other.instruction != nullptr && (other.warp->arrived & other.bit()) == 0;
-    if (!waits) continue;
-    record(other, "divergent barrier: " + place(other.instruction, other.where) +
-                      format(", but thread %u has returned", returned.thread));
-    break;
-  }
-  abandon();
+  fail(fibers[barrier_first_], "divergent barrier: " + place("bar_sync", barrier_where_) +
+                                   format(", but thread %u has returned", returned.thread));
 }
 
-// No fiber can go on: some lanes wait for the rest of their warp, which waits at a barrier.
+// No fiber can go on: some lanes wait for the rest of their warp, which waits at a barrier; or some
+// warps wait for others, which wait elsewhere or have returned.
 void Worker::report_deadlock() {
   abandoned_ = true;
   for (int w = 0; w < num_warps(); ++w) {
@@ -299,6 +299,25 @@ void Worker::report_deadlock() {
     record(arrived, "divergent warp: waits at " + place(arrived.instruction, arrived.where) +
                         format(", but thread %u waits at ", missing.thread) +
                         place(missing.instruction, missing.where));
+    return;
+  }
+  for (int id = 1; id < kBarriers; ++id) {
+    const BarrierOfWarps& barrier = barriers_of_warps_[id];
+    if (barrier.warps == 0) continue;
+    // Of the warps that do not wait here, one that waits elsewhere tells more than one that returned.
+    const Warp* other = nullptr;
+    for (int w = 0; w < num_warps(); ++w) {
+      if ((barrier.warps >> w & 1) != 0) continue;
+      if (other == nullptr || other->exited != 0) other = &warps[w];
+    }
+    const Fiber& missing = *other->fibers;
+    record(
+        *barrier.first,
+        "divergent barrier: " + place(barrier.first->instruction, barrier.first->where) +
+            format(": %d of %d threads wait at barrier %d, but thread %u ",
+                   std::popcount(barrier.warps) * kLanes, barrier.num_threads, id, missing.thread) +
+            (other->exited != 0 ? "has returned"
+                                : "waits at " + place(missing.instruction, missing.where)));
     return;
   }
 }
@@ -344,6 +363,79 @@ void Worker::barrier(Fiber& fiber, const Where& where) {
   for (int w = 0; w < num_warps(); ++w) warps[w].runnable = kAllLanes;
 }
 
+void Worker::check_arrival_of_warp(const Fiber& fiber, int id, int num_threads,
+                                   const Where& where) {
+  const BarrierOfWarps& barrier = barriers_of_warps_[id];
+  if (barrier.warps != 0 &&
+      (num_threads != barrier.num_threads || !same_place(where, barrier.first->where))) {
+    fail(fiber, "divergent barrier: " + place("bar_sync", where) +
+                    format(" for %d threads at barrier %d, but thread %u waits at ", num_threads,
+                           id, barrier.first->thread) +
+                    place("bar_sync", barrier.first->where) +
+                    format(" for %d", barrier.num_threads));
+  }
+  // A warp must know of the last meeting here. Otherwise it might have come earlier and have met some
+  // of those warps.
+  if (barrier.last_time <= block_base) return;
+  const auto& known = fiber.warp->known;
+  for (uint32_t warps = barrier.last_warps; warps != 0; warps &= warps - 1) {
+    if (known[size_t(std::countr_zero(warps))] >= barrier.last_time) return;
+  }
+  fail(fiber, "divergent barrier: " + place("bar_sync", where) +
+                  format(": warp %u and others met at barrier %d, with no barrier between",
+                         unsigned(std::countr_zero(barrier.last_warps)), id));
+}
+
+void Worker::barrier_of_warps(Fiber& fiber, int id, int num_threads, const Where& where) {
+  const char* const instruction = "bar_sync";
+  if (id < 1 || id >= kBarriers) {
+    fail(fiber, place(instruction, where) + format(": there is no barrier %d for warps", id));
+  }
+  if (num_threads < kLanes || num_threads % kLanes != 0 || num_threads > launch->num_threads) {
+    fail(fiber, place(instruction, where) +
+                    format(": %d threads cannot be whole warps of the block, which has %d threads",
+                           num_threads, launch->num_threads));
+  }
+  Warp& warp = *fiber.warp;
+  if (warp.exited != 0 || warp.arrived != 0) check_arrival(fiber, instruction, where);
+  const int operands = num_threads * kBarriers + id;
+  if (warp.arrived != 0 && warp.lane_argument[std::countr_zero(warp.arrived)] != operands) {
+    fail(fiber, "divergent warp: " + place(instruction, where) +
+                    format(": thread %u gave other numbers",
+                           warp.fibers[std::countr_zero(warp.arrived)].thread));
+  }
+  warp.lane_argument[fiber.lane] = operands;
+  warp.arrived |= fiber.bit();
+  if (warp.arrived != kAllLanes) return wait(fiber, instruction, where);
+  warp.arrived = 0;
+  check_arrival_of_warp(fiber, id, num_threads, where);
+  BarrierOfWarps& barrier = barriers_of_warps_[id];
+  if (barrier.warps == 0) {
+    barrier.num_threads = num_threads;
+    barrier.first = warp.fibers;
+  }
+  barrier.warps |= 1u << warp.index();
+  if (std::popcount(barrier.warps) * kLanes < num_threads) return wait(fiber, instruction, where);
+  counters.flush();
+  ++counters.barriers;
+  const uint32_t met = barrier.last_warps = std::exchange(barrier.warps, 0);
+  barrier.last_time = ++now;
+  // Each learns what all of them knew, and what they did.
+  std::array<uint32_t, kMaxWarps> known{};
+  for (int w = 0; w < num_warps(); ++w) {
+    if ((met >> w & 1) == 0) continue;
+    for (int v = 0; v < num_warps(); ++v) known[v] = std::max(known[v], warps[w].known[v]);
+  }
+  for (int w = 0; w < num_warps(); ++w) {
+    if ((met >> w & 1) != 0) known[w] = now;
+  }
+  for (int w = 0; w < num_warps(); ++w) {
+    if ((met >> w & 1) == 0) continue;
+    warps[w].known = known;
+    warps[w].runnable = kAllLanes;
+  }
+}
+
 // Launches
 
 namespace {
@@ -366,7 +458,7 @@ std::string kernel_name(std::string_view signature) {
   const std::string_view key = "kKernel = ";
   const size_t found = signature.find(key);
   std::string name(found == signature.npos ? signature : signature.substr(found + key.size()));
-  name = name.substr(0, std::min(name.find("; Params"), name.find(", Params")));
+  name = name.substr(0, std::min(name.find("; "), name.find(", kStart")));
   for (const std::string_view part :
        {"&", "cogview::", "{anonymous}::", "(anonymous namespace)::"}) {
     for (size_t at; (at = name.find(part)) != name.npos;) name.erase(at, part.size());
@@ -391,7 +483,7 @@ std::vector<RecordedLaunch> take_recorded_launches() {
 
 cudaError_t launch(std::string_view name, void (*kernel)(const void*), const void* params,
                    size_t params_bytes, int64_t grid_x, int grid_y, int num_threads,
-                   int shared_bytes) {
+                   int shared_bytes, bool starts_early) {
   if (launches_recorded()) {
     const std::lock_guard lock(recorded_mutex);
     recorded.push_back({kernel_name(name),
@@ -422,6 +514,7 @@ cudaError_t launch(std::string_view name, void (*kernel)(const void*), const voi
                 .grid_y = grid_y,
                 .num_threads = num_threads,
                 .shared_bytes = shared_bytes,
+                .starts_early = starts_early,
                 .op = &op};
   const int64_t num_blocks = grid_x * grid_y;
   const size_t num_workers = size_t(std::min(int64_t(workers().num_threads), num_blocks));

@@ -4,6 +4,7 @@
 // of its warp, or else to another warp. Each worker runs one block after another.
 #pragma once
 
+#include <array>
 #include <atomic>
 #include <bit>
 #include <cstdarg>
@@ -29,6 +30,8 @@ constexpr size_t kStackBytes = 256 * 1024;
 constexpr size_t kStackBytes = 64 * 1024;
 #endif
 constexpr int kMaxThreads = 1024;
+constexpr int kMaxWarps = kMaxThreads / kLanes;
+constexpr int kBarriers = 16;  // 0: that of the block
 
 // Texts of errors
 
@@ -66,8 +69,9 @@ struct Fiber {
   unsigned thread = 0, lane = 0;
   const char* instruction = nullptr;  // where it waits
   Where where;
-  std::vector<Copy> copies;    // oldest first
-  std::vector<size_t> groups;  // sizes of the committed groups, oldest first
+  bool waited_for_grids = false;  // by griddepcontrol_wait
+  std::vector<Copy> copies;       // oldest first
+  std::vector<size_t> groups;     // sizes of the committed groups, oldest first
 
   uint32_t bit() const { return 1u << lane; }
 };
@@ -79,7 +83,7 @@ extern constinit thread_local Fiber* running __attribute__((tls_model("initial-e
 struct Warp {
   Fiber* fibers = nullptr;  // 32 of them
   uint32_t runnable = 0, arrived = 0, exited = 0;
-  uint32_t base = 0;  // time of the last bar_warp_sync
+  std::array<uint32_t, kMaxWarps> known;  // of each warp of the block; memory.h: Time
   uint32_t value[kLanes], shuffled[kLanes];
   int lane_argument[kLanes];
   uint32_t ballot = 0, ballot_result = 0;
@@ -87,6 +91,16 @@ struct Warp {
   alignas(16) Registers4 a[kLanes];
   uint64_t b[kLanes];
   alignas(16) Float4 c[kLanes];
+
+  unsigned index() const { return fibers->thread / kLanes; }
+};
+
+// A barrier at which some warps of the block meet.
+struct BarrierOfWarps {
+  int num_threads = 0;
+  uint32_t warps = 0;  // that wait: one bit for each
+  const Fiber* first = nullptr;
+  uint32_t last_warps = 0, last_time = 0;  // that met here last, and when
 };
 
 struct Launch {
@@ -96,6 +110,7 @@ struct Launch {
   size_t params_bytes;
   int64_t grid_x;
   int grid_y, num_threads, shared_bytes;
+  bool starts_early;
   OperatorState* op;
   std::atomic<int64_t> next_block = 0;
   std::atomic<bool> failed = false;
@@ -137,6 +152,8 @@ struct Worker {
 
   // All threads must come to the same place.
   void barrier(Fiber& fiber, const Where& where);
+  // So many threads, of whole warps, must come to the same place.
+  void barrier_of_warps(Fiber& fiber, int id, int num_threads, const Where& where);
 
  private:
   void make_fibers(size_t num_threads);
@@ -147,6 +164,7 @@ struct Worker {
   void record(const Fiber& fiber, const std::string& text);
   [[noreturn]] void abandon();
   [[noreturn]] void fail_at_barrier(const Fiber& returned);
+  void check_arrival_of_warp(const Fiber& fiber, int id, int num_threads, const Where& where);
   void report_deadlock();
 
   char* stacks_ = nullptr;
@@ -154,7 +172,8 @@ struct Worker {
   int num_exited_ = 0, num_at_barrier_ = 0;
   Where barrier_where_;
   unsigned barrier_first_ = 0;  // the first thread there
-  bool abandoned_ = false;      // the block failed, and its fibers did not end
+  std::array<BarrierOfWarps, kBarriers> barriers_of_warps_;
+  bool abandoned_ = false;  // the block failed, and its fibers did not end
 };
 
 // The text of this thread's error, for cudaGetErrorString.

@@ -1,11 +1,14 @@
 // The instructions themselves.
 
+#include <algorithm>
 #include <array>
 #include <atomic>
 #include <cstring>
+#include <iterator>
 #include <utility>
 
 #include "fibers.h"
+#include "sm90.h"
 
 namespace host_model {
 namespace {
@@ -62,13 +65,29 @@ uint32_t vote_ballot(bool predicate, Where where) {
   return fiber.warp->ballot_result;
 }
 
+uint32_t redux_max(uint32_t value, Where where) {
+  Fiber& fiber = *running;
+  Warp& warp = *fiber.warp;
+  warp.value[fiber.lane] = value;
+  fiber.worker->collective(fiber, "redux_max", where, [](Warp& warp) {
+    uint32_t largest = 0;
+    for (const uint32_t value : warp.value) largest = std::max(largest, value);
+    std::fill(std::begin(warp.shuffled), std::end(warp.shuffled), largest);
+  });
+  return warp.shuffled[fiber.lane];
+}
+
 void bar_warp_sync(Where where) {
   Worker& worker = *running->worker;
   worker.collective(*running, "bar_warp_sync", where,
-                    [&worker](Warp& warp) { warp.base = ++worker.now; });
+                    [&worker](Warp& warp) { warp.known[warp.index()] = ++worker.now; });
 }
 
 void bar_sync(Where where) { running->worker->barrier(*running, where); }
+
+void bar_sync(int id, int num_threads, Where where) {
+  running->worker->barrier_of_warps(*running, id, num_threads, where);
+}
 
 // Memory
 
@@ -231,6 +250,8 @@ void multiply(Warp& warp) {
     for (int i = 0; i < 4; ++i) warp.c[lane].value[i] = c[g + i / 2 * 8][2 * t + i % 2];
   }
 }
+
+void griddepcontrol_wait() { running->waited_for_grids = true; }
 
 Float4 mma(Element element, Float4 c, Registers4 a, uint64_t b, Where where) {
   Fiber& fiber = *running;

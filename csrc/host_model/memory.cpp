@@ -3,6 +3,7 @@
 #include <link.h>
 
 #include <algorithm>
+#include <bit>
 #include <mutex>
 #include <utility>
 
@@ -13,10 +14,6 @@ namespace {
 
 constexpr size_t kGapBytes =        // around shared memory, so that nothing lies next to it
     kSeesPlainAccesses ? 4096 : 0;  // AddressSanitizer guards what malloc returns
-
-// The reader of a `Cell`, beyond the numbers of threads.
-constexpr uint16_t kLanesOf = kMaxThreads;
-constexpr uint16_t kManyWarps = 0xffff;
 
 // Texts of errors
 
@@ -83,24 +80,26 @@ std::string code_text(const Access& access) {
           (nearest.empty() ? format(" at 0x%zx, outside every tensor", size_t(address)) : nearest));
 }
 
-std::string reader_text(uint16_t reader) {
-  if (reader == kManyWarps) return "which threads of several warps read";
-  if (reader < kLanesOf) return format("which thread %u read", unsigned(reader));
-  return format("which several threads of warp %u read", unsigned(reader - kLanesOf));
+std::string reader_text(const Cell& cell) {
+  if (cell.reader != kManyThreads) return format("which thread %u read", unsigned(cell.reader));
+  if (!std::has_single_bit(cell.reading_warps)) return "which threads of several warps read";
+  return format("which several threads of warp %d read", std::countr_zero(cell.reading_warps));
 }
 
 // Shared memory
 
 bool happened_before(unsigned thread, uint32_t time, const Fiber& fiber) {
   return thread == fiber.thread || time < fiber.worker->block_base ||
-         (thread / kLanes == fiber.thread / kLanes && time < fiber.warp->base);
+         time < fiber.warp->known[thread / kLanes];
 }
 
 bool reads_happened_before(const Cell& cell, const Fiber& fiber) {
   if (cell.read_time < fiber.worker->block_base) return true;
-  if (cell.reader < kLanesOf) return happened_before(cell.reader, cell.read_time, fiber);
-  return cell.reader != kManyWarps && cell.reader - kLanesOf == int(fiber.thread / kLanes) &&
-         cell.read_time < fiber.warp->base;
+  if (cell.reader != kManyThreads) return happened_before(cell.reader, cell.read_time, fiber);
+  for (uint32_t warps = cell.reading_warps; warps != 0; warps &= warps - 1) {
+    if (cell.read_time >= fiber.warp->known[size_t(std::countr_zero(warps))]) return false;
+  }
+  return true;
 }
 
 void check_written(const Fiber& fiber, const Access& access, const SharedArray& array,
@@ -144,6 +143,10 @@ void check_global(const Fiber& fiber, const Access& access, GlobalBuffer& global
                   bool atomic) {
   const char* name = global.buffer.name;
   const size_t offset = address - global.begin;
+  if (fiber.worker->launch->starts_early && !fiber.waited_for_grids) {
+    fail(fiber, access,
+         access.text() + format(" at %s+%zu before griddepcontrol_wait", name, offset));
+  }
   if (access.is_write && !global.buffer.writable) {
     fail(fiber, access, access.text() + format(" at %s+%zu, which is an input", name, offset));
   }
@@ -286,13 +289,13 @@ void read_shared(const Fiber& fiber, const Access& access, SharedArray& array, s
                format(" at %s+%zu, which nobody has written", array.name().c_str(), 2 * index));
     }
     check_written(fiber, access, array, index);
-    const uint16_t warp = uint16_t(fiber.thread / kLanes);
+    const uint32_t warp = 1u << fiber.thread / kLanes;
     if (cell.read_time < block_start || reads_happened_before(cell, fiber)) {
       cell.reader = uint16_t(fiber.thread);
+      cell.reading_warps = warp;
     } else if (cell.reader != fiber.thread) {
-      const bool same_warp =
-          cell.reader < kLanesOf ? cell.reader / kLanes == warp : cell.reader == kLanesOf + warp;
-      cell.reader = same_warp ? uint16_t(kLanesOf + warp) : kManyWarps;
+      cell.reader = kManyThreads;
+      cell.reading_warps |= warp;
     }
     cell.read_time = now;
   }
@@ -306,7 +309,7 @@ void write_shared(const Fiber& fiber, const Access& access, SharedArray& array, 
     Cell& cell = array.cells[index];
     check_written(fiber, access, array, index);
     if (cell.read_time >= block_start && !reads_happened_before(cell, fiber)) {
-      fail_race(fiber, access, array, 2 * index, reader_text(cell.reader));
+      fail_race(fiber, access, array, 2 * index, reader_text(cell));
     }
     cell.writer = uint16_t(fiber.thread | flag);
     cell.write_time = now;

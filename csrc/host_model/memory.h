@@ -6,14 +6,19 @@
 // of shared memory holds who wrote and read them last, and when.
 //
 // Time. `Worker::now` counts the synchronisations of a worker. Every access is stamped with it. A
-// barrier of a block (a warp) increments `now` and keeps it as the base of the block (the warp). An
-// access happened before what thread t does now if t made it, or if its stamp is below the base of
-// the block, or below the base of the warp for threads of one warp. As all threads must reach each
-// barrier, this is the whole happens-before relation. Synchronisation of some threads only (mbarrier)
-// would give each pair of threads a stamp, which `happened_before` reads too, and which rises when a
-// waiting thread learns what the arriving threads knew. Engines that work beside the threads (TMA,
-// wgmma) would be agents with numbers behind those of the threads. Their writes would stay
+// barrier increments `now`. One of the block keeps it as the base of the block. Each warp has a stamp
+// `known` for each warp, itself too: what that warp did before this time happened before what the warp
+// does now. Barriers of the warp, or of some warps, raise these stamps: all who meet learn what each
+// of them knew, and what it did. An access happened before what thread t does now if t made it, or if
+// its stamp is below the base of the block, or below what the warp of t knows of the access's warp. As
+// whole warps come to each barrier, this is the whole happens-before relation. Synchronisation of
+// single threads (mbarrier) would need such stamps of threads. Engines that work beside the threads
+// (TMA, wgmma) would be agents with numbers behind those of the threads. Their writes would stay
 // `kPending`, as those of cp.async do, until the thread that waits for them takes them over.
+//
+// Of several reads that a write must not overtake, a cell keeps the warps and the time of the last.
+// So a write may be called a race that is none, where its warp learns of the reads of several warps at
+// different barriers, and of an early one not again.
 //
 // With AddressSanitizer instead (__SANITIZE_ADDRESS__), it checks plain accesses, and the functions
 // here see only those of instructions.
@@ -42,10 +47,11 @@ constexpr size_t kSectorBytes = 32;
 // Two bytes of shared memory.
 struct Cell {
   uint32_t write_time = 0, read_time = 0;
-  uint16_t writer = 0;  // thread, with kPending: by a cp.async that was not waited for
-  uint16_t reader = 0;  // thread, or kLanesOf + warp, or kManyWarps: all that later writes may race
+  uint32_t reading_warps = 0;  // one bit for each: all that later writes may race
+  uint16_t reader = 0;         // thread, or kManyThreads
+  uint16_t writer = 0;         // thread, with kPending: by a cp.async that was not waited for
 };
-constexpr uint16_t kPending = 0x8000;
+constexpr uint16_t kPending = 0x8000, kManyThreads = 0xffff;
 
 struct Free {
   void operator()(void* memory) const { std::free(memory); }

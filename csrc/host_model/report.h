@@ -22,7 +22,7 @@ struct LaunchReport {
   int64_t grid_x = 0, grid_y = 0;
   int threads = 0, static_shared = 0, dynamic_shared = 0;
   int64_t mma = 0;              // warp instructions m16n8k16
-  int64_t barriers = 0;         // of blocks
+  int64_t barriers = 0;         // of blocks, and of some warps of them
   int64_t shared_accesses = 0;  // warp instructions; ldmatrix_x4 is four
   int64_t bank_conflicts = 0;   // cycles beyond those that the accesses need without conflicts
   std::vector<Traffic> buffers;

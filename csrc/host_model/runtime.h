@@ -33,10 +33,10 @@ using Where = std::source_location;
 int max_shared_bytes();
 
 // Runs kernel(params) for every thread. `name` is the compiler's name of cogview::launch with the
-// kernel in it.
+// kernel in it. A kernel that starts early must wait before it touches global memory (sm90.h).
 cudaError_t launch(std::string_view name, void (*kernel)(const void*), const void* params,
                    size_t params_bytes, int64_t grid_x, int grid_y, int num_threads,
-                   int shared_bytes);
+                   int shared_bytes, bool starts_early = false);
 
 // Global memory that the kernels of an operator may touch, from the tensor's first element to its
 // last. A buffer without bytes is ignored.

@@ -46,6 +46,11 @@ __device__ __forceinline__ uint32_t vote_ballot(bool predicate) {
   return __ballot_sync(0xffffffffu, predicate);
 }
 
+// The largest value of the warp (redux.sync.max.u32).
+__device__ __forceinline__ uint32_t redux_max(uint32_t value) {
+  return __reduce_max_sync(0xffffffffu, value);
+}
+
 // Waits for all lanes and makes their memory writes visible to each other (bar.warp.sync).
 __device__ __forceinline__ void bar_warp_sync() { __syncwarp(); }
 
@@ -53,6 +58,13 @@ __device__ __forceinline__ void bar_warp_sync() { __syncwarp(); }
 
 // Waits for all threads of the block and makes their writes to shared memory visible (bar.sync).
 __device__ __forceinline__ void bar_sync() { __syncthreads(); }
+
+// Waits at barrier `id` for so many threads and makes their writes to shared memory visible to each
+// other (bar.sync); other threads go on. 1 to 15: barrier 0 is that of bar_sync() above. Whole warps
+// come to it, all to the same place.
+__device__ __forceinline__ void bar_sync(int id, int num_threads) {
+  asm volatile("bar.sync %0, %1;\n" ::"r"(id), "r"(num_threads) : "memory");
+}
 
 // An array in the block's shared memory, one for each instantiation.
 template <typename T, int kSize>
@@ -84,6 +96,11 @@ __device__ __forceinline__ uint4 ld_global_nc_v4(const void* address) {
   return __ldg(static_cast<const uint4*>(address));
 }
 
+// Loads sixteen bytes (ld.global.v4).
+__device__ __forceinline__ uint4 ld_global_v4(const void* address) {
+  return *static_cast<const uint4*>(address);
+}
+
 // Stores sixteen bytes to global memory (st.global.v4).
 __device__ __forceinline__ void st_global_v4(void* address, uint4 value) {
   asm volatile(
@@ -106,8 +123,19 @@ __device__ __forceinline__ float ex2_approx(float x) {
   return y;
 }
 
-// The bits of a float (mov.b32).
+// 1 / sqrt(x) of a normal number with an error up to 2^-22.9 of it (rsqrt.approx.ftz.f32).
+__device__ __forceinline__ float rsqrt_approx(float x) {
+  float y;
+  asm("rsqrt.approx.ftz.f32 %0, %1;\n" : "=f"(y) : "f"(x));
+  return y;
+}
+
+// a b, rounded: not contracted with a sum that it is part of (mul.rn.f32).
+__device__ __forceinline__ float mul_rn(float a, float b) { return __fmul_rn(a, b); }
+
+// The bits of a float, and the float that has these bits (mov.b32).
 __device__ __forceinline__ uint32_t float_as_uint(float value) { return __float_as_uint(value); }
+__device__ __forceinline__ float uint_as_float(uint32_t bits) { return __uint_as_float(bits); }
 
 // The number of set bits (popc.b32).
 __device__ __forceinline__ int popc(uint32_t bits) { return __popc(bits); }
@@ -152,6 +180,37 @@ template <>
 __device__ __forceinline__ uint32_t cvt_rn_x2<BFloat16>(float low, float high) {
   uint32_t out;
   asm("cvt.rn.bf16x2.f32 %0, %1, %2;\n" : "=r"(out) : "f"(high), "f"(low));
+  return out;
+}
+
+// The larger and the smaller number of each half; of a number and a NaN the number (max.f16x2,
+// max.bf16x2, min.f16x2, min.bf16x2).
+template <typename T>
+__device__ __forceinline__ uint32_t max_x2(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t max_x2<Half>(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("max.f16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+template <>
+__device__ __forceinline__ uint32_t max_x2<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("max.bf16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+template <typename T>
+__device__ __forceinline__ uint32_t min_x2(uint32_t a, uint32_t b);
+template <>
+__device__ __forceinline__ uint32_t min_x2<Half>(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("min.f16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+}
+template <>
+__device__ __forceinline__ uint32_t min_x2<BFloat16>(uint32_t a, uint32_t b) {
+  uint32_t out;
+  asm("min.bf16x2 %0, %1, %2;\n" : "=r"(out) : "r"(a), "r"(b));
   return out;
 }
 

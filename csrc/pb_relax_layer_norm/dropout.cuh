@@ -13,7 +13,7 @@ struct Philox {
 __device__ __forceinline__ Philox philox(uint64_t key, uint32_t c0, uint32_t c1, uint32_t c2,
                                          uint32_t c3) {
   uint32_t key0 = uint32_t(key), key1 = uint32_t(key >> 32);
-#pragma unroll 1  // or all the rounds' keys are kept in registers from row to row
+#pragma unroll 5  // of 10, or all the rounds' keys are kept in registers from row to row
   for (int round = 0; round < 10; ++round) {
     const uint64_t product0 = uint64_t{0xD2511F53u} * c0, product1 = uint64_t{0xCD9E8D57u} * c2;
     c0 = uint32_t(product1 >> 32) ^ c1 ^ key0;

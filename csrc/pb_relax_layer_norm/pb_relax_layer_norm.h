@@ -39,31 +39,41 @@ struct alignas(16) RowStatistics {
   float rough_mean, shift, rstd, scale;
 };
 
-// How rows are dealt out to threads and blocks, in all kernels of rows; found by plan_rows. Columns
-// go in vectors of eight: of a row's threads, thread t holds vectors t, t + threads_per_row, ...
+// How rows are dealt out to threads and blocks, in all kernels of rows (plan.h). Columns go in vectors
+// of eight. Each warp of a row has a part of them: vectors_per_thread for each lane, lane l's are l,
+// l + 32, ... from the part's beginning on.
 struct RowPlan {
   // Whole warps: no warp works on two rows, so that shuffles add up a row's columns.
   int threads_per_row;
-  // Rows that a block works on at once, in step, before it goes on to the next round: as many as
-  // its threads and shared memory hold, since one block fills a multiprocessor.
+  // Groups of so many threads in a block. Each goes from row to row on its own. One block fills a
+  // multiprocessor.
   int rows_per_block;
-  // 2: the next round's rows arrive in shared memory while this round's are worked on. 1: they
-  // arrive in between, where there is room for one round alone.
+  // 2: a group's next row arrives in shared memory while it works on one. 1: it arrives afterwards,
+  // while other groups work.
   int stages;
   // Rows are moved sixteen bytes at once. Needs hidden % 8 == 0, and rows that begin at multiples of
   // 16 bytes.
   bool aligned;
+  // At most, of a row.
+  int vectors_per_thread;
 
   // From here on: of the launch, not read by kernels.
 
-  // More of them, up to what registers hold, leave fewer threads to exchange sums.
-  int vectors_per_thread;
-  // Of SharedMemoryPlan.
+  // Of RowMemory.
   int shared_bytes;
-  // One for each multiprocessor, or fewer where fewer have rows.
+  // One for each multiprocessor, but not more than rows.
   int num_blocks;
 
   int num_threads() const { return threads_per_row * rows_per_block; }
+};
+
+// How far the backward kernels go from a group's row to its next one, and what else the host
+// computes for them: they read it where they need it, and no register holds it.
+struct RowSteps {
+  float inverse_hidden;
+  int64_t rows;
+  int64_t ahead;     // how far ahead rows are copied: a row for each stage
+  int64_t bytes[6];  // of each matrix, in the order of the parameters
 };
 
 // y = LN(x), or y = residual + LN(dropout(x)).
@@ -99,7 +109,8 @@ struct PbRelaxLayerNormBackwardParams {
   int num_blocks;  // that the rows are dealt out to: exactly as many rows of `partial` are written
   void* dx;        // (rows, hidden), contiguous
   float* partial;  // (2, num_blocks, hidden): sums of dy * xhat, sums of dy; may be null
-  RowPlan plan;    // set by the launcher
+  RowPlan plan;    // set by the launcher, as steps of dy, x, add, dx
+  RowSteps steps;
 };
 
 // A weight's or bias's gradient, the sum of its rows of `partial`.

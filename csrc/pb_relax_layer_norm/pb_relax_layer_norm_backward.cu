@@ -5,127 +5,199 @@
 //   dweight = sum over rows of dy * xhat;  dbias = sum over rows of dy
 // Dropped elements of x count as zero, and their dx is `add`.
 //
-// Phases     1 the weight to shared memory. 2 in rounds: copy the next rows; sums of g and g xhat;
-//            dx. 3 the block's column sums to `partial`. 4 `partial_sums`, a launch of its own,
-//            adds up the rows of `partial`.
+// Phases     1 the first rows are on their way; the weight. 2 each group goes from row to row: sums of
+//            g and g xhat; dx. 3 the block's column sums to `partial`, whose rows
+//            pb_relax_layer_norm_partial_sums.cu adds up; that kernel may start when phase 3 does.
 // Layout     dy, x, add: rows at a stride; dx contiguous; partial (2, num_blocks, hidden) float32.
-// Grid       num_blocks blocks, each rows_per_block rows at a time (RowPlan).
+// Grid       num_blocks blocks, each with rows_per_block groups of threads (RowPlan). Row r is of
+//            block r % num_blocks.
 // Warps      threads_per_row threads, whole warps, own a row: dy, x and add are read once, dx is
-//            written once. Column sums stay in registers until phase 3. Rows that are wider, or do
-//            not fit into shared memory, take the `wide` kernel: a row at a time, two passes over
-//            it, column sums in `partial`.
-// Smem       of 2560 float16 columns, 160 threads a row, 3 rows, without `add`:
-//              2 stages   statistics, x, dy  38 400 bytes each; phase 3 uses them for column sums
-//              parameters weight             12 800 bytes
-//              scratch    of the sums           512 bytes   in all 90 112
-// Barriers   bar.sync: the weight is there; a warp's sums are there (reduce_row); in phase 3, the
-//            slots are free, and column sums of another row are there.
-// Writers    one thread writes each element of dx and of `partial`; `partial_sums` adds in a fixed
-//            order. No atomics: deterministic.
+//            written once. Two vectors of each thread, or four where 512 threads have too few with
+//            two; their column sums stay in registers until phase 3. Rows that are wider, or do not
+//            fit into shared memory, take the `wide` kernel: a block works on a row at a time, two
+//            passes over it, column sums in `partial`.
+// Plain      rows that are aligned, with nothing dropped or added, have a kernel of their own: the
+//            weight stays in registers, and from pass to pass xhat and g; a row's stage is refilled
+//            before its sums are known. Other rows are read again in shared memory.
+// Smem       of 2560 float16 columns, 5 warps a row, 3 groups, without `add`:
+//              weight    10 240 bytes
+//              2 stages  x, dy, statistics and sums of each warp  31 200 bytes each; phase 3 uses
+//                        them for column sums                     in all 72 640
+// Barriers   a group's bar.sync: its warps' sums are there (RowSums). bar.warp.sync: one lane's copy
+//            of the statistics is there; all lanes have read it. The block's bar.sync: the weight is
+//            there; in phase 3, the groups' column sums are there.
+// Writers    one thread writes each element of dx and of `partial`. No atomics: deterministic.
 // Rounding   float32 throughout; dx, dweight and dbias rounded once.
 // Reference  gradient of cogview_kernels.norm.reference.pb_relax_layer_norm
 
 #include "dropout.cuh"
 #include "gradients.cuh"
 #include "plan.h"
-#include "row_pipeline.cuh"
 
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 512;
+constexpr int kWideThreads = 512;
 
+// The slots of a row: x, dy, add.
 template <typename X, typename Y, int kVectors>
-__global__ void __launch_bounds__(kMaxThreads, 1)
-    pb_relax_layer_norm_backward_kernel(const PbRelaxLayerNormBackwardParams params) {
-  constexpr int kXSlots = 1, kYSlots = kXSlots + kVectors * kPieces<X>;
-  constexpr int kAddSlots = kYSlots + kVectors * kPieces<Y>;
-  constexpr int kSlots = kAddSlots + kVectors * kPieces<X>;
-  const RowPlan& plan = params.plan;
-  const RowThread me(plan);
-  const int hidden = int(params.hidden);
-  const float inverse_hidden = 1.f / float(hidden);
-  const bool has_add = params.add.data != nullptr;
-  float* scratch = shared_array<float, kGradientScratchFloats>();
-  using Parameters = SharedParameters<1, kVectors>;  // weight
-  const SharedMemoryPlan shared = {plan.stages, int(blockDim.x), plan.threads_per_row,
-                                   has_add ? kSlots : kAddSlots, Parameters::kSlots};
-  const Parameters parameters(shared, me);
-  parameters.template fill<X>(0, params.weight, params.weight_dtype, 1.f, hidden, me);
-  bar_sync();
+struct BackwardSlots {
+  static constexpr int kX = 0, kY = kX + kVectors * kPieces<X>, kAdd = kY + kVectors * kPieces<Y>;
 
-  ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
-  const auto copy = [&](int64_t row, bool is_row, const Slots& slots) {
-    cp_async_16(slots.first, params.statistics + row, is_row);
-    copy_row<X, kVectors>(params.x, row, is_row, hidden, plan.aligned, me, slots, kXSlots);
-    copy_row<Y, kVectors>(params.dy, row, is_row, hidden, plan.aligned, me, slots, kYSlots);
-    if (has_add) {
-      copy_row<X, kVectors>(params.add, row, is_row, hidden, plan.aligned, me, slots, kAddSlots);
+  static __host__ __device__ constexpr StageSlots stage(bool has_add) {
+    return {kAdd + (has_add ? kVectors * kPieces<X> : 0), 1};
+  }
+};
+
+// kPlain: rows are aligned, and nothing is dropped or added.
+template <typename X, typename Y, int kVectors, bool kPlain>
+__global__ void __launch_bounds__(kBackwardThreads, 1)
+    pb_relax_layer_norm_backward_kernel(const PbRelaxLayerNormBackwardParams params) {
+  using Own = BackwardSlots<X, Y, kVectors>;
+  const RowPlan& plan = params.plan;
+  RowThread me(plan, params.hidden);
+  if constexpr (kVectors > 2) {  // a row has most threads of a block: there is one group
+    me.in_row = threadIdx.x;
+    me.row_in_block = 0;
+  }
+  const int hidden = int(params.hidden);
+  const Columns<kVectors> columns(me, hidden);
+  const bool has_add = !kPlain && params.add.data != nullptr;
+  const bool drops = !kPlain && params.dropout.seed != nullptr;
+  const bool aligned = kPlain || plan.aligned;
+  const StageSlots slots = Own::stage(has_add);
+  const SharedWeights<1, kVectors> shared_weight(me);
+  const WarpMemory memory(plan, slots, shared_weight.bytes(me.threads_per_row));
+  const RowSums<kPlain> exchange(memory, me);
+
+  // No memory has 2^32 rows of so many columns as four vectors are for.
+  using Row = std::conditional_t<kPlain || (kVectors > 2), uint32_t, int64_t>;
+  // Of the row that is copied next, at this thread's columns, and of dx. They go on from row to row
+  // where rows are plain; elsewhere registers are scarce, and they are computed for each row.
+  const X *x, *add;
+  const Y* dy;
+  const RowStatistics* statistics_of_row;
+  X* dx;
+  const auto find_input = [&](int64_t row) {
+    dy = static_cast<const Y*>(params.dy.data) + row * params.dy.row_stride + columns.first();
+    x = static_cast<const X*>(params.x.data) + row * params.x.row_stride + columns.first();
+    add = static_cast<const X*>(params.add.data) + row * params.add.row_stride + columns.first();
+    statistics_of_row = params.statistics + row;
+  };
+  const auto find_dx = [&](int64_t row) {
+    dx = static_cast<X*>(params.dx) + row * hidden + columns.first();
+  };
+  const RowSteps& steps = params.steps;
+  const int64_t first = first_row(me);
+  find_input(first);
+  find_dx(first);
+  const auto copy = [&](Row row, const Slots& stage) {
+    if constexpr (!kPlain) find_input(row);
+    slots.copy_statistics(stage, statistics_of_row);
+    stage.copy(Own::kX, x, columns, aligned);
+    stage.copy(Own::kY, dy, columns, aligned);
+    if (has_add) stage.copy(Own::kAdd, add, columns, aligned);
+    if constexpr (kPlain) {
+      statistics_of_row += steps.rows;
+      dy = advanced(dy, steps.bytes[0]);
+      x = advanced(x, steps.bytes[1]);
     }
   };
-  const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int round) {
-    const RowStatistics statistics = slots.load_statistics(0);
-    uint32_t kept[kVectors] = {};
-    float xhat[kVectors][kColumns], g[kVectors][kColumns], weight[kColumns];
+
+  float weight[kVectors][kColumns];
+  const auto prepare = [&] {
+    if (me.row_in_block == 0) {
+      load_weight<X>(params.weight, params.weight_dtype, columns, hidden, weight);
+      shared_weight.store(0, weight);
+    }
+    bar_sync();
+    if constexpr (kPlain) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) shared_weight.load(0, i, weight[i]);
+    }
+  };
+
+  ColumnSums<2, kVectors> sums;  // of dy * xhat, of dy
+  const auto compute = [&](Row row, const Slots& stage, int turn, const auto& refill) {
+    uint32_t kept = 0;  // a bit for each column
+    if (drops) {
+#pragma unroll
+      for (int i = 0; i < kVectors; ++i) {
+        const uint32_t of_vector = kept_columns(params.dropout, row, columns.vector_idx(i));
+        stage.keep<X>(Own::kX + i * kPieces<X>, of_vector);
+        kept |= of_vector << i * kColumns;
+      }
+    }
+    const RowStatistics statistics = slots.load_statistics(stage, 0);
+    float xhat[kVectors][kColumns], g[kVectors][kColumns];
     const auto load = [&](int i) {  // g is still dy
-      Vector<X> x = slots.load<X>(kXSlots + i * kPieces<X>);
-      if (params.dropout.seed != nullptr) keep_columns(kept[i], x);
-      unpack(x, xhat[i]);
+      // Or ptxas loads all the vectors before it works on the first, and has no registers for them.
+      if constexpr (kVectors > 2) bar_warp_sync();
+      unpack(stage.load<X>(Own::kX + i * kPieces<X>), xhat[i]);
       normalise(xhat[i], statistics);
-      unpack(slots.load<Y>(kYSlots + i * kPieces<Y>), g[i]);
-      parameters.load(0, i, weight);
+      unpack(stage.load<Y>(Own::kY + i * kPieces<Y>), g[i]);
+      if constexpr (!kPlain) shared_weight.load(0, i, weight[i]);
     };
     float row_sums[2] = {0.f, 0.f};  // of g, of g * xhat
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (me.column(i) >= hidden) continue;
-      if (params.dropout.seed != nullptr) {
-        kept[i] = kept_columns(params.dropout, row, me.vector_idx(i));
-      }
       load(i);
-      add_columns(xhat[i], g[i], weight, row_sums, sums.value[0][i], sums.value[1][i]);
+      if constexpr (kPlain) {
+        add_to_columns(xhat[i], g[i], sums.value[0][i], sums.value[1][i]);
+      }
+      weigh(weight[i], g[i]);
+      add_to_row(xhat[i], g[i], row_sums);
     }
-    reduce_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me, Add());
-    const RowGradient gradient(row_sums, inverse_hidden, statistics);
-    if (!is_row) return;
+    if constexpr (kPlain) refill();
+    exchange.add(row_sums, turn, me);
+    const RowGradient gradient(row_sums, params.steps.inverse_hidden, statistics);
+    if constexpr (!kPlain) find_dx(row);
 #pragma unroll
     for (int i = 0; i < kVectors; ++i) {
-      if (me.column(i) >= hidden) continue;
-      if constexpr (kVectors > 2) {  // too few registers to keep them
+      if constexpr (!kPlain) {
         load(i);
-#pragma unroll
-        for (int j = 0; j < kColumns; ++j) g[i][j] *= weight[j];
+        add_to_columns(xhat[i], g[i], sums.value[0][i], sums.value[1][i]);
+        weigh(weight[i], g[i]);
       }
 #pragma unroll
-      for (int j = 0; j < kColumns; ++j) {
-        g[i][j] = gradient(g[i][j], xhat[i][j]);
-        if (params.dropout.seed != nullptr && (kept[i] >> j & 1u) == 0) g[i][j] = 0.f;
+      for (int j = 0; j < kColumns; ++j) g[i][j] = gradient(g[i][j], xhat[i][j]);
+      if (drops) {
+#pragma unroll
+        for (int j = 0; j < kColumns; ++j) {
+          if ((kept >> (i * kColumns + j) & 1u) == 0) g[i][j] = 0.f;
+        }
       }
-      if (has_add) add_vector(slots.load<X>(kAddSlots + i * kPieces<X>), g[i]);
-      store_vector_at(static_cast<X*>(params.dx) + row * hidden, me.column(i), hidden, plan.aligned,
-                      pack<X>(g[i]));
+      if (has_add) add_vector(stage.load<X>(Own::kAdd + i * kPieces<X>), g[i]);
+      store_vector_at(dx, i * columns.kApart, columns.left, aligned, pack<X>(g[i]));
     }
+    if constexpr (!kPlain) refill();
+    if constexpr (kPlain) dx = advanced(dx, steps.bytes[3]);
   };
-  for_each_row(plan, shared, params.rows, me, copy, compute);
-  if (params.partial != nullptr) sums.store(params.partial, hidden, me);
+  const Slots stages = for_each_row_ahead(plan, steps, slots, memory.own, Row(params.rows),
+                                          Row(first), copy, prepare, compute);
+  if (params.partial != nullptr) {
+    sums.store(params.partial, hidden, me, columns, stages, memory.bytes);
+  }
 }
 
 // Any width: a block works on a row at a time; each thread adds to columns of `partial` that no
 // other thread touches.
 template <typename X, typename Y>
-__global__ void __launch_bounds__(kMaxThreads, 1)
+__global__ void __launch_bounds__(kWideThreads, 1)
     pb_relax_layer_norm_backward_wide_kernel(const PbRelaxLayerNormBackwardParams params) {
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
+  const RowThread me(plan, params.hidden);
   const int64_t hidden = params.hidden, num_vectors = (hidden + kColumns - 1) / kColumns;
   const float inverse_hidden = 1.f / float(hidden);
-  float* scratch = shared_array<float, kGradientScratchFloats>();
+  unsigned char* scratch =
+      shared_array<unsigned char, kWideThreads / kWarpSize * RowSums<false>::kBytes>();
+  const RowSums<false> exchange(scratch, 0, RowSums<false>::kBytes, me);
   float* dweight = nullptr;
   float* dbias = nullptr;
   if (params.partial != nullptr) {
     dweight = params.partial + int64_t(blockIdx.x) * hidden;
     dbias = params.partial + (int64_t(gridDim.x) + blockIdx.x) * hidden;
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       for (int64_t column = v * kColumns; column < min(hidden, (v + 1) * kColumns); ++column) {
         dweight[column] = dbias[column] = 0.f;
       }
@@ -148,13 +220,15 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
       unpack(x, xhat);
       normalise(xhat, statistics);
       unpack(load_vector_at(dy_row, v * kColumns, hidden, plan.aligned), g);
-      load_parameter<X>(params.weight, params.weight_dtype, 1.f, v * kColumns, hidden, weight);
+      load_parameter({params.weight, params.weight_dtype, 1.f}, v * kColumns, hidden, weight);
     };
     float row_sums[2] = {0.f, 0.f};
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       load(v);
       float dweight_here[kColumns] = {}, dbias_here[kColumns] = {};
-      add_columns(xhat, g, weight, row_sums, dweight_here, dbias_here);
+      add_to_columns(xhat, g, dweight_here, dbias_here);
+      weigh(weight, g);
+      add_to_row(xhat, g, row_sums);
       if (dweight == nullptr) continue;
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
@@ -163,13 +237,13 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
         dbias[v * kColumns + j] += dbias_here[j];
       }
     }
-    reduce_row(row_sums, scratch + round % 2 * 2 * kMaxWarps, me, Add());
+    exchange.add(row_sums, round % 2, me);
     const RowGradient gradient(row_sums, inverse_hidden, statistics);
-    for (int64_t v = threadIdx.x; v < num_vectors; v += kMaxThreads) {
+    for (int64_t v = threadIdx.x; v < num_vectors; v += kWideThreads) {
       load(v);
 #pragma unroll
       for (int j = 0; j < kColumns; ++j) {
-        g[j] = gradient(g[j] * weight[j], xhat[j]);
+        g[j] = gradient(mul_rn(g[j], weight[j]), xhat[j]);
         if (params.dropout.seed != nullptr && (kept >> j & 1u) == 0) g[j] = 0.f;
       }
       if (params.add.data != nullptr) {
@@ -182,84 +256,46 @@ __global__ void __launch_bounds__(kMaxThreads, 1)
   }
 }
 
-constexpr int kSumColumns = 32, kSumRows = 8;
-
-// Block (x, y) adds up the partial rows of gradient y, 32 columns of them.
-__global__ void __launch_bounds__(kSumColumns* kSumRows)
-    pb_relax_layer_norm_partial_sums_kernel(const __grid_constant__ PartialSumsParams params) {
-  float* scratch = shared_array<float, kSumRows * kSumColumns>();
-  const ParameterGradient& gradient = params.gradients[blockIdx.y];
-  if (gradient.data == nullptr) return;  // the whole block
-  const int64_t hidden = params.hidden;
-  const int column_in_block = int(threadIdx.x) % kSumColumns;
-  const int row_in_block = int(threadIdx.x) / kSumColumns;
-  const int64_t column = int64_t(blockIdx.x) * kSumColumns + column_in_block;
-
-  float sum = 0.f;
-  if (column < hidden) {
-    const float* source =
-        params.partial + int64_t(blockIdx.y) * params.num_blocks * hidden + column;
-#pragma unroll 4
-    for (int row = row_in_block; row < params.num_blocks; row += kSumRows) {
-      sum += source[row * hidden];
-    }
-  }
-  scratch[row_in_block * kSumColumns + column_in_block] = sum;
-  bar_sync();
-  if (row_in_block > 0 || column >= hidden) return;
-  for (int row = 1; row < kSumRows; ++row) sum += scratch[row * kSumColumns + column_in_block];
-  switch (gradient.dtype) {
-    case DType::kFloat32:
-      static_cast<float*>(gradient.data)[column] = sum;
-      return;
-    case DType::kFloat16:
-      static_cast<Half*>(gradient.data)[column] = from_float<Half>(sum);
-      return;
-    case DType::kBFloat16:
-      static_cast<BFloat16*>(gradient.data)[column] = from_float<BFloat16>(sum);
-      return;
-  }
-}
-
-struct BackwardKernels {
-  static constexpr int kMaxVectors = 4;
-  template <typename X, typename Y, int kVectors>
-  static cudaError_t launch(const PbRelaxLayerNormBackwardParams& params, cudaStream_t stream) {
-    return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, kVectors>>(params, stream);
-  }
-};
-
 }  // namespace
 
 cudaError_t pb_relax_layer_norm_backward(const PbRelaxLayerNormBackwardParams& given,
                                          cudaStream_t stream) {
   PbRelaxLayerNormBackwardParams params = given;
-  RowNeeds needs = {};
-  needs.aligned = all_aligned(params.hidden, {{params.x, params.x_dtype},
-                                              {params.dy, params.dy_dtype},
-                                              {params.add, params.x_dtype},
-                                              {{params.dx, params.hidden}, params.x_dtype}});
-  needs.every_block = true;  // each writes its row of `partial`
-  needs.max_threads = kMaxThreads;
-  needs.stage_pieces = pieces_of(params.x_dtype) + pieces_of(params.dy_dtype);
-  if (params.add.data != nullptr) needs.stage_pieces += pieces_of(params.x_dtype);
-  needs.thread_pieces = 1;  // the row's statistics
-  needs.num_parameters = 1;
-  const auto launch_wide = [&](auto x, auto dy) {
-    params.plan.aligned = needs.aligned;
-    params.plan.threads_per_row = kMaxThreads;
-    return launch<pb_relax_layer_norm_backward_wide_kernel<typename decltype(x)::Type,
-                                                           typename decltype(dy)::Type>>(
-        params.num_blocks, 1, kMaxThreads, 0, stream, params);
-  };
-  return plan_and_launch<BackwardKernels>(needs, params, params.x_dtype, params.dy_dtype, stream,
-                                          launch_wide);
-}
-
-cudaError_t pb_relax_layer_norm_partial_sums(const PartialSumsParams& params, cudaStream_t stream) {
-  return launch<pb_relax_layer_norm_partial_sums_kernel>(ceil_div(params.hidden, kSumColumns),
-                                                         params.num_gradients,
-                                                         kSumColumns * kSumRows, 0, stream, params);
+  const bool has_add = params.add.data != nullptr;
+  const std::initializer_list<TypedRows> matrices = {{params.dy, params.dy_dtype},
+                                                     {params.x, params.x_dtype},
+                                                     {params.add, params.x_dtype},
+                                                     {{params.dx, params.hidden}, params.x_dtype}};
+  BackwardNeeds needs = {};
+  needs.matrices = matrices;
+  needs.pieces = pieces_of(params.dy_dtype) + (has_add ? 2 : 1) * pieces_of(params.x_dtype);
+  needs.statistics = 1;
+  needs.vectors = params.hidden <= kBackwardThreads * 2 * kColumns ? 2 : 4;
+  needs.num_weights = 1;
+  needs.max_threads = kBackwardThreads;
+  bool fits = false;
+  const cudaError_t status = plan_backward(needs, &params, &fits);
+  if (status != cudaSuccess) return status;
+  return with_dtypes(params.x_dtype, params.dy_dtype, [&](auto x, auto dy) {
+    using X = typename decltype(x)::Type;
+    using Y = typename decltype(dy)::Type;
+    if (!fits) {
+      params.plan.aligned = all_aligned(params.hidden, matrices);
+      params.plan.threads_per_row = kWideThreads;
+      return launch<pb_relax_layer_norm_backward_wide_kernel<X, Y>>(
+          params.num_blocks, 1, kWideThreads, 0, stream, params);
+    }
+    if (needs.vectors > 2) {
+      return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 4, false>>(params, stream);
+    }
+    if constexpr (std::is_same_v<X, Y>) {
+      if (params.plan.aligned && !has_add && params.dropout.seed == nullptr &&
+          int_holds(params.rows, params.steps, matrices)) {
+        return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 2, true>>(params, stream);
+      }
+    }
+    return launch_planned<pb_relax_layer_norm_backward_kernel<X, Y, 2, false>>(params, stream);
+  });
 }
 
 }  // namespace cogview

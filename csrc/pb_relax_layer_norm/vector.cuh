@@ -1,6 +1,8 @@
 // Vectors: eight columns of a row, as they lie in memory.
 #pragma once
 
+#include <type_traits>
+
 #include "../instructions/common.cuh"
 
 namespace cogview {
@@ -19,8 +21,15 @@ struct Vector {
 template <typename T>
 __device__ __forceinline__ void unpack(const Vector<T>& vector, float (&out)[kColumns]) {
   const T* elements = reinterpret_cast<const T*>(vector.piece);
+  const uint32_t* words = reinterpret_cast<const uint32_t*>(vector.piece);
 #pragma unroll
-  for (int j = 0; j < kColumns; ++j) out[j] = to_float(elements[j]);
+  for (int j = 0; j < kColumns; ++j) {
+    if constexpr (std::is_same_v<T, BFloat16>) {  // one instruction for each
+      out[j] = uint_as_float(j % 2 == 0 ? words[j / 2] << 16 : words[j / 2] & 0xffff0000u);
+    } else {
+      out[j] = to_float(elements[j]);
+    }
+  }
 }
 
 template <typename T>

@@ -43,7 +43,8 @@ struct SandwichResidualBackwardParams {
   void* dresidual;  // (rows, hidden), contiguous; null without z, where dh is it
   float* partial;   // (4, num_blocks, hidden): sums for the post weight and bias, then for those
                     // of pre, which are not there without z; may be null
-  RowPlan plan;     // set by the launcher
+  RowPlan plan;     // set by the launcher, as steps of dh, dz, f, h, df, dresidual
+  RowSteps steps;
 };
 
 // Both return the status of their launches; arguments were checked by the caller.

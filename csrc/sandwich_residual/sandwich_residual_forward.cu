@@ -3,112 +3,140 @@
 // Math  h = residual + LN_post(dropout(f));  z = LN_pre(h), of the rounded h
 // with both norms as pb_relax_layer_norm_forward.cu computes them.
 //
-// Phases     1 four parameters to shared memory. 2 in rounds: copy the next rows; statistics of f,
-//            h; statistics of h, z.
+// Phases     1 four parameters to shared memory, behind the first copies. 2 for each row, in shared
+//            memory: drop; statistics of f; h, which takes the residual's place; statistics of h; z.
+//            Then the row's place is free for the copy of a later one.
 // Layout     f, residual: rows at a stride; h, z contiguous; statistics: sixteen bytes a row.
-// Grid       at most num_blocks blocks, each rows_per_block rows at a time (RowPlan).
-// Warps      threads_per_row threads, whole warps, own a row: f and residual are read once, h and z
-//            are written once. Two launches of pb_relax_layer_norm_forward serve instead where a row
-//            is too wide, without z, and for Relax::kTensor, whose second norm needs the maximum
-//            over all of h.
-// Smem       of 2560 float16 columns, 160 threads a row, 5 rows:
-//              2 stages   f, residual                  64 000 bytes each
-//              parameters two weights, two biases      43 520 bytes
-//              scratch    of the sums                     640 bytes   in all 172 160
-// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row).
+// Grid       at most num_blocks blocks; row r goes to block r % gridDim.x.
+// Warps      a group of threads_per_row threads, whole warps, owns a row, as in
+//            pb_relax_layer_norm_forward.cu: f and residual are read once, h and z are written once.
+//            Two launches of pb_relax_layer_norm_forward serve instead where shared memory holds
+//            fewer than two rows, without z, and for Relax::kTensor, whose second norm needs the
+//            maximum over all of h.
+// Smem       of 2560 16-bit columns, one warp a row, 18 rows:
+//              parameters two weights, two biases   40 960 bytes
+//              1 stage    f, residual              184 320 bytes
+//              scratch    of the sums                  640 bytes   in all 225 920
+// Barriers   bar.sync: parameters are there; a warp's sums are there (reduce_row, for rows of more
+//            than one warp: a barrier for each group).
 // Rounding   float32 throughout, h and z rounded once each.
 // Reference  cogview_kernels.norm.reference.sandwich_residual
 
-#include "../pb_relax_layer_norm/dropout.cuh"
-#include "../pb_relax_layer_norm/plan.h"
-#include "../pb_relax_layer_norm/row_pipeline.cuh"
-#include "../pb_relax_layer_norm/statistics.cuh"
+#include "../pb_relax_layer_norm/row_passes.cuh"
 #include "sandwich_residual.h"
 
 namespace cogview {
 namespace {
 
-constexpr int kMaxThreads = 896;  // 72 registers each: 64 do not hold two rows of columns
+constexpr int kMaxThreads = 640;  // 96 registers each
 
-template <typename F, typename H, int kVectors>
+template <typename F, typename H>
 __global__ void __launch_bounds__(kMaxThreads, 1)
     sandwich_residual_forward_kernel(const SandwichResidualForwardParams params) {
-  constexpr int kFSlots = kVectors * kPieces<F>, kStageSlots = kFSlots + kVectors * kPieces<H>;
   const RowPlan& plan = params.plan;
-  const RowThread me(plan);
   const int hidden = int(params.hidden);
+  const RowThread me(plan, hidden);
+  const int f_bytes = row_bytes(hidden, kPieces<F>);
+  const RowMemory shared = {4, row_bytes(hidden, kPieces<float>), plan.stages,
+                            f_bytes + row_bytes(hidden, kPieces<H>), plan.rows_per_block};
+  const auto parameter = [&](int idx) {
+    return SharedRow<float>(dynamic_shared() + shared.parameter(idx), me);
+  };
   float* scratch = shared_array<float, kScratchFloats>();
-  const NormParameters &post = params.post, &pre = params.pre;
-  using Parameters = SharedParameters<4, kVectors>;  // weight and bias of post, of pre
-  const SharedMemoryPlan shared = {plan.stages, int(blockDim.x), plan.threads_per_row, kStageSlots,
-                                   Parameters::kSlots};
-  const Parameters parameters(shared, me);
-  parameters.template fill<F>(0, post.weight, post.dtype, 1.f, hidden, me);
-  parameters.template fill<F>(1, post.bias, post.dtype, 0.f, hidden, me);
-  parameters.template fill<H>(2, pre.weight, pre.dtype, 1.f, hidden, me);
-  parameters.template fill<H>(3, pre.bias, pre.dtype, 0.f, hidden, me);
-  bar_sync();
+  const float inverse_hidden = 1.f / float(hidden);
 
-  const auto copy = [&](int64_t row, bool is_row, const Slots& slots) {
-    copy_row<F, kVectors>(params.f, row, is_row, hidden, plan.aligned, me, slots, 0);
-    copy_row<H, kVectors>(params.residual, row, is_row, hidden, plan.aligned, me, slots, kFSlots);
+  const auto copy = [&](int64_t row, unsigned char* stage) {
+    SharedRow<F>(stage, me).copy(params.f, row, hidden, plan.aligned, me);
+    SharedRow<H>(stage + f_bytes, me).copy(params.residual, row, hidden, plan.aligned, me);
   };
-  const auto compute = [&](int64_t row, bool is_row, const Slots& slots, int) {
-    float x[kVectors][kColumns], weight[kColumns], bias[kColumns];
+  const auto prepare = [&] {
+    const NormParameters &post = params.post, &pre = params.pre;
+    const Parameter parameters[] = {{post.weight, post.dtype, 1.f},
+                                    {post.bias, post.dtype, 0.f},
+                                    {pre.weight, pre.dtype, 1.f},
+                                    {pre.bias, pre.dtype, 0.f}};
+    fill_parameters(shared, parameters, hidden);
+    bar_sync();
+  };
+  const auto compute = [&](int64_t row, unsigned char* stage) {
+    const SharedRow<F> f(stage, me);
+    const SharedRow<H> h(stage + f_bytes, me);  // the residual, until h takes its place
+    if (params.dropout.seed != nullptr) drop_columns(f, params.dropout, row, me);
+    RoughSums<F> rough_f;
+    for_each_vector(f, me, [&](const Vector<F>& vector, int) { rough_f.add(vector); });
+    const RowStatistics f_statistics = statistics_of_row(
+        rough_f, f, inverse_hidden, params.post_eps, params.relax, nullptr, me, scratch);
+    if (me.in_row == 0) params.f_statistics[row] = f_statistics;
+
+    RoughSums<H> rough_h;
+    const auto write_h = [&](auto aligned) {
+      WrittenRow<H, aligned.value> to(params.h, row, hidden, me);
+      SharedRow<F> from = f;
+      SharedRow<H> residual = h;
+      SharedRow<float> post_weight = parameter(0), post_bias = parameter(1);
+      for_each_vector(me, [&](auto n, auto columns) {
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      Vector<F> f = slots.load<F>(i * kPieces<F>);
-      if (params.dropout.seed != nullptr) {
-        keep_columns(kept_columns(params.dropout, row, me.vector_idx(i)), f);
-      }
-      unpack(f, x[i]);
-    }
-    const RowStatistics f_statistics =
-        statistics_of_row<F>(x, hidden, params.post_eps, params.relax, nullptr, me, scratch);
-#pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      Vector<H> h = {};  // zero beyond the row's end
-      if (me.column(i) < hidden) {
-        parameters.load(0, i, weight);
-        parameters.load(1, i, bias);
-        normalise(x[i], f_statistics, weight, bias);
-        add_vector(slots.load<H>(kFSlots + i * kPieces<H>), x[i]);
-        h = pack<H>(x[i]);
-        clear_beyond(hidden - me.column(i), h);
-        if (is_row) {
-          store_vector_at(static_cast<H*>(params.h) + row * hidden, me.column(i), hidden,
-                          plan.aligned, h);
+        for (int v = 0; v < n; ++v) {
+          Vector<H> rounded = {};
+          if (columns > 0) {
+            float x[kColumns], weight[kColumns], bias[kColumns];
+            unpack(from.load(v), x);
+            unpack(post_weight.load(v), weight);
+            unpack(post_bias.load(v), bias);
+            normalise(x, f_statistics, weight, bias);
+            add_vector(residual.load(v), x);
+            rounded = pack<H>(x);
+            clear_beyond(columns, rounded);
+            residual.store(v, rounded);
+            to.store(v, columns, rounded);
+          }
+          rough_h.add(rounded);
         }
-      }
-      unpack(h, x[i]);
+        from.skip(n);
+        residual.skip(n);
+        post_weight.skip(n);
+        post_bias.skip(n);
+        to.skip(n);
+      });
+    };
+    if (plan.aligned) {
+      write_h(std::true_type());
+    } else {
+      write_h(std::false_type());
     }
-    const RowStatistics h_statistics =
-        statistics_of_row<H>(x, hidden, params.pre_eps, params.relax, nullptr, me, scratch);
-    if (!is_row) return;
+    const RowStatistics h_statistics = statistics_of_row(rough_h, h, inverse_hidden, params.pre_eps,
+                                                         params.relax, nullptr, me, scratch);
+    if (me.in_row == 0) params.h_statistics[row] = h_statistics;
+
+    const auto write_z = [&](auto aligned) {
+      WrittenRow<H, aligned.value> to(params.z, row, hidden, me);
+      SharedRow<H> from = h;
+      SharedRow<float> pre_weight = parameter(2), pre_bias = parameter(3);
+      for_each_vector(me, [&](auto n, auto columns) {
+        if (columns == 0) return;
 #pragma unroll
-    for (int i = 0; i < kVectors; ++i) {
-      if (me.column(i) >= hidden) continue;
-      parameters.load(2, i, weight);
-      parameters.load(3, i, bias);
-      normalise(x[i], h_statistics, weight, bias);
-      store_vector_at(static_cast<H*>(params.z) + row * hidden, me.column(i), hidden, plan.aligned,
-                      pack<H>(x[i]));
-    }
-    if (me.in_row == 0) {
-      params.f_statistics[row] = f_statistics;
-      params.h_statistics[row] = h_statistics;
+        for (int v = 0; v < n; ++v) {
+          float x[kColumns], weight[kColumns], bias[kColumns];
+          unpack(from.load(v), x);
+          unpack(pre_weight.load(v), weight);
+          unpack(pre_bias.load(v), bias);
+          normalise(x, h_statistics, weight, bias);
+          to.store(v, columns, pack<H>(x));
+        }
+        from.skip(n);
+        pre_weight.skip(n);
+        pre_bias.skip(n);
+        to.skip(n);
+      });
+    };
+    if (plan.aligned) {
+      write_z(std::true_type());
+    } else {
+      write_z(std::false_type());
     }
   };
-  for_each_row(plan, shared, params.rows, me, copy, compute);
+  for_each_row(plan, shared, params.rows, me, copy, prepare, compute);
 }
-
-struct ForwardKernels {
-  static constexpr int kMaxVectors = 2;  // more columns than registers hold
-  template <typename F, typename H, int kVectors>
-  static cudaError_t launch(const SandwichResidualForwardParams& params, cudaStream_t stream) {
-    return launch_planned<sandwich_residual_forward_kernel<F, H, kVectors>>(params, stream);
-  }
-};
 
 // One norm after the other.
 cudaError_t launch_norms(const SandwichResidualForwardParams& params, cudaStream_t stream) {
@@ -150,16 +178,31 @@ cudaError_t launch_norms(const SandwichResidualForwardParams& params, cudaStream
 cudaError_t sandwich_residual_forward(const SandwichResidualForwardParams& params,
                                       cudaStream_t stream) {
   if (params.z == nullptr || params.relax == Relax::kTensor) return launch_norms(params, stream);
-  RowNeeds needs = {};
+  GroupNeeds needs = {};
+  needs.rows = params.rows;
+  needs.hidden = params.hidden;
+  needs.num_blocks = params.num_blocks;
   needs.aligned = all_aligned(params.hidden, {{params.f, params.f_dtype},
                                               {params.residual, params.h_dtype},
                                               {{params.h, params.hidden}, params.h_dtype},
                                               {{params.z, params.hidden}, params.h_dtype}});
   needs.max_threads = kMaxThreads;
-  needs.stage_pieces = pieces_of(params.f_dtype) + pieces_of(params.h_dtype);
+  needs.stage_bytes =
+      row_bytes(params.hidden, pieces_of(params.f_dtype) + pieces_of(params.h_dtype));
   needs.num_parameters = 4;
-  return plan_and_launch<ForwardKernels>(needs, params, params.f_dtype, params.h_dtype, stream,
-                                         [&](auto, auto) { return launch_norms(params, stream); });
+  SandwichResidualForwardParams planned = params;
+  bool fits = false;
+  const cudaError_t status = plan_by_warps(needs, &planned.plan, &fits);
+  if (status != cudaSuccess) return status;
+  // Memory would be idle while a block computes on its only row.
+  if (!fits || planned.plan.rows_per_block * planned.plan.stages < 2) {
+    return launch_norms(params, stream);
+  }
+  return with_dtypes(params.f_dtype, params.h_dtype, [&](auto f, auto h) {
+    using F = typename decltype(f)::Type;
+    using H = typename decltype(h)::Type;
+    return launch_planned<sandwich_residual_forward_kernel<F, H>>(planned, stream);
+  });
 }
 
 }  // namespace cogview

@@ -21,6 +21,8 @@ int driver = CUDART_VERSION, device_limit = 227 * 1024, num_devices = 1;
 thread_local int device = 0, last_error = 0;
 bool sticky = false;
 int sum = 0;                                      // of what the kernel was given
+int num_early = 0;                                // launches that may start early
+std::map<int, int> compiled_for;                  // of a device: the architecture of its code
 std::map<int, std::pair<int, int>> capabilities;  // of a device: major, minor
 int num_forwards = 0;
 
@@ -71,15 +73,25 @@ cudaError_t cudaFuncSetAttribute(const void* function, cudaFuncAttribute, int va
   if (status == cudaSuccess) limits[{function, device}] = value;
   return status;
 }
-cudaError_t cudaLaunchKernel(const void* function, dim3 grid, dim3 block, void** arguments,
-                             size_t shared_bytes, cudaStream_t) {
+cudaError_t cudaFuncGetAttributes(cudaFuncAttributes* attributes, const void*) {
   const std::lock_guard lock(mutex);
+  attributes->ptxVersion = compiled_for[device];
+  return end("cudaFuncGetAttributes");
+}
+cudaError_t cudaLaunchKernelExC(const cudaLaunchConfig_t* config, const void* function,
+                                void** arguments) {
+  const std::lock_guard lock(mutex);
+  const auto& [grid, block, shared_bytes, stream, attributes, num_attributes] = *config;
   const auto limit = limits.find({function, device});
   const size_t allowed = limit == limits.end() ? 48 * 1024 : size_t(limit->second);
   const bool fits = shared_bytes <= allowed && grid.x == 3 && grid.y == 2 && block.x == 64;
   const cudaError_t status =
-      end("cudaLaunchKernel", fits ? cudaSuccess : cudaErrorInvalidConfiguration);
+      end("cudaLaunchKernelExC", fits ? cudaSuccess : cudaErrorInvalidConfiguration);
   if (status == cudaSuccess) {
+    for (unsigned i = 0; i < num_attributes; ++i) {
+      num_early += attributes[i].id == cudaLaunchAttributeProgrammaticStreamSerialization &&
+                   attributes[i].val.programmaticStreamSerializationAllowed == 1;
+    }
     reinterpret_cast<void (*)(Params)>(const_cast<void*>(function))(
         *static_cast<Params*>(arguments[0]));
   }
@@ -105,6 +117,13 @@ EXPORT int launch(int shared_bytes) {
 }
 EXPORT int launch_other(int shared_bytes) {
   return cogview::launch<other_kernel>(3, 2, 64, shared_bytes, nullptr, Params{4, 2});
+}
+EXPORT int launch_early() {
+  return cogview::launch<kernel, cogview::Start::kEarly>(3, 2, 64, 0, nullptr, Params{4, 2});
+}
+EXPORT int early_launches() { return num_early; }
+EXPORT void set_compiled_for(int of_device, int architecture) {
+  compiled_for[of_device] = architecture;
 }
 EXPORT int launch_blocks(int64_t num_blocks) {
   return cogview::launch<kernel>(num_blocks, 2, 64, 0, nullptr, Params{4, 2});

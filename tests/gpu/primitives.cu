@@ -8,6 +8,7 @@
 #include <string>
 
 #include "instructions/sm80.cuh"
+#include "instructions/sm90.cuh"
 
 #ifndef COGVIEW_HOST_MODEL
 #include <cuda_runtime.h>
@@ -54,6 +55,11 @@ KERNEL(vote_ballot_kernel) {
   store(p, i, vote_ballot(load<int>(p.a, i) != 0));
 }
 
+KERNEL(redux_max_kernel) {
+  const int i = thread_number();
+  store(p, i, redux_max(load<uint32_t>(p.a, i)));
+}
+
 KERNEL(popc_kernel) {
   const int i = thread_number();
   store(p, i, popc(load<uint32_t>(p.a, i)));
@@ -62,6 +68,21 @@ KERNEL(popc_kernel) {
 KERNEL(shl_kernel) {  // b: the count
   const int i = thread_number();
   store(p, i, shl(load<uint32_t>(p.a, i), load<uint32_t>(p.b, i)));
+}
+
+// Groups of two warps exchange words in as many turns as b says for each group, with two buffers.
+KERNEL(bar_sync_of_groups_kernel) {
+  const int i = thread_number(), group = int(threadIdx.x) / 64, thread = int(threadIdx.x) % 64;
+  uint32_t* buffers = reinterpret_cast<uint32_t*>(dynamic_shared()) + 128 * group;
+  const int turns = load<int>(p.b, i / 64);
+  uint32_t value = load<uint32_t>(p.a, i);
+  for (int turn = 0; turn < turns; ++turn) {
+    uint32_t* buffer = buffers + 64 * (turn % 2);
+    buffer[thread] = value;
+    bar_sync(1 + group, 64);
+    value = 3 * buffer[(thread + 33) % 64] + uint32_t(turn);
+  }
+  store(p, i, value);
 }
 
 // Memory
@@ -78,6 +99,22 @@ KERNEL(shared_v4_kernel) {  // the neighbour's sixteen bytes, through shared mem
   st_shared_v4(shared + 16 * threadIdx.x, ld_global_nc_v4(static_cast<const char*>(p.a) + 16 * i));
   bar_sync();
   st_global_v4(static_cast<char*>(p.out) + 16 * i, ld_shared_v4(shared + 16 * (threadIdx.x ^ 1)));
+}
+
+// Two kernels, sixteen bytes for each thread: the first writes them late, the second starts early and
+// copies them, in reverse, behind the first ones.
+KERNEL(late_kernel) {
+  griddepcontrol_launch_dependents();
+  int i = thread_number();
+  for (int turn = 0; turn < 1000; ++turn) i = shfl_idx(i, threadIdx.x);  // its own
+  const uint4 bits = ld_global_nc_v4(static_cast<const char*>(p.a) + 16 * i);
+  st_global_v4(static_cast<char*>(p.out) + 16 * i, bits);
+}
+KERNEL(early_kernel) {
+  const int i = thread_number(), size = int(gridDim.x * blockDim.x);
+  griddepcontrol_wait();
+  char* out = static_cast<char*>(p.out);
+  st_global_v4(out + 16 * (size + i), ld_global_v4(out + 16 * (size - 1 - i)));
 }
 
 KERNEL(red_global_max_kernel) {  // a: the value, b: its place in out
@@ -145,6 +182,28 @@ KERNEL(ex2_approx_kernel) {
   store(p, i, ex2_approx(load<float>(p.a, i)));
 }
 
+KERNEL(rsqrt_approx_kernel) {
+  const int i = thread_number();
+  store(p, i, rsqrt_approx(load<float>(p.a, i)));
+}
+
+template <typename T>
+KERNEL(max_x2_kernel) {
+  const int i = thread_number();
+  store(p, i, max_x2<T>(load<uint32_t>(p.a, i), load<uint32_t>(p.b, i)));
+}
+
+template <typename T>
+KERNEL(min_x2_kernel) {
+  const int i = thread_number();
+  store(p, i, min_x2<T>(load<uint32_t>(p.a, i), load<uint32_t>(p.b, i)));
+}
+
+KERNEL(uint_as_float_kernel) {
+  const int i = thread_number();
+  store(p, i, uint_as_float(load<uint32_t>(p.a, i)));
+}
+
 KERNEL(float_as_uint_kernel) {
   const int i = thread_number();
   store(p, i, float_as_uint(load<float>(p.a, i)));
@@ -178,14 +237,23 @@ cudaError_t launch_blocks(int num_blocks, const Params& params) {
 template <auto kKernel, int kThreads = 32, int kShared = 0>
 constexpr Launch kLaunch = launch_blocks<kKernel, kThreads, kShared>;
 
+cudaError_t launch_early(int num_blocks, const Params& params) {
+  const cudaError_t status = launch<late_kernel>(num_blocks, 1, 32, 0, nullptr, params);
+  if (status != cudaSuccess) return status;
+  return launch<early_kernel, Start::kEarly>(num_blocks, 1, 32, 0, nullptr, params);
+}
+
 const std::map<std::string, Launch> kPrimitives = {
     {"shfl_bfly", kLaunch<shfl_bfly_kernel>},
     {"shfl_idx", kLaunch<shfl_idx_kernel>},
     {"vote_ballot", kLaunch<vote_ballot_kernel>},
+    {"redux_max", kLaunch<redux_max_kernel>},
     {"popc", kLaunch<popc_kernel>},
     {"shl", kLaunch<shl_kernel>},
+    {"bar_sync_of_groups", kLaunch<bar_sync_of_groups_kernel, 960, 960 * 8>},
     {"copy_v4", kLaunch<copy_v4_kernel>},
     {"shared_v4", kLaunch<shared_v4_kernel, 32, 32 * 16>},
+    {"griddepcontrol", launch_early},
     {"red_global_max", kLaunch<red_global_max_kernel>},
     {"cp_async_16", kLaunch<cp_async_kernel<16>, 32, 32 * 16>},
     {"cp_async_4", kLaunch<cp_async_kernel<4>, 32, 32 * 4>},
@@ -194,7 +262,13 @@ const std::map<std::string, Launch> kPrimitives = {
     {"mma_float16", kLaunch<mma_kernel<Half>>},
     {"mma_bfloat16", kLaunch<mma_kernel<BFloat16>>},
     {"ex2_approx", kLaunch<ex2_approx_kernel>},
+    {"rsqrt_approx", kLaunch<rsqrt_approx_kernel>},
+    {"max_x2_float16", kLaunch<max_x2_kernel<Half>>},
+    {"max_x2_bfloat16", kLaunch<max_x2_kernel<BFloat16>>},
+    {"min_x2_float16", kLaunch<min_x2_kernel<Half>>},
+    {"min_x2_bfloat16", kLaunch<min_x2_kernel<BFloat16>>},
     {"float_as_uint", kLaunch<float_as_uint_kernel>},
+    {"uint_as_float", kLaunch<uint_as_float_kernel>},
     {"to_float_float16", kLaunch<to_float_kernel<Half>>},
     {"to_float_bfloat16", kLaunch<to_float_kernel<BFloat16>>},
     {"from_float_float16", kLaunch<from_float_kernel<Half>>},

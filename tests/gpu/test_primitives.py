@@ -153,6 +153,13 @@ def test_vote_ballot(run: Primitives, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out, np.repeat(bits.astype(np.uint32), 32).reshape(64, 32))
 
 
+def test_redux_max(run: Primitives, rng: np.random.Generator) -> None:
+    value = words(rng, 64, 32)
+    value[0] = 7
+    out = run("redux_max", 64, np.zeros_like(value), value)
+    np.testing.assert_array_equal(out, np.broadcast_to(value.max(1, keepdims=True), (64, 32)))
+
+
 def test_popc(run: Primitives, rng: np.random.Generator) -> None:
     bits = words(rng, 64, 32)
     bits[0, :2] = 0, 2**32 - 1
@@ -169,6 +176,15 @@ def test_shl(run: Primitives, rng: np.random.Generator) -> None:
     np.testing.assert_array_equal(out, expected.astype(np.uint32))
 
 
+def test_bar_sync_of_groups(run: Primitives, rng: np.random.Generator) -> None:
+    """Fifteen groups of two warps, of which each ends when it likes."""
+    value, turns = words(rng, 16, 15, 64), rng.integers(0, 200, (16, 15, 1), dtype=np.int32)
+    out = run("bar_sync_of_groups", 16, np.zeros_like(value), value, turns)
+    for turn in range(200):
+        value = np.where(turn < turns, 3 * np.roll(value, -33, 2) + np.uint32(turn), value)
+    np.testing.assert_array_equal(out, value)
+
+
 # Memory
 
 
@@ -183,6 +199,14 @@ def test_shared_v4(run: Primitives, rng: np.random.Generator) -> None:
     bits = words(rng, 64, 32, 4)
     neighbour = bits[:, np.arange(32) ^ 1]
     np.testing.assert_array_equal(run("shared_v4", 64, np.zeros_like(bits), bits), neighbour)
+
+
+def test_griddepcontrol(run: Primitives, rng: np.random.Generator) -> None:
+    """A kernel that starts while the one before it runs waits for all of it; ld_global_v4."""
+    for _ in range(20):
+        bits = words(rng, 16, 32, 4)
+        out = run("griddepcontrol", 16, words(rng, 2, 16, 32, 4), bits)
+        np.testing.assert_array_equal(out, [bits, bits[::-1, ::-1]])
 
 
 def test_red_global_max(run: Primitives, rng: np.random.Generator) -> None:
@@ -419,6 +443,38 @@ def test_float_as_uint(run: Primitives, rng: np.random.Generator) -> None:
     bits = words(rng, 2048)
     out = run("float_as_uint", 64, np.zeros_like(bits), bits)
     np.testing.assert_array_equal(out, bits)
+
+
+def test_uint_as_float(run: Primitives, rng: np.random.Generator) -> None:
+    bits = words(rng, 2048)
+    out = run("uint_as_float", 64, np.zeros_like(bits), bits)
+    np.testing.assert_array_equal(out, bits)
+
+
+@pytest.mark.parametrize("dtype", TYPES)
+@pytest.mark.parametrize("which", ["max", "min"])
+def test_extremes_of_pairs(
+    run: Primitives, rng: np.random.Generator, which: str, dtype: str
+) -> None:
+    """Of a number and a NaN the number, of two NaN a NaN."""
+    a, b = words(rng, 4096), words(rng, 4096)
+    b[:64] = a[:64] ^ 0x80008000
+    a[64:96], b[80:112] = 0x7FFF7FFF, 0xFFC0FFC0
+    out = run(f"{which}_x2_{dtype}", 128, np.zeros_like(a), a, b)
+    x, y, found = (
+        torch.from_numpy(words.view(np.int16)).view(TYPES[dtype]).double() for words in (a, b, out)
+    )
+    expected = torch.fmax(x, y) if which == "max" else torch.fmin(x, y)
+    torch.testing.assert_close(found, expected, rtol=0, atol=0, equal_nan=True)
+
+
+def test_rsqrt_approx(run: Primitives, rng: np.random.Generator) -> None:
+    x = np.exp2(rng.uniform(-126, 127.9, 32 * 1000)).astype(np.float32)
+    x[:3] = np.inf, np.nan, 1.0
+    y = run("rsqrt_approx", 1000, np.zeros_like(x), x).astype(np.float64)
+    assert y[0] == 0 and np.isnan(y[1]) and y[2] == 1
+    error = np.abs(y[2:] * np.sqrt(x[2:].astype(np.float64)) - 1)
+    assert error.max() <= 2**-22.9
 
 
 def test_ex2_approx(run: Primitives, record: Callable[[str, object], None]) -> None:

@@ -16,6 +16,7 @@ from cogview_kernels import extension
 from cogview_kernels.attention import operators as attention
 from cogview_kernels.norm import function as norm
 from cogview_kernels.norm import portable
+from cogview_kernels.norm.operators import _num_summing_blocks as num_summing_blocks
 
 pytestmark = pytest.mark.usefixtures("cuda")
 
@@ -172,7 +173,8 @@ def test_memory_of_the_sandwich() -> None:
     results, peak = peak_of(forward)
     assert peak == 2 * 2 * rows * hidden + 2 * 16 * rows
     _, peak = peak_of(lambda: torch.autograd.grad(results, leaves, upstream))
-    partial = 4 * 4 * extension.num_sms(dh.device) * hidden
+    blocks = num_summing_blocks(rows, upstream[0], 2 * 6, torch.half, torch.half)
+    partial = 4 * 4 * blocks * hidden
     assert peak == 2 * 2 * rows * hidden + 4 * 2 * hidden + partial
 
 
@@ -365,6 +367,32 @@ def test_graph(inputs: Inputs, call: Call) -> None:
         graph.replay()
         torch.cuda.synchronize()
         assert equal(results, call(*values)), seed
+
+
+@pytest.mark.parametrize("inputs, call", [NORM, (sandwich_inputs, step)], ids=["ln", "sandwich"])
+def test_partial_sums_wait_for_the_backward(inputs: Inputs, call: Call) -> None:
+    """The kernel that adds up partial sums may start while the backward is running. Calls at once
+    behind each other, whose workspace holds NaN or another call's sums, give the bits of each
+    alone; so do replays of a graph of all."""
+    tasks = [inputs(seed) for seed in range(4)]
+    expected = []
+    for task in tasks:
+        expected.append(call(*task))
+        torch.cuda.synchronize()
+        truth = task[-1].double().sum(0)  # the last gradient is that of a bias
+        torch.testing.assert_close(expected[-1][-1].double(), truth, rtol=1e-5, atol=1e-3)
+    for _ in range(20):
+        for megabytes in (1, 2, 4):  # what is freed here becomes the next workspace
+            torch.full((2**18 * megabytes,), float("nan"), device="cuda")
+        results = [call(*task) for task in tasks]
+        assert all(map(equal, results, expected))
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = [call(*task) for task in tasks]
+    for _ in range(20):
+        for _ in range(5):
+            graph.replay()
+        assert all(map(equal, results, expected))
 
 
 @pytest.mark.parametrize("own_generator", [False, True])

@@ -9,6 +9,7 @@
 
 #include "host_model/report.h"
 #include "instructions/sm80.cuh"
+#include "instructions/sm90.cuh"
 
 namespace cogview::sm80 {
 namespace {
@@ -87,6 +88,40 @@ KERNEL(race_between_warps) {  // bar.warp.sync orders one warp only
   p.out[threadIdx.x] = s[threadIdx.x / 32 == 0 ? threadIdx.x ^ 1 : threadIdx.x - 32];
 }
 
+KERNEL(race_between_groups) {  // a barrier of some warps orders these alone
+  float* s = shared_array<float, 128>();
+  s[threadIdx.x] = 1.f;
+  bar_sync(1 + int(threadIdx.x) / 64, 64);
+  if (threadIdx.x == 64) p.out[0] = s[32];
+}
+
+KERNEL(race_in_group) {  // one buffer, and one barrier in each turn
+  float* s = shared_array<float, 128>();
+  for (int i = 0; i < 2; ++i) {
+    s[threadIdx.x] = 1.f;
+    bar_sync(1 + int(threadIdx.x) / 64, 64);
+    p.out[threadIdx.x] = s[threadIdx.x ^ 32];
+  }
+}
+
+KERNEL(race_write_after_reads_of_groups) {
+  float* s = shared_array<float, 128>();
+  s[threadIdx.x] = 1.f;
+  bar_sync();
+  p.out[threadIdx.x % 64] = s[0];
+  bar_sync(1 + int(threadIdx.x) / 64, 64);
+  if (threadIdx.x == 127) s[0] = 2.f;
+}
+
+KERNEL(race_after_other_group) {  // warp 1 knows what warp 2 did before barrier 1, and no more
+  float* s = shared_array<float, 96>();
+  const unsigned warp = threadIdx.x / 32;
+  if (warp != 0) bar_sync(1, 64);
+  s[threadIdx.x] = 1.f;
+  if (warp != 2) bar_sync(2, 64);
+  if (threadIdx.x == 0) p.out[0] = s[32] + s[64];
+}
+
 // Collectives
 
 KERNEL(barrier_at_two_places) {
@@ -111,6 +146,56 @@ KERNEL(barrier_in_loop) {
 KERNEL(barrier_for_half_a_warp) {
   if (threadIdx.x % 32 < 16) bar_sync();
   p.out[threadIdx.x] = shfl_bfly(1.f, 1);
+}
+
+KERNEL(group_of_half_a_warp) {
+  if (threadIdx.x % 32 < 16) bar_sync(1, 64);
+  p.out[threadIdx.x] = shfl_bfly(1.f, 1);
+}
+
+KERNEL(group_of_lanes_that_return) {
+  if (threadIdx.x % 32 < 16) bar_sync(1, 64);
+}
+
+KERNEL(group_of_odd_lanes) { bar_sync(1 + int(threadIdx.x) % 2, 32); }
+
+KERNEL(group_at_two_places) {
+  if (threadIdx.x < 32) {
+    bar_sync(1, 64);
+  } else {
+    bar_sync(1, 64);
+  }
+}
+
+KERNEL(group_of_two_counts) { bar_sync(1, threadIdx.x < 32 ? 64 : 96); }
+
+KERNEL(group_of_half_warps) { bar_sync(1, 48); }
+
+KERNEL(group_larger_than_the_block) { bar_sync(1, 96); }
+
+KERNEL(group_at_the_barrier_of_the_block) { bar_sync(0, 64); }
+
+KERNEL(group_at_barrier_16) { bar_sync(16, 64); }
+
+KERNEL(groups_at_one_barrier) {  // warps 0 and 1, 2 and 3; but 0 might meet 2
+  bar_sync(1, 64);
+}
+
+KERNEL(group_without_a_warp) {
+  if (threadIdx.x < 32) bar_sync(3, 64);
+}
+
+KERNEL(group_with_a_warp_elsewhere) {
+  if (threadIdx.x < 32) bar_sync(3, 64);
+  bar_sync();
+}
+
+KERNEL(group_with_a_warp_in_another) {
+  if (threadIdx.x < 32) {
+    bar_sync(3, 64);
+  } else {
+    bar_sync(4, 64);
+  }
 }
 
 KERNEL(shuffle_after_return) {
@@ -328,6 +413,49 @@ KERNEL(barriers) {  // 64 threads; warp 0 waits for warp 1, and warp 1 for warp 
   p.out[threadIdx.x] = s[threadIdx.x ^ 1];
 }
 
+// Three groups of two warps, of which each makes its own number of turns, with two buffers that its
+// warps exchange values through; then the block. out: 192 floats.
+KERNEL(barriers_of_groups) {
+  float* s = shared_array<float, 384>();
+  const int group = threadIdx.x / 64, thread = threadIdx.x % 64;
+  float value = float(threadIdx.x);
+  for (int i = 0; i < 1 + 3 * (2 - group); ++i) {
+    float* buffer = s + 128 * group + 64 * (i % 2);
+    buffer[thread] = value;
+    bar_sync(15 - group, 64);
+    value = buffer[(thread + 33) % 64] + buffer[0];
+  }
+  bar_sync();
+  s[threadIdx.x] = value;
+  bar_sync();
+  p.out[threadIdx.x] = s[191 - threadIdx.x];
+}
+
+// The first groups return while the others go on.
+KERNEL(groups_that_return) {
+  float* s = shared_array<float, 192>();
+  const int group = threadIdx.x / 64, thread = threadIdx.x % 64;
+  for (int i = 0; i < group; ++i) {
+    s[threadIdx.x] = float(thread);
+    bar_sync(1 + group, 64);
+    if (i == 1) p.out[thread] = s[threadIdx.x ^ 63];
+    bar_sync(1 + group, 64);
+  }
+}
+
+// Warps 0, 1 and 2 meet in pairs: what warp 0 did reaches warp 2 by warp 1, and the barrier of 0 and
+// 1 becomes that of 0 and 2.
+KERNEL(groups_in_a_chain) {
+  float* s = shared_array<float, 96>();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  if (warp == 0) s[lane] = float(lane);
+  if (warp != 2) bar_sync(1, 64);
+  if (warp != 0) bar_sync(2, 64);
+  if (warp == 2) s[lane] += 100.f;
+  if (warp != 1) bar_sync(1, 64);
+  if (warp == 0) p.out[lane] = s[31 - lane];
+}
+
 KERNEL(collectives) {
   const int lane = threadIdx.x % 32;
   const float neighbour = shfl_bfly(float(threadIdx.x), 5);
@@ -397,6 +525,38 @@ KERNEL(product) {
 
 // Launches
 
+// Kernels that start early
+
+KERNEL(early_read_before_wait) {
+  const float value = p.in()[threadIdx.x];
+  griddepcontrol_wait();
+  p.out[threadIdx.x] = value;
+}
+
+KERNEL(early_write_before_wait) {
+  p.out[threadIdx.x] = 1.f;
+  griddepcontrol_wait();
+}
+
+KERNEL(early_vector_before_wait) {
+  float four[4];
+  load_vector(p.in(), four);
+  griddepcontrol_wait();
+  p.out[threadIdx.x] = four[0];
+}
+
+KERNEL(early_return_before_wait) {
+  if (threadIdx.x == 5) return;
+  griddepcontrol_wait();
+}
+
+KERNEL(early) {
+  float* s = shared_array<float, 64>();
+  s[threadIdx.x] = 1.f;
+  griddepcontrol_wait();
+  p.out[threadIdx.x] = p.in()[threadIdx.x] + s[threadIdx.x];
+}
+
 struct Case {
   cudaError_t (*launch)(const Params& params);
   bool must_write = true;
@@ -405,6 +565,11 @@ struct Case {
 template <auto kKernel, int kBlocks = 1, int kThreads = 64, int kShared = 0, int kGridY = 1>
 cudaError_t run_kernel(const Params& params) {
   return launch<kKernel>(kBlocks, kGridY, kThreads, kShared, nullptr, params);
+}
+
+template <auto kKernel>
+cudaError_t run_early(const Params& params) {
+  return launch<kKernel, Start::kEarly>(1, 1, 64, 0, nullptr, params);
 }
 
 #define CASE(name)              \
@@ -424,10 +589,27 @@ const std::map<std::string, Case> kCases = {
     CASE(race_write_after_reads_of_a_warp),
     CASE(race_in_warp),
     CASE(race_between_warps),
+    PARTIAL(race_between_groups, 1, 128),
+    PARTIAL(race_in_group),
+    PARTIAL(race_write_after_reads_of_groups, 1, 128),
+    PARTIAL(race_after_other_group, 1, 96),
     CASE(barrier_at_two_places),
     PARTIAL(barrier_after_return),
     PARTIAL(barrier_in_loop),
     CASE(barrier_for_half_a_warp),
+    CASE(group_of_half_a_warp),
+    PARTIAL(group_of_lanes_that_return),
+    PARTIAL(group_of_odd_lanes),
+    PARTIAL(group_at_two_places),
+    PARTIAL(group_of_two_counts, 1, 96),
+    PARTIAL(group_of_half_warps),
+    PARTIAL(group_larger_than_the_block),
+    PARTIAL(group_at_the_barrier_of_the_block),
+    PARTIAL(group_at_barrier_16),
+    PARTIAL(groups_at_one_barrier, 1, 128),
+    PARTIAL(group_without_a_warp),
+    PARTIAL(group_with_a_warp_elsewhere),
+    PARTIAL(group_with_a_warp_in_another),
     CASE(shuffle_after_return),
     CASE(return_before_shuffle),
     CASE(shuffle_at_two_places),
@@ -465,6 +647,9 @@ const std::map<std::string, Case> kCases = {
     {"shared_rows", {run_kernel<shared_rows<false>, 1, 32, 1024>, false}},
     {"shared_rows_swizzled", {run_kernel<shared_rows<true>, 1, 32, 1024>, false}},
     CASE(barriers),
+    PARTIAL(barriers_of_groups, 1, 192),
+    PARTIAL(groups_that_return, 1, 192),
+    PARTIAL(groups_in_a_chain, 1, 96),
     CASE(collectives),
     CASE(copies),
     PARTIAL(atomic_max, 3, 64, 0, 2),
@@ -475,6 +660,12 @@ const std::map<std::string, Case> kCases = {
     {"product_bfloat16_rows", {run_kernel<product<BFloat16, Load::kFromRows>, 1, 32>}},
     {"product_bfloat16_by_hand", {run_kernel<product<BFloat16, Load::kByHand>, 1, 32>}},
     {"kernel_of_a_family", {run_kernel<sm80::kernel_of_a_family<Params>, 1, 32>}},
+    {"early_read_before_wait", {run_early<early_read_before_wait>}},
+    {"early_write_before_wait", {run_early<early_write_before_wait>}},
+    {"early_vector_before_wait", {run_early<early_vector_before_wait>}},
+    {"early_return_before_wait", {run_early<early_return_before_wait>}},
+    {"early", {run_early<early>}},
+    {"early_but_launched_in_order", {run_kernel<early_read_before_wait>}},
     {"too_much_shared", {run_kernel<barriers, 1, 64, 228 * 1024>}},
 };
 

@@ -1,15 +1,17 @@
-"""What a call of the attention launches, and the machine code of what is launched."""
+"""What a call of an operator launches, and the machine code of what is launched."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
 import importlib
 import re
 import subprocess
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -21,8 +23,12 @@ from benchmarks.kernels.table import SHARED_RESERVED, _output, cuobjdump, source
 from benchmarks.suite.cases import AttentionCase
 from cogview_kernels import extension
 from cogview_kernels.attention import operators
+from cogview_kernels.norm import operators as norm_operators
 
 CSRC = machine.ROOT / "csrc"
+ATTENTION = ("three_region_attention",)  # folders of CSRC
+NORMS = "pb_relax_layer_norm", "sandwich_residual"
+FAMILIES = ATTENTION, NORMS
 SAMPLED_SMS = 4  # of machine.NUM_SMS
 CASES = {
     "A": AttentionCase(1088, 64, 4, 192, batch=16),
@@ -52,26 +58,31 @@ class Launch:
     dynamic_shared: int
     ranges: list[tuple[int, int]]  # of the memory that it may touch
     tensors: list[Tensor]  # own that memory
+    grid_y: int = 1  # blocks = x * y
 
 
-def digest(csrc: Path = CSRC) -> str:
+def digest(csrc: Path = CSRC, families: Sequence[Sequence[str]] = FAMILIES) -> str:
     """Of everything that determines the kernels' machine code and their launches."""
     content = hashlib.sha256()
-    for path in [*_headers(csrc), *sorted((csrc / "three_region_attention").rglob("*.c*"))]:
-        content.update(path.relative_to(csrc).as_posix().encode() + path.read_bytes())
+    for family in families:
+        sources = (path for folder in family for path in (csrc / folder).rglob("*.c*"))
+        for path in [*_headers(csrc, family), *sorted(sources)]:
+            content.update(path.relative_to(csrc).as_posix().encode() + path.read_bytes())
     return content.hexdigest()[:16]
 
 
-def _headers(csrc: Path) -> list[Path]:
-    folders = (csrc / name for name in ("instructions", "three_region_attention"))
-    nested = [path for folder in folders for path in folder.rglob("*.*h") if path.suffix != ".sh"]
+def _headers(csrc: Path, family: Sequence[str]) -> list[Path]:
+    """What the sources in these folders may include."""
+    nested = [path for name in ("instructions", *family) for path in (csrc / name).rglob("*.h")]
+    nested += [path for name in ("instructions", *family) for path in (csrc / name).rglob("*.cuh")]
     return sorted([*nested, *csrc.glob("launch.*")])
 
 
 def compiled(source: Path) -> Path:
     """The machine code of a kernel file, kept until the file or a header changes."""
     content = hashlib.sha256(source.name.encode())
-    for path in [source, *_headers(CSRC)]:
+    (family,) = (family for family in FAMILIES if set(family) & set(source.parts))
+    for path in [source, *_headers(CSRC, family)]:
         content.update(path.read_bytes())
     target = machine.CACHE / f"{source.stem}-{content.hexdigest()[:16]}.cubin"
     if not target.is_file():
@@ -111,13 +122,18 @@ def _cuobjdump() -> str:
 
 @functools.cache
 def machine_code(name: str) -> Kernel:
-    """Of a kernel of the attention, compiled from its source."""
+    """Of a kernel, compiled from its source."""
     return kernel_of(compiled(source_of(name)), name)
 
 
 def source_of(name: str) -> Path:
-    file = re.sub("(backward|decode)_(row|partial|merge)", r"\1", short(name))
-    (source,) = (CSRC / "three_region_attention").rglob(f"{file}.cu")
+    if "three_region_attention" in name:
+        file = re.sub("(backward|decode)_(row|partial|merge)", r"\1", short(name))
+        (source,) = (CSRC / "three_region_attention").rglob(f"{file}.cu")
+        return source
+    definition = re.compile(rf"\b{name.partition('<')[0].rpartition('::')[2]}\(")
+    sources = (path for folder in NORMS for path in sorted((CSRC / folder).rglob("*.cu")))
+    (source,) = (path for path in sources if definition.search(path.read_text()))
     return source
 
 
@@ -166,16 +182,17 @@ def _host_model() -> Any:
     return importlib.import_module("cogview_kernels._host_model")
 
 
-def record(calls: Callable[[], Any], bound: float = 0.0) -> list[Launch]:
-    """The launches of ``calls()``, which are not run. What the backward's row kernel leaves for the
-    others is made up, in case that not all its blocks will run: delta is zero, the bounds of
-    float16 gradients are ``bound``."""
+def record(
+    calls: Callable[[], Any], bound: float = 0.0, num_sms: int = machine.NUM_SMS
+) -> list[Launch]:
+    """The launches of ``calls()``, which are not run. What the row kernel of the attention's
+    backward leaves for the others is made up, in case that not all its blocks will run: delta is
+    zero, the bounds of float16 gradients are ``bound``."""
     model = _host_model()
-    names = ("_far_keys_out", "_forward_out", "_backward_out")
     kept: list[Any] = []
 
-    def keeping(name: str) -> Any:
-        operator = getattr(operators, name)
+    def keeping(module: ModuleType, name: str) -> Any:
+        operator = getattr(module, name)
 
         def call(*arguments: Any) -> None:
             kept.extend(arguments)
@@ -190,10 +207,12 @@ def record(calls: Callable[[], Any], bound: float = 0.0) -> list[Launch]:
 
     model.record_launches(True)
     try:
-        with (
-            mock.patch.multiple(operators, **{name: keeping(name) for name in names}),
-            extension.modelled_device(machine.NUM_SMS),
-        ):
+        with contextlib.ExitStack() as stack:
+            for module in (operators, norm_operators):
+                names = [name for name in vars(module) if re.fullmatch(r"_\w+_out", name)]
+                wrapped = {name: keeping(module, name) for name in names}
+                stack.enter_context(mock.patch.multiple(module, **wrapped))
+            stack.enter_context(extension.modelled_device(num_sms))
             calls()
     finally:
         model.record_launches(False)
@@ -204,11 +223,12 @@ def record(calls: Callable[[], Any], bound: float = 0.0) -> list[Launch]:
         Launch(
             source_name(launch["kernel"]),
             launch["params"],
-            launch["grid"][0],
+            launch["grid"][0] * launch["grid"][1],
             launch["threads"],
             launch["dynamic_shared"],
             ranges,
             tensors,
+            launch["grid"][1],
         )
         for launch in model.take_recorded_launches()
     ]

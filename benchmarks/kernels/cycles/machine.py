@@ -9,7 +9,7 @@ import hashlib
 import os
 import shlex
 import subprocess
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
 
@@ -47,12 +47,32 @@ class Machine:
     jump: float = 8.0
     launch: float = 300.0  # from the end of a block to the start of the next in its place
     stagger: float = 400.0  # between the first blocks of a multiprocessor
+    # Of kernels that stream (STREAMING); attention kernels are simulated without these queues.
+    dram_bytes: float = 0.0  # a cycle, for all simulated multiprocessors together
+    l2_bytes: float = 64.0  # a cycle, to one multiprocessor and as many from it
+    dram_latency: float = 0.0
+    l2_latency: float = 0.0
 
 
 # From issue to result, of instructions that set a scoreboard.
 LATENCY = {"tensor": 34, "special": 22, "load": 60, "store": 20}
-LATENCY_OF = {"LDSM": 33, "LDS": 29, "LDL": 29, "STS": 29, "STL": 29, "SHFL": 25}
+LATENCY_OF = {"LDSM": 33, "LDS": 29, "LDL": 29, "STS": 29, "STL": 29, "SHFL": 25, "ATOMG": 600}
 STREAMED_LOAD = 600  # of kernels without products, which read everything once
+
+# Bytes that DRAM moves for one of all multiprocessors in a cycle, read and written.
+DRAM_BYTES = DRAM_TBS * 1e3 / CLOCK_GHZ / NUM_SMS
+# Without a queue a load from DRAM takes some 480 to 600 cycles on Hopper, from L2 some 270 (Luo et
+# al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture", arXiv 2402.13499). Under
+# load there are queues that a simulation of a few multiprocessors does not have: 800 is assumed.
+# From 500 to 1200 it changes a norm's share by one point.
+DRAM_LATENCY, L2_LATENCY = 800.0, 270.0
+
+
+def streaming(share: float, l2_latency: float = L2_LATENCY) -> dict[str, float]:
+    """Changes of Machine for a simulation that has this share of what a launch moves from and to
+    DRAM, and so of DRAM's bandwidth. What one multiprocessor does not take, the others do."""
+    rates = {"dram_bytes": DRAM_BYTES * NUM_SMS * share, "dram_latency": DRAM_LATENCY}
+    return rates | {"l2_latency": l2_latency}
 
 
 class _Machine(ctypes.Structure):
@@ -86,7 +106,8 @@ class Walker:
 
     PARAMS_AT = 0x210  # in the constant bank, on compute capability 9.0
 
-    def __init__(self, code: Sequence[sass.Instruction]) -> None:
+    def __init__(self, code: Sequence[sass.Instruction], params_at: int = PARAMS_AT) -> None:
+        self._params_at = params_at
         self._library = _library()
         text = "\n".join(f"{line.guard}\t{line.opcode}\t{line.operands}" for line in code)
         self._kernel = self._library.load_kernel(text.encode())
@@ -103,22 +124,32 @@ class Walker:
         threads: int,
         block: int,
         num_blocks: int,
+        grid_y: int = 1,
+        streamed: Collection[tuple[int, int]] = (),
+        threads_x: int = 0,
     ) -> tuple[list[Events], int]:
         """Runs one block of a launch on the memory of this process, where only ``ranges`` may be
-        touched. The events of its warps, and the bytes that it moved from and to global memory."""
+        touched; of these, ``streamed`` come from DRAM. ``threads_x``: of a block of two dimensions.
+        The events of its warps, and the bytes that it moved from and to global memory."""
         bounds = np.array(ranges, dtype=np.uint64).ravel()
+        flags = bytes(one in streamed for one in ranges)
+        grid_x = num_blocks // grid_y
         sizes = np.zeros(threads // 32, dtype=np.int64)
         events, moved = ctypes.POINTER(ctypes.c_uint32)(), ctypes.c_int64()
         total = self._library.walk_block(
             ctypes.c_void_p(self._kernel),
             params,
             len(params),
-            self.PARAMS_AT,
+            self._params_at,
             bounds.ctypes.data_as(ctypes.c_void_p),
+            flags,
             len(ranges),
             threads,
-            block,
-            num_blocks,
+            threads_x or threads,
+            block % grid_x,
+            block // grid_x,
+            grid_x,
+            grid_y,
             sizes.ctypes.data_as(ctypes.c_void_p),
             ctypes.byref(events),
             ctypes.byref(moved),

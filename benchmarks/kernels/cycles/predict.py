@@ -53,7 +53,7 @@ def walked(kernel: Kernel, launch: Launch) -> tuple[list[Block], float]:
     blocks, moved = [], 0
     for block in sampled_blocks(launch.blocks):
         events, of_block = walker.walk(
-            launch.params, launch.ranges, launch.threads, block, launch.blocks
+            launch.params, launch.ranges, launch.threads, block, launch.blocks, launch.grid_y
         )
         blocks.append(events)
         moved += of_block
@@ -157,3 +157,12 @@ def pipe_cycles(static: np.ndarray, tile: Block) -> dict[str, float]:
     }
     found = {name: cycles / 4 for name, cycles in of_partition.items()}
     return found | {"shared": float((busy >> 24).sum())}
+
+
+def rounded(value: Any) -> Any:
+    """Floats to four digits, in dicts and lists too."""
+    if isinstance(value, dict):
+        return {key: rounded(part) for key, part in value.items()}
+    if isinstance(value, list):
+        return [rounded(part) for part in value]
+    return float(f"{value:.4g}") if isinstance(value, float) else value

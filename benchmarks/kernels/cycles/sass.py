@@ -22,11 +22,16 @@ PIPES = (
     (
         "other",
         r"U[A-Z0-9]+|LDC|S2R|S2UR|R2UR|VOTE|REDUX|BRA|BSSY|BSYNC|EXIT|NOP|WARPSYNC|CALL|RET|YIELD|"
-        r"BMOV|BREAK|MEMBAR|ERRBAR|CCTL|ENDCOLLECTIVE|BRX|JMP|BPT|NANOSLEEP",
+        r"BMOV|BREAK|MEMBAR|(?:CGA)?ERRBAR|CCTL|ENDCOLLECTIVE|BRX|JMP|BPT|NANOSLEEP|ACQBULK|PREEXIT",
     ),
     ("integer", r"\w+"),
 )
+# On two halves at once, as fast as on one float (256 results a cycle on compute capability 9.0,
+# CUDA programming guide); not conversions (HADD2.F32), nor constants (HFMA2.MMA).
+PACKED = re.compile(r"(HFMA2|HMUL2|HADD2)(\.BF16_V2)?|HFMA2\.MMA\.BF16_V2")
 PIPE_NAMES = tuple(name for name, _ in PIPES)
+
+BYTES = 16  # of an instruction
 
 _FUNCTION = re.compile(r"\s*Function : (\w+)")
 _INSTRUCTION = re.compile(
@@ -56,12 +61,17 @@ class Instruction:
 
     @property
     def pipe(self) -> str:
+        if PACKED.fullmatch(self.opcode):
+            return "float"
         name = self.opcode.partition(".")[0]
         return next(pipe for pipe, pattern in PIPES if re.fullmatch(pattern, name))
 
     @property
     def pending(self) -> int:
-        """Of a wait for copies: how many groups may still be in flight."""
+        """Of a wait for copies: how many groups may still be in flight. Of a barrier: whether the
+        warp goes on without waiting."""
+        if self.opcode.startswith("BAR."):
+            return int(self.opcode.startswith("BAR.ARV"))
         match = re.search(r"SB0, 0x([0-9a-f]+)", self.operands)
         return int(match.group(1), 16) if match else 0
 
@@ -85,7 +95,7 @@ def functions(lines: Iterable[str]) -> Iterator[tuple[str, list[Instruction]]]:
             name, code = match.group(1), []
         elif match := _INSTRUCTION.match(line):
             address, guard, opcode, operands, _ = match.groups()
-            assert int(address, 16) == 16 * len(code), "instructions of sixteen bytes, in order"
+            assert int(address, 16) == BYTES * len(code), "instructions of sixteen bytes, in order"
             pending = guard or "", opcode, operands
         elif pending and (match := _SECOND_WORD.match(line)):
             code.append(Instruction(*pending, control(int(match.group(1), 16))))

@@ -3,7 +3,9 @@
 //
 // A multiprocessor has four partitions, which share its shared memory. Each issues at most one
 // instruction a cycle, of a warp whose stall count has passed and whose scoreboards are clear, if
-// the pipe takes it. Not modelled: the instruction cache, bandwidth of L2 and DRAM, power.
+// the pipe takes it. DRAM is one queue for all that is streamed, and from L2 each multiprocessor has
+// a queue of its own, where dram_bytes says so; otherwise only copies queue. Not modelled: the
+// instruction cache, power.
 #include <algorithm>
 #include <cstdint>
 #include <deque>
@@ -39,7 +41,12 @@ struct Machine {
   double special_queue, shared_queue;      // cycles of work that may wait in front of the pipe
   double copy_bytes_cycles, copy_latency;  // one LDGSTS of a warp
   double barrier, jump, launch, stagger;
+  // Of kernels that stream: bytes a cycle, for all multiprocessors of the simulation from and to
+  // DRAM (0: not modelled), for one of them to or from L2; and cycles until they are there.
+  double dram_bytes, l2_bytes, dram_latency, l2_latency;
 };
+
+constexpr int kBarriers = 16;  // of a block
 
 struct Warp {
   const uint32_t* next = nullptr;
@@ -48,11 +55,12 @@ struct Warp {
   double ready = 0, copies = 0;  // when it may issue; when its copies have arrived
   double scoreboard[6] = {};
   std::vector<double> groups;  // when the copies of each commit have arrived
-  bool at_barrier = false;
+  int barrier = -1;            // where it waits
 };
 
 struct Slot {
-  int block = -1, alive = 0, arrived = 0;
+  int block = -1, alive = 0;
+  int arrived[kBarriers] = {}, expected[kBarriers] = {};  // warps; 0 are expected: all that live
   std::vector<Warp*> warps;
 };
 
@@ -63,7 +71,8 @@ struct Partition {
 };
 
 struct Sm {
-  double now = 0, shared = 0, fill = 0;  // the last two: until when the pipe and the fill are busy
+  double now = 0;
+  double shared = 0, fill = 0, drain = 0;  // until when the pipe, loads and stores are busy
   std::vector<Slot> slots;
   std::deque<Warp> warps;
   Partition partitions[4];
@@ -78,6 +87,7 @@ struct Simulation {
   Machine machine;
   double* times;  // of each block: start, end
   int next_block = 0;
+  double dram = 0;  // until when it is busy
   std::vector<Sm> sms;
 
   void dispatch(Sm& sm, int slot_index, double at) {
@@ -87,7 +97,7 @@ struct Simulation {
     const int block = next_block++;
     slot.block = block;
     slot.alive = warps_per_block;
-    slot.arrived = 0;
+    std::fill_n(slot.arrived, kBarriers, 0);
     times[2 * block] = at;
     ++sm.live;
     for (int w = 0; w < warps_per_block; ++w) {
@@ -101,6 +111,15 @@ struct Simulation {
     }
   }
 
+  // When the bytes of an access to global memory have passed the queues.
+  double moved(uint32_t event, double t, double& link) {
+    const double bytes = 32 * ((event >> 18 & 31) + 1);
+    link = std::max(link, t) + bytes / machine.l2_bytes;
+    if (!(event >> 23 & 1)) return link + machine.l2_latency;
+    dram = std::max(dram, t) + bytes / machine.dram_bytes;
+    return std::max(link, dram) + machine.dram_latency;
+  }
+
   // Whether the pipe takes the instruction now; if not, `wake` becomes the time when it may.
   bool take(Sm& sm, Partition& p, Warp& warp, const Static& in, uint32_t event, double& done,
             double& read, double& wake) {
@@ -110,6 +129,7 @@ struct Simulation {
       return false;
     };
     const int cycles = event >> 24;
+    const bool streams = machine.dram_bytes > 0;
     switch (in.pipe) {
       case kTensor:
         if (p.tensor > t) return later(p.tensor);
@@ -145,7 +165,10 @@ struct Simulation {
         sm.shared = start + cycles;
         done = start + cycles + in.latency;
         read = start + 10;
-        if (in.pipe == kCopy) {
+        if (in.pipe == kCopy && streams) {
+          warp.copies = std::max(warp.copies, moved(event, t, sm.fill));
+          read = done = start + 12;
+        } else if (in.pipe == kCopy) {
           sm.fill = std::max(sm.fill, t) + machine.copy_bytes_cycles;
           warp.copies = std::max(warp.copies, sm.fill + machine.copy_latency);
           read = done = start + 12;
@@ -166,11 +189,27 @@ struct Simulation {
       case kStore:
         sm.shared = std::max(sm.shared, t) + cycles;
         done = t + in.latency;
+        if (streams) moved(event, t, sm.drain);
+        break;
+      case kLoad:
+        done = streams ? moved(event, t, sm.fill) : t + in.latency;
         break;
       default:
         done = t + in.latency;
     }
     return true;
+  }
+
+  void wake_if_complete(Slot& slot, int number, double t) {
+    int& arrived = slot.arrived[number];
+    const int expected = slot.expected[number] > 0 ? slot.expected[number] : slot.alive;
+    if (arrived == 0 || arrived < expected) return;
+    arrived = 0;
+    for (Warp* other : slot.warps) {
+      if (other->barrier != number) continue;
+      other->barrier = -1;
+      other->ready = std::max(other->ready, t + machine.barrier);
+    }
   }
 
   // One cycle of a partition. Returns whether it issued.
@@ -181,7 +220,7 @@ struct Simulation {
       int i = (p.last + 1 + k) % size;                                 // in turn
       if (policy == 1) i = k == 0 ? p.last : k <= p.last ? k - 1 : k;  // the last one, then by age
       Warp& warp = *p.warps[i];
-      if (warp.next == warp.end || warp.at_barrier) continue;
+      if (warp.next == warp.end || warp.barrier >= 0) continue;
       if (warp.ready > t) {
         wake = std::min(wake, warp.ready);
         continue;
@@ -212,20 +251,18 @@ struct Simulation {
       ++warp.next;
       Slot& slot = sm.slots[warp.block];
       if (in.pipe == kBarrier && !idle) {
-        warp.at_barrier = true;
-        ++slot.arrived;
+        const int number = event >> 18 & (kBarriers - 1);
+        if (!in.pending) warp.barrier = number;
+        slot.expected[number] = event >> 24;
+        ++slot.arrived[number];
+        wake_if_complete(slot, number, t);
       }
-      if (warp.next == warp.end) --slot.alive;
-      if (slot.arrived > 0 && slot.arrived == slot.alive) {
-        slot.arrived = 0;
-        for (Warp* other : slot.warps) {
-          if (!other->at_barrier) continue;
-          other->at_barrier = false;
-          other->ready = std::max(other->ready, t + machine.barrier);
-        }
+      if (warp.next == warp.end) {
+        --slot.alive;
+        for (int number = 0; number < kBarriers; ++number) wake_if_complete(slot, number, t);
       }
       if (slot.alive == 0) {
-        times[2 * slot.block + 1] = t;
+        times[2 * slot.block + 1] = std::max({t, sm.drain, dram});
         --sm.live;
         dispatch(sm, warp.block, t + machine.launch);
       }
@@ -273,7 +310,6 @@ struct Simulation {
 extern "C" void simulate(const Static* code, const uint32_t* events, const int64_t* ends,
                          int num_blocks, int warps_per_block, int num_sms, int slots, int policy,
                          const Machine* machine, double* times) {
-  Simulation simulation{code,   events,   ends,  num_blocks, warps_per_block,
-                        policy, *machine, times, 0,          {}};
+  Simulation simulation{code, events, ends, num_blocks, warps_per_block, policy, *machine, times};
   simulation.run(num_sms, slots);
 }

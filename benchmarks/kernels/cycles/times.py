@@ -1,12 +1,14 @@
-"""Predicts the times of the attention's kernels on one H200 from their machine code. `make
-kernel-times` writes docs/kernel_times.json and the tables of docs/kernel_times.md.
+"""Predicts the times of the kernels on one H200 from their machine code. `make kernel-times` writes
+docs/kernel_times.json and the tables of docs/kernel_times.md.
 
     python -m benchmarks.kernels.cycles.times                           # all; needs nvcc, no GPU
     python -m benchmarks.kernels.cycles.times forward --cases AB --head-dims 64 --dtypes bfloat16
+    python -m benchmarks.kernels.cycles.times norms backward --shapes 8192x2560   # norms.py
 
 With arguments it prints what it found and writes nothing. The host model records the launches of a
 call; walk.cpp runs every 33rd block of each on the machine code that the compiler made of the same
 source, and schedule.cpp runs the instructions of its warps on a model of four multiprocessors.
+This file is of the attention; norms.py is of the norms.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ import hashlib
 import itertools
 import json
 import operator
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -25,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.kernels.counting import DOCS, markdown, write
-from benchmarks.kernels.cycles import machine
+from benchmarks.kernels.cycles import machine, norms
 from benchmarks.kernels.cycles.launches import (
     CASES,
     Launch,
@@ -36,10 +39,11 @@ from benchmarks.kernels.cycles.launches import (
     short,
     source_of,
 )
-from benchmarks.kernels.cycles.predict import measure
+from benchmarks.kernels.cycles.predict import measure, rounded
 from cogview.files import atomic_write
 
 CALIBRATION = DOCS / "kernel_times_calibration.json"
+NORMS_BEFORE = DOCS / "kernel_times_norms_before.json"  # of the norms' first edition
 CALL = "case", "head_dim", "dtype"
 SHOWN_CASE = "B"  # of the table of tiles
 PIPES = "issue", "tensor", "special", "integer", "float", "shared"
@@ -89,7 +93,7 @@ def kept(row: dict[str, Any], launch: Launch) -> dict[str, Any]:
     file = machine.CACHE / "rows" / f"{content.hexdigest()[:16]}.json"
     # What the host decides can change the grid of the same machine code.
     if not file.is_file() or json.loads(file.read_text())["blocks"] != launch.blocks:
-        measured = json.dumps(_rounded(measure(machine_code(launch.kernel), launch)))
+        measured = json.dumps(rounded(measure(machine_code(launch.kernel), launch)))
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic_write(file) as partial:
             partial.write_text(measured)
@@ -122,17 +126,15 @@ def record() -> dict[str, Any]:
             "num_sms": machine.NUM_SMS,
         },
         "rows": rows("", "ABCD", HEAD_DIMS, DTYPES),
+        "norms": norms.rows(),
     }
 
 
-def _rounded(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _rounded(part) for key, part in value.items()}
-    return float(f"{value:.4g}") if isinstance(value, float) else value
-
-
-def tables(facts: dict[str, Any], calibration: dict[str, Any]) -> dict[str, str]:
-    """Of the page: times, tiles, calibration."""
+def tables(
+    facts: dict[str, Any], calibration: dict[str, Any], before: dict[str, Any]
+) -> dict[str, str]:
+    """Of the page: the attention's times, tiles and calibration, the norms' times and calibration;
+    ``before``: the record of the norms' first edition."""
     launches, tiles = [], []
     for call, group in itertools.groupby(facts["rows"], operator.itemgetter(*CALL)):
         found = {row["kernel"]: row for row in group}
@@ -157,7 +159,9 @@ def tables(facts: dict[str, Any], calibration: dict[str, Any]) -> dict[str, str]
         | {"predicted / published": f"{row['predicted'] / row['published']:.2f}"}
         for row in calibration["rows"]
     ]
-    return {"times": markdown(launches), "tiles": markdown(tiles), "calibration": markdown(known)}
+    found = {"times": launches, "tiles": tiles, "calibration": known}
+    found |= norms.tables(facts["norms"], before["rows"], calibration["norms"])
+    return {mark: markdown(lines) for mark, lines in found.items()}
 
 
 def _us(time: float) -> str:
@@ -165,6 +169,8 @@ def _us(time: float) -> str:
 
 
 def main() -> None:
+    if sys.argv[1:2] == ["norms"]:
+        return norms.main(sys.argv[2:])
     parser = argparse.ArgumentParser(description=__doc__.partition("\n\n")[0])
     parser.add_argument("kernel", nargs="?", help="part of a name: forward, dq, dkdv, row")
     parser.add_argument("--cases", default="ABCD")
@@ -173,7 +179,8 @@ def main() -> None:
     chosen = parser.parse_args()
     if chosen == parser.parse_args([]):
         facts = record()
-        write("kernel_times", facts, tables(facts, json.loads(CALIBRATION.read_text())))
+        kept_records = (json.loads(file.read_text()) for file in (CALIBRATION, NORMS_BEFORE))
+        write("kernel_times", facts, tables(facts, *kept_records))
     else:
         rows(chosen.kernel or "", chosen.cases, chosen.head_dims, chosen.dtypes)
 

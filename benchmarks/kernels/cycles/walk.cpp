@@ -40,14 +40,17 @@ using Lanes = std::array<uint32_t, kLanes>;
   X(IADD3) X(IMAD) X(VIADD) X(VIADDMNMX) X(VIMNMX) X(VIMNMX3) X(IMNMX) X(IABS) X(LEA) X(LOP3) \
   X(PLOP3) X(SHF) X(PRMT) X(SEL) X(MOV) X(ISETP) X(POPC) X(FLO) X(BREV) X(P2R) X(R2P) X(R2UR) \
   X(S2R) X(S2UR) X(CS2R) X(VOTE) X(VOTEU) X(SHFL) X(REDUX) X(FADD) X(FMUL) X(FFMA) X(FMNMX) \
-  X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HFMA2) X(HMMA) X(LDC) \
-  X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM) X(LDGSTS) X(RED) X(REDG) X(BRA) \
+  X(FSEL) X(FSETP) X(FCHK) X(MUFU) X(I2F) X(I2FP) X(F2I) X(F2FP) X(HADD2) X(HMUL2) X(HFMA2) X(HMNMX2) X(VHMNMX) X(HMMA) \
+  X(LDC) \
+  X(LDG) X(LD) X(LDS) X(LDL) X(STG) X(ST) X(STS) X(STL) X(LDSM) X(LDGSTS) X(RED) X(REDG) X(ATOMG) \
+  X(BRA) \
   X(CALL) X(RET) X(EXIT) X(BSSY) X(BSYNC) X(BREAK) X(WARPSYNC) X(BAR) X(NOP) X(YIELD) X(DEPBAR) \
-  X(LDGDEPBAR) X(MEMBAR) X(ERRBAR) X(CCTL)
+  X(LDGDEPBAR) X(MEMBAR) X(ERRBAR) X(CGAERRBAR) X(CCTL) X(ACQBULK) X(PREEXIT)
 #define MODIFIERS(M) \
   M(U8) M(S8) M(U16) M(S16) M(U32) M(U64) M(S64) M(WIDE) M(HI) M(X) M(EX) M(SX32) M(R) M(OR) \
   M(XOR) M(BF16) M(EX2) M(RCP) M(RSQ) M(LG2) M(SQRT) M(RP) M(ALL) M(IDX) M(UP) M(DOWN) M(MAX) \
-  M(MIN) M(ADD) M(F32) M(MT88) M(DIV) M(SH)
+  M(MIN) M(ADD) M(F32) M(MT88) M(DIV) M(SH) M(NAN_) M(BF16_V2) M(D8) M(FTZ) \
+  M(RELU)
 enum Op { OPS(COMMA) kUnknown };
 enum Modifier { MODIFIERS(COMMA) kNumModifiers };
 enum class Kind { kRegister, kUniform, kPredicate, kUniformPredicate, kImmediate, kConstant,
@@ -207,7 +210,7 @@ Instruction parse(const string& guard, const string& opcode, const string& opera
   for (size_t i = 1; i < parts.size(); ++i) {
     const string& part = parts[i];
     for (int m = 0; m < kNumModifiers; ++m) {
-      if (part == kModifiers[m]) in.modifiers |= uint64_t{1} << m;
+      if (part == (m == NAN_ ? "NAN" : kModifiers[m])) in.modifiers |= uint64_t{1} << m;
     }
     if (part == "64") in.bytes = 8;
     if (part == "128") in.bytes = 16;
@@ -279,11 +282,14 @@ int shared_cycles(const uint32_t* address, uint32_t lanes, int bytes) {
 
 struct Range {
   uint64_t begin, end;
+  bool streamed;  // from and to DRAM
 };
 
 struct Launch {
   std::vector<uint8_t> constants;
   std::vector<Range> ranges;  // of global memory
+  int x, y;                   // the block's index
+  int threads_x;              // of a block with two dimensions
 };
 
 struct Kernel {
@@ -291,9 +297,12 @@ struct Kernel {
 };
 
 // One step of a warp: the index of the instruction, whether the warp jumped, whether no lane
-// executed it, and the cycles for which it occupies shared memory.
-uint32_t event(int at, bool jumped, bool idle, int cycles) {
-  return uint32_t(at) | uint32_t(jumped) << 16 | uint32_t(idle) << 17 | uint32_t(cycles) << 24;
+// executed it, and the cycles for which it occupies shared memory. `detail`, six bits: of an access
+// to global memory the number of 32-byte sectors less one, and 32 where they are streamed; of a
+// barrier its number, and then `cycles` are the warps that it waits for, 0 for all.
+uint32_t event(int at, bool jumped, bool idle, int detail, int cycles) {
+  return uint32_t(at) | uint32_t(jumped) << 16 | uint32_t(idle) << 17 | uint32_t(detail) << 18 |
+         uint32_t(cycles) << 24;
 }
 
 struct Group {  // lanes at the same instruction
@@ -308,9 +317,11 @@ class Warp {
   std::vector<uint32_t> events;
   int64_t bytes_moved = 0;  // from and to global memory
   Status status = kRunning;
+  int barrier = 0, expected = 0;  // where it waits, and for how many warps; 0: all
+  std::vector<int> arrived;       // barriers at which it arrived without waiting
 
-  Warp(const Kernel& kernel, const Launch& launch, uint8_t* shared, int block, int warp)
-      : kernel_(kernel), launch_(launch), shared_(shared), block_(block), warp_(warp) {
+  Warp(const Kernel& kernel, const Launch& launch, uint8_t* shared, int warp)
+      : kernel_(kernel), launch_(launch), shared_(shared), warp_(warp) {
     for (auto& lanes : registers_) lanes.fill(0);
     uniform_.fill(0);
     predicates_.fill(0);
@@ -319,9 +330,8 @@ class Warp {
     groups_.push_back({0, kAll, -1});
   }
 
-  // Until the block's barrier, or the end.
+  // Until a barrier, or the end.
   void run() {
-    status = kRunning;
     while (status == kRunning) step();
   }
 
@@ -331,7 +341,8 @@ class Warp {
   const Kernel& kernel_;
   const Launch& launch_;
   uint8_t* shared_;
-  int block_, warp_;
+  int warp_;
+  int detail_ = 0, expected_now_ = 0;  // of the event of this step
   std::array<Lanes, 256> registers_;
   std::array<uint32_t, 256> uniform_;
   std::array<uint32_t, 8> predicates_, uniform_predicates_;
@@ -449,6 +460,26 @@ class Warp {
     text << "an access outside the operator's tensors, at " << std::hex << at;
     fail(text.str());
   }
+  // Notes what an access to global memory moves: the sectors that its lanes touch.
+  void note_sectors(const Operand& o, uint32_t lanes, int bytes) {
+    std::array<uint64_t, kLanes + 1> sectors;
+    int number = 0;
+    bool streamed = false;
+    for (int l = 0; l < kLanes; ++l) {
+      if (!(lanes >> l & 1)) continue;
+      const uint64_t at = address(o, l), sector = at / 32;
+      if (std::find(sectors.begin(), sectors.begin() + number, sector) != sectors.begin() + number)
+        continue;
+      if (number == 0) {
+        streamed = std::any_of(launch_.ranges.begin(), launch_.ranges.end(), [&](const Range& r) {
+          return r.streamed && at >= r.begin && at < r.end;
+        });
+      }
+      sectors[number++] = sector;
+    }
+    bytes_moved += bytes * std::popcount(lanes);
+    if (number > 0) detail_ = (number - 1) | int(streamed) << 5;
+  }
   uint8_t* in_shared(uint32_t at, int bytes) const {
     if (at + bytes > uint32_t(kSharedBytes)) fail("an access outside shared memory");
     return shared_ + at;
@@ -472,6 +503,8 @@ class Warp {
 
   int load(const Instruction& in, uint32_t lanes) {
     const Operand &to = in.operands[0], &from = in.operands[1];
+    if (in.op == LDG || in.op == LD) note_sectors(from, lanes, in.bytes);
+    const int cycles = in.op == LDS ? cycles_of(from, lanes, in.bytes) : 0;
     std::array<Lanes, 4> words{};
     for (int l = 0; l < kLanes; ++l) {
       if (!(lanes >> l & 1)) continue;
@@ -482,9 +515,8 @@ class Warp {
       for (int w = 0; w < 4; ++w) words[w][l] = value[w];
     }
     for (int w = 0; w < std::max(in.bytes / 4, 1); ++w) set(to, words[w], lanes, w);
-    if (in.op == LDG || in.op == LD) bytes_moved += in.bytes * std::popcount(lanes);
     if (in.op == LDL) return std::max(in.bytes / 4, 1);  // each lane's words lie in its own bank
-    return in.op == LDS ? cycles_of(from, lanes, in.bytes) : 0;
+    return cycles;
   }
 
   int store(const Instruction& in, uint32_t lanes) {
@@ -497,7 +529,7 @@ class Warp {
         }
       }
     }
-    if (in.op == STG || in.op == ST) bytes_moved += in.bytes * std::popcount(lanes);
+    if (in.op == STG || in.op == ST) note_sectors(to, lanes, in.bytes);
     if (in.op == STL) return std::max(in.bytes / 4, 1);
     return in.op == STS ? cycles_of(to, lanes, in.bytes) : 4;
   }
@@ -531,11 +563,11 @@ class Warp {
       uint8_t* to = in_shared(uint32_t(address(in.operands[0], l)), in.bytes);
       if (valid >> l & 1) {
         std::memcpy(to, global(address(in.operands[1], l), in.bytes), in.bytes);
-        bytes_moved += in.bytes;
       } else {
         std::memset(to, 0, in.bytes);
       }
     }
+    note_sectors(in.operands[1], lanes & valid, in.bytes);
   }
 
   // Fragments as in instructions/sm80.cuh.
@@ -710,6 +742,52 @@ class Warp {
     set_compared(in, result, lanes);
   }
 
+  static float extreme(const Instruction& in, float a, float b, bool least) {
+    if (in.has(NAN_) && (a != a || b != b)) return std::bit_cast<float>(0x7fffffffu);
+    return least ? std::fmin(a, b) : std::fmax(a, b);
+  }
+
+  // Arithmetic on two halves: an immediate is two numbers, the upper one first.
+  void packed(const Instruction& in, uint32_t lanes) {
+    const size_t wanted = in.op == HFMA2 || in.op == VHMNMX ? 3 : 2;
+    std::array<std::array<float, kLanes>, 2> numbers[3];
+    size_t at = 1;
+    for (size_t n = 0; n < wanted; ++n) {
+      const Operand& o = in.operands[at++];
+      if (o.kind == Kind::kImmediate) {
+        numbers[n][1].fill(std::stof(o.name));
+        numbers[n][0].fill(std::stof(in.operands[at++].name));
+        continue;
+      }
+      const Lanes words = bits(o);
+      const bool one = o.name.find(".H0_H0") != string::npos || o.part == 1;
+      for (int half = 0; half < 2; ++half) {
+        for (int l = 0; l < kLanes; ++l) {
+          const uint16_t word = uint16_t(words[l] >> 16 * (one ? o.part : half));
+          float x = in.has(BF16_V2) ? bfloat_to_float(word) : half_to_float(word);
+          x = o.absolute ? std::fabs(x) : x;
+          numbers[n][half][l] = o.negate ? -x : x;
+        }
+      }
+    }
+    const bool is_extreme = in.op == HMNMX2 || in.op == VHMNMX;
+    const uint32_t take_min = is_extreme ? predicate(in.operands[at]) : 0;
+    each(in, lanes, [&](int l) {
+      uint32_t word = 0;
+      for (int half = 0; half < 2; ++half) {
+        const float a = numbers[0][half][l], b = numbers[1][half][l];
+        const float x = in.op == HADD2    ? a + b
+                        : in.op == HMUL2  ? a * b
+                        : in.op == HFMA2  ? std::fma(a, b, numbers[2][half][l])
+                        : in.op == VHMNMX ? extreme(in, extreme(in, a, b, take_min >> l & 1),
+                                                    numbers[2][half][l], take_min >> l & 1)
+                                          : extreme(in, a, b, take_min >> l & 1);
+        word |= uint32_t(in.has(BF16_V2) ? float_to_bfloat(x) : float_to_half(x)) << 16 * half;
+      }
+      return word;
+    });
+  }
+
   static bool is_predicate(const Operand& o) {
     return o.kind == Kind::kPredicate || o.kind == Kind::kUniformPredicate;
   }
@@ -722,9 +800,12 @@ class Warp {
   }
 
   uint32_t special(const Operand& o, int lane) const {
-    if (o.name == "SR_TID.X") return uint32_t(32 * warp_ + lane);
+    const int thread = kLanes * warp_ + lane;
+    if (o.name == "SR_TID.X") return uint32_t(thread % launch_.threads_x);
+    if (o.name == "SR_TID.Y") return uint32_t(thread / launch_.threads_x);
     if (o.name == "SR_LANEID") return uint32_t(lane);
-    if (o.name == "SR_CTAID.X") return uint32_t(block_);
+    if (o.name == "SR_CTAID.X") return uint32_t(launch_.x);
+    if (o.name == "SR_CTAID.Y") return uint32_t(launch_.y);
     if (o.name == "SR_SWINHI") return kSharedWindow;
     for (const char* zero : {"SR_CTAID.", "SR_TID.", "SR_CgaCtaId", "SRZ"}) {
       if (starts(o.name, zero)) return 0;
@@ -808,10 +889,12 @@ class Warp {
     const uint32_t lanes = group.lanes & predicate(in.guard);
     int cycles = 0;
     bool jumped = false;
+    detail_ = 0;
     group.pc = at + 1;
     if (lanes != 0) {
       if (is_control(in.op)) {
         jumped = control(in, group, lanes);
+        if (in.op == BAR) cycles = expected_now_;
       } else {
         try {
           cycles = execute(in, in.uniform ? lanes & (0 - lanes) : lanes);
@@ -820,12 +903,32 @@ class Warp {
         }
       }
     }
-    events.push_back(event(at, jumped, lanes == 0, cycles));
+    events.push_back(event(at, jumped, lanes == 0, detail_, cycles));
   }
 
   static bool is_control(Op op) {
     return op == BRA || op == CALL || op == RET || op == EXIT || op == BSSY || op == BSYNC ||
            op == BREAK || op == WARPSYNC || op == BAR;
+  }
+
+  // bar.sync and bar.arrive: a barrier's number, and how many threads it waits for if not all. With
+  // both in registers one register holds both.
+  void arrive(const Instruction& in, uint32_t all) {
+    const bool waits = starts(in.text, "BAR.SYNC");
+    if ((!waits && !starts(in.text, "BAR.ARV")) || all != alive_) fail(in.text);
+    const auto value = [&](size_t i) { return bits(in.operands[i])[std::countr_zero(all)]; };
+    const bool counted = in.operands.size() > 1;
+    const bool packed = counted && in.operands[1].kind == Kind::kRegister;
+    const uint32_t threads = !counted ? 0 : packed ? value(1) >> 16 & 0xfff : value(1);
+    detail_ = int(value(0) & 15);
+    expected_now_ = int(threads / kLanes);
+    if (waits) {
+      status = kAtBarrier;
+      barrier = detail_;
+      expected = expected_now_;
+    } else {
+      arrived.push_back(detail_);
+    }
   }
 
   // Whether the warp jumps. `group` must not be used behind a change of groups_.
@@ -885,8 +988,7 @@ class Warp {
         release();
         return false;
       default:  // BAR
-        if (in.text.find("BAR.SYNC") != 0 || all != alive_) fail(in.text);
-        status = kAtBarrier;
+        arrive(in, all);
         return false;
     }
   }
@@ -918,8 +1020,10 @@ class Warp {
           return less == bool(take_min >> l & 1) ? x : y;
         };
         each(in, lanes, [&](int l) {
-          if (in.op == VIADDMNMX) return pick(a[l] + b[l], c[l], l);
-          return three ? pick(pick(a[l], b[l], l), c[l], l) : pick(a[l], b[l], l);
+          const uint32_t first = in.op == VIADDMNMX ? a[l] + b[l] : a[l];
+          uint32_t result = pick(first, in.op == VIADDMNMX ? c[l] : b[l], l);
+          if (in.op == VIMNMX3) result = pick(result, c[l], l);
+          return in.has(RELU) && int32_t(result) < 0 ? 0u : result;
         });
         break;
       }
@@ -1097,7 +1201,9 @@ class Warp {
       case FADD:
       case FMUL: {
         const auto a = floats(o[1]), b = floats(o[2]);
-        each(in, lanes, [&](int l) { return as_bits(in.op == FADD ? a[l] + b[l] : a[l] * b[l]); });
+        const float factor = in.has(D8) ? 0.125f : 1.f;
+        each(in, lanes,
+             [&](int l) { return as_bits(in.op == FADD ? a[l] + b[l] : a[l] * b[l] * factor); });
         break;
       }
       case FFMA: {
@@ -1108,9 +1214,7 @@ class Warp {
       case FMNMX: {
         const auto a = floats(o[1]), b = floats(o[2]);
         const uint32_t take_min = predicate(o[3]);
-        each(in, lanes, [&](int l) {
-          return as_bits(take_min >> l & 1 ? std::fmin(a[l], b[l]) : std::fmax(a[l], b[l]));
-        });
+        each(in, lanes, [&](int l) { return as_bits(extreme(in, a[l], b[l], take_min >> l & 1)); });
         break;
       }
       case FSETP: {
@@ -1171,22 +1275,23 @@ class Warp {
         });
         break;
       }
-      case HADD2: {  // -0 + the half: a conversion
-        if (in.text.find("HADD2.F32") != 0 || o[1].index != kZero) fail(in.text);
-        const Lanes a = bits(o[2]);
-        each(in, lanes, [&](int l) {
-          const float x = half_to_float(uint16_t(a[l] >> 16 * o[2].part));
-          return as_bits(o[2].negate ? -x : x);
-        });
+      case HADD2:
+        if (in.has(F32)) {  // -0 + the half: a conversion
+          if (o[1].index != kZero) fail(in.text);
+          const Lanes a = bits(o[2]);
+          each(in, lanes, [&](int l) {
+            const float x = half_to_float(uint16_t(a[l] >> 16 * o[2].part));
+            return as_bits(o[2].negate ? -x : x);
+          });
+          break;
+        }
+        [[fallthrough]];
+      case HMUL2:
+      case HFMA2:
+      case HMNMX2:
+      case VHMNMX:
+        packed(in, lanes);
         break;
-      }
-      case HFMA2: {  // 0 * 0 + two numbers: a constant
-        if (o[1].index != kZero || o[2].index != kZero) fail(in.text);
-        const uint32_t high = float_to_half(std::stof(o[3].name));
-        const uint32_t low = float_to_half(std::stof(o[4].name));
-        each(in, lanes, [&](int) { return low | high << 16; });
-        break;
-      }
       case HMMA:
         multiply_matrices(in);
         break;
@@ -1235,6 +1340,21 @@ class Warp {
         }
         return 4;
       }
+      case ATOMG: {
+        if (!in.has(ADD) || in.has(F32)) fail("an atomic operation");
+        const Lanes value = bits(o[3]);
+        note_sectors(o[2], lanes, 4);
+        Lanes old{};
+        for (int l = 0; l < kLanes; ++l) {
+          if (!(lanes >> l & 1)) continue;
+          uint8_t* at = global(address(o[2], l), 4);
+          std::memcpy(&old[l], at, 4);
+          const uint32_t sum = old[l] + value[l];
+          std::memcpy(at, &sum, 4);
+        }
+        set(o[1], old, lanes);
+        return 4;
+      }
       case kUnknown:
         fail("an instruction that execute() in walk.cpp does not know yet:");
       default:
@@ -1251,6 +1371,29 @@ class Warp {
     return out;
   }
 };
+
+// Wakes the warps at barriers where as many have arrived as those wait for.
+bool wake(const std::vector<std::unique_ptr<Warp>>& warps) {
+  constexpr int kBarriers = 16;
+  int alive = 0, arrived[kBarriers] = {}, expected[kBarriers] = {};
+  for (const auto& warp : warps) {
+    alive += warp->status != Warp::kDone;
+    for (int barrier : warp->arrived) ++arrived[barrier];
+    if (warp->status != Warp::kAtBarrier) continue;
+    ++arrived[warp->barrier];
+    expected[warp->barrier] = warp->expected;
+  }
+  bool any = false;
+  for (auto& warp : warps) {
+    const int b = warp->barrier;
+    if (warp->status != Warp::kAtBarrier || arrived[b] < (expected[b] ? expected[b] : alive))
+      continue;
+    warp->status = Warp::kRunning;
+    any = true;
+    for (auto& other : warps) std::erase(other->arrived, b);
+  }
+  return any;
+}
 
 thread_local string error;
 
@@ -1280,26 +1423,31 @@ void* load_kernel(const char* text) {
 
 void free_kernel(void* kernel) { delete static_cast<Kernel*>(kernel); }
 
-// Runs one block of `num_blocks`. Returns the number of events of all its warps, -1 on an error;
+// Runs block (x, y) of a grid. `streamed`: of each range whether it comes from DRAM. Returns the number of events of all its warps, -1 on an error;
 // `sizes` gets the number of each warp's. The events stay until the thread's next call.
 int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int params_at,
-                   const uint64_t* ranges, int num_ranges, int threads, int block, int num_blocks,
-                   int64_t* sizes, const uint32_t** events, int64_t* bytes_moved) {
+                   const uint64_t* ranges, const uint8_t* streamed, int num_ranges, int threads,
+                   int threads_x, int x, int y, int grid_x, int grid_y, int64_t* sizes,
+                   const uint32_t** events, int64_t* bytes_moved) {
   static thread_local std::vector<uint32_t> all;
   try {
     Launch launch;
     launch.constants.assign(kConstantBytes + 4, 0);
-    for (auto [at, value] : {std::pair{0, threads}, {0xc, num_blocks}, {0x28, kLocalBytes}}) {
-      std::memcpy(&launch.constants[at], &value, 4);  // blockDim, gridDim, the top of the stack
-    }
+    launch.x = x;
+    launch.y = y;
+    launch.threads_x = threads_x;
+    // blockDim, gridDim
+    const int constants[] = {threads_x, threads / threads_x, 1, grid_x, grid_y, 1};
+    std::memcpy(launch.constants.data(), constants, sizeof constants);
+    std::memcpy(&launch.constants[0x28], &kLocalBytes, 4);  // the top of the stack
     std::memcpy(&launch.constants[params_at], params, params_bytes);
     for (int i = 0; i < num_ranges; ++i)
-      launch.ranges.push_back({ranges[2 * i], ranges[2 * i + 1]});
+      launch.ranges.push_back({ranges[2 * i], ranges[2 * i + 1], streamed[i] != 0});
     std::vector<uint8_t> shared(kSharedBytes);
     std::vector<std::unique_ptr<Warp>> warps;
     for (int w = 0; w < threads / kLanes; ++w) {
       warps.push_back(
-          std::make_unique<Warp>(*static_cast<Kernel*>(kernel), launch, shared.data(), block, w));
+          std::make_unique<Warp>(*static_cast<Kernel*>(kernel), launch, shared.data(), w));
     }
     const auto running = [&] {
       return std::any_of(warps.begin(), warps.end(),
@@ -1307,8 +1455,9 @@ int64_t walk_block(void* kernel, const uint8_t* params, int params_bytes, int pa
     };
     while (running()) {
       for (auto& warp : warps) {
-        if (warp->status != Warp::kDone) warp->run();
+        if (warp->status == Warp::kRunning) warp->run();
       }
+      if (!wake(warps) && running()) fail("warps wait at barriers that nobody reaches");
     }
     all.clear();
     *bytes_moved = 0;
