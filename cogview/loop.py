@@ -95,14 +95,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations for `training.precision`. `auto` is float32 on the CPU, bfloat16 on
-    GPUs that compute with it, and float16 on older ones (before compute capability 8.0)."""
+    """The dtype of activations for `training.precision`. `auto` is bfloat16 on devices that
+    multiply matrices in it: GPUs, and CPUs with AMX. It is float16 on older GPUs (before compute
+    capability 8.0), and float32 on other CPUs."""
     if precision != "auto":
         dtype = getattr(torch, precision)
         assert isinstance(dtype, torch.dtype)
         return dtype
     if device.type != "cuda":
-        return torch.float32
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
     with torch.cuda.device(device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16

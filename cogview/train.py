@@ -27,7 +27,15 @@ from cogview.image_tokenizer import ImageTokenizer
 from cogview.loop import Loop, compute_dtype, step_seed
 from cogview.model import GPT
 from cogview.sample import draw_images
-from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
+from cogview.sequence import (
+    Batch,
+    TokenSequence,
+    captioning,
+    collate,
+    hide_captions,
+    loss_weights,
+    text_to_image,
+)
 from cogview.weights import Weights
 
 NUM_DRAWN = 8  # captions, for the pictures while training
@@ -158,26 +166,40 @@ class Trainer(Loop):
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out `loss`, `text_loss` and `image_loss`, in nats per token.
+        """Held-out `loss`, `text_loss` and `image_loss`, in nats per token; and `caption_gap`: how
+        much larger the image loss is with the caption of another image. A model that does not
+        read its captions has a gap of 0. Of captioning, it is the text loss of another's caption.
 
         Every call uses the same examples and pivots.
         """
-        count = min(self.config.training.eval_examples, len(self.held_out_data))
+        config, data = self.config, self.held_out_data
+        count = min(config.training.eval_examples, len(data))
         size = self.micro_batch_size
+        pairs = [data[i] for i in range(count)]
+        swapped = _with_other_captions(pairs)
         self.model.eval()
-        totals = _Totals()
+        totals, totals_swapped = _Totals(), _Totals()
         # Sharded processes make the same number of passes. Where examples run out, one counts zero.
         for first in range(0, count, size * distributed.size()):
             start = first + size * distributed.rank()
             counts = start < count
             start = start if counts else 0
-            batch = self._batch(self.held_out_data, np.arange(start, min(start + size, count)))
-            generator = self._generator(step_seed(self.config.seed, 0, start))
-            losses, weights, targets = self._losses(batch, generator)
-            masks = {name: mask & counts for name, mask in targets.items()}
-            totals.add(losses, weights * counts, masks)
+            for sums, examples in ((totals, pairs), (totals_swapped, swapped)):
+                if not examples:
+                    continue
+                rows = examples[start : min(start + size, count)]
+                sequences = [build_sequence(config, *row) for row in rows]
+                batch = collate(config.vocabulary, sequences).to(self.device)
+                generator = self._generator(step_seed(config.seed, 0, start))
+                losses, weights, targets = self._losses(batch, generator)
+                masks = {name: mask & counts for name, mask in targets.items()}
+                sums.add(losses, weights * counts, masks)
         self.model.train()
-        return totals.means()
+        means = totals.means()
+        if swapped:
+            name = "image_loss" if config.training.task == "text_to_image" else "text_loss"
+            means["caption_gap"] = totals_swapped.means()[name] - means[name]
+        return means
 
     def pictures(self) -> torch.Tensor | None:
         """Held-out images as the image tokenizer keeps them, and below them what the model draws
@@ -196,7 +218,18 @@ class Trainer(Loop):
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
-        parts = [part.to(self.device) for part in self.reader.read(self.examples)]
+        parts = self.reader.read(self.examples)
+        if config.training.caption_dropout and config.training.task == "text_to_image":
+            parts = [
+                hide_captions(
+                    config.vocabulary,
+                    part,
+                    config.training.caption_dropout,
+                    step_seed(config.seed, self.step, at),
+                )
+                for at, part in zip(self.starts, parts, strict=True)
+            ]
+        parts = [part.to(self.device) for part in parts]
         total_weight = torch.stack([self._weights(part).sum() for part in parts]).sum()
         # The gradients are averaged over the processes, while losses are sums.
         scale = distributed.size() / distributed.total(total_weight)
@@ -284,6 +317,22 @@ class Trainer(Loop):
         return torch.autocast(
             self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
         )
+
+
+def _with_other_captions(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each image with the caption of one half way round the data, where neighbours may be alike, or
+    of the next with another caption; empty if all captions are the same."""
+    swapped = []
+    for i, (text, codes) in enumerate(pairs):
+        far = i + len(pairs) // 2
+        others = (pairs[(far + step) % len(pairs)][0] for step in range(len(pairs)))
+        other = next((found for found in others if not np.array_equal(found, text)), None)
+        if other is None:
+            return []
+        swapped.append((other, codes))
+    return swapped
 
 
 class _Totals:
