@@ -138,6 +138,10 @@ class LoopConfig:
     keep_checkpoints: int = 3  # number of checkpoints to keep; older ones are deleted
     pictures_every: int = 1000  # steps between pictures; 0: none
     log_every: int = 0  # steps between lines of the log, without a terminal; 0: ten seconds
+    # auto: bfloat16 where there are matrix units for it (GPUs, CPUs with AMX), float16 with loss
+    # scaling on older GPUs, float32 on other CPUs. Weights, losses, codes and the transformer's
+    # residual stream are float32 in any case.
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
         def check(names: str, condition: Callable[[float], bool], expected: str) -> None:
@@ -234,10 +238,6 @@ class TrainingConfig(LoopConfig):
     caption_dropout: float = 0.0
     text_weight: float = 1.0  # weight of text tokens in the loss
     image_weight: float = 1.0  # weight of image tokens in the loss
-    # auto: bfloat16 where there are matrix units for it (GPUs, CPUs with AMX), float16 with loss
-    # scaling on older GPUs, float32 on other CPUs. The weights and the residual stream are float32
-    # in any case.
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: bool = False  # torch.compile the layers: minutes once, then faster steps
     # Among the processes of torchrun, each holds the whole model (ddp) or a part of it (fsdp).
     parallel: Literal["ddp", "fsdp"] = "ddp"

@@ -95,7 +95,7 @@ def choose_device(name: str) -> torch.device:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations for `training.precision`. `auto` is bfloat16 on devices that
+    """The dtype of activations for a `precision`. `auto` is bfloat16 on devices that
     multiply matrices in it: GPUs, and CPUs with AMX. It is float16 on older GPUs (before compute
     capability 8.0), and float32 on other CPUs."""
     if precision != "auto":
@@ -172,7 +172,8 @@ class Loop(ABC):
         self.made_from = dict(made_from or {})
         self.progress = progress
         self.device = choose_device(config.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.dtype = compute_dtype(settings.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step = 0
         self.examples = 0
         self.skipped_steps = 0  # number of steps in a row without an update
@@ -283,6 +284,12 @@ class Loop(ABC):
             f"{self.unit}_per_second": per_second,
             "peak_memory_gb": _peak_memory(self.device) / 1e9,
         }
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(
+            self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
+        )
 
     def _update(self, loss: float) -> dict[str, float]:
         """Clips the gradients and makes the optimizer's step; its metrics."""

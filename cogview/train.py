@@ -8,12 +8,10 @@ the order of sums.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +22,7 @@ from cogview.config import Config, ModelConfig
 from cogview.data.loading import Reader, num_workers
 from cogview.data.tokens import TokenDataset
 from cogview.image_tokenizer import ImageTokenizer
-from cogview.loop import Loop, compute_dtype, step_seed
+from cogview.loop import Loop, step_seed
 from cogview.model import GPT
 from cogview.sample import draw_images
 from cogview.sequence import (
@@ -137,7 +135,6 @@ class Trainer(Loop):
         self.held_out_data = held_out_data
         self.image_tokenizer = image_tokenizer
         self.on_batch = on_batch
-        self.dtype = compute_dtype(config.training.precision, self.device)
         self.micro_batch_size = _micro_batch_size(config)
         # Where this process's micro-batches begin in a batch.
         starts = range(0, config.training.batch_size, self.micro_batch_size)
@@ -159,7 +156,6 @@ class Trainer(Loop):
         parallel = config.training.parallel
         self.spread_model = distributed.spread(self.model, parallel, self.device, self.dtype)
         self.optimizer = _optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._resume()
         if config.training.compile:
             self.model.compile_layers()
@@ -311,12 +307,6 @@ class Trainer(Loop):
         image = targets < vocab.codebook_size
         text = ~image & (targets < vocab.first_command)
         return losses, self._weights(batch), {"text": text, "image": image}
-
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(
-            self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
-        )
 
 
 def _with_other_captions(
