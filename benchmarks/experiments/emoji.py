@@ -221,7 +221,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--out", type=Path, default=machine.ROOT / "results" / "emoji")
-    parser.add_argument("--languages", nargs="+", default=["en", "zh"], metavar="CODE")
+    parser.add_argument("--languages", nargs="+", default=["en"], metavar="CODE")
     parser.add_argument(
         "--limit", type=int, default=0, help="only about so many emoji, for a trial"
     )
