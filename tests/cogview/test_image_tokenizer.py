@@ -1,6 +1,7 @@
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -186,12 +187,16 @@ def test_a_fixed_codebook_is_fixed(digits: torch.Tensor, tmp_path: Path) -> None
     assert torch.equal(few.quantize_t.embed, more.quantize_t.embed)
 
 
-@pytest.mark.parametrize("quantizer", QUANTIZERS)
+@pytest.mark.parametrize(
+    ("quantizer", "precision"),
+    [*((rule, "float32") for rule in QUANTIZERS), ("moving_average", "bfloat16")],
+)
 def test_every_rule_learns_to_reconstruct(
-    quantizer: str, digits: torch.Tensor, tmp_path: Path
+    quantizer: str, precision: str, digits: torch.Tensor, tmp_path: Path
 ) -> None:
     config = replace(TINY, quantizer=quantizer)
-    tokenizer = trained(tmp_path, digits, config, steps=120, learning_rate=4e-3)
+    settings: Any = {"steps": 120, "learning_rate": 4e-3, "precision": precision}
+    tokenizer = trained(tmp_path, digits, config, **settings)
     error = F.mse_loss(tokenizer.decode(tokenizer.encode(digits)), digits)
     assert error < 0.4 * digits.var(), f"{error} of a variance of {digits.var()}"
 

@@ -7,6 +7,7 @@ from cogview.sequence import (
     Vocabulary,
     captioning,
     collate,
+    hide_captions,
     loss_weights,
     super_resolution,
     text_to_image,
@@ -115,6 +116,11 @@ def test_loss_weights_follow_the_type_of_the_target():
     )
     weights = loss_weights(SMALL, batch.tokens, text_weight=5.0, image_weight=2.0)
     assert weights.tolist() == [[1, 5, 1, 1, 2, 2, 1, 0], [1, 5, 5, 1, 1, 2, 2, 1]]
+    hidden = hide_captions(SMALL, batch, 1.0, seed=0)
+    assert names(SMALL, hidden.tokens[1].tolist())[:5] == ["ROI1", "MASK", "MASK", "TINY", "BOI1"]
+    assert torch.equal(hidden.tokens == batch.tokens, weights != 5)
+    weights[weights == 5] = 0
+    assert torch.equal(loss_weights(SMALL, hidden.tokens, 5.0, 2.0), weights)
 
 
 def test_masks_separate_the_types():

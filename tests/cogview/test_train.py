@@ -147,6 +147,39 @@ def test_training_learns_what_the_caption_says(tmp_path):
     # A model that ignores the caption pays log(16) / 16 = 0.17 for the first code.
     assert last["held_out_image_loss"] < 0.1
     assert last["held_out_text_loss"] > 2.0  # text has weight 0: not learned
+    # With another caption, at least the first code of an image is a surprise.
+    assert last["held_out_caption_gap"] > 0.2
+    untrained = Trainer(settings, tmp_path / "untrained", data, dataset(32, 1), progress=False)
+    assert abs(untrained.evaluate()["caption_gap"]) < 0.1
+
+
+def test_captions_are_hidden_from_some_steps(tmp_path):
+    seen = []
+    settings = config(
+        "training.caption_dropout=0.5", "training.micro_batch_size=2", "training.steps=40"
+    )
+
+    def hidden(batch):
+        mask = settings.vocabulary.command("MASK")
+        text = range(1, int(batch.text_len[0]) - 2)
+        seen.append((batch.tokens[0, text] == mask).tolist())
+
+    arguments = {"progress": False, "on_batch": hidden}
+    run = Trainer(settings, tmp_path, dataset(), dataset(4, 1), **arguments)
+    run.run()
+    assert {len(set(row)) for row in seen} == {1}  # all of a caption or nothing
+    assert 20 < sum(row[0] for row in seen) < 60 and len(seen) == 80
+    # A function of the step, so that a resumed run hides the same ones.
+    first, seen[:] = list(seen), []
+    for _ in range(3):
+        Trainer(settings, tmp_path / "again", dataset(), dataset(4, 1), **arguments).train_step()
+    assert seen == first[:2] * 3
+    # What is measured has its captions; so has another task, of which the text is the target.
+    assert run.evaluate()["text_loss"] > 0
+    seen.clear()
+    settings = config("training.caption_dropout=0.5", "training.task=captioning")
+    Trainer(settings, tmp_path / "other", dataset(), dataset(4, 1), **arguments).run()
+    assert not any(map(any, seen))
 
 
 def test_metrics_name_text_and_image_loss(tmp_path):
@@ -435,6 +468,8 @@ def test_auto_takes_float16_on_gpus_without_bfloat16(monkeypatch, native):
     monkeypatch.setattr(torch.cuda, "device", lambda device: contextlib.nullcontext())
     gpu = torch.device("cuda", 0)
     assert compute_dtype("auto", gpu) == (torch.bfloat16 if native else torch.float16)
-    assert compute_dtype("auto", torch.device("cpu")) == torch.float32
+    for amx, expected in ((True, torch.bfloat16), (False, torch.float32)):
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda amx=amx: amx)
+        assert compute_dtype("auto", torch.device("cpu")) == expected
     assert compute_dtype("float32", gpu) == torch.float32
     assert compute_dtype("bfloat16", torch.device("cpu")) == torch.bfloat16
