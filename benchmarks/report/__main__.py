@@ -8,19 +8,22 @@ record of each device and experiment, and from nothing else.
 from __future__ import annotations
 
 import importlib
+import json
 import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
+from benchmarks.experiments import emoji
 from benchmarks.experiments.loading import table as loading_table
 from benchmarks.report import plots, tables
-from benchmarks.report.records import OPS, newest
+from benchmarks.report.records import OPS, Record, newest
 from cogview.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
 README, PAGE, TRAINING = "README.md", "docs/benchmarks.md", "docs/training.md"
 PICTURES = "docs/benchmarks"
+EMOJI = "docs/emoji/metrics.json"
 # By module: the anchors of their parts of the page.
 EXPERIMENTS = {
     "quality": "the-same-performance",
@@ -77,6 +80,10 @@ def report(root: Path) -> tuple[Pages, Pictures]:
             parts += [getattr(module, "HOW_TO_READ", ""), record.source]
         put(PAGE, name, parts or [f"No record yet: `make {name}` makes one."])
         links += [f"[{title}]({PAGE}#{anchor})"] if parts else []
+    if (root / EMOJI).is_file():
+        drawn = Record(EMOJI, json.loads((root / EMOJI).read_text()))
+        put(TRAINING, "emoji", [emoji.table(drawn.content), drawn.source])
+        put(README, "emoji", [emoji.sentence(drawn.content), drawn.source])
     loading = [(loading_table(r.content), r.source) for r in newest(root, "loading")]
     put(TRAINING, "loading", [part for parts in loading for part in parts])
     readme += [f"Experiments: {', '.join(links)}"] if links else []
