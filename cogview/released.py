@@ -206,7 +206,7 @@ def import_released(
         preset, overrides: as for `released_config`.
         text_tokenizer, image_tokenizer: files of its SentencePiece model and of its VQVAE. These,
             or those that lie in the folder of the run already, are recorded as the tokenizers of
-            the weights. They can be put there later, too; drawing then cannot check them, and warns.
+            the weights. They can also be put there later: drawing then warns.
 
     Raises:
         FileExistsError: there is a run in the folder.
