@@ -188,7 +188,7 @@ class Trainer(Loop):
         pairs = [data[i] for i in range(min(NUM_DRAWN, len(data)))]
         texts = [text[: config.max_text_len].tolist() for text, _ in pairs]
         self.model.eval()
-        with self._autocast():
+        with self._autocast(cache=True):
             drawn = draw_images(self.model, config, texts, config.seed, progress=False)
         self.model.train()
         real = torch.from_numpy(np.stack([codes for _, codes in pairs]).astype(np.int64))
@@ -272,18 +272,22 @@ class Trainer(Loop):
         vocab = self.config.vocabulary
         inputs, targets = batch.tokens[:, :-1], batch.tokens[:, 1:]
         layouts = self.model.sample_layouts(batch.text_len, inputs.shape[1], generator)
-        with self._autocast():
+        with self._autocast(cache=False):
             z = self.spread_model(inputs, batch.positions[:, :-1], layouts)
             losses = self.model.losses(z, targets)
         image = targets < vocab.codebook_size
         text = ~image & (targets < vocab.first_command)
         return losses, self._weights(batch), {"text": text, "image": image}
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def _autocast(self, cache: bool) -> contextlib.AbstractContextManager[Any]:
+        """
+        Args:
+            cache: keep every weight in half precision until the end. Where each is used once, that
+                is a copy of the whole model for nothing.
+        """
         enabled = self.dtype != torch.float32
-        return torch.autocast(
-            self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
-        )
+        dtype = self.dtype if enabled else None
+        return torch.autocast(self.device.type, dtype, enabled, cache_enabled=cache)
 
 
 class _Totals:
