@@ -231,7 +231,7 @@ def test_a_damaged_folder_falls_back_to_the_one_before(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
-        model(torch.ones(4)).sum().backward()
+        model(torch.ones(1, 4)).sum().backward()
         optimizer.step()
         state = {"step": step, **training_state(model, optimizer)}
         ShardedSave(checkpoint_path(folder, step, sharded=True), state).finish()
