@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 comma := ,
 SOURCES := $(shell find csrc tests benchmarks -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test test-all test-sample lint format types bench report quality instability loading quantizers emoji kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
+.PHONY: help build demo test test-all test-sample lint format types bench report quality instability loading memory quantizers emoji kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
   mutations check-install clean
 
 help:
@@ -24,6 +24,7 @@ help:
 	@echo "make quality        train a small CogView dense and three-region, and compare what they learn"
 	@echo "make instability    train deep float16 models with Pre-LN, Sandwich-LN and PB-relax: what each changes"
 	@echo "make loading        measure how fast images and tokens are read, and write it into docs/training.md"
+	@echo "make memory         predict the memory that training takes of each GPU, and write it into docs/scaling.md"
 	@echo "make quantizers     train the image tokenizer with each of its four rules, and compare them"
 	@echo "make emoji          train CogView on the system's colour emoji, and read back the held-out ones (an hour)"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
@@ -106,6 +107,10 @@ instability: build
 
 loading: build
 	$(BIN)/python -m benchmarks.experiments.loading
+	$(BIN)/python -m benchmarks.report
+
+memory: build
+	$(BIN)/python -m benchmarks.experiments.memory
 	$(BIN)/python -m benchmarks.report
 
 quantizers: build

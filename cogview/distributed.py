@@ -171,7 +171,9 @@ def _shard(model: GPT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
     matrices = MixedPrecisionPolicy(
         param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
     )
-    # Nothing here changes the result of a module in place.
+    # Torch 2.13 warns of every module whose result is a view, because a change of it in place would
+    # lose the hook that gathers for the backward pass. A linear layer's result is a view of its
+    # 2-dimensional product, and nothing here changes it in place.
     warnings.filterwarnings("ignore", "FSDP2-wrapped module .* returned a view")
     steps = model.transformer.layers_with_next_norm()
     fully_shard(steps[0][0].input_layernorm, mesh=mesh)

@@ -285,11 +285,15 @@ class Loop(ABC):
             "peak_memory_gb": _peak_memory(self.device) / 1e9,
         }
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+    def _autocast(self, cache: bool = False) -> contextlib.AbstractContextManager[Any]:
+        """
+        Args:
+            cache: keep every weight in half precision until the end. Where each is used once, that
+                is a copy of the whole model for nothing.
+        """
         enabled = self.dtype != torch.float32
-        return torch.autocast(
-            self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
-        )
+        dtype = self.dtype if enabled else None
+        return torch.autocast(self.device.type, dtype, enabled, cache_enabled=cache)
 
     def _update(self, loss: float) -> dict[str, float]:
         """Clips the gradients and makes the optimizer's step; its metrics."""

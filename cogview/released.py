@@ -204,8 +204,9 @@ def import_released(
         folder: with the checkpoint.
         path: folder of the new run.
         preset, overrides: as for `released_config`.
-        text_tokenizer, image_tokenizer: files of its SentencePiece model and of its VQVAE; they can
-            also be put into the folder of the run later.
+        text_tokenizer, image_tokenizer: files of its SentencePiece model and of its VQVAE. These,
+            or those that lie in the folder of the run already, are recorded as the tokenizers of
+            the weights. They can also be put there later: drawing then warns.
 
     Raises:
         FileExistsError: there is a run in the folder.
@@ -227,12 +228,16 @@ def import_released(
             TextTokenizer.load(text_tokenizer)
             with atomic_write(run.text_tokenizer_path) as temporary:
                 shutil.copyfile(text_tokenizer, temporary)
-            run.text_tokenizer()
         if image_tokenizer is not None:
             ImageTokenizer.load(image_tokenizer, config.image_tokenizer).save(
                 run.image_tokenizer_path
             )
-        weights = Weights(tensors, dataclasses.asdict(config), {}, 0, str(folder))
+        made_from = {}
+        if run.text_tokenizer_path.is_file():
+            made_from["text tokenizer"] = run.text_tokenizer().fingerprint
+        if run.image_tokenizer_path.is_file():
+            made_from["image tokenizer"] = run.image_tokenizer().fingerprint
+        weights = Weights(tensors, dataclasses.asdict(config), made_from, 0, str(folder))
         save_weights(run.weights_path, weights.to(torch.float32))
         run.save_config()
     return run

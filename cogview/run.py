@@ -27,6 +27,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -253,13 +254,20 @@ class Run:
         }
 
     def _check_tokenizers(self, weights: Weights) -> None:
-        """
+        """Warns of weights of another program that do not name their tokenizers.
+
         Raises:
-            ValueError: the weights were trained with other tokenizers. Those of a checkpoint must
-                say with which ones; those of another program, such as the released CogView, cannot.
+            ValueError: the weights were trained with other tokenizers, or are a checkpoint that
+                does not name them.
         """
         now = self.tokenizer_fingerprints()
-        if not weights.is_checkpoint:
+        unknown = [name for name in now if name not in weights.made_from]
+        if unknown and not weights.is_checkpoint:
+            warnings.warn(
+                f"{weights.source} does not say which {' and '.join(unknown)} it was trained with: "
+                "if the folder holds another one, drawings are noise",
+                stacklevel=3,
+            )
             now = {name: value for name, value in now.items() if name in weights.made_from}
         check_made_from(weights.made_from, now, weights.source)
 

@@ -206,7 +206,7 @@ class Trainer(Loop):
         pairs = [data[i] for i in range(min(NUM_DRAWN, len(data)))]
         texts = [text[: config.max_text_len].tolist() for text, _ in pairs]
         self.model.eval()
-        with self._autocast():
+        with self._autocast(cache=True):
             drawn = draw_images(self.model, config, texts, config.seed, progress=False)
         self.model.train()
         real = torch.from_numpy(np.stack([codes for _, codes in pairs]).astype(np.int64))

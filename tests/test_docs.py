@@ -34,12 +34,15 @@ def blocks_of(text: str) -> dict[str, str]:
     return dict(pairs)
 
 
+RECORDED = "measured", "demo", "quality", "instability", "quantizers", "loading", "memory"
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_figures_have_a_record(page: Path) -> None:
     """Every block of measurements names committed records, and the commits they measured."""
     for name, block in blocks_of(page.read_text()).items():
         records = re.findall(r"record: `([^`]+)`", block)
-        if "|" in block and name in ("measured", "demo", "quality", "instability", "quantizers"):
+        if "|" in block and name in RECORDED:
             assert records, f"{page.name}, {name}: a table without a record"
         for record in records:
             content = json.loads((ROOT / record).read_text())

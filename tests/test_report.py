@@ -164,8 +164,9 @@ def test_pages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(plots, "draw", lambda record, path: path.write_bytes(b"drawn"))
     for folder in (records.RESULTS, report.PICTURES):
         (tmp_path / folder).mkdir(parents=True)
-    pages = [tmp_path / name for name in (report.README, report.PAGE, report.TRAINING)]
-    readme, page, _ = pages
+    names = report.README, report.PAGE, report.TRAINING, report.SCALING
+    pages = [tmp_path / name for name in names]
+    readme, page, *_ = pages
     for path in pages:
         shutil.copy(ROOT / path.relative_to(tmp_path), path)
 

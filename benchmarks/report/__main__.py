@@ -1,5 +1,5 @@
-"""Makes the tables and plots of README.md, docs/benchmarks.md and docs/training.md from the newest
-record of each device and experiment, and from nothing else.
+"""Makes the tables and plots of README.md, docs/benchmarks.md, docs/training.md and docs/scaling.md
+from the newest record of each device and experiment, and from nothing else.
 
     python -m benchmarks.report          # write them
     python -m benchmarks.report --check  # exit status 1 and a list, if pages differ
@@ -14,14 +14,14 @@ from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
-from benchmarks.experiments import emoji
-from benchmarks.experiments.loading import table as loading_table
+from benchmarks.experiments import emoji, loading, memory
 from benchmarks.report import plots, tables
 from benchmarks.report.records import OPS, Record, newest
 from cogview.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
-README, PAGE, TRAINING = "README.md", "docs/benchmarks.md", "docs/training.md"
+README, PAGE = "README.md", "docs/benchmarks.md"
+TRAINING, SCALING = "docs/training.md", "docs/scaling.md"
 PICTURES = "docs/benchmarks"
 EMOJI = "docs/emoji/metrics.json"
 # By module: the anchors of their parts of the page.
@@ -37,7 +37,7 @@ Pictures = dict[str, Callable[[Path], None]]  # by path, named after their recor
 
 
 def report(root: Path) -> tuple[Pages, Pictures]:
-    pages = {name: (root / name).read_text() for name in (README, PAGE, TRAINING)}
+    pages = {name: (root / name).read_text() for name in (README, PAGE, TRAINING, SCALING)}
     pictures: Pictures = {}
 
     def put(page: str, name: str, parts: list[str]) -> None:
@@ -84,8 +84,14 @@ def report(root: Path) -> tuple[Pages, Pictures]:
         drawn = Record(EMOJI, json.loads((root / EMOJI).read_text()))
         put(TRAINING, "emoji", [emoji.table(drawn.content), drawn.source])
         put(README, "emoji", [emoji.sentence(drawn.content), drawn.source])
-    loading = [(loading_table(r.content), r.source) for r in newest(root, "loading")]
-    put(TRAINING, "loading", [part for parts in loading for part in parts])
+    for where, name, table in (
+        (TRAINING, "loading", loading.table),
+        (SCALING, "memory", memory.table),
+    ):
+        parts = []
+        for record in newest(root, name):
+            parts += [table(record.content), record.source]
+        put(where, name, parts)
     readme += [f"Experiments: {', '.join(links)}"] if links else []
     put(README, "measured", readme)
     return pages, pictures

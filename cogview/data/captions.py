@@ -200,25 +200,32 @@ def read_captions(
     skip_bad: bool = False,
     bad_records: str | os.PathLike[str] | None = None,
 ) -> list[str]:
-    """All captions of a source, without a look at its images.
+    """The captions of a source to train on, without a look at its images: all but those of images
+    that the source says are held out. What a hash of the pixels holds out is not left out.
 
     Args: as for `CaptionedImages`.
 
     Raises:
-        ValueError: no usable record; unless `skip_bad`, a malformed record or a caption without a
-            visible character.
+        ValueError: no usable record, or only held-out ones; unless `skip_bad`, a malformed record
+            or a caption without a visible character.
     """
-    captions: list[str] = []
+    found: list[tuple[Path | ImageFile | None, tuple[str, ...]]] = []
+    out: set[Path | ImageFile | None] = set()
     bad: list[str] = []
     num_records = 0
     for record in source.records():
         num_records += 1
         _check_captions(record)
-        if record.error is None:
-            captions += record.captions
-        else:
+        if record.error is not None:
             bad.append(f"{record.place}: {record.error}")
+            continue
+        found.append((record.image, record.captions))
+        if record.held_out:
+            out.add(record.image)
     _report(source, bad, num_records, skip_bad, bad_records)
+    captions = [caption for image, of_image in found if image not in out for caption in of_image]
+    if not captions:
+        raise ValueError(f"{source.rule}: expected captions to train on, got held-out ones alone")
     return captions
 
 

@@ -32,7 +32,22 @@ from cogview.run import Run
 from cogview.text_tokenizer import TextTokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
+PATIENCE = 800  # seconds, for a busy machine
 EVERY = ("training.micro_batch_size=1", "training.save_every=3", "model.num_layers=3")
+
+
+STARTED = []
+
+
+@pytest.fixture(autouse=True)
+def no_process_is_left():
+    """A test that fails ends what it started."""
+    yield
+    while STARTED:
+        process = STARTED.pop()
+        if process.poll() is None:
+            process.terminate()
+            process.communicate()
 
 
 def torchrun(processes, *arguments, **variables):
@@ -41,10 +56,12 @@ def torchrun(processes, *arguments, **variables):
     paths = os.pathsep.join([str(ROOT), str(Path(__file__).parent)])
     environment = os.environ | {"PYTHONPATH": paths, "OMP_NUM_THREADS": "1"} | variables
     command = [sys.executable, "-m", "torch.distributed.run", *port]
-    return subprocess.Popen(
+    process = subprocess.Popen(
         [*command, f"--nproc_per_node={processes}", *map(str, arguments)],
         env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
+    STARTED.append(process)
+    return process
 
 
 def train(processes, *jobs):
@@ -54,7 +71,7 @@ def train(processes, *jobs):
         for each process and job, how many weights it held, and of how many.
     """
     process = torchrun(processes, __file__, *(" ".join(map(str, job)) for job in jobs))
-    out, err = process.communicate(timeout=280)
+    out, err = process.communicate(timeout=PATIENCE)
     assert process.returncode == 0, err
     return [tuple(map(int, pair)) for pair in re.findall(r"<(\d+)/(\d+)>", out)]
 
@@ -214,7 +231,7 @@ def test_a_damaged_folder_falls_back_to_the_one_before(tmp_path):
     optimizer = torch.optim.AdamW(model.parameters())
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
-        model(torch.ones(4)).sum().backward()
+        model(torch.ones(1, 4)).sum().backward()
         optimizer.step()
         state = {"step": step, **training_state(model, optimizer)}
         ShardedSave(checkpoint_path(folder, step, sharded=True), state).finish()

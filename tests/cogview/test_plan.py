@@ -48,6 +48,16 @@ def test_a_larger_micro_batch_takes_more_activations():
     assert 1.3 * grown[0] < grown[1] < 2.1 * grown[0]
 
 
+def test_activation_checkpointing_keeps_no_copy_of_the_weights():
+    """A layer more keeps its input, and no weights in half precision."""
+    few, many = (
+        plan(config("training.micro_batch_size=1", f"model.num_layers={LAYERS + more}"), 1)
+        for more in (0, LAYERS)
+    )
+    grown = [p.memory["activations"] + p.memory["temporary"] for p in (few, many)]
+    assert (grown[1] - grown[0]) / LAYERS < 12 * 256**2 * 2
+
+
 def test_the_command(capsys):
     sets = [argument for setting in SETTINGS for argument in ("--set", setting)]
     assert main(["plan", "--preset", "digits", "--gpus", "4", *sets]) == 0

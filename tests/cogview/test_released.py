@@ -4,6 +4,7 @@ and with nothing from cogview/model.py."""
 import argparse
 import math
 import random
+import shutil
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ import torch.nn.functional as F
 
 from cogview.cli import main
 from cogview.config import load_config
+from cogview.image_tokenizer import ImageTokenizer
 from cogview.model import GPT
 from cogview.released import read_released
 from cogview.run import Run
+from cogview.text_tokenizer import TextTokenizer
 from cogview.weights import load_weights_file
 
 HIDDEN, HEADS, LAYERS, POSITIONS, SIZE = 32, 4, 2, 40, 16 + 20 + 27
@@ -255,6 +258,41 @@ def test_what_is_wrong_with_a_released_checkpoint_is_named(tmp_path, capsys):
     )
     torch.save({"module": {"weight": torch.ones(1)}}, path)
     assert "expected the names of mp_rank_00" in complaint(released)
+
+
+def test_the_tokenizers_of_an_import_are_recorded(tmp_path, capsys):
+    """Those that are named and those that lie in the folder; others that come later are an error,
+    and what cannot be checked is said."""
+    released = write(tmp_path / "released", synthetic(1))
+    small = ("--set", "image_tokenizer.hidden=8", "--set", "image_tokenizer.codebook_dim=4")
+    corpus = [f"a {colour} wall" for colour in ("red", "green", "blue", "black", "yellow")] * 3
+    text, other = tmp_path / "text.model", tmp_path / "other.model"
+    TextTokenizer.train(corpus, text, 20)
+    TextTokenizer.train(corpus, other, 20, model_type="bpe")
+    known, unknown = tmp_path / "known", tmp_path / "unknown"
+    known.mkdir()
+    config = load_config("cogview-4b", [*SETTINGS, *small[1::2]])
+    ImageTokenizer(config.image_tokenizer).save(known / "image_tokenizer.pt")
+    image = shutil.copy(known / "image_tokenizer.pt", tmp_path / "image.pt")
+
+    named = ("--text-tokenizer", text)
+    assert cogview("import-released", released, "--run", known, *OPTIONS, *small, *named) == 0
+    assert cogview("import-released", released, "--run", unknown, *OPTIONS, *small) == 0
+    shutil.copy(text, unknown / "text_tokenizer.model")
+    shutil.copy(image, unknown / "image_tokenizer.pt")
+    for run, warnings in ((known, 0), (unknown, 1)):
+        capsys.readouterr()
+        assert cogview("sample", "--run", run, "a red wall", "--quiet") == 0
+        said = capsys.readouterr().err
+        assert said.count("does not say which text tokenizer and image tokenizer") == warnings
+    for path, name in ((other, "text_tokenizer.model"), (image, "image_tokenizer.pt")):
+        if path is image:
+            ImageTokenizer(config.image_tokenizer).save(image)  # other random weights
+        right = (known / name).read_bytes()
+        shutil.copy(path, known / name)
+        what = name.partition(".")[0].replace("_", " ")
+        assert f"trained with another {what}" in error(capsys, "sample", "--run", known, "a wall")
+        (known / name).write_bytes(right)
 
 
 class Evil:

@@ -175,7 +175,16 @@ def test_a_column_says_what_is_held_out(tmp_path: Path, images: Path) -> None:
         lines = "".join(f"{name}.png\ta card\t{value}\n" for name, value in rows)
         (images / "captions.tsv").write_text("path\tcaption\theld_out\n" + lines)
         assert load(images).held_out.tolist() == expected
-    (images / "captions.tsv").write_text("path\tcaption\theld_out\nred.png\ta card\tperhaps\n")
+    # An image is held out with all its captions; the text tokenizer does not see them either.
+    header = "path\tcaption\theld_out\n"
+    rest = "green.png\tgreen\tfalse\nblue.png\tblue\t\n"
+    (images / "captions.tsv").write_text(header + "red.png\ta\t\nred.png\tb\ttrue\n" + rest)
+    assert load(images).held_out.tolist() == [1, 0, -1]
+    assert read_captions(open_source(images)) == ["green", "blue"]
+    (images / "captions.tsv").write_text(header + "red.png\ta\ttrue\n")
+    with pytest.raises(ValueError, match="expected captions to train on, got held-out ones alone"):
+        read_captions(open_source(images))
+    (images / "captions.tsv").write_text(header + "red.png\ta card\tperhaps\n")
     with pytest.raises(ValueError, match="held_out: expected true or false, got 'perhaps'"):
         load(images)
 
