@@ -150,11 +150,6 @@ def draw_images(
     beginnings = [()] * len(texts) if beginnings is None else beginnings
     prompts = []
     for text, codes in zip(texts, beginnings, strict=True):
-        if len(text) > config.max_text_len:
-            raise ValueError(
-                f"text: expected at most {config.max_text_len} pieces beside an image, got "
-                f"{len(text)}"
-            )
         prompts.append(text_to_image(vocab, text, codes, num_codes))
     num_new = [num_codes - len(codes) for codes in beginnings]
     drawn = _in_batches(
@@ -203,6 +198,8 @@ def _in_batches(
     progress: bool,
     description: str,
 ) -> list[list[int]]:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 or more, below 2**63, got {seed}")
     size = config.sampling.batch_size
     generator = torch.Generator(model.word_embeddings.weight.device).manual_seed(seed)
     rows: list[list[int]] = []
