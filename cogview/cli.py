@@ -576,7 +576,7 @@ def _sample(args: argparse.Namespace) -> None:
         if re.match(r"[a-z_]+(\.[a-z_]+)+=", caption):
             raise ValueError(f"captions: {caption!r} looks like a setting; give it behind --set")
     if args.file is not None:
-        captions += [line.strip() for line in read_text(args.file).split("\n") if line.strip()]
+        captions += [line for line in read_text(args.file).splitlines() if line.strip()]
     if not captions:
         raise ValueError("captions: expected at least one, on the command line or with --file")
     if args.num < 1:

@@ -457,8 +457,8 @@ class Run:
         for caption, text in zip(captions, texts, strict=True):
             if len(text) > self.config.max_text_len:
                 raise ValueError(
-                    f"caption: expected at most {self.config.max_text_len} pieces of text beside "
-                    f"an image, got {len(text)} in {caption[:60]!r}..."
+                    f"caption: expected at most {self.config.max_text_len} pieces beside an "
+                    f"image, as model.max_positions leaves, got {len(text)} in {caption[:60]!r}..."
                 )
         warn_of_unknown_characters(tokenizer, captions)
         beginnings = [beginning] * len(texts)

@@ -150,6 +150,11 @@ def draw_images(
     beginnings = [()] * len(texts) if beginnings is None else beginnings
     prompts = []
     for text, codes in zip(texts, beginnings, strict=True):
+        if len(text) > config.max_text_len:
+            raise ValueError(
+                f"text: expected at most {config.max_text_len} pieces beside an image, got "
+                f"{len(text)}"
+            )
         prompts.append(text_to_image(vocab, text, codes, num_codes))
     num_new = [num_codes - len(codes) for codes in beginnings]
     drawn = _in_batches(

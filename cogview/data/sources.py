@@ -383,8 +383,8 @@ def _coco(path: Path, columns: Columns) -> Source:
 def _coco_records(path: Path, folder: Path) -> Iterator[Record]:
     try:
         content = json.loads(read_text(path))
-        paths = {image["id"]: folder / image["file_name"] for image in content["images"]}
-        captions: dict[Any, list[str]] = {image: [] for image in paths}
+        names = {image["id"]: image["file_name"] for image in content["images"]}
+        captions: dict[Any, list[str]] = {image: [] for image in names}
         unknown = []
         for annotation in content["annotations"]:
             if annotation["image_id"] in captions:
@@ -396,8 +396,8 @@ def _coco_records(path: Path, folder: Path) -> Iterator[Record]:
             f"{path}: expected COCO captions, a JSON object with images (id, file_name) and "
             f"annotations (image_id, caption): {error!r}"
         ) from error
-    for image, file in paths.items():
-        yield _record(f"{path}: image {image}", file, captions[image], {}, {})
+    for image, name in names.items():
+        yield _record(f"{path}: image {image}", folder / str(name), captions[image], {}, {})
     for image in unknown:
         yield Record(f"{path}: image {image}", error="expected it among the images, got a caption")
 
@@ -550,8 +550,7 @@ def _captions(text: bytes) -> list[str]:
 
 
 def read_text(path: Path) -> str:
-    """A whole file of UTF-8, without a byte order mark.
-
+    """
     Raises:
         ValueError: it is not UTF-8.
     """

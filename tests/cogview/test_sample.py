@@ -174,8 +174,10 @@ def test_captions_hold_text_only_and_end_at_sep(model):
 
 
 def test_prompts_that_do_not_fit_are_named(model):
-    with pytest.raises(ValueError, match="at most 40 positions in all, got 41; shorten the text"):
-        draw_images(model, CONFIG, [[1] * 22], progress=False)
+    with pytest.raises(
+        ValueError, match="text: expected at most 20 pieces beside an image, got 21"
+    ):
+        draw_images(model, CONFIG, [[1] * 21], progress=False)
     for seed in (-1, 2**63):
         with pytest.raises(ValueError, match=f"seed: expected 0 or more, .* got {seed}"):
             draw_images(model, CONFIG, [[1]], seed, progress=False)
