@@ -43,7 +43,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from cogview import distributed
-from cogview.files import atomic_write, fsync_folder
+from cogview.files import atomic_write, check_zip, fsync_folder
 
 FORMAT = "cogview-checkpoint-2"
 PLAIN_VALUES = "values.pt"  # in a folder: all of the checkpoint but its tensors
@@ -342,10 +342,7 @@ def _write_file(path: str | os.PathLike[str], state: dict[str, Any]) -> None:
 
 
 def _load_file(path: Path) -> dict[str, Any]:
-    with zipfile.ZipFile(path) as archive:  # torch.load does not compare the checksums
-        damaged = archive.testzip()
-    if damaged is not None:
-        raise ValueError(f"wrong checksum of {damaged}")
+    check_zip(path)
     return torch.load(path, map_location="cpu", weights_only=True)
 
 

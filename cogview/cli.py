@@ -376,6 +376,8 @@ def _train_text_tokenizer(args: argparse.Namespace) -> None:
 
 
 def _train_image_tokenizer(args: argparse.Namespace) -> int:
+    import numpy as np
+
     from cogview.image_training import ImageTokenizerTrainer
 
     run = _new_or_open(args)
@@ -389,7 +391,7 @@ def _train_image_tokenizer(args: argparse.Namespace) -> int:
             run.image_training,
             train_images,
             held_out_images,
-            {"data": images.fingerprint},
+            {"images": images.fingerprint},
             progress=not args.quiet,
         )
         if trainer.step < run.config.image_training.steps:
@@ -397,7 +399,8 @@ def _train_image_tokenizer(args: argparse.Namespace) -> int:
         _keep_config(args, run)
         if code := _train_until_stopped(trainer):
             return code
-        trainer.model.made_from = trainer.made_from | run.split_settings()
+        trainer.model.made_from = trainer.made_from
+        trainer.model.trained_on = np.unique(train_images.keys)
         trainer.model.save(run.image_tokenizer_path)
         held_out = trainer.evaluate()
     print(
@@ -459,7 +462,7 @@ def _train(args: argparse.Namespace) -> int:
             else:
                 run = Run.open(args.run, args.set)
         tokens = run.tokens()
-        train_data, held_out_data = tokens.split(run.config.data.held_out_fraction, run.config.seed)
+        train_data, held_out_data = run.split(tokens)
         made_from = (
             run.tokenizer_fingerprints() | {"tokens": tokens.fingerprint} | run.started_from()
         )
@@ -565,6 +568,7 @@ def _plan(args: argparse.Namespace) -> None:
 
 def _sample(args: argparse.Namespace) -> None:
     from cogview.data.images import to_pillow
+    from cogview.data.sources import read_text
     from cogview.files import atomic_write
     from cogview.plots import save_grid
     from cogview.run import Run
@@ -575,9 +579,7 @@ def _sample(args: argparse.Namespace) -> None:
         if re.match(r"[a-z_]+(\.[a-z_]+)+=", caption):
             raise ValueError(f"captions: {caption!r} looks like a setting; give it behind --set")
     if args.file is not None:
-        captions += [
-            line for line in args.file.read_text(encoding="utf-8").splitlines() if line.strip()
-        ]
+        captions += [line for line in read_text(args.file).splitlines() if line.strip()]
     if not captions:
         raise ValueError("captions: expected at least one, on the command line or with --file")
     if args.num < 1:
@@ -592,8 +594,11 @@ def _sample(args: argparse.Namespace) -> None:
         beginning = run.codes([args.image]).flatten()[:keep].tolist()
     elif args.keep is not None:
         raise ValueError("--keep: expected --image with it, got no --image")
-    images = run.draw(captions, args.seed, beginning, progress=not args.quiet)
     out = args.out or run.path / "samples"
+    existing = next(path for path in (out, *out.absolute().parents) if path.exists())
+    if not (existing.is_dir() and os.access(existing, os.W_OK)):  # before the long work
+        raise ValueError(f"--out: expected a folder that can be written to, got {existing}")
+    images = run.draw(captions, args.seed, beginning, progress=not args.quiet)
     for number, image in enumerate(images):
         with atomic_write(out / f"{number:04d}.png") as temporary:
             to_pillow(image).save(temporary, format="png")

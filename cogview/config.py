@@ -151,7 +151,8 @@ class LoopConfig:
 
         at_least_one = "steps batch_size eval_every eval_examples save_every keep_checkpoints"
         check(at_least_one, lambda value: value >= 1, "1 or more")
-        check("learning_rate clip_grad_norm", lambda value: value > 0, "more than 0")
+        positive = "learning_rate clip_grad_norm"
+        check(positive, lambda value: 0 < value < math.inf, "more than 0, and finite")
         zero_or_more = "warmup_steps final_learning_rate pictures_every log_every"
         check(zero_or_more, lambda value: value >= 0, "0 or more")
         at_most = f"at most learning_rate = {self.learning_rate}"
@@ -283,7 +284,7 @@ class Config:
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
 
     def __post_init__(self) -> None:
-        _expect("seed", self.seed, self.seed >= 0, "0 or more")
+        _expect("seed", self.seed, 0 <= self.seed < 2**63, "0 or more, below 2**63")
         std = self.image_tokenizer.std
         _expect("image_tokenizer.std", std, all(0 < s < math.inf for s in std), "more than 0")
         codes = self.num_codes

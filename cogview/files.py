@@ -5,6 +5,7 @@ import errno
 import fcntl
 import os
 import socket
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -73,6 +74,9 @@ def exclusive(path: str | os.PathLike[str]) -> Iterator[None]:
             owner = os.read(descriptor, 200).decode(errors="replace") or "another process"
             message = f"in use by {owner}; wait for it, or stop it"
             raise OSError(errno.EBUSY, message, str(Path(path).parent)) from None
+        except OSError as error:
+            message = f"its file system cannot lock files: {error.strerror}"
+            raise OSError(error.errno, message, str(Path(path).parent)) from error
         os.ftruncate(descriptor, 0)
         os.write(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
         _held.add(descriptor)
@@ -111,6 +115,20 @@ def _create_locked(temporary: Path) -> int:
             raise OSError(errno.EBUSY, "another process is writing it") from None
         raise
     return descriptor
+
+
+def check_zip(path: str | os.PathLike[str]) -> None:
+    """Compares the checksums in a file of `torch.save`, which `torch.load` does not do. A file that
+    is no zip file passes.
+
+    Raises:
+        ValueError: one is wrong.
+        zipfile.BadZipFile, zlib.error, OSError: the file is damaged otherwise.
+    """
+    if zipfile.is_zipfile(path):
+        with zipfile.ZipFile(path) as archive:
+            if damaged := archive.testzip():
+                raise ValueError(f"wrong checksum of {damaged}")
 
 
 def fsync_folder(folder: Path) -> None:

@@ -16,12 +16,13 @@ from dataclasses import asdict
 from pickle import UnpicklingError
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cogview.config import ImageTokenizerConfig
-from cogview.files import atomic_write
+from cogview.files import atomic_write, check_zip
 
 _DAMAGED = (UnpicklingError, zipfile.BadZipFile)
 
@@ -161,8 +162,10 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: ImageTokenizerConfig):
         super().__init__()
         self.config = config
-        # What it was trained on: fingerprints and the settings that chose its held-out images.
+        # What it was trained on: fingerprints, and the keys of the images (`image_key`), none of
+        # which may later be held out.
         self.made_from: dict[str, str] = {}
+        self.trained_on = np.empty(0, np.uint64)
         self.enc_b = _Encoder(config)
         self.quantize_t = Quantizer(config)
         self.dec = _Decoder(config)
@@ -288,10 +291,12 @@ class ImageTokenizer(nn.Module):
         return images
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Save configuration, weights and `made_from`; an existing file is replaced atomically."""
+        """Save configuration, weights and what it was trained on; an existing file is replaced
+        atomically."""
         state = {
             "config": asdict(self.config),
             "made_from": self.made_from,
+            "trained_on": torch.from_numpy(self.trained_on),
             "model": self.state_dict(),
         }
         with atomic_write(path) as temporary, open(temporary, "wb") as file:
@@ -318,10 +323,7 @@ class ImageTokenizer(nn.Module):
             ValueError: the file is truncated or corrupt, or does not fit the configuration.
         """
         try:
-            if zipfile.is_zipfile(path):  # torch.load does not compare the checksums
-                with zipfile.ZipFile(path) as archive:
-                    if damaged := archive.testzip():
-                        raise ValueError(f"wrong checksum of {damaged}")
+            check_zip(path)
             saved = torch.load(path, map_location="cpu", weights_only=True)
         except FileNotFoundError as error:
             raise FileNotFoundError(
@@ -336,14 +338,16 @@ class ImageTokenizer(nn.Module):
                 f"got a corrupt or truncated file ({error})"
             ) from error
         try:
-            made_from = {}
+            weights = saved
             if "config" in saved:
-                config = ImageTokenizerConfig(**saved["config"])
-                saved, made_from = saved["model"], saved.get("made_from", {})
+                config, weights = ImageTokenizerConfig(**saved["config"]), saved["model"]
             tokenizer = cls(config or ImageTokenizerConfig())
-            tokenizer.made_from = dict(made_from)
+            if weights is not saved:
+                tokenizer.made_from = dict(saved.get("made_from", {}))
+                if "trained_on" in saved:
+                    tokenizer.trained_on = saved["trained_on"].numpy()
             tokenizer.load_state_dict(
-                {name.removeprefix("module."): value for name, value in saved.items()}
+                {name.removeprefix("module."): value for name, value in weights.items()}
             )
         except (RuntimeError, TypeError, ValueError, KeyError, AttributeError) as error:
             raise ValueError(

@@ -189,7 +189,8 @@ class Loop(ABC):
         """Measurements on held-out examples: every call on the same ones."""
 
     def pictures(self) -> Tensor | None:
-        """A few pictures (N, C, H, W) in [0, 1] that show what the model can do, if any."""
+        """Pictures (2 N, C, H, W) in [0, 1] that show what the model can do, if any: N real ones,
+        and what it makes of each."""
         return None
 
     def schedule(self, settings: LoopConfig, step: int) -> dict[str, float]:
@@ -360,7 +361,8 @@ class Loop(ABC):
             return
         path = self.folder / "pictures" / f"step_{self.step:08d}.png"
         with atomic_write(path) as temporary:
-            to_pillow(picture_grid(pictures)).save(temporary, format="png")
+            grid = picture_grid(pictures, columns=len(pictures) // 2)
+            to_pillow(grid).save(temporary, format="png")
         with _naming(self.folder / "tensorboard"):
             board.add_images(self.name, pictures, self.step)
 
@@ -505,8 +507,9 @@ def check_made_from(before: Mapping[str, str], now: Mapping[str, str], source: s
                 else "the order of reading and the held-out examples would change in the middle"
             )
             raise ValueError(
-                f"{source} was trained with another {name} ({before[name]}) than there is now "
-                f"({fingerprint}): {reason}. Put the old one back, or train in a new folder"
+                f"{source} was trained with {'another' if tokenizer else 'other'} {name} "
+                f"({before[name]}) than now ({fingerprint}): {reason}. Put the old "
+                f"{'one' if tokenizer else 'ones'} back, or train in a new folder"
             )
 
 
@@ -569,11 +572,9 @@ def _signals() -> Iterator[list[int]]:
             signal.signal(signum, signal.SIG_DFL)
             os.kill(os.getpid(), signum)
         came.append(signum)
-        print(
-            f"{signal.Signals(signum).name}: saving after this step; again to stop at once",
-            file=sys.stderr,
-            flush=True,
-        )
+        # Not `print`: the signal may come while this thread writes to standard error.
+        name = signal.Signals(signum).name
+        os.write(2, f"{name}: saving after this step; again to stop at once\n".encode())
 
     if threading.current_thread() is not threading.main_thread():
         yield came

@@ -6,6 +6,7 @@ While a run goes on, TensorBoard shows its curves.
 import math
 import os
 import textwrap
+import warnings
 from collections.abc import Mapping, Sequence
 
 import numpy as np
@@ -145,5 +146,7 @@ def _show(axis: Axes, image: Tensor) -> None:
 
 def _save(figure: Figure, path: str | os.PathLike[str]) -> None:
     FigureCanvasAgg(figure)
-    with atomic_write(path) as temporary:
+    with atomic_write(path) as temporary, warnings.catch_warnings():
+        # One for each character that matplotlib's font does not have; the picture shows a box.
+        warnings.filterwarnings("ignore", "Glyph .* missing from font")
         figure.savefig(temporary, format="png", dpi=110)

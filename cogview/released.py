@@ -36,7 +36,7 @@ from torch import Tensor
 
 from cogview.checkpoint import check_weights
 from cogview.config import Config, ModelConfig, load_config
-from cogview.files import atomic_write
+from cogview.files import atomic_write, check_zip
 from cogview.image_tokenizer import ImageTokenizer
 from cogview.model import GPT
 from cogview.run import Run
@@ -265,10 +265,7 @@ def _shards(folder: Path) -> list[Path]:
 
 def _read_shard(path: Path) -> dict[str, Tensor]:
     try:
-        if zipfile.is_zipfile(path):  # torch.load does not compare the checksums
-            with zipfile.ZipFile(path) as archive:
-                if damaged := archive.testzip():
-                    raise ValueError(f"wrong checksum of {damaged}")
+        check_zip(path)
         with torch.serialization.safe_globals(_HARMLESS):
             saved: Any = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

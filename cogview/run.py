@@ -31,6 +31,7 @@ import warnings
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -202,6 +203,7 @@ class Run:
             self.image_training,
             self.tokens_path,
             self.checkpoints,
+            self.weights_path,
             self.path / "metrics.jsonl",
         )
         return [path for path in paths if path.exists()]
@@ -271,17 +273,12 @@ class Run:
             now = {name: value for name, value in now.items() if name in weights.made_from}
         check_made_from(weights.made_from, now, weights.source)
 
-    def split_settings(self) -> dict[str, str]:
-        """The settings that choose the held-out images, for `ImageTokenizer.made_from`."""
-        fraction = self.config.data.held_out_fraction
-        return {"seed": f"{self.config.seed}", "data.held_out_fraction": f"{fraction}"}
-
     def tokens(self) -> TokenDataset:
         """The training data, made by the tokenizers that are in the folder now.
 
         Raises:
-            FileNotFoundError, ValueError: there is none, it is damaged, a tokenizer was trained
-                again since, or the image tokenizer was trained on images that are now held out.
+            FileNotFoundError, ValueError: there is none, it is damaged, or a tokenizer was trained
+                again since.
         """
         tokens = TokenDataset.load(self.tokens_path)
         for name, fingerprint in self.tokenizer_fingerprints().items():
@@ -291,15 +288,25 @@ class Run:
                     f"{self.tokens_path}: made with another {name} ({made_from}) "
                     f"than the one in the folder now ({fingerprint}); run cogview encode again"
                 )
-        trained_with = self.image_tokenizer().made_from
-        for name, value in self.split_settings().items():
-            if trained_with.get(name, value) != value:
-                raise ValueError(
-                    f"{name}: {self.image_tokenizer_path} was trained with {trained_with[name]}, "
-                    f"got {value}: it would have seen held-out images; set it back, or use a new "
-                    "run folder"
-                )
         return tokens
+
+    def split(self, tokens: TokenDataset) -> tuple[TokenDataset, TokenDataset]:
+        """Pairs for training and held-out ones, as the settings say.
+
+        Raises:
+            ValueError: the image tokenizer was trained on a held-out image, or there are fewer than
+                two different images.
+        """
+        train, out = tokens.split(self.config.data.held_out_fraction, self.config.seed)
+        keys = np.unique(tokens.image_keys[tokens.image_of[out.rows]])
+        seen = np.isin(keys, self.image_tokenizer().trained_on).sum()
+        if seen:
+            raise ValueError(
+                f"data.held_out_fraction, seed, or held_out of the data: {seen} of {len(keys)} "
+                f"held-out images are among those that {self.image_tokenizer_path} was trained on; "
+                "set back what was changed since, or train an image tokenizer in a new run folder"
+            )
+        return train, out
 
     def weights(self) -> Weights:
         """The weights of the newest checkpoint, or else of `model.safetensors`, on the CPU.
@@ -367,11 +374,12 @@ class Run:
             raise FileExistsError(f"--out: expected a new folder, got a run: {folder}")
         weights = self.weights()
         self._check_tokenizers(weights)
-        for name in ("text_tokenizer_path", "image_tokenizer_path"):
-            _copy_missing(getattr(self, name), getattr(other, name))
-        save_weights(other.weights_path, weights.to(dtype))
+        image_tokenizer = self.image_tokenizer()
+        self.text_tokenizer().save(other.text_tokenizer_path)
+        image_tokenizer.save(other.image_tokenizer_path)
         codes = other.image_tokenizer_path.with_suffix(".safetensors")
-        save_tensors(codes, self.image_tokenizer().state_dict())
+        save_tensors(codes, image_tokenizer.state_dict())
+        save_weights(other.weights_path, weights.to(dtype))
         other.save_config()
         return sorted(path for path in other.path.iterdir() if path.is_file())
 
@@ -448,9 +456,18 @@ class Run:
         Raises:
             FileNotFoundError, ValueError: something of the run is missing or does not fit, or a
                 caption is empty or too long.
+            TypeError: one string instead of a list.
         """
+        if isinstance(captions, str):
+            raise TypeError(f"captions: expected a list of captions, got one string, {captions!r}")
         tokenizer = self.text_tokenizer()
         texts = [tokenizer.encode(caption) for caption in captions]
+        for caption, text in zip(captions, texts, strict=True):
+            if len(text) > self.config.max_text_len:
+                raise ValueError(
+                    f"caption: expected at most {self.config.max_text_len} pieces beside an "
+                    f"image, as model.max_positions leaves, got {len(text)} in {caption[:60]!r}..."
+                )
         warn_of_unknown_characters(tokenizer, captions)
         beginnings = [beginning] * len(texts)
         codes = draw_images(self.model(), self.config, texts, seed, beginnings, progress)

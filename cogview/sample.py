@@ -203,6 +203,8 @@ def _in_batches(
     progress: bool,
     description: str,
 ) -> list[list[int]]:
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed: expected 0 or more, below 2**63, got {seed}")
     size = config.sampling.batch_size
     generator = torch.Generator(model.word_embeddings.weight.device).manual_seed(seed)
     rows: list[list[int]] = []

@@ -12,6 +12,7 @@ safetensors restricts to strings, say what the weights are; all of them may be m
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -66,9 +67,6 @@ def _fingerprint(tensors: dict[str, Tensor]) -> str:
 
 def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
     """Writes a file of safetensors; an existing one is replaced atomically."""
-    from safetensors.torch import save_file
-
-    tensors = {name: tensor.contiguous() for name, tensor in weights.tensors.items()}
     metadata = {
         "format": "pt",  # what other programs expect of a file that torch has written
         "cogview": "1",
@@ -77,16 +75,28 @@ def save_weights(path: str | os.PathLike[str], weights: Weights) -> None:
         "step": str(weights.step),
         "fingerprint": weights.fingerprint,
     }
-    with atomic_write(path) as temporary:
-        save_file(tensors, temporary, metadata)
+    save_tensors(path, weights.tensors, metadata)
 
 
-def save_tensors(path: str | os.PathLike[str], tensors: dict[str, Tensor]) -> None:
-    """Writes tensors alone, for other programs."""
+def save_tensors(
+    path: str | os.PathLike[str],
+    tensors: dict[str, Tensor],
+    metadata: dict[str, str] | None = None,
+) -> None:
+    """Writes a file of safetensors; an existing one is replaced atomically.
+
+    Raises:
+        OSError: it cannot be written; the previous file is intact.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
+    whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
     with atomic_write(path) as temporary:
-        save_file({name: tensor.cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+        try:
+            save_file(whole, temporary, metadata)
+        except SafetensorError as error:  # of the disk: the tensors are sound
+            raise OSError(errno.EIO, str(error)) from error
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, str]:

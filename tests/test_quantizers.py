@@ -56,6 +56,8 @@ def test_rules_start_from_the_same_weights(rule: str, tmp_path: Path) -> None:
         with mock.patch.object(quantizers.ImageTokenizerTrainer, "run", autospec=True) as run:
             with mock.patch.object(quantizers, "read_metrics", return_value=[]):
                 quantizers.train(one, 2, 5, TINY)
-        weights.append(run.call_args.args[0].model.enc_b.state_dict())
+        trainer = run.call_args.args[0]
+        assert trainer.settings.eval_examples == TINY.num_held_out  # all that the table counts
+        weights.append(trainer.model.enc_b.state_dict())
     for name, weight in weights[0].items():
         assert torch.equal(weight, weights[1][name])

@@ -62,7 +62,8 @@ def train(rule: str, steps: int, seed: int, experiment: Experiment) -> Run:
     own = (f"image_tokenizer.quantizer={rule}", f"seed={seed}", f"image_training.steps={steps}")
     often = f"image_training.eval_every={max(1, steps // experiment.measurements)}"
     seldom = f"image_training.save_every={steps}"
-    config = load_config("digits", [*experiment.settings, *own, often, seldom])
+    all_of_them = f"image_training.eval_examples={experiment.num_held_out}"
+    config = load_config("digits", [*experiment.settings, *own, often, seldom, all_of_them])
     images = make_scenes("train", experiment.num_train, seed=0).images
     held_out = make_scenes("test", experiment.num_held_out, seed=0).images
     with tempfile.TemporaryDirectory() as folder:

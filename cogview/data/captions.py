@@ -41,6 +41,11 @@ class Subset:
     def __getitem__(self, indices: Sequence[int]) -> Tensor:
         return self.images[self.indices[list(indices)].tolist()]
 
+    @property
+    def keys(self) -> np.ndarray:
+        """Of these images, as `CaptionedImages.keys`."""
+        return self.images.keys[self.indices]
+
 
 class CaptionedImages:
     """The images of a source; `images[[0, 7]]` reads two of them: (2, C, H, W) uint8.
@@ -55,7 +60,7 @@ class CaptionedImages:
         skip_bad: skip records that cannot be used, with one warning that counts them.
         bad_records: a file to list all of them in; None: the message lists them all.
         known_keys: a file that keeps the keys of the images, so that the next command decodes only
-            those that are new or have changed (by size and time).
+            those that are new or have changed (by size and time of the last change).
         progress: show a progress bar if standard error is a terminal.
 
     Attributes:
@@ -125,8 +130,8 @@ class CaptionedImages:
 
     @property
     def fingerprint(self) -> str:
-        """Equal for equal images and captions."""
-        return data_fingerprint(self.keys, self.held_out, self.captions)
+        """Equal for equal images in the same order, whatever their captions."""
+        return data_fingerprint(self.keys, self.held_out, ())
 
     def split(self, held_out_fraction: float, seed: int) -> tuple[Subset, Subset]:
         """Images for training and held-out ones; the same images as `TokenDataset.split` holds out.
@@ -191,7 +196,8 @@ def _stamp(image: Path | ImageFile) -> str:
     if not isinstance(file, Path):
         return ""
     status = file.stat()
-    return f"{file.absolute()} {place} {status.st_size} {status.st_mtime_ns}"
+    # Not the time of modification, which tools that unpack or copy set to that of the original.
+    return f"{file.absolute()} {place} {status.st_size} {status.st_ctime_ns}"
 
 
 def read_captions(

@@ -151,11 +151,14 @@ class Cell:
 
     def open(self) -> BinaryIO:
         value = self.rows[self.row][self.column]
-        if isinstance(value, str):
-            value = {"path": value}
-        if value.get("bytes") is not None:
-            return io.BytesIO(value["bytes"])
-        return open(self.folder / value["path"], "rb")
+        found = value if isinstance(value, dict) else {}
+        content = value if isinstance(value, bytes) else found.get("bytes")
+        if content is not None:
+            return io.BytesIO(content)
+        path = value if isinstance(value, str) else found.get("path")
+        if not path:
+            raise ValueError(f"neither bytes nor a path in the column {self.column}")
+        return open(self.folder / path, "rb")
 
     def __str__(self) -> str:
         return f"{self.name}: row {self.row}"
@@ -223,7 +226,7 @@ def _folder(folder: Path, columns: Columns) -> Source:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line := line.removesuffix("\r").strip():
             yield Record(f"{path}:{number}", captions=(line,))
 
@@ -260,7 +263,7 @@ def _table(path: Path, columns: Columns) -> Source:
         rule, records = "one JSON object a line", lambda: _json_records(path, columns)
     else:
         read_rows = _tsv_rows if path.suffix == ".tsv" else _csv_rows
-        first = next((row for _, row in read_rows(_text(path)) if not isinstance(row, str)), [])
+        first = next((row for _, row in read_rows(read_text(path)) if not isinstance(row, str)), [])
         header = _header(path, first, columns)
         rule = f"a table with the columns {', '.join(header) if header else 'path, caption'}"
 
@@ -276,7 +279,9 @@ def _header(path: Path, first: list[str], columns: Columns) -> list[str]:
         columns.choose(first)
         return first
     except ValueError as error:
-        if len(first) <= 2 and not columns.image and not columns.captions:
+        usual = {*IMAGE_COLUMNS, *CAPTION_COLUMNS}
+        named = columns.image or columns.captions or usual & {name.lower() for name in first}
+        if len(first) <= 2 and not named:
             return []
         raise ValueError(f"{path}: {error}") from None
 
@@ -289,7 +294,7 @@ def _table_records(
 ) -> Iterator[Record]:
     names = header or ["path", "caption"]
     skip = bool(header)
-    for line, row in read_rows(_text(path)):
+    for line, row in read_rows(read_text(path)):
         place = f"{path}:{line}"
         if isinstance(row, str):
             yield Record(place, error=row)
@@ -328,7 +333,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _json_records(path: Path, columns: Columns) -> Iterator[Record]:
-    for line, row in enumerate(_text(path).split("\n"), 1):
+    for line, row in enumerate(read_text(path).split("\n"), 1):
         place = f"{path}:{line}"
         if not row.strip():
             continue
@@ -377,7 +382,7 @@ def _coco(path: Path, columns: Columns) -> Source:
 
 def _coco_records(path: Path, folder: Path) -> Iterator[Record]:
     try:
-        content = json.loads(_text(path))
+        content = json.loads(read_text(path))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         captions: dict[Any, list[str]] = {image: [] for image in names}
         unknown = []
@@ -392,7 +397,7 @@ def _coco_records(path: Path, folder: Path) -> Iterator[Record]:
             f"annotations (image_id, caption): {error!r}"
         ) from error
     for image, name in names.items():
-        yield _record(f"{path}: image {image}", folder / name, captions[image], {}, {})
+        yield _record(f"{path}: image {image}", folder / str(name), captions[image], {}, {})
     for image in unknown:
         yield Record(f"{path}: image {image}", error="expected it among the images, got a caption")
 
@@ -431,6 +436,9 @@ def _shard_records(
                 if info.isfile():
                     member = Member(shard, info.name, info.offset_data, info.size)
                     yield *split_name(info.name), member
+            # A tar ends with blocks of zeros: without one, it may have been cut between two files.
+            if shard.stat().st_size < tar.offset + tarfile.BLOCKSIZE:
+                raise tarfile.ReadError("its end is missing")
 
     try:
         for key, group in itertools.groupby(files(), lambda file: file[0]):
@@ -455,9 +463,11 @@ def _shard_record(place: str, members: Mapping[str, Member], columns: Columns) -
     try:
         if "json" in members:
             row = json.loads(members["json"].open().read())
+            if not isinstance(row, dict):
+                raise ValueError(f"got {row!r:.40}")
         captions: list[Any] = [_captions(members[e].open().read()) for e in texts]
     except (ValueError, RecursionError) as error:
-        return Record(place, error=f"expected UTF-8 text and JSON ({error})")
+        return Record(place, error=f"expected UTF-8 text and a JSON object ({error})")
     if not texts:
         captions = [row[n] for n in columns.captions or CAPTION_COLUMNS if n in row]
     if not captions:
@@ -539,7 +549,11 @@ def _captions(text: bytes) -> list[str]:
     return [line.strip() for line in text.decode("utf-8-sig").split("\n") if line.strip()]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        ValueError: it is not UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:

@@ -165,6 +165,16 @@ def test_errors_are_one_line_that_names_the_cause(tmp_path, photos, capsys):
     )
     assert "expected at least one, on the command line" in error(capsys, "sample", "--run", run)
     assert "caption: expected some text, got ' '" in error(capsys, "sample", "--run", run, " ")
+    captions = tmp_path / "captions.txt"
+    captions.write_bytes("ein grüner Stein".encode("latin-1"))
+    assert "captions.txt: expected UTF-8 text" in error(
+        capsys, "sample", "--run", run, "--file", captions
+    )
+    assert f"--out: expected a folder that can be written to, got {captions}" in error(
+        capsys, "sample", "--run", run, "a wall", "--out", captions / "drawings"
+    )
+    said = error(capsys, "sample", "--run", run, "a wall", f"the {'red ' * 30}wall")
+    assert "caption: expected at most 20 pieces" in said and "in 'the red red" in said
     assert "--num: expected 1 or more, got 0" in error(
         capsys, "sample", "--run", run, "a", "--num", 0
     )

@@ -61,6 +61,11 @@ def test_overrides_win_over_the_preset():
             re.escape("model.max_positions: expected at least 261 (256 image codes"),
         ),
         ("sampling.top_p=0", "sampling.top_p: expected more than 0"),
+        (
+            "training.learning_rate=.inf",
+            "training.learning_rate: expected more than 0, and finite, got inf",
+        ),
+        (f"seed={2**63}", r"seed: expected 0 or more, below 2\*\*63, got 9"),
         ("image_tokenizer.image_size=63", "image_size"),
         ("model.num_layers=[1", re.escape("override: cannot read 'model.num_layers=[1': ")),
         ("model.num_layers=\x00", "override: cannot read 'model.num_layers="),

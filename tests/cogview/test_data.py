@@ -1,4 +1,5 @@
 import json
+import os
 import struct
 import warnings
 from pathlib import Path
@@ -249,13 +250,20 @@ def test_unchanged_images_are_not_decoded_again(
 
     first = keys()
     assert len(decoded) == 3 and keys() == first and decoded == []
-    Image.new("RGB", (40, 30), "black").save(folder / "green.png")
+    Image.new("RGB", (40, 30), "black").save(folder / "green.png", "bmp")
     second = keys()
     assert decoded == ["green.png"] and [a == b for a, b in zip(first, second, strict=True)] == [
         True,
         False,
         True,
     ]
+    # Another picture with the size and time of the old one, as archives and copies have.
+    status = (folder / "green.png").stat()
+    Image.new("RGB", (40, 30), "white").save(folder / "green.png", "bmp")
+    assert (folder / "green.png").stat().st_size == status.st_size
+    os.utime(folder / "green.png", ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert keys() != second and decoded == ["green.png"]
+    Image.new("RGB", (40, 30), "black").save(folder / "green.png", "bmp")
     keys(8)
     assert len(decoded) == 3  # other pixels
     (tmp_path / "run" / "image_keys.json").write_text("{")

@@ -1,5 +1,7 @@
 import errno
+import fcntl
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -142,3 +144,15 @@ def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
     finally:
         os.kill(child, signal.SIGKILL)
         os.waitpid(child, 0)
+
+
+def test_a_file_system_without_locks_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def flock(*_: object) -> None:
+        raise OSError(errno.ENOSYS, "Function not implemented")
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    said = f"its file system cannot lock files: Function not implemented: '{tmp_path}'"
+    with pytest.raises(OSError, match=re.escape(said)), exclusive(tmp_path / ".lock"):
+        pass

@@ -30,6 +30,13 @@ def test_dollar_signs_in_captions_start_no_formula(tmp_path: Path) -> None:
     assert (tmp_path / "a.png").is_file()
 
 
+def test_characters_without_a_glyph_are_boxes(
+    tmp_path: Path, recwarn: pytest.WarningsRecorder
+) -> None:
+    save_grid(torch.zeros(1, 1, 8, 8), ["红色的鸟"], tmp_path / "a.png")
+    assert not recwarn.list and ink(tmp_path / "a.png") > 0
+
+
 def test_a_large_grid_is_limited(tmp_path: Path) -> None:
     num = GRID_LIMIT + 1
     save_grid(torch.zeros(num, 1, 2, 2), ["a"] * num, tmp_path / "a.png", right=[True] * num)

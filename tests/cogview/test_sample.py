@@ -178,6 +178,9 @@ def test_prompts_that_do_not_fit_are_named(model):
         ValueError, match="text: expected at most 20 pieces beside an image, got 21"
     ):
         draw_images(model, CONFIG, [[1] * 21], progress=False)
+    for seed in (-1, 2**63):
+        with pytest.raises(ValueError, match=f"seed: expected 0 or more, .* got {seed}"):
+            draw_images(model, CONFIG, [[1]], seed, progress=False)
     with pytest.raises(ValueError, match="at least one piece"):
         draw_images(model, CONFIG, [[]], progress=False)
     with pytest.raises(ValueError, match="image code: expected 0 .. 15, got 16 .. 16"):

@@ -68,6 +68,9 @@ def test_tables_name_their_columns(tmp_path: Path, images: Path) -> None:
         open_source(tsv)
     with pytest.raises(ValueError, match="--image-column: expected the columns .* to hold photo"):
         open_source(tsv, Columns(image="photo"))
+    tsv.write_text("name\tcaption\nred.png\ta red card\n")  # a header, and no pair
+    with pytest.raises(ValueError, match="--image-column: expected the columns name, caption to"):
+        open_source(tsv)
 
 
 def test_texts_beside_the_images(images: Path) -> None:
@@ -118,10 +121,18 @@ def test_webdataset(tmp_path: Path, images: Path) -> None:
     for data in (folder, folder / "{000..001}.tar"):
         assert_complete(load(data), data)
     assert "2 WebDataset shards" in open_source(folder).rule
-    whole = (folder / "001.tar").read_bytes()
-    (folder / "001.tar").write_bytes(whole[:700])
-    with pytest.raises(ValueError, match=r"1 of 3 .*001\.tar"):
-        load(folder)
+    other = tmp_path / "other.tar"
+    with webdataset.TarWriter(str(other)) as writer:
+        for name, value in (("red", [1]), ("green", {"caption": "a green card"}), ("blue", "text")):
+            pixels = (images / f"{name}.png").read_bytes()
+            writer.write({"__key__": name, "png": pixels, "json": json.dumps(value).encode()})
+    with pytest.raises(ValueError, match=r"2 of 3 .*red: .* a JSON object \(got \[1\]\); .*blue"):
+        load(other)
+    whole = (folder / "000.tar").read_bytes()
+    for cut in (700, whole.index(b"green.png")):  # within a file, and between two records
+        (folder / "000.tar").write_bytes(whole[:cut])
+        with pytest.raises(ValueError, match=r"1 of \d .*000\.tar: expected a whole tar"):
+            load(folder)
     with pytest.raises(FileNotFoundError, match="no such shard"):
         open_source(str(folder / "{000..002}.tar"))
 
@@ -151,6 +162,16 @@ def test_hugging_face(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPa
         load(tmp_path / "saved")
     with pytest.raises(ValueError, match="--caption-column: expected the columns image, caption"):
         open_source(folder, Columns(captions=["de"]))
+    # What other programs write: bytes alone; some are missing.
+    pixels = [(images / f"{name}.png").read_bytes() for name in COLOURS]
+    plain = tmp_path / "plain.parquet"
+    rows |= {"image": pixels}
+    datasets.Dataset.from_dict(rows).to_parquet(plain)
+    assert_complete(load(plain), plain)
+    rows |= {"image": [*pixels[:2], None]}
+    datasets.Dataset.from_dict(rows).to_parquet(plain)
+    with pytest.raises(ValueError, match="1 of 3 .* row 2: .*neither bytes nor a path in the col"):
+        load(plain)
     (folder / "a.parquet").write_bytes(b"damaged")
     with pytest.raises(ValueError, match=r"a\.parquet: the package datasets cannot load it"):
         open_source(folder / "a.parquet")

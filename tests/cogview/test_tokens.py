@@ -13,6 +13,7 @@ from PIL import Image
 
 from cogview.config import ImageTokenizerConfig
 from cogview.data.captions import CaptionedImages
+from cogview.data.order import data_fingerprint
 from cogview.data.sources import open_source
 from cogview.data.tokens import ARRAYS, TokenDataset
 from cogview.image_tokenizer import ImageTokenizer
@@ -62,7 +63,9 @@ def test_tokens_of_images_with_several_captions(
     text, image = tokenizers
     assert len(tokens) == 2 * NUM and tokens.codes.shape == (NUM, 4, 4)
     assert tokens.codes.dtype == np.int16 and isinstance(tokens.codes, np.memmap)
-    assert tokens.made_from["data"] == images.fingerprint
+    assert tokens.made_from["data"] == data_fingerprint(
+        images.keys, images.held_out, images.captions
+    )
     expected = image.encode(images[list(range(NUM))])
     for i in (0, 1, 2 * NUM - 1):
         pieces, codes = tokens[i]
