@@ -104,8 +104,8 @@ class Columns:
             expected = chosen or [f"one of {', '.join(usual)}"]
             if not chosen or not set(chosen) <= set(names):
                 raise ValueError(
-                    f"{option}: expected the columns {', '.join(names)} to hold "
-                    f"{' and '.join(expected)}"
+                    f"{option}: expected {' and '.join(expected)} among the columns, got "
+                    f"{', '.join(names)}"
                 )
         return image[0], tuple(captions)
 
@@ -178,7 +178,7 @@ def open_source(data: str | os.PathLike[str], columns: Columns | None = None) ->
     if path.is_dir():
         return _folder(path, columns)
     if not path.exists():
-        raise FileNotFoundError(2, "data: no such file or folder", name)
+        raise FileNotFoundError(2, "--data: no such file or folder", name)
     match path.suffix:
         case ".txt":
             return Source(f"{path}: captions alone, one a line", lambda: _lines(path))
@@ -213,8 +213,8 @@ def _folder(folder: Path, columns: Columns) -> Source:
         )
     raise FileNotFoundError(
         2,
-        f"data: expected {', '.join(TABLES[:3])}, a .txt beside each image, *.tar or *.parquet in "
-        "the folder",
+        f"--data: expected {', '.join(TABLES[:3])}, a .txt beside each image, *.tar or *.parquet "
+        "in the folder",
         str(folder),
     )
 
@@ -223,7 +223,7 @@ def _folder(folder: Path, columns: Columns) -> Source:
 
 
 def _lines(path: Path) -> Iterator[Record]:
-    for number, line in enumerate(_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line := line.removesuffix("\r").strip():
             yield Record(f"{path}:{number}", captions=(line,))
 
@@ -260,7 +260,7 @@ def _table(path: Path, columns: Columns) -> Source:
         rule, records = "one JSON object a line", lambda: _json_records(path, columns)
     else:
         read_rows = _tsv_rows if path.suffix == ".tsv" else _csv_rows
-        first = next((row for _, row in read_rows(_text(path)) if not isinstance(row, str)), [])
+        first = next((row for _, row in read_rows(read_text(path)) if not isinstance(row, str)), [])
         header = _header(path, first, columns)
         rule = f"a table with the columns {', '.join(header) if header else 'path, caption'}"
 
@@ -289,7 +289,7 @@ def _table_records(
 ) -> Iterator[Record]:
     names = header or ["path", "caption"]
     skip = bool(header)
-    for line, row in read_rows(_text(path)):
+    for line, row in read_rows(read_text(path)):
         place = f"{path}:{line}"
         if isinstance(row, str):
             yield Record(place, error=row)
@@ -328,7 +328,7 @@ def _csv_rows(text: str) -> Iterator[tuple[int, list[str] | str]]:
 
 
 def _json_records(path: Path, columns: Columns) -> Iterator[Record]:
-    for line, row in enumerate(_text(path).split("\n"), 1):
+    for line, row in enumerate(read_text(path).split("\n"), 1):
         place = f"{path}:{line}"
         if not row.strip():
             continue
@@ -377,7 +377,7 @@ def _coco(path: Path, columns: Columns) -> Source:
 
 def _coco_records(path: Path, folder: Path) -> Iterator[Record]:
     try:
-        content = json.loads(_text(path))
+        content = json.loads(read_text(path))
         names = {image["id"]: image["file_name"] for image in content["images"]}
         captions: dict[Any, list[str]] = {image: [] for image in names}
         unknown = []
@@ -405,7 +405,7 @@ def _expanded(pattern: str) -> list[Path]:
     shards = [Path(name) for name in expand(pattern)]
     for shard in shards:
         if not shard.is_file():
-            raise FileNotFoundError(2, "data: no such shard", str(shard))
+            raise FileNotFoundError(2, "--data: no such shard", str(shard))
     return shards
 
 
@@ -473,7 +473,7 @@ def _hugging_face(data: str, columns: Columns) -> Source:
     name, _, split = data.removeprefix("hf:").partition("@")
     path, folder = Path(name), Path(name)
     if not data.startswith("hf:") and not path.exists():
-        raise FileNotFoundError(2, "data: no such file or folder", name)
+        raise FileNotFoundError(2, "--data: no such file or folder", name)
     try:
         if data.startswith("hf:"):
             loaded, folder = datasets.load_dataset(name, split=split or "train"), Path()
@@ -530,7 +530,7 @@ def optional_package(name: str) -> Any:
     except ModuleNotFoundError as error:
         root = name.partition(".")[0]
         raise ModuleNotFoundError(
-            f"data: this needs the package {root}; pip install 'cogview-kernels[data]'"
+            f"{root} is not installed; run pip install '.[data]' in a clone of the repository"
         ) from error
 
 
@@ -539,7 +539,11 @@ def _captions(text: bytes) -> list[str]:
     return [line.strip() for line in text.decode("utf-8-sig").split("\n") if line.strip()]
 
 
-def _text(path: Path) -> str:
+def read_text(path: Path) -> str:
+    """
+    Raises:
+        ValueError: it is not UTF-8.
+    """
     try:
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
