@@ -447,7 +447,7 @@ def _encode(args: argparse.Namespace) -> None:
     longest = run.config.max_text_len
     clipped = int((np.diff(data.text_offsets) > longest).sum())
     note = (
-        f" ({clipped} captions are longer than {longest} pieces and will be truncated; a larger "
+        f" (longer than {longest} pieces, and truncated in training: {clipped}; a larger "
         "model.max_positions leaves more room)"
         if clipped
         else ""
