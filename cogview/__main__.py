@@ -6,15 +6,7 @@ import os
 # working threads when anything else runs on the machine.
 os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 
-try:
-    from cogview.cli import main
-except ModuleNotFoundError as error:
-    if error.name is None or error.name.partition(".")[0] in ("cogview", "cogview_kernels"):
-        raise
-    raise SystemExit(
-        f"cogview: {error.name} is not installed; the model needs more packages than the kernels: "
-        "run pip install '.[cogview]' in a clone of the repository"
-    ) from None
+from cogview.cli import main  # noqa: E402
 
 if __name__ == "__main__":
     raise SystemExit(main())

@@ -55,14 +55,24 @@ To go on from a finished model, with other images or for another task, in a new 
 
 _RESUMING = ("train", "train-image-tokenizer", "demo")
 
+# Errors that the user or the system caused; torch raises RuntimeError.
+_REPORTED = (
+    ModuleNotFoundError,
+    ValueError,
+    TypeError,
+    OSError,
+    FloatingPointError,
+    RuntimeError,
+    MemoryError,
+)
 
-def _reported_errors() -> tuple[type[Exception], ...]:
-    """Errors that the user or the system caused; torch raises RuntimeError, for example out of
-    memory."""
-    import yaml
-
-    causes = (ValueError, TypeError, OSError, FloatingPointError, RuntimeError, MemoryError)
-    return (ModuleNotFoundError, *causes, yaml.YAMLError)
+# What makes a command take less memory of a GPU.
+_LESS_MEMORY = {
+    "train": "a smaller training.micro_batch_size, or model.activation_checkpointing=true",
+    "train-image-tokenizer": "a smaller image_training.batch_size",
+    "sample": "a smaller sampling.batch_size",
+    "caption": "a smaller sampling.batch_size",
+}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -87,10 +97,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         # Discard the remaining output; otherwise Python reports the closed pipe when it exits.
         sys.stdout = open(os.devnull, "w", encoding="utf-8")
         return 141
-    except _reported_errors() as error:
+    except _REPORTED as error:
         if args.debug:
             traceback.print_exc()
-        print(f"cogview: error{_process()}: {_message(error)}", file=sys.stderr)
+        message = _message(error)
+        if type(error).__name__ == "OutOfMemoryError" and args.command in _LESS_MEMORY:
+            message += f"; try {_LESS_MEMORY[args.command]}"
+        print(f"cogview: error{_process()}: {message}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         resumes = "resumes from the newest checkpoint, if there is one"
@@ -437,7 +450,8 @@ def _encode(args: argparse.Namespace) -> None:
     longest = run.config.max_text_len
     clipped = int((np.diff(data.text_offsets) > longest).sum())
     note = (
-        f" ({clipped} captions are longer than {longest} pieces and will be truncated)"
+        f" (longer than {longest} pieces, and truncated in training: {clipped}; a larger "
+        "model.max_positions leaves more room)"
         if clipped
         else ""
     )
@@ -709,6 +723,11 @@ def _num_parameters(config: Config) -> int:
 
 
 def _message(error: Exception) -> str:
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        return (
+            f"{error.name} is not installed; run pip install '.[cogview]' in a clone of the "
+            "repository"
+        )
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename}" if error.filename else error.strerror
     return " ".join(str(error).split()) or type(error).__name__

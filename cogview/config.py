@@ -6,8 +6,10 @@ The defaults are those of the published 4-billion-parameter model.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -201,8 +203,8 @@ class ModelConfig:
             "key_window_times",
         ):
             _expect(f"model.{name}", getattr(self, name), getattr(self, name) >= 1, "1 or more")
-        _expect("model.init_std", self.init_std, self.init_std > 0, "more than 0")
-        _expect("model.sandwich_init", self.sandwich_init, self.sandwich_init > 0, "more than 0")
+        for name in ("init_std", "sandwich_init", "layernorm_eps"):
+            _expect(f"model.{name}", getattr(self, name), getattr(self, name) > 0, "more than 0")
         divides = self.hidden_size % self.num_heads == 0
         _expect(
             "model.hidden_size",
@@ -346,25 +348,31 @@ def load_config(source: str | os.PathLike[str], overrides: Sequence[str] = ()) -
         names = ", ".join(sorted(preset.stem for preset in PRESETS.glob("*.yaml")))
         raise FileNotFoundError(f"config: {str(source)!r} is neither a preset ({names}) nor a file")
     changes = OmegaConf.create()
+    sections = {
+        section.name: section.default_factory
+        for section in dataclasses.fields(Config)
+        if section.default_factory is not dataclasses.MISSING
+    }
     for override in overrides:
-        if "=" not in override:
-            raise ValueError(f"override: expected key=value, got {override!r}")
+        if not re.match(r"\w[\w.]*=", override):
+            raise ValueError(f"--set: expected key=value, got {override!r}")
+        if override.partition("=")[0] in sections:
+            raise ValueError(f"--set: expected a key such as training.steps, got {override!r}")
         try:
             changes.merge_with_dotlist([override])
         except (yaml.YAMLError, OmegaConfBaseException) as error:
             reason = str(error).splitlines()[0]
-            raise ValueError(f"override: cannot read {override!r}: {reason}") from None
+            raise ValueError(f"--set: cannot read {override!r}: {reason}") from None
     config = OmegaConf.structured(Config)
-    for section in dataclasses.fields(Config):
-        if section.default_factory is not dataclasses.MISSING:
-            # From the class, not from an instance: __post_init__ must see only the final values.
-            config[section.name] = OmegaConf.structured(section.default_factory)
+    for name, section in sections.items():
+        # From the class, not from an instance: __post_init__ must see only the final values.
+        config[name] = OmegaConf.structured(section)
     try:
         loaded = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not YAML: {error}") from None
     config = _merge(config, loaded, str(path))
-    config = _merge(config, changes, "override")
+    config = _merge(config, changes, "--set")
     try:
         result = OmegaConf.to_object(config)
     except OmegaConfBaseException as error:  # an interpolation of an unknown key
@@ -383,15 +391,32 @@ def _merge(config: DictConfig, other: Any, where: str) -> DictConfig:
         merged = OmegaConf.merge(config, other)
     except ConfigKeyError as error:
         parent, _, key = str(error.full_key).rpartition(".")
-        known = ", ".join(OmegaConf.select(config, parent) if parent else config)
+        known = OmegaConf.select(config, parent) if parent else config
+        meant = _alike(str(error.full_key))
         raise ValueError(
-            f"{where}: unknown key {key!r} in {parent or 'the settings'}; known: {known}"
+            f"{where}: unknown key {key!r} in {parent or 'the settings'}; "
+            + (f"did you mean {' or '.join(meant)}?" if meant else f"known: {', '.join(known)}")
         ) from None
     except OmegaConfBaseException as error:
         key = f"{error.full_key}: " if error.full_key else ""
         raise ValueError(f"{where}: {key}{str(error).splitlines()[0]}") from None
     assert isinstance(merged, DictConfig)
     return merged
+
+
+def _alike(name: str) -> list[str]:
+    """Settings that an unknown name may stand for: of the same name in another section, or else
+    spelled nearly so."""
+    names = []
+    for section in dataclasses.fields(Config):
+        names.append(section.name)
+        if isinstance(section.default_factory, type):
+            inner = dataclasses.fields(section.default_factory)
+            names += [f"{section.name}.{setting.name}" for setting in inner]
+    last = name.rpartition(".")[2]
+    same = [known for known in names if known.rpartition(".")[2] == last]
+    near = [known for known in names if ("." in known) == ("." in name)]
+    return same or difflib.get_close_matches(name, near, n=1, cutoff=0.8)
 
 
 def to_yaml(config: Config) -> str:

@@ -221,6 +221,12 @@ class Loop(ABC):
                 "steps: the learning rate never reaches its full value",
                 stacklevel=2,
             )
+        if settings.batch_size > (available := self.reader.num_examples):
+            warnings.warn(
+                f"{settings.section}.batch_size: {settings.batch_size} examples per step, of "
+                f"{available} in all: a step reads some more than once",
+                stacklevel=2,
+            )
         first = distributed.is_first()
         self.folder.mkdir(parents=True, exist_ok=True)
         devices = [self.device] if self.device.type == "cuda" else []

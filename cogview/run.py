@@ -216,9 +216,14 @@ class Run:
         """Keeps other processes from writing to the folder. Reading, as `draw` does, needs no lock.
 
         Raises:
-            OSError: another process is writing to it; the message names it.
+            OSError: another process is writing to it; the message names it. Or it cannot be made.
         """
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(
+                20, "--run: expected a folder, got a file", self.path
+            ) from None
         with exclusive(self.path / ".lock"):
             yield
 
@@ -232,6 +237,7 @@ class Run:
             FileNotFoundError, ValueError: there is none, or not one of these settings.
         """
         path, config = self.text_tokenizer_path, self.config.text_tokenizer
+        self._expect_file(path, "train-text-tokenizer")
         tokenizer = TextTokenizer.load(path)
         _check_setting("text_tokenizer.vocab_size", path, tokenizer.vocab_size, config.vocab_size)
         return tokenizer
@@ -243,11 +249,18 @@ class Run:
             FileNotFoundError, ValueError: there is none, or not one of these settings.
         """
         path, config = self.image_tokenizer_path, self.config.image_tokenizer
+        self._expect_file(path, "train-image-tokenizer")
         tokenizer = ImageTokenizer.load(path, device=self.device)
         for name in IMAGE_TOKENIZER_SETTINGS:
             actual, expected = getattr(tokenizer.config, name), getattr(config, name)
             _check_setting(f"image_tokenizer.{name}", path, actual, expected)
         return tokenizer
+
+    def _expect_file(self, path: Path, command: str) -> None:
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"{self.path}: expected {path.name} in it, got none; cogview {command} makes it"
+            )
 
     def tokenizer_fingerprints(self) -> dict[str, str]:
         return {

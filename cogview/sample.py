@@ -152,8 +152,8 @@ def draw_images(
     for text, codes in zip(texts, beginnings, strict=True):
         if len(text) > config.max_text_len:
             raise ValueError(
-                f"text: expected at most {config.max_text_len} pieces beside an image, got "
-                f"{len(text)}"
+                f"caption: expected at most {config.max_text_len} pieces beside an image, as "
+                f"model.max_positions leaves, got {len(text)}; shorten it"
             )
         prompts.append(text_to_image(vocab, text, codes, num_codes))
     num_new = [num_codes - len(codes) for codes in beginnings]

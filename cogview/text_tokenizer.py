@@ -64,7 +64,7 @@ class TextTokenizer:
         Raises:
             TypeError: the corpus holds something that is not a string.
             ValueError: the corpus is empty or holds half a surrogate pair, or `vocab_size` does not
-                fit the corpus (the message names sizes that do).
+                fit the corpus (the message names the nearest size that does).
             OSError: the model cannot be saved.
         """
         captions = _checked(corpus, max_sentences)
@@ -87,12 +87,9 @@ class TextTokenizer:
                 minloglevel=2,
             )
         except (RuntimeError, OSError) as error:
-            # The message is "Internal: src/trainer.cc(n) [condition] reason"; the user needs the
-            # reason.
-            reason = str(error).rpartition("] ")[2].strip() or str(error)
             raise ValueError(
-                f"text_tokenizer.vocab_size={vocab_size} does not fit the corpus of "
-                f"{len(captions)} captions: {reason}"
+                f"text_tokenizer.vocab_size: expected {_possible_size(str(error))}, for "
+                f"{len(captions)} captions, got {vocab_size}"
             ) from error
         tokenizer = cls(model.getvalue())
         if path is not None:
@@ -191,6 +188,16 @@ def caption_problem(text: str) -> str | None:
     if all(unicodedata.category(c) in _INVISIBLE or c in _SPACES for c in text):
         return f"got no visible character in {text!r}" if text.strip() else f"got {text!r}"
     return None
+
+
+def _possible_size(reason: str) -> str:
+    """What SentencePiece says of a vocabulary size that does not fit the corpus, in our words."""
+    if most := re.search(r"value <= (\d+)", reason):
+        return f"at most {most[1]}"
+    if least := re.search(r"\d+ vs (\d+)", reason):
+        return f"at least {least[1]}, or a smaller text_tokenizer.character_coverage"
+    # The message is "Internal: src/trainer.cc(n) [condition] reason".
+    return f"another size ({reason.rpartition('] ')[2].strip() or reason})"
 
 
 def _checked(corpus: Iterable[str], max_sentences: int) -> list[str]:

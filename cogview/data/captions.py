@@ -87,7 +87,7 @@ class CaptionedImages:
         progress: bool = True,
     ):
         if channels not in (1, 3):
-            raise ValueError(f"channels: expected 1 or 3, got {channels}")
+            raise ValueError(f"image_tokenizer.channels: expected 1 or 3, got {channels}")
         self.image_size = image_size
         self.channels = channels
         self.files: list[Path | ImageFile] = []

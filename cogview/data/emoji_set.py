@@ -136,7 +136,7 @@ class EmojiFont:
 
     def __init__(self, path: Path) -> None:
         if not path.is_file():
-            raise FileNotFoundError(2, "font: no such file", str(path))
+            raise FileNotFoundError(2, "--font: no such file", str(path))
         if not features.check("raqm"):
             raise ValueError("font: this Pillow lacks raqm, which joins emoji; install its wheel")
         self.path = path

@@ -59,7 +59,8 @@ def held_out(
     keys, of_key = np.unique(image_keys, return_inverse=True)
     if len(keys) < 2:
         raise ValueError(
-            f"data: expected at least 2 different images, one of them to hold out, got {len(keys)}"
+            "--data: expected at least 2 different images, one of them to hold out, got "
+            f"{len(keys)}"
         )
     mixed = [hashlib.blake2b(b"%d %d" % (seed, key), digest_size=8).digest() for key in keys]
     places = np.frombuffer(b"".join(mixed), ">u8") / 2.0**64
@@ -73,8 +74,8 @@ def held_out(
     chosen = np.where(said == NOT_GIVEN, chosen, said == 1)
     if chosen.all() or not chosen.any():
         raise ValueError(
-            f"data: expected some images to be held out and some not, got {chosen.sum()} held out "
-            f"of {len(keys)}; the column held_out decides where it says true or false"
+            f"--data: expected some images to be held out and some not, got {chosen.sum()} held "
+            f"out of {len(keys)}; the column held_out decides where it says true or false"
         )
     return chosen[of_key]
 

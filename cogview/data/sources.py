@@ -104,8 +104,8 @@ class Columns:
             expected = chosen or [f"one of {', '.join(usual)}"]
             if not chosen or not set(chosen) <= set(names):
                 raise ValueError(
-                    f"{option}: expected the columns {', '.join(names)} to hold "
-                    f"{' and '.join(expected)}"
+                    f"{option}: expected {' and '.join(expected)} among the columns, got "
+                    f"{', '.join(names)}"
                 )
         return image[0], tuple(captions)
 
@@ -181,7 +181,7 @@ def open_source(data: str | os.PathLike[str], columns: Columns | None = None) ->
     if path.is_dir():
         return _folder(path, columns)
     if not path.exists():
-        raise FileNotFoundError(2, "data: no such file or folder", name)
+        raise FileNotFoundError(2, "--data: no such file or folder", name)
     match path.suffix:
         case ".txt":
             return Source(f"{path}: captions alone, one a line", lambda: _lines(path))
@@ -216,8 +216,8 @@ def _folder(folder: Path, columns: Columns) -> Source:
         )
     raise FileNotFoundError(
         2,
-        f"data: expected {', '.join(TABLES[:3])}, a .txt beside each image, *.tar or *.parquet in "
-        "the folder",
+        f"--data: expected {', '.join(TABLES[:3])}, a .txt beside each image, *.tar or *.parquet "
+        "in the folder",
         str(folder),
     )
 
@@ -410,7 +410,7 @@ def _expanded(pattern: str) -> list[Path]:
     shards = [Path(name) for name in expand(pattern)]
     for shard in shards:
         if not shard.is_file():
-            raise FileNotFoundError(2, "data: no such shard", str(shard))
+            raise FileNotFoundError(2, "--data: no such shard", str(shard))
     return shards
 
 
@@ -483,7 +483,7 @@ def _hugging_face(data: str, columns: Columns) -> Source:
     name, _, split = data.removeprefix("hf:").partition("@")
     path, folder = Path(name), Path(name)
     if not data.startswith("hf:") and not path.exists():
-        raise FileNotFoundError(2, "data: no such file or folder", name)
+        raise FileNotFoundError(2, "--data: no such file or folder", name)
     try:
         if data.startswith("hf:"):
             loaded, folder = datasets.load_dataset(name, split=split or "train"), Path()
@@ -540,7 +540,7 @@ def optional_package(name: str) -> Any:
     except ModuleNotFoundError as error:
         root = name.partition(".")[0]
         raise ModuleNotFoundError(
-            f"data: this needs the package {root}; pip install 'cogview-kernels[data]'"
+            f"{root} is not installed; run pip install '.[data]' in a clone of the repository"
         ) from error
 
 

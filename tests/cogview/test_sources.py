@@ -62,11 +62,11 @@ def test_tables_name_their_columns(tmp_path: Path, images: Path) -> None:
         "pairs.tsv: a table with the columns file_name, en, de"
         in open_source(tsv, Columns(captions=["en"])).rule
     )
-    with pytest.raises(ValueError, match="--caption-column: expected the columns .*en, de.* zh"):
+    with pytest.raises(ValueError, match="--caption-column: expected zh among the .*en, de"):
         open_source(tsv, Columns(captions=["zh"]))
-    with pytest.raises(ValueError, match="--caption-column: .* to hold one of caption, captions"):
+    with pytest.raises(ValueError, match="--caption-column: expected one of caption, captions"):
         open_source(tsv)
-    with pytest.raises(ValueError, match="--image-column: expected the columns .* to hold photo"):
+    with pytest.raises(ValueError, match="--image-column: expected photo among the columns"):
         open_source(tsv, Columns(image="photo"))
     tsv.write_text("name\tcaption\nred.png\ta red card\n")  # a header, and no pair
     with pytest.raises(ValueError, match="--image-column: expected the columns name, caption to"):
@@ -160,7 +160,7 @@ def test_hugging_face(tmp_path: Path, images: Path, monkeypatch: pytest.MonkeyPa
         assert [row["number"] for row in loaded.attributes] == [1, 2, 3]
     with pytest.raises(ValueError, match="@SPLIT with one of the splits train, test"):
         load(tmp_path / "saved")
-    with pytest.raises(ValueError, match="--caption-column: expected the columns image, caption"):
+    with pytest.raises(ValueError, match="expected de among the columns, got image, caption"):
         open_source(folder, Columns(captions=["de"]))
     # What other programs write: bytes alone; some are missing.
     pixels = [(images / f"{name}.png").read_bytes() for name in COLOURS]
@@ -229,5 +229,7 @@ def test_a_missing_package_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     sources.optional_package.cache_clear()
     monkeypatch.setattr(sources.importlib, "import_module", missing)
     (tmp_path / "a.tar").touch()
-    with pytest.raises(ModuleNotFoundError, match=r"package webdataset; pip install .*\[data\]"):
+    with pytest.raises(
+        ModuleNotFoundError, match=r"webdataset is not installed; run pip .*\[data\]"
+    ):
         open_source(tmp_path)

@@ -1,3 +1,4 @@
+import re
 from pathlib import Path
 
 import pytest
@@ -102,11 +103,19 @@ def test_ids_out_of_range(tokenizer: TextTokenizer) -> None:
 
 
 def test_vocabulary_that_does_not_fit_the_corpus(corpus: list[str], tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match=r"vocab_size=5000 does not fit.*500 captions.*<= \d+"):
-        TextTokenizer.train(corpus, tmp_path / "a.model", 5000)
-    with pytest.raises(ValueError, match="vocab_size=3 does not fit"):
-        TextTokenizer.train(corpus, tmp_path / "a.model", 3)
-    assert not (tmp_path / "a.model").exists()
+    """The error names the nearest size that does."""
+    for wrong in (5000, 3):
+        for kind in ("unigram", "bpe"):
+            expected = (
+                rf"vocab_size: expected at (most|least) (\d+).*, for 500 captions, got {wrong}$"
+            )
+            with pytest.raises(ValueError, match=expected) as raised:
+                TextTokenizer.train(corpus, tmp_path / "a.model", wrong, model_type=kind)
+            assert not (tmp_path / "a.model").exists()
+            match = re.search(expected, str(raised.value))
+            assert match and (match[1] == "most") == (wrong == 5000)
+            nearest = int(match[2])
+            assert TextTokenizer.train(corpus, None, nearest, model_type=kind).vocab_size == nearest
 
 
 def test_empty_corpus(tmp_path: Path) -> None:
