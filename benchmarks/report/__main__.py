@@ -81,9 +81,9 @@ def report(root: Path) -> tuple[Pages, Pictures]:
         put(PAGE, name, parts or [f"No record yet: `make {name}` makes one."])
         links += [f"[{title}]({PAGE}#{anchor})"] if parts else []
     if (root / EMOJI).is_file():
-        drawn = Record(EMOJI, json.loads((root / EMOJI).read_text()))
-        put(TRAINING, "emoji", [emoji.table(drawn.content), drawn.source])
-        put(README, "emoji", [emoji.sentence(drawn.content), drawn.source])
+        of_emoji = Record(EMOJI, json.loads((root / EMOJI).read_text()))
+        put(TRAINING, "emoji", [emoji.table(of_emoji.content), of_emoji.source])
+        put(README, "emoji", [emoji.sentence(of_emoji.content), of_emoji.source])
     for where, name, table in (
         (TRAINING, "loading", loading.table),
         (SCALING, "memory", memory.table),
