@@ -17,7 +17,7 @@ def test_the_table_adds_up(tmp_path: Path) -> None:
         again = memory.measure_all(CASES, tmp_path)  # nothing is run twice
     assert again["rows"] == record["rows"]
     lines = [line.split(" | ") for line in memory.table(record).splitlines() if "| digits" in line]
-    assert [line[1:5] for line in lines] == [["1", "", "2", "yes"], ["2", "fsdp", "2", "no"]]
+    assert [line[1:5] for line in lines] == [["", "1", "2", "yes"], ["fsdp", "2", "2", "no"]]
     # Four numbers of four bytes for each parameter; half of them on each of two GPUs.
     states = [
         sum(row["memory"][kind] for kind in ("parameters", "gradients", "optimizer"))

@@ -110,17 +110,17 @@ def table(record: dict[str, Any]) -> str:
         shown.append(
             {
                 "preset": row["preset"],
-                "GPUs": str(row["gpus"]),
                 "parallel": row["parallel"] if row["gpus"] > 1 else "",
+                "GPUs": str(row["gpus"]),
                 "micro batch": str(row["micro_batch_size"]),
                 "activation checkpointing": "yes" if row["checkpointing"] else "no",
                 **{title: f"{size / 2**30:,.1f}" if size else "" for title, size in sizes.items()},
             }
         )
     return (
-        f"{markdown(shown)}\n\nGiB on each GPU. **Predicted**, by torch's memory tracker under "
-        "fake tensors on a CPU: no GPU has run it. Activations include what the backward pass "
-        "needs for a moment. What arrives, from other GPUs, is of all passes of a step."
+        f"{markdown(shown, left=2)}\n\nGiB on each GPU. **Predicted**, by torch's memory tracker "
+        "under fake tensors on a CPU: no GPU has run it. Activations include what the backward "
+        "pass needs for a moment. What arrives, from other GPUs, is of all passes of a step."
     )
 
 
