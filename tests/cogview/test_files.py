@@ -134,10 +134,13 @@ def test_a_file_as_folder_is_refused(tmp_path: Path) -> None:
 
 def test_a_forked_process_does_not_hold_the_lock(tmp_path: Path) -> None:
     """The workers of a training that is killed live on for a few seconds."""
+    reading, writing = os.pipe()
     with exclusive(tmp_path / ".lock"):
         child = os.fork()
         if child == 0:
+            os.write(writing, b"here")
             signal.pause()
+    os.read(reading, 4)
     try:
         with exclusive(tmp_path / ".lock"):
             pass

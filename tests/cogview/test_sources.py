@@ -1,6 +1,7 @@
 """What `--data` may name: every kind of source gives the same images and captions."""
 
 import json
+import tarfile
 from pathlib import Path
 
 import pytest
@@ -129,7 +130,9 @@ def test_webdataset(tmp_path: Path, images: Path) -> None:
     with pytest.raises(ValueError, match=r"2 of 3 .*red: .* a JSON object \(got \[1\]\); .*blue"):
         load(other)
     whole = (folder / "000.tar").read_bytes()
-    for cut in (700, whole.index(b"green.png")):  # within a file, and between two records
+    with tarfile.open(folder / "000.tar") as tar:
+        second = tar.getmember("green.png").offset
+    for cut in (700, second):  # within a file, and between two records
         (folder / "000.tar").write_bytes(whole[:cut])
         with pytest.raises(ValueError, match=r"1 of \d .*000\.tar: expected a whole tar"):
             load(folder)
