@@ -316,7 +316,7 @@ def test_changed_settings_are_announced_or_refused(
         "training.learning_rate 0.0006 -> 0.001",
         "training.weight_decay 0.04 -> 0.5",
         "model.dropout 0.1 -> 0.2",
-        "the learning rate goes on at 0.000823 instead of 6e-05",
+        "the learning rate goes on at 0.000612 instead of 6e-05",
         "the data goes on behind the 16 examples read so far",
     ):
         assert expected in said
