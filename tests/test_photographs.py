@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from itertools import pairwise
 from pathlib import Path
 from unittest import mock
 
@@ -76,7 +77,7 @@ def test_the_command_makes_a_record_and_repeats_nothing(
     lines = (tmp_path / "out" / "crops" / "captions.jsonl").read_text().splitlines()
     captions = [json.loads(line)["caption"] for line in lines]
     assert len(lines) == 16
-    assert all(a.split(",")[0] != b.split(",")[0] for a, b in zip(captions, captions[1:]))
+    assert all(a.split(",")[0] != b.split(",")[0] for a, b in pairwise(captions))
 
     (path,) = (tmp_path / "records").iterdir()
     record = json.loads(path.read_text())
