@@ -65,15 +65,25 @@ TRIAL_SETTINGS = (
     *("image_training.eval_every=25", "image_training.save_every=150"),
     "image_training.pictures_every=0",
 )
-FAST = "image_training.learning_rate=3e-3"
+FAST, SHORT = "image_training.learning_rate=3e-3", "image_tokenizer.codebook_dim=16"
+REVIVED, HALF = "image_tokenizer.restart_below=1", "image_training.batch_size=16"
+WIDE = "image_tokenizer.hidden=128"  # as the preset
 TRIALS: tuple[tuple[str, ...], ...] = (
     (),
     ("image_training.learning_rate=1e-3",),
     (FAST,),
-    (FAST, "image_tokenizer.codebook_dim=16"),
+    (FAST, SHORT),
     (FAST, "image_tokenizer.decay=0.9"),
-    (FAST, "image_tokenizer.codebook_dim=16", "image_tokenizer.decay=0.9"),
-    (FAST, "image_tokenizer.restart_below=1"),
+    (FAST, SHORT, "image_tokenizer.decay=0.9"),
+    (FAST, REVIVED),
+    (FAST, SHORT, REVIVED),
+    (FAST, SHORT, "image_tokenizer.restart_below=0.5"),
+    (FAST, SHORT, "image_tokenizer.restart_below=0.5", "image_tokenizer.decay=0.95"),
+    (FAST, "image_tokenizer.codebook_dim=32", REVIVED),
+    (FAST, SHORT, REVIVED, "image_training.warmup_steps=15"),
+    (FAST, SHORT, REVIVED, HALF),
+    (FAST, SHORT, REVIVED, HALF, WIDE),
+    ("image_training.learning_rate=1e-3", SHORT, REVIVED, HALF, WIDE),
 )
 # Of the whole preset: what fits two cores and eight minutes, and so few captions.
 SETTINGS = (
