@@ -479,9 +479,12 @@ def _train(args: argparse.Namespace) -> int:
             return code
         losses = trainer.evaluate()
         if first:
+            gap = losses.get("caption_gap")
             print(
                 f"step {trainer.step}, held-out loss: image {losses['image_loss']:.4f}, "
-                f"text {losses['text_loss']:.4f} nats per token: {trainer.checkpoints}"
+                f"text {losses['text_loss']:.4f} nats per token"
+                + (f", {gap:.4f} more with another image's caption" if gap is not None else "")
+                + f": {trainer.checkpoints}"
             )
     return 0
 

@@ -138,6 +138,10 @@ class LoopConfig:
     keep_checkpoints: int = 3  # number of checkpoints to keep; older ones are deleted
     pictures_every: int = 1000  # steps between pictures; 0: none
     log_every: int = 0  # steps between lines of the log, without a terminal; 0: ten seconds
+    # auto: bfloat16 where there are matrix units for it (GPUs, CPUs with AMX), float16 with loss
+    # scaling on older GPUs, float32 on other CPUs. Weights, losses, codes and the transformer's
+    # residual stream are float32 in any case.
+    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
 
     def __post_init__(self) -> None:
         def check(names: str, condition: Callable[[float], bool], expected: str) -> None:
@@ -234,11 +238,11 @@ class TrainingConfig(LoopConfig):
     # Sequences per forward and backward pass; a step sums the gradients of its passes. 0: one pass.
     micro_batch_size: int = 0
     weight_decay: float = 0.04  # on matrices; not on biases, norms and embeddings
+    # Share of the captions that are hidden from a step: the model learns to draw without one, which
+    # classifier-free guidance needs.
+    caption_dropout: float = 0.0
     text_weight: float = 1.0  # weight of text tokens in the loss
     image_weight: float = 1.0  # weight of image tokens in the loss
-    # auto: on a GPU bfloat16, or float16 with loss scaling on older ones; float32 on the CPU. The
-    # weights and the residual stream are float32 in any case.
-    precision: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     compile: bool = False  # torch.compile the layers: minutes once, then faster steps
     # Among the processes of torchrun, each holds the whole model (ddp) or a part of it (fsdp).
     parallel: Literal["ddp", "fsdp"] = "ddp"
@@ -249,6 +253,8 @@ class TrainingConfig(LoopConfig):
         for name in ("micro_batch_size", "weight_decay", "text_weight"):
             _expect(f"training.{name}", getattr(self, name), getattr(self, name) >= 0, "0 or more")
         _expect("training.image_weight", self.image_weight, self.image_weight > 0, "more than 0")
+        share = self.caption_dropout
+        _expect("training.caption_dropout", share, 0 <= share < 1, "0 or more, and less than 1")
 
 
 @dataclass

@@ -235,11 +235,15 @@ class ImageTokenizer(nn.Module):
         return images
 
     def forward(self, images: Tensor) -> ImageTokenizerOutput:
-        """Reconstruct `images` (B, C, H, W); in training mode, also update the codebook."""
+        """Reconstruct `images` (B, C, H, W); in training mode, also update the codebook.
+
+        Under autocast the convolutions have half precision, codes and losses float32.
+        """
         images = self._checked(images)
-        vectors = self._vectors(images)  # (B, h, w, codebook_dim)
-        quantised, codes, codebook_loss = self.quantize_t(vectors.flatten(0, 2))
-        reconstruction = self._images(quantised.view_as(vectors))
+        vectors = self._vectors(images).float()  # (B, h, w, codebook_dim)
+        with torch.autocast(images.device.type, enabled=False):
+            quantised, codes, codebook_loss = self.quantize_t(vectors.flatten(0, 2))
+        reconstruction = self._images(quantised.view_as(vectors)).float()
         reconstruction_loss = F.mse_loss(reconstruction / self.std, images / self.std)
         return ImageTokenizerOutput(
             reconstruction,

@@ -95,14 +95,15 @@ def choose_device(name: str) -> torch.device:
 
 
 def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
-    """The dtype of activations for `training.precision`. `auto` is float32 on the CPU, bfloat16 on
-    GPUs that compute with it, and float16 on older ones (before compute capability 8.0)."""
+    """The dtype of activations for a `precision`. `auto` is bfloat16 on devices that
+    multiply matrices in it: GPUs, and CPUs with AMX. It is float16 on older GPUs (before compute
+    capability 8.0), and float32 on other CPUs."""
     if precision != "auto":
         dtype = getattr(torch, precision)
         assert isinstance(dtype, torch.dtype)
         return dtype
     if device.type != "cuda":
-        return torch.float32
+        return torch.bfloat16 if torch.cpu._is_amx_tile_supported() else torch.float32
     with torch.cuda.device(device):
         native = torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.bfloat16 if native else torch.float16
@@ -171,7 +172,8 @@ class Loop(ABC):
         self.made_from = dict(made_from or {})
         self.progress = progress
         self.device = choose_device(config.device)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=False)
+        self.dtype = compute_dtype(settings.precision, self.device)
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self.step = 0
         self.examples = 0
         self.skipped_steps = 0  # number of steps in a row without an update
@@ -283,6 +285,12 @@ class Loop(ABC):
             f"{self.unit}_per_second": per_second,
             "peak_memory_gb": _peak_memory(self.device) / 1e9,
         }
+
+    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
+        enabled = self.dtype != torch.float32
+        return torch.autocast(
+            self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
+        )
 
     def _update(self, loss: float) -> dict[str, float]:
         """Clips the gradients and makes the optimizer's step; its metrics."""

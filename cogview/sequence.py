@@ -249,10 +249,26 @@ def collate(
     return Batch(tokens, positions, text_len)
 
 
+def hide_captions(vocab: Vocabulary, batch: Batch, share: float, seed: int) -> Batch:
+    """Replaces the text of some sequences by [MASK], piece by piece; lengths and positions stay.
+
+    Args:
+        batch: on the CPU.
+        share: probability of each sequence.
+        seed: the choice is a function of it.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.rand(len(batch.tokens), 1, generator=generator) < share
+    text = (batch.tokens >= vocab.codebook_size) & (batch.tokens < vocab.first_command)
+    tokens = batch.tokens.masked_fill(hidden & text, vocab.command("MASK"))
+    return Batch(tokens, batch.positions, batch.text_len)
+
+
 def loss_weights(
     vocab: Vocabulary, targets: torch.Tensor, text_weight: float = 1.0, image_weight: float = 1.0
 ) -> torch.Tensor:
-    """Weight of each target token in the loss, by its type: 1 for command tokens, 0 for padding.
+    """Weight of each target token in the loss, by its type: 1 for command tokens, 0 for padding and
+    for text that is hidden.
 
     Args:
         targets: token ids, any shape, int64.
@@ -263,5 +279,5 @@ def loss_weights(
     weights = torch.ones(targets.shape, dtype=torch.float32, device=targets.device)
     weights[targets < vocab.codebook_size] = image_weight
     weights[(targets >= vocab.codebook_size) & (targets < vocab.first_command)] = text_weight
-    weights[targets == vocab.command("PAD")] = 0.0
+    weights[(targets == vocab.command("PAD")) | (targets == vocab.command("MASK"))] = 0.0
     return weights

@@ -8,12 +8,10 @@ the order of sums.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import os
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,10 +22,18 @@ from cogview.config import Config, ModelConfig
 from cogview.data.loading import Reader, num_workers
 from cogview.data.tokens import TokenDataset
 from cogview.image_tokenizer import ImageTokenizer
-from cogview.loop import Loop, compute_dtype, step_seed
+from cogview.loop import Loop, step_seed
 from cogview.model import GPT
 from cogview.sample import draw_images
-from cogview.sequence import Batch, TokenSequence, captioning, collate, loss_weights, text_to_image
+from cogview.sequence import (
+    Batch,
+    TokenSequence,
+    captioning,
+    collate,
+    hide_captions,
+    loss_weights,
+    text_to_image,
+)
 from cogview.weights import Weights
 
 NUM_DRAWN = 8  # captions, for the pictures while training
@@ -129,7 +135,6 @@ class Trainer(Loop):
         self.held_out_data = held_out_data
         self.image_tokenizer = image_tokenizer
         self.on_batch = on_batch
-        self.dtype = compute_dtype(config.training.precision, self.device)
         self.micro_batch_size = _micro_batch_size(config)
         # Where this process's micro-batches begin in a batch.
         starts = range(0, config.training.batch_size, self.micro_batch_size)
@@ -151,33 +156,46 @@ class Trainer(Loop):
         parallel = config.training.parallel
         self.spread_model = distributed.spread(self.model, parallel, self.device, self.dtype)
         self.optimizer = _optimizer(self.model, config)
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=self.dtype == torch.float16)
         self._resume()
         if config.training.compile:
             self.model.compile_layers()
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Held-out `loss`, `text_loss` and `image_loss`, in nats per token.
+        """Held-out `loss`, `text_loss` and `image_loss`, in nats per token; and `caption_gap`: how
+        much larger the image loss is with the caption of another image. A model that does not
+        read its captions has a gap of 0. Of captioning, it is the text loss of another's caption.
 
         Every call uses the same examples and pivots.
         """
-        count = min(self.config.training.eval_examples, len(self.held_out_data))
+        config, data = self.config, self.held_out_data
+        count = min(config.training.eval_examples, len(data))
         size = self.micro_batch_size
+        pairs = [data[i] for i in range(count)]
+        swapped = _with_other_captions(pairs)
         self.model.eval()
-        totals = _Totals()
+        totals, totals_swapped = _Totals(), _Totals()
         # Sharded processes make the same number of passes. Where examples run out, one counts zero.
         for first in range(0, count, size * distributed.size()):
             start = first + size * distributed.rank()
             counts = start < count
             start = start if counts else 0
-            batch = self._batch(self.held_out_data, np.arange(start, min(start + size, count)))
-            generator = self._generator(step_seed(self.config.seed, 0, start))
-            losses, weights, targets = self._losses(batch, generator)
-            masks = {name: mask & counts for name, mask in targets.items()}
-            totals.add(losses, weights * counts, masks)
+            for sums, examples in ((totals, pairs), (totals_swapped, swapped)):
+                if not examples:
+                    continue
+                rows = examples[start : min(start + size, count)]
+                sequences = [build_sequence(config, *row) for row in rows]
+                batch = collate(config.vocabulary, sequences).to(self.device)
+                generator = self._generator(step_seed(config.seed, 0, start))
+                losses, weights, targets = self._losses(batch, generator)
+                masks = {name: mask & counts for name, mask in targets.items()}
+                sums.add(losses, weights * counts, masks)
         self.model.train()
-        return totals.means()
+        means = totals.means()
+        if swapped:
+            name = "image_loss" if config.training.task == "text_to_image" else "text_loss"
+            means["caption_gap"] = totals_swapped.means()[name] - means[name]
+        return means
 
     def pictures(self) -> torch.Tensor | None:
         """Held-out images as the image tokenizer keeps them, and below them what the model draws
@@ -196,7 +214,18 @@ class Trainer(Loop):
 
     def _train_step(self) -> dict[str, float]:
         config = self.config
-        parts = [part.to(self.device) for part in self.reader.read(self.examples)]
+        parts = self.reader.read(self.examples)
+        if config.training.caption_dropout and config.training.task == "text_to_image":
+            parts = [
+                hide_captions(
+                    config.vocabulary,
+                    part,
+                    config.training.caption_dropout,
+                    step_seed(config.seed, self.step, at),
+                )
+                for at, part in zip(self.starts, parts, strict=True)
+            ]
+        parts = [part.to(self.device) for part in parts]
         total_weight = torch.stack([self._weights(part).sum() for part in parts]).sum()
         # The gradients are averaged over the processes, while losses are sums.
         scale = distributed.size() / distributed.total(total_weight)
@@ -279,11 +308,21 @@ class Trainer(Loop):
         text = ~image & (targets < vocab.first_command)
         return losses, self._weights(batch), {"text": text, "image": image}
 
-    def _autocast(self) -> contextlib.AbstractContextManager[Any]:
-        enabled = self.dtype != torch.float32
-        return torch.autocast(
-            self.device.type, dtype=self.dtype if enabled else None, enabled=enabled
-        )
+
+def _with_other_captions(
+    pairs: Sequence[tuple[np.ndarray, np.ndarray]],
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Each image with the caption of one half way round the data, where neighbours may be alike, or
+    of the next with another caption; empty if all captions are the same."""
+    swapped = []
+    for i, (text, codes) in enumerate(pairs):
+        far = i + len(pairs) // 2
+        others = (pairs[(far + step) % len(pairs)][0] for step in range(len(pairs)))
+        other = next((found for found in others if not np.array_equal(found, text)), None)
+        if other is None:
+            return []
+        swapped.append((other, codes))
+    return swapped
 
 
 class _Totals:
