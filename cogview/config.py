@@ -61,7 +61,8 @@ class ImageTokenizerConfig:
         kl_weight: `gumbel` only: weight of KL(code distribution || uniform).
         restart_below: `moving_average` only: a code whose average usage per batch falls below this
             value restarts at a random encoder output of the batch; 0 turns this off. A code that is
-            never used falls below 0.1 after 230 steps at decay 0.99, and after 22 steps at 0.9.
+            never used falls below 0.1 after 230 steps at decay 0.99, and after 22 steps at 0.9;
+            below 1, at once.
         mean, std: normalisation per channel; empty: CogView's for RGB, 0.5 and 0.5 otherwise.
     """
 
