@@ -218,8 +218,8 @@ class Loop(ABC):
         if first and settings.warmup < settings.warmup_steps:
             warnings.warn(
                 f"{settings.section}.warmup_steps: {settings.warmup_steps} is more than a tenth of "
-                f"{settings.section}.steps = {settings.steps}: the learning rate rises to "
-                f"{settings.learning_rate:g} in {settings.warmup} steps",
+                f"{settings.section}.steps = {settings.steps}: the learning rate rises for "
+                f"{settings.warmup} steps",
                 stacklevel=2,
             )
         self.folder.mkdir(parents=True, exist_ok=True)

@@ -49,7 +49,7 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Holds `photos`, and `run`: 4 finished steps of the GPT."""
     folder = tmp_path_factory.mktemp("first")
     data = photos.__wrapped__(folder)  # type: ignore[attr-defined]
-    new = ["--preset", "small", *sets(*SMALL, "training.warmup_steps=2")]
+    new = ["--preset", "small", *sets(*SMALL)]
     run = ["--run", folder / "run"]
     for command in (
         ["train-text-tokenizer", *run, "--data", data, *new],

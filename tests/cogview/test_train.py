@@ -36,7 +36,7 @@ SETTINGS = [
     "model.num_pivots=4",
     "training.steps=6",
     "training.batch_size=4",
-    "training.warmup_steps=2",
+    "training.warmup_steps=0",
     "training.eval_every=3",
     "training.save_every=3",
     "training.precision=float32",
@@ -317,7 +317,7 @@ def test_learning_rate_warms_up_and_decays():
 def test_a_short_trial_warms_up_in_a_tenth_of_its_steps(tmp_path):
     settings = config("training.steps=20", "training.warmup_steps=500", "training.save_every=20")
     whole, stopped = (trainer(settings, tmp_path / name) for name in ("whole", "stopped"))
-    expected = "warmup_steps: 500 is more than a tenth of training.steps = 20: .* in 2 steps"
+    expected = "warmup_steps: 500 is more than a tenth of training.steps = 20: .* for 2 steps"
     with pytest.warns(UserWarning, match=f"^training.{expected}$"):
         whole.run()
     rates = [row["learning_rate"] for row in read_metrics(whole.metrics_path)]
