@@ -90,8 +90,8 @@ TRIALS: tuple[tuple[str, ...], ...] = (
 SETTINGS = (
     *("text_tokenizer.vocab_size=56", "text_tokenizer.model_type=bpe", "device=cpu"),
     *("image_training.steps=300", "image_training.batch_size=8", "image_training.eval_every=50"),
-    *("image_training.save_every=100", "training.steps=150", "training.batch_size=16"),
-    *("training.eval_every=25", "training.eval_examples=150", "training.save_every=50"),
+    *("image_training.save_every=100", "training.steps=200", "training.batch_size=8"),
+    *("training.eval_every=50", "training.eval_examples=150", "training.save_every=50"),
     "training.pictures_every=0",
 )
 
