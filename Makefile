@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 comma := ,
 SOURCES := $(shell find csrc tests benchmarks -name '*.cu' -o -name '*.cuh' -o -name '*.h' -o -name '*.cpp')
 
-.PHONY: help build demo test test-all test-sample lint format types bench report quality instability loading memory quantizers emoji kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
+.PHONY: help build demo test test-all test-sample lint format types bench report quality instability loading memory quantizers emoji photographs kernel-table kernel-costs kernel-times gpu-check gpu-bench sanitize \
   mutations check-install clean
 
 help:
@@ -27,6 +27,7 @@ help:
 	@echo "make memory         predict the memory that training takes of each GPU, and write it into docs/scaling.md"
 	@echo "make quantizers     train the image tokenizer with each of its four rules, and compare them"
 	@echo "make emoji          train CogView on the system's colour emoji, and read back the held-out ones (an hour)"
+	@echo "make photographs    train the preset small on photographs that need no download: error, loss, caption gap"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"
 	@echo "make kernel-times   predict the times of the kernels on one H200 (a model; needs nvcc, no GPU)"
@@ -119,6 +120,10 @@ quantizers: build
 
 emoji: build
 	$(BIN)/python -m benchmarks.experiments.emoji
+	$(BIN)/python -m benchmarks.report
+
+photographs: build
+	$(BIN)/python -m benchmarks.experiments.photographs
 	$(BIN)/python -m benchmarks.report
 
 # After a change of a kernel; docs/kernels.*, docs/kernel_costs.* and docs/kernel_times.* are committed with it.

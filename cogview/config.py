@@ -63,7 +63,8 @@ class ImageTokenizerConfig:
         kl_weight: `gumbel` only: weight of KL(code distribution || uniform).
         restart_below: `moving_average` only: a code whose average usage per batch falls below this
             value restarts at a random encoder output of the batch; 0 turns this off. A code that is
-            never used falls below 0.1 after 230 steps at decay 0.99, and after 22 steps at 0.9.
+            never used falls below 0.1 after 230 steps at decay 0.99, and after 22 steps at 0.9;
+            below 1, at once.
         mean, std: normalisation per channel; empty: CogView's for RGB, 0.5 and 0.5 otherwise.
     """
 
@@ -132,7 +133,7 @@ class LoopConfig:
     batch_size: int = 64  # examples per step
     learning_rate: float = 3e-4  # at the end of the warm-up
     final_learning_rate: float = 0.0  # at the end of the cosine
-    warmup_steps: int = 0
+    warmup_steps: int = 0  # of the linear rise; at most a tenth of `steps`, so that it fits a trial
     clip_grad_norm: float = 1.0
     eval_every: int = 1000  # steps between measurements of the held-out loss
     eval_examples: int = 512  # largest number of examples for one measurement
@@ -159,6 +160,11 @@ class LoopConfig:
         check(zero_or_more, lambda value: value >= 0, "0 or more")
         at_most = f"at most learning_rate = {self.learning_rate}"
         check("final_learning_rate", lambda value: value <= self.learning_rate, at_most)
+
+    @property
+    def warmup(self) -> int:
+        """Number of steps of the warm-up: `warmup_steps`, but at most a tenth of all."""
+        return min(self.warmup_steps, self.steps // 10)
 
 
 @dataclass

@@ -111,9 +111,9 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
 
 def learning_rate(settings: LoopConfig, step: int) -> float:
     """Linear warm-up to `learning_rate`, then a cosine down to `final_learning_rate`."""
-    if step < settings.warmup_steps:
-        return settings.learning_rate * (step + 1) / settings.warmup_steps
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)
+    if step < settings.warmup:
+        return settings.learning_rate * (step + 1) / settings.warmup
+    progress = (step - settings.warmup) / max(1, settings.steps - settings.warmup)
     cosine = 0.5 * (1.0 + math.cos(math.pi * min(1.0, progress)))
     return (
         settings.final_learning_rate
@@ -215,10 +215,12 @@ class Loop(ABC):
         if self.step >= settings.steps:
             self.model.eval()
             return
-        if settings.warmup_steps >= settings.steps:
+        first = distributed.is_first()
+        if first and settings.warmup < settings.warmup_steps:
             warnings.warn(
-                f"{settings.section}.warmup_steps: {settings.warmup_steps} of {settings.steps} "
-                "steps: the learning rate never reaches its full value",
+                f"{settings.section}.warmup_steps: {settings.warmup_steps} is more than a tenth of "
+                f"{settings.section}.steps = {settings.steps}: the learning rate rises for "
+                f"{settings.warmup} steps",
                 stacklevel=2,
             )
         if settings.batch_size > (available := self.reader.num_examples):
@@ -227,7 +229,6 @@ class Loop(ABC):
                 f"{available} in all: a step reads some more than once",
                 stacklevel=2,
             )
-        first = distributed.is_first()
         self.folder.mkdir(parents=True, exist_ok=True)
         devices = [self.device] if self.device.type == "cuda" else []
         bar = tqdm(

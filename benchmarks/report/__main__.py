@@ -29,6 +29,7 @@ EXPERIMENTS = {
     "quality": "the-same-performance",
     "instability": "why-the-norm-is-a-sandwich",
     "quantizers": "how-a-codebook-is-trained",
+    "photographs": "a-preset-on-real-photographs",
 }
 NO_GPU = "No GPU figures have been measured yet."
 

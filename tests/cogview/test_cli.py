@@ -27,6 +27,7 @@ SMALL = [
     "model.query_window=4",
     "model.num_pivots=4",
     "training.steps=4",
+    "training.warmup_steps=0",
     "training.batch_size=4",
     "training.save_every=2",
     "training.eval_every=2",

@@ -33,6 +33,15 @@ def test_large_models_recompute_their_activations():
         assert load_config(name).model.activation_checkpointing
 
 
+def test_three_region_attention_is_for_long_sequences():
+    """Below 4096 tokens only the demonstration of it, and the published model, have it."""
+    for name in set(preset_names()) - {"digits", "cogview-4b"}:
+        model = load_config(name).model
+        assert (model.attention == "three_region") == (model.max_positions >= 4096), name
+    for name in ("digits", "cogview-4b"):
+        assert load_config(name).model.attention == "three_region"
+
+
 def test_overrides_win_over_the_preset():
     config = load_config(
         "digits", ["training.steps=7", "model.attention=dense", "training.learning_rate=1e-3"]

@@ -36,7 +36,7 @@ SETTINGS = [
     "model.num_pivots=4",
     "training.steps=6",
     "training.batch_size=4",
-    "training.warmup_steps=2",
+    "training.warmup_steps=0",
     "training.eval_every=3",
     "training.save_every=3",
     "training.precision=float32",
@@ -345,6 +345,24 @@ def test_learning_rate_warms_up_and_decays():
     assert max(rates) == rates[9] == rates[10] == training.learning_rate
     assert rates[55] == pytest.approx((training.learning_rate + training.final_learning_rate) / 2)
     assert rates[99] == pytest.approx(training.final_learning_rate, rel=0.02)
+
+
+def test_a_short_trial_warms_up_in_a_tenth_of_its_steps(tmp_path):
+    settings = config("training.steps=20", "training.warmup_steps=500", "training.save_every=20")
+    whole, stopped = (trainer(settings, tmp_path / name) for name in ("whole", "stopped"))
+    expected = "warmup_steps: 500 is more than a tenth of training.steps = 20: .* for 2 steps"
+    with pytest.warns(UserWarning, match=f"^training.{expected}$"):
+        whole.run()
+    rates = [row["learning_rate"] for row in read_metrics(whole.metrics_path)]
+    full = settings.training.learning_rate
+    assert rates[:3] == [full / 2, full, full] and max(rates[3:]) < full
+
+    stopped.train_step()  # in the middle of the warm-up
+    stopped._save()
+    resumed = trainer(settings, tmp_path / "stopped")
+    with pytest.warns(UserWarning, match=expected):
+        resumed.run()
+    assert_same(resumed.model.state_dict(), whole.model.state_dict())
 
 
 def test_captions_that_are_too_long_are_truncated(tmp_path):
