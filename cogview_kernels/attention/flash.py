@@ -63,7 +63,10 @@ def _inputs(
     Whatever stands in keys that a query does not see, it is computed in the same way.
     """
     samples = list(_samples(of_queries[0], k, v, regions))
-    read = [t for sample in samples for t in (sample.k, sample.v, sample.far_k, sample.far_v)]
+    if samples[0].k.shape[1] == k.shape[2]:  # the windows hold all keys
+        read = [k, v]
+    else:
+        read = [t for sample in samples for t in (sample.k, sample.v, sample.far_k, sample.far_v)]
     rows = torch.zeros(of_queries[0].shape[:3], dtype=torch.bool)
     if all(map(_is_small, (*of_queries, *read))):
         return samples, list(of_queries), rows
@@ -78,9 +81,10 @@ def _inputs(
 
 
 def _is_small(tensor: Tensor) -> bool:
-    """Whether the root of the sum of squares, and so each entry, is small; one pass."""
-    norm = torch.linalg.vector_norm(tensor, dtype=accumulate_dtype(tensor.dtype))
-    return bool(norm <= _LARGEST)
+    """Whether the root of the sum of squares, and so each entry, is small; one pass. In one step,
+    the norm of a view such as q takes three times as long."""
+    norms = torch.linalg.vector_norm(tensor, dim=-1, dtype=accumulate_dtype(tensor.dtype))
+    return bool(torch.linalg.vector_norm(norms) <= _LARGEST)
 
 
 def _large_rows(tensor: Tensor) -> Tensor:
@@ -169,18 +173,21 @@ def backward_into(
     """Writes dq and adds to dk and dv; the rows that are left to the blocked path."""
     samples, (q, dout, out), left = _inputs(regions, k, v, q, dout, out)
     left |= left_before
+    if lse is None:
+        lse = dq.new_empty(q.shape[:3])
+        for b, sample in enumerate(samples):
+            queries = _all_heads(q[b], q.shape[1], dq.dtype)
+            ignored = torch.empty_like(queries)
+            _sample_forward(queries, sample, softmax_scale, ignored, lse[b].unsqueeze(2))
+    left |= _large_lse(lse)
+    some_left = bool(left.any())
     for b, sample in enumerate(samples):
         queries, douts, outs = (_all_heads(t[b], q.shape[1], dq.dtype) for t in (q, dout, out))
-        if lse is None:
-            column = dq.new_empty(*queries.shape[:2], 1)
-            _sample_forward(queries, sample, softmax_scale, torch.empty_like(queries), column)
-        else:
-            column = lse[b].unsqueeze(2)
-        left[b] |= _large_lse(column.squeeze(2))
-        if left[b].all():
-            continue
-        if left[b].any():
+        column = lse[b].unsqueeze(2)
+        if some_left:
             rows = left[b].unsqueeze(2)
+            if rows.all():
+                continue
             douts, outs = (t.masked_fill(rows, 0.0) for t in (douts, outs))
             column = column.masked_fill(rows, float("inf"))  # p = 0
         grads = dq[b], dk[b], dv[b]
@@ -271,8 +278,8 @@ class _Sample(NamedTuple):
     far_position: Tensor  # (L,) of the keys that some row sees in front of its window
     far_k: Tensor  # (H, L, D)
     far_v: Tensor
-    # Calls are made one at a time: their biases together may take (queries) x (keys).
-    near: Callable[[], Iterator[_Call]]  # the windows: each row once
+    near: list[_Call]  # the windows: each row once; the same for all samples
+    # Made one at a time: their biases together may take (queries) x (keys).
     far: Callable[[], Iterator[_Call]]
 
 
@@ -341,7 +348,7 @@ def _samples(
     (_, num_heads, q_len, _), k_len = q.shape, k.shape[2]
     last = first_key(k_len - 1, w, n)
     origin = first_key(k_len - q_len, w, n)
-    near = functools.partial(_near_calls, q_len, k_len, w, n, q.new_empty(0, dtype=dtype))
+    near = list(_near_calls(q_len, k_len, w, n, q.new_empty(0, dtype=dtype)))
     for b in range(q.shape[0]):
         prefix = max(int(text_len[b]), 0)
         pivots = pivot_idx[b].long()
@@ -385,7 +392,7 @@ def _sample_forward(
     q: Tensor, sample: _Sample, softmax_scale: float, out: Tensor, lse: Tensor
 ) -> None:
     """Of ``q (H, Sq, D)``; writes ``out (H, Sq, D)`` and ``lse (H, Sq, 1)``."""
-    for call in sample.near():
+    for call in sample.near:
         call_out, call_lse = call.forward(q, sample.k, sample.v, softmax_scale)
         call.queries(out).copy_(call_out)
         call.queries(lse).copy_(call_lse.unsqueeze(3))
@@ -414,7 +421,7 @@ def _sample_backward(
     if grouped:
         near = [torch.zeros_like(t) for t in (sample.k, sample.v)]
     far = [torch.zeros_like(t) for t in (sample.far_k, sample.far_v)]
-    for call in (part for whole in sample.near() for part in whole.split(_KEY_ROWS)):
+    for call in (part for whole in sample.near for part in whole.split(_KEY_ROWS)):
         inputs = dout, q, sample.k, sample.v, out, lse, softmax_scale
         call_dq, *call_dkv = call.backward(*inputs)
         call.queries(dq).copy_(call_dq)
