@@ -266,6 +266,9 @@ class SamplingConfig:
     temperature: float = 1.0  # 0: always the likeliest token
     top_k: int = 200  # only the k likeliest tokens; 0 turns it off
     top_p: float = 1.0  # only the likeliest tokens with this total probability; 1 turns it off
+    # Classifier-free guidance of images: the logits without the caption, plus this many times what
+    # the caption changes. 1: none. More needs a model with training.caption_dropout.
+    guidance: float = 1.0
     batch_size: int = 16  # sequences that are drawn side by side
 
     def __post_init__(self) -> None:
@@ -274,6 +277,7 @@ class SamplingConfig:
         )
         _expect("sampling.top_k", self.top_k, self.top_k >= 0, "0 or more")
         _expect("sampling.top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1")
+        _expect("sampling.guidance", self.guidance, 0 <= self.guidance < math.inf, "0 or more")
         _expect("sampling.batch_size", self.batch_size, self.batch_size >= 1, "1 or more")
 
 

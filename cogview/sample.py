@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from tqdm import tqdm
 
+import cogview_kernels as ck
 from cogview.config import Config, SamplingConfig
 from cogview.model import GPT, KVCache
-from cogview.sequence import TokenSequence, captioning, collate, text_to_image
+from cogview.sequence import TokenSequence, captioning, collate, hide_captions, text_to_image
 
 
 def sample_tokens(
@@ -55,6 +58,7 @@ def generate(
     generator: torch.Generator | None = None,
     stop_token: int | None = None,
     progress: tqdm | None = None,
+    guidance: float = 1.0,
 ) -> list[list[int]]:
     """Continues prompts of different lengths in one batch.
 
@@ -70,6 +74,8 @@ def generate(
         generator: on the device of the model.
         stop_token: ends a sequence early, and is then the last of the returned ids.
         progress: advances by one for each token position.
+        guidance: as `SamplingConfig.guidance`: unless it is 1, each sequence has a second one
+            beside it, with the text hidden and the same pivots.
 
     Returns:
         the new ids of each prompt.
@@ -83,11 +89,14 @@ def generate(
     starts = torch.tensor([len(prompt) for prompt in prompts], device=device)
     ends = starts + torch.tensor(list(num_new), device=device)
     length = int(ends.max())
-    batch = collate(config.vocabulary, prompts, length).to(device)
+    batch = collate(config.vocabulary, prompts, length)
+    tokens, text_len = batch.tokens.to(device), batch.text_len.to(device)
     index = torch.arange(length, device=device)
     last = torch.tensor([prompt.positions[-1] for prompt in prompts], device=device)
     positions = torch.where(
-        index < starts[:, None], batch.positions, last[:, None] + 1 + index - starts[:, None]
+        index < starts[:, None],
+        batch.positions.to(device),
+        last[:, None] + 1 + index - starts[:, None],
     )
     positions = torch.where(index < ends[:, None], positions, 0)
     if int(positions.max()) >= config.model.max_positions:
@@ -95,18 +104,27 @@ def generate(
             f"prompt: expected a sequence of at most {config.model.max_positions} positions in "
             f"all, got {int(positions.max()) + 1}; shorten the text"
         )
-    layouts = model.sample_layouts(batch.text_len, length, generator)
-    cache = KVCache(config.model, len(prompts), length, dtype, device)
+    layouts = model.sample_layouts(text_len, length, generator)
+    if guidance != 1:
+        hidden = hide_captions(config.vocabulary, batch, 1.0, seed=0).tokens.to(device)
+        tokens, positions = torch.cat([tokens, hidden]), positions.repeat(2, 1)
+        layouts = [layout and _twice(layout) for layout in layouts]
+    cache = KVCache(config.model, len(tokens), length, dtype, device)
     allowed = allowed.to(device)
     done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
 
     begin, end = 0, int(starts.min())
     while end < length:
-        z = model(batch.tokens[:, begin:end], positions[:, begin:end], layouts, cache)
-        drawn = sample_tokens(model.logits(z[:, -1]), allowed, config.sampling, generator)
+        z = model(tokens[:, begin:end], positions[:, begin:end], layouts, cache)
+        logits = model.logits(z[:, -1])
+        if guidance != 1:
+            captioned, free = logits.float().chunk(2)
+            logits = free + guidance * (captioned - free)
+        drawn = sample_tokens(logits, allowed, config.sampling, generator)
         # Longer prompts keep their own token; finished sequences keep padding.
         writes = (end >= starts) & (end < ends) & ~done
-        batch.tokens[:, end] = torch.where(writes, drawn, batch.tokens[:, end])
+        for half in tokens.split(len(prompts)):
+            half[:, end] = torch.where(writes, drawn, half[:, end])
         if stop_token is not None:
             done |= writes & (drawn == stop_token)
             if bool((done | (end + 1 >= ends)).all()):
@@ -115,8 +133,7 @@ def generate(
         if progress is not None:
             progress.update()
     rows = [
-        row[s:e]
-        for row, s, e in zip(batch.tokens.tolist(), starts.tolist(), ends.tolist(), strict=True)
+        row[s:e] for row, s, e in zip(tokens.tolist(), starts.tolist(), ends.tolist(), strict=False)
     ]
     if stop_token is not None:
         rows = [row[: row.index(stop_token) + 1] if stop_token in row else row for row in rows]
@@ -157,8 +174,9 @@ def draw_images(
             )
         prompts.append(text_to_image(vocab, text, codes, num_codes))
     num_new = [num_codes - len(codes) for codes in beginnings]
+    allowed, guidance = vocab.image_mask(), config.sampling.guidance
     drawn = _in_batches(
-        model, config, prompts, num_new, vocab.image_mask(), seed, None, progress, "drawing"
+        model, config, prompts, num_new, allowed, seed, None, progress, "drawing", guidance
     )
     rows = [[*codes, *new] for codes, new in zip(beginnings, drawn, strict=True)]
     return torch.tensor(rows, dtype=torch.int64).view(-1, side, side)
@@ -202,6 +220,7 @@ def _in_batches(
     stop_token: int | None,
     progress: bool,
     description: str,
+    guidance: float = 1.0,
 ) -> list[list[int]]:
     if not 0 <= seed < 2**63:
         raise ValueError(f"seed: expected 0 or more, below 2**63, got {seed}")
@@ -218,6 +237,22 @@ def _in_batches(
             disable=None if progress else True,
         ) as bar:
             rows += generate(
-                model, config, prompts[chosen], num_new[chosen], allowed, generator, stop_token, bar
+                model,
+                config,
+                prompts[chosen],
+                num_new[chosen],
+                allowed,
+                generator,
+                stop_token,
+                bar,
+                guidance,
             )
     return rows
+
+
+def _twice(layout: ck.ThreeRegionLayout) -> ck.ThreeRegionLayout:
+    """Of each sample of a batch, and the same again."""
+    repeated: Any = {
+        name: torch.cat([getattr(layout, name)] * 2) for name in ("text_len", "pivot_idx")
+    }
+    return dataclasses.replace(layout, **repeated)

@@ -1,4 +1,5 @@
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -78,18 +79,24 @@ def test_a_tiny_temperature_draws_the_likeliest(temperature):
     assert shares(SamplingConfig(temperature, 2, 0.5), logits, allowed, 20) == [0, 0, 1, 0]
 
 
-def greedy_without_cache(model, config, prompt, num_new, layouts):
+def greedy_without_cache(model, config, prompt, num_new, layouts, guidance=1.0):
     tokens, positions = list(prompt.tokens), list(prompt.positions)
+    mask, first = config.vocabulary.command("MASK"), config.vocabulary.codebook_size
     for _ in range(num_new):
-        z = model(torch.tensor([tokens]), torch.tensor([positions]), layouts)
-        logits = model.logits(z[0, -1]).masked_fill(~config.vocabulary.image_mask(), float("-inf"))
-        tokens.append(int(logits.argmax()))
+        hidden = [mask if first <= t < config.vocabulary.first_command else t for t in tokens]
+        with_text, without = (
+            model.logits(model(torch.tensor([row]), torch.tensor([positions]), layouts)[0, -1])
+            for row in (tokens, hidden)
+        )
+        logits = guidance * with_text + (1 - guidance) * without
+        tokens.append(int(logits.masked_fill(~config.vocabulary.image_mask(), -math.inf).argmax()))
         positions.append(positions[-1] + 1)
     return tokens[len(prompt) :]
 
 
+@pytest.mark.parametrize("guidance", [1.0, 2.5])
 @torch.inference_mode()
-def test_generation_equals_the_full_forward_at_every_token(model):
+def test_generation_equals_the_full_forward_at_every_token(model, guidance):
     config = dataclasses.replace(CONFIG, sampling=SamplingConfig(temperature=0.0))
     vocab = config.vocabulary
     prompts = [
@@ -98,9 +105,9 @@ def test_generation_equals_the_full_forward_at_every_token(model):
         text_to_image(vocab, [1, 2], [3, 1, 4, 1, 5], 16),
     ]
     num_new = [16, 16, 11]
-    drawn = generate(
-        model, config, prompts, num_new, vocab.image_mask(), torch.Generator().manual_seed(3)
-    )
+    generator = torch.Generator().manual_seed(3)
+    arguments = prompts, num_new, vocab.image_mask(), generator
+    drawn = generate(model, config, *arguments, guidance=guidance)
     text_len = torch.tensor([prompt.text_len for prompt in prompts], dtype=torch.int32)
     length = max(len(prompt) + new for prompt, new in zip(prompts, num_new, strict=True))
     layouts = model.sample_layouts(text_len, length, torch.Generator().manual_seed(3))
@@ -111,7 +118,7 @@ def test_generation_equals_the_full_forward_at_every_token(model):
             )
             for layout in layouts
         ]
-        assert drawn[i] == greedy_without_cache(model, config, prompt, new, own)
+        assert drawn[i] == greedy_without_cache(model, config, prompt, new, own, guidance)
     assert len(set(map(tuple, drawn))) == 3
 
 
