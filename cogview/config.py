@@ -242,8 +242,8 @@ class TrainingConfig(LoopConfig):
     # Sequences per forward and backward pass; a step sums the gradients of its passes. 0: one pass.
     micro_batch_size: int = 0
     weight_decay: float = 0.04  # on matrices; not on biases, norms and embeddings
-    # Share of the captions that are hidden from a step: the model learns to draw without one, which
-    # classifier-free guidance needs.
+    # text_to_image only: share of the captions that are hidden from a step. The model learns to
+    # draw without one, which classifier-free guidance needs.
     caption_dropout: float = 0.0
     text_weight: float = 1.0  # weight of text tokens in the loss
     image_weight: float = 1.0  # weight of image tokens in the loss

@@ -1,6 +1,6 @@
 """One training on several processes: how they find each other, and how a model spreads over them.
 
-    torchrun --nproc_per_node=8 -m cogview train --run runs/mine
+    torchrun --nproc_per_node=8 -m -- cogview train --run runs/mine
 
 starts eight processes that each run the same command. `torch.distributed` does the rest: NCCL
 between GPUs, Gloo between CPUs. A program that was not started by torchrun is one process, and

@@ -82,7 +82,8 @@ class Quantizer(nn.Module):
         loss = config.commitment * F.mse_loss(vectors, quantised.detach())
         if config.quantizer == "straight_through":
             loss = loss + F.mse_loss(quantised, vectors.detach())
-        if self.training and config.quantizer != "gumbel":
+        # Not from a step that float16 skips: averages would keep its infinity for good.
+        if self.training and config.quantizer != "gumbel" and vectors.isfinite().all():
             self._update(vectors.detach(), codes)
         return vectors + (quantised - vectors).detach(), codes, loss
 

@@ -325,7 +325,7 @@ class Loop(ABC):
             return
         reason = f"loss {loss} and gradient norm {grad_norm} at step {self.step + 1}"
         if self.scaler.is_enabled():
-            reason += f", the {self.skipped_steps}th step in a row that is not finite"
+            reason += f"; {self.skipped_steps} steps in a row were not finite"
         self._finish_saving()
         raise FloatingPointError(
             f"{self.name}: training stopped: {reason}; the checkpoints in {self.checkpoints} are "

@@ -313,15 +313,17 @@ def _with_other_captions(
     pairs: Sequence[tuple[np.ndarray, np.ndarray]],
 ) -> list[tuple[np.ndarray, np.ndarray]]:
     """Each image with the caption of one half way round the data, where neighbours may be alike, or
-    of the next with another caption; empty if all captions are the same."""
+    of the next that is another image with another caption; empty if one of them has no such."""
     swapped = []
-    for i, (text, codes) in enumerate(pairs):
+    for i, pair in enumerate(pairs):
         far = i + len(pairs) // 2
-        others = (pairs[(far + step) % len(pairs)][0] for step in range(len(pairs)))
-        other = next((found for found in others if not np.array_equal(found, text)), None)
-        if other is None:
+        for step in range(len(pairs)):
+            other = pairs[(far + step) % len(pairs)]
+            if not any(map(np.array_equal, pair, other)):
+                swapped.append((other[0], pair[1]))
+                break
+        else:
             return []
-        swapped.append((other, codes))
     return swapped
 
 

@@ -157,6 +157,7 @@ def _run_demo(config: Config, run: Run, progress: bool) -> dict[str, Any]:
         "accuracy": accuracy,
         "num_drawings": len(drawings),
         "held_out_image_loss": gpt_metrics[-1]["held_out_image_loss"],
+        "held_out_caption_gap": gpt_metrics[-1].get("held_out_caption_gap"),
         "reconstruction_error": float((reconstructions - test.images).square().mean()),
         "codes_used": test_codes.unique().numel(),
         "sampling": {

@@ -129,6 +129,15 @@ def test_the_gradient_passes_straight_through(quantizer: str) -> None:
     assert codes.shape == (20,)
 
 
+def test_a_step_that_float16_skips_leaves_the_codebook_alone() -> None:
+    module = Quantizer(TINY).train()
+    before = {name: value.clone() for name, value in module.state_dict().items()}
+    vectors = torch.randn(20, 8)
+    vectors[3, 2] = torch.inf
+    module(vectors)
+    assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
+
+
 def test_gumbel_trains_logits_and_codes() -> None:
     torch.manual_seed(0)
     module = Quantizer(replace(TINY, quantizer="gumbel", kl_weight=0.1)).train()

@@ -19,7 +19,7 @@ from cogview.data.tokens import TokenDataset
 from cogview.loop import choose_device, compute_dtype, learning_rate, read_metrics
 from cogview.model import GPT
 from cogview.sample import draw_images
-from cogview.train import Trainer, make_batch
+from cogview.train import Trainer, _with_other_captions, make_batch
 
 SETTINGS = [
     "device=cpu",
@@ -151,6 +151,13 @@ def test_training_learns_what_the_caption_says(tmp_path):
     assert last["held_out_caption_gap"] > 0.2
     untrained = Trainer(settings, tmp_path / "untrained", data, dataset(32, 1), progress=False)
     assert abs(untrained.evaluate()["caption_gap"]) < 0.1
+
+
+def test_the_caption_gap_takes_the_caption_of_another_image():
+    """Neither another caption of the same image, nor the same caption of another one."""
+    pairs = [(np.array([text]), np.full((1, 1), image)) for text, image in ["1A", "2A", "3B", "1C"]]
+    assert [int(text[0]) for text, _ in _with_other_captions(pairs)] == [3, 1, 1, 2]
+    assert _with_other_captions(pairs[:2]) == []
 
 
 def test_captions_are_hidden_from_some_steps(tmp_path):
