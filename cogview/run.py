@@ -482,6 +482,12 @@ class Run:
                     f"image, as model.max_positions leaves, got {len(text)} in {caption[:60]!r}..."
                 )
         warn_of_unknown_characters(tokenizer, captions)
+        if self.config.sampling.guidance != 1 and not self.config.training.caption_dropout:
+            warnings.warn(
+                f"sampling.guidance: {self.config.sampling.guidance:g}, of a model that was "
+                "trained with training.caption_dropout=0, and has never drawn without a caption",
+                stacklevel=2,
+            )
         beginnings = [beginning] * len(texts)
         codes = draw_images(self.model(), self.config, texts, seed, beginnings, progress)
         return self.image_tokenizer().decode(codes).cpu()

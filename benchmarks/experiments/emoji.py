@@ -182,7 +182,8 @@ def measure(folder: Path) -> dict[str, Any]:
         "held_out_image_loss": last["held_out_image_loss"],
         "held_out_caption_gap": last["held_out_caption_gap"],
         "sampling": {
-            name: getattr(config.sampling, name) for name in ("temperature", "top_k", "top_p")
+            name: getattr(config.sampling, name)
+            for name in ("temperature", "top_k", "top_p", "guidance")
         },
         "scores": rows | {"chance": chance(true, attributes)},
     }

@@ -538,6 +538,8 @@ def test_drawing_from_python_and_settings_between_captions(
     assert 0 <= drawn.min() and drawn.max() <= 1
     assert torch.equal(Run.open(run).draw(["a red wall", "a blue wall"], seed=3), drawn)
     assert not torch.equal(Run.open(run).draw(["a red wall", "a blue wall"], seed=4), drawn)
+    with pytest.warns(UserWarning, match="^sampling.guidance: 2, of a model .* without a caption"):
+        Run.open(run, ["sampling.guidance=2"]).draw(["a red wall"])
     with pytest.raises(TypeError, match="captions: expected a list of captions, got one string"):
         Run.open(run).draw("a red wall")
     settings = ["--set", "sampling.temperature=0.5", "a red wall", "a blue wall"]
