@@ -2,12 +2,12 @@
 
     python -m benchmarks.experiments.quantizers --help
 
-For each rule the image tokenizer of the preset `digits`, with 32 codes, learns scenes of handwritten
-digits that stand up to two pixels beside the middle of their quarters. The runs of a seed start from
-the same encoder and decoder, and read the same images in the same order; they differ in
-`image_tokenizer.quantizer` alone. The learning rate falls to 0 at the last step, so that each number
-of steps is a run of its own. A run that has ended is kept in ``--out`` and not repeated at the same
-commit.
+For each rule the image tokenizer of the preset `digits`, with 32 codes, learns scenes of
+handwritten digits that stand up to two pixels beside the middle of their quarters. The runs of a
+seed start from the same encoder and decoder, and read the same images in the same order; they
+differ in `image_tokenizer.quantizer` alone. The learning rate falls to 0 at the last step, so that
+each number of steps is a run of its own. A run that has ended is kept in ``--out`` and not repeated
+at the same commit.
 """
 
 from __future__ import annotations
