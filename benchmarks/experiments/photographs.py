@@ -308,7 +308,7 @@ def table(record: dict[str, Any]) -> str:
     )
     of_trials = (
         "Trials of the image tokenizer, on the middle of the crops, with "
-        f"{', '.join(f'`{s}`' for s in record['trial_settings'])} and what a line names."
+        f"{', '.join(f'`{s}`' for s in record['trial_settings'])} and what a line names; one seed each."
     )
     return "\n\n".join((markdown(rows), note, markdown(trials), of_trials))
 
