@@ -307,7 +307,7 @@ def table(record: dict[str, Any]) -> str:
         "normalised pixels. Loss: nats per code."
     )
     of_trials = (
-        "Trials of the image tokenizer, on the middle of the crops, with "
+        "Trials of the image tokenizer, on the middle of the crops, one seed each, with "
         f"{', '.join(f'`{s}`' for s in record['trial_settings'])} and what a line names."
     )
     return "\n\n".join((markdown(rows), note, markdown(trials), of_trials))

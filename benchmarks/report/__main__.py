@@ -128,7 +128,7 @@ def write(root: Path, pages: Pages, pictures: Pictures) -> None:
 def main() -> None:
     made = report(ROOT)
     if "--check" in sys.argv:
-        sys.exit("\n".join(differences(ROOT, *made)))
+        sys.exit("\n".join(differences(ROOT, *made)) or None)
     write(ROOT, *made)
 
 
