@@ -84,7 +84,6 @@ def report(root: Path) -> tuple[Pages, Pictures]:
     if (root / EMOJI).is_file():
         of_emoji = Record(EMOJI, json.loads((root / EMOJI).read_text()))
         put(TRAINING, "emoji", [emoji.table(of_emoji.content), of_emoji.source])
-        put(README, "emoji", [emoji.sentence(of_emoji.content), of_emoji.source])
     for where, name, table in (
         (TRAINING, "loading", loading.table),
         (SCALING, "memory", memory.table),

@@ -101,7 +101,7 @@ def test_from_a_folder_of_photos_to_drawings(tmp_path, photos, capsys):
     assert cogview("train", "--run", run, "--set", "training.steps=6") == 0
     assert "resuming from step 4" in capsys.readouterr().out
     assert load_config(run / "config.yaml").training.steps == 6
-    wrong = error(capsys, "sample", "--run", run, "a wall", "--set", "model.attention=dense")
+    wrong = error(capsys, "sample", "--run", run, "a wall", "--set", "model.attention=three_region")
     assert "model.attention: " in wrong and "with three_region, got dense" in wrong
     assert cogview("sample", "--run", run, "a red wall", "--set", "sampling.temperature=0") == 0
     # `sample` does not save its settings.

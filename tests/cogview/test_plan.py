@@ -16,7 +16,7 @@ SETTINGS = [
 
 
 def config(*settings):
-    return load_config("digits", [*SETTINGS, *settings])
+    return load_config("digits", [*SETTINGS, "training.precision=bfloat16", *settings])
 
 
 def test_shards_and_whole_copies():

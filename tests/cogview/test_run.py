@@ -112,9 +112,10 @@ LONG = ["training.steps=150", "training.save_every=7", "training.eval_every=10"]
 LONG_IMAGES = [setting.replace("training", "image_training") for setting in LONG]
 
 
-@pytest.mark.timeout(1200)  # twenty processes: seconds on an idle machine
+@pytest.mark.timeout(1200)
+@pytest.mark.parametrize("moments", [2, pytest.param(10, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("part", ["gpt", "image tokenizer"])
-def test_killed_at_ten_random_moments(first: Path, tmp_path: Path, part: str) -> None:
+def test_killed_at_random_moments(first: Path, tmp_path: Path, part: str, moments: int) -> None:
     """SIGTERM and SIGKILL in turn; then weights, moments and log are those of a run that was never
     interrupted."""
     command: list[object] = ["train", "--quiet", *sets(*LONG)]
@@ -130,7 +131,7 @@ def test_killed_at_ten_random_moments(first: Path, tmp_path: Path, part: str) ->
 
     generator = random.Random(part)
     folders = [run / ("" if part == "gpt" else "image_training") for run in (whole, killed)]
-    for number in range(10):
+    for number in range(moments):
         came = (signal.SIGTERM, signal.SIGKILL)[number % 2]
         log = tmp_path / f"log {number}"
         logged = len(read_metrics(folders[1] / "metrics.jsonl"))
