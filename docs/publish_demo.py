@@ -67,7 +67,7 @@ def table(metrics: dict[str, Any]) -> str:
     lines.append("| chance | 10.0% | 0.01% |")
     attention, seconds = metrics["attention"], sum(metrics["seconds"].values())
     sentences = (
-        f"{metrics['num_drawings']} held-out captions; attention to",
+        f"{metrics['num_drawings']} held-out captions, digits centred; attention to",
         f"{attention['attended_fraction']:.0%} of the causal keys;",
         f"{metrics['parameters'] / 1e6:.1f} M parameters; {seconds:.0f} s on",
         f"{metrics['device']}, torch {metrics['torch']}, commit {metrics['commit']},",
