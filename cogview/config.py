@@ -178,6 +178,10 @@ class ModelConfig:
     hidden_size: int = 2560
     num_heads: int = 40
     max_positions: int = 1089  # learned positions: the longest sequence, in tokens
+    # Positions of an image that is drawn. after_text, as in CogView: they follow those of the
+    # caption, so that a code has another one for each length of caption. first: an image has the
+    # positions that it has where its caption is written, and so the same under every caption.
+    image_positions: Literal["after_text", "first"] = "after_text"
     dropout: float = 0.1  # on the embeddings and on the output of each branch
     norm: Literal["sandwich", "pre"] = "sandwich"
     # PB-relax LayerNorm divides by the maximum of each row, or of the whole tensor (released

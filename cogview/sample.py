@@ -165,6 +165,7 @@ def draw_images(
     """
     vocab, num_codes, side = config.vocabulary, config.num_codes, config.image_tokenizer.code_size
     beginnings = [()] * len(texts) if beginnings is None else beginnings
+    image_first = config.model.image_positions == "first"
     prompts = []
     for text, codes in zip(texts, beginnings, strict=True):
         if len(text) > config.max_text_len:
@@ -172,7 +173,7 @@ def draw_images(
                 f"caption: expected at most {config.max_text_len} pieces beside an image, as "
                 f"model.max_positions leaves, got {len(text)}; shorten it"
             )
-        prompts.append(text_to_image(vocab, text, codes, num_codes))
+        prompts.append(text_to_image(vocab, text, codes, num_codes, image_first))
     num_new = [num_codes - len(codes) for codes in beginnings]
     allowed, guidance = vocab.image_mask(), config.sampling.guidance
     drawn = _in_batches(

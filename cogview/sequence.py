@@ -129,6 +129,7 @@ def text_to_image(
     text: Iterable[int],
     codes: Iterable[int] | np.ndarray | torch.Tensor,
     num_codes: int | None = None,
+    image_first: bool = False,
 ) -> TokenSequence:
     """`[ROI1] text [BASE] [BOI1] codes [EOI1]`, or the beginning of it as a prompt.
 
@@ -137,6 +138,8 @@ def text_to_image(
         codes: image codes, row by row. With fewer than `num_codes` codes (none to draw a whole
             image) the sequence is a prompt: it ends after them, and the model draws the rest.
         num_codes: number of codes of the whole image; default: the number of `codes`.
+        image_first: the positions are those of `captioning`: the image's come before the text's,
+            though its tokens come after.
 
     Raises:
         ValueError: empty text, an id out of range, or more codes than `num_codes`.
@@ -155,7 +158,11 @@ def text_to_image(
     ]
     tail = [vocab.command("EOI1")] if len(image) == num_codes else []
     tokens = head + image + tail
-    return TokenSequence(tokens, list(range(len(tokens))), len(head))
+    positions = list(range(len(tokens)))
+    if image_first:
+        of_text = len(head) - 2
+        positions = [num_codes + 3 + i for i in range(of_text)] + positions[:-of_text]
+    return TokenSequence(tokens, positions, len(head))
 
 
 def super_resolution(

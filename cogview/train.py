@@ -52,6 +52,7 @@ INITIAL_SETTINGS = (
     "model.hidden_size",
     "model.num_heads",
     "model.norm",
+    "model.image_positions",
     "text_tokenizer.vocab_size",
     "image_tokenizer.codebook_size",
 )
@@ -78,7 +79,8 @@ def build_sequence(config: Config, text: np.ndarray, codes: np.ndarray) -> Token
     text = text[: config.max_text_len]
     if config.training.task == "captioning":
         return captioning(config.vocabulary, codes, text)
-    return text_to_image(config.vocabulary, text, codes)
+    image_first = config.model.image_positions == "first"
+    return text_to_image(config.vocabulary, text, codes, image_first=image_first)
 
 
 def _micro_batches(

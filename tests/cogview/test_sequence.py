@@ -63,6 +63,18 @@ def test_a_prompt_ends_with_the_codes_that_are_given():
     assert prompt.text_len == 4
 
 
+def test_an_image_may_have_the_same_positions_under_every_caption():
+    codes = [3, 4, 5, 6]
+    for text in ([1], [1, 2, 3]):
+        whole = text_to_image(SMALL, text, codes, image_first=True)
+        other = captioning(SMALL, codes, text)
+        of = dict(zip(names(SMALL, other.tokens), other.positions, strict=True))
+        assert whole.positions[: len(text) + 1] == [of["ROI1"] + i for i in range(len(text) + 1)]
+        assert whole.positions[len(text) + 1 :] == other.positions[: len(codes) + 3]
+        prompt = text_to_image(SMALL, text, codes[:1], num_codes=4, image_first=True)
+        assert prompt.positions == whole.positions[: len(prompt)]
+
+
 def test_super_resolution_restarts_positions_at_roi2():
     sequence = super_resolution(SMALL, [1, 2], [3] * 4, [5] * 16)
     head = ["ROI1", "t", "t", "BASE", "BOI1"] + ["i"] * 4 + ["EOI1"]
