@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from cogview import digits
+from cogview.demo import digits
 from cogview.demo.digits import CELL_SIZE, CELLS, SPLITS, caption_of, is_held_out, make_scenes
 from cogview.demo.reader import DigitReader, caption_accuracy
 
