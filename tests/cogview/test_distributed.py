@@ -110,7 +110,9 @@ def assert_close(ours, theirs, rel=2e-5):
         assert a.keys() == b.keys()
         for name in a:
             if b[name] is not None:
-                assert a[name] == pytest.approx(b[name], rel=rel), (a["step"], name)
+                # The caption gap is a small difference of losses.
+                size = b["held_out_loss"] if name == "held_out_caption_gap" else b[name]
+                assert abs(a[name] - b[name]) <= rel * abs(size), (a["step"], name)
             else:  # a step that float16 skips
                 assert a[name] is None
     assert sum(row["grad_norm"] is not None for row in ours) > 2
