@@ -102,7 +102,7 @@ def test_from_a_folder_of_photos_to_drawings(tmp_path, photos, capsys):
     assert "resuming from step 4" in capsys.readouterr().out
     assert load_config(run / "config.yaml").training.steps == 6
     wrong = error(capsys, "sample", "--run", run, "a wall", "--set", "model.attention=three_region")
-    assert "model.attention: " in wrong and "with three_region, got dense" in wrong
+    assert "model.attention: " in wrong and "with dense, got three_region" in wrong
     assert cogview("sample", "--run", run, "a red wall", "--set", "sampling.temperature=0") == 0
     # `sample` does not save its settings.
     assert load_config(run / "config.yaml").sampling.temperature == 1.0
