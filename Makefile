@@ -26,7 +26,7 @@ help:
 	@echo "make loading        measure how fast images and tokens are read, and write it into docs/training.md"
 	@echo "make memory         predict the memory that training takes of each GPU, and write it into docs/scaling.md"
 	@echo "make quantizers     train the image tokenizer with each of its four rules, and compare them"
-	@echo "make emoji          train CogView on the system's colour emoji, and read back the held-out ones (an hour)"
+	@echo "make emoji          train CogView on the system's colour emoji, and read back the held-out ones"
 	@echo "make photographs    train the preset small on photographs that need no download: error, loss, caption gap"
 	@echo "make kernel-table   record what the compiler made of each kernel (needs nvcc)"
 	@echo "make kernel-costs   count what the attention kernels compute and move (host model, no GPU)"

@@ -60,7 +60,7 @@ def test_the_experiment_goes_on_where_it_was_and_makes_record_and_pictures(tmp_p
         record["steps"] == {"image tokenizer": 40, "gpt": 6} and record["held_out_image_loss"] > 0
     )
     assert {path.name for path in (tmp_path / "docs").iterdir()} == {"samples.png", "curves.png"}
-    assert "| drawn, one |" in emoji.table(record) and "held-out" in emoji.sentence(record)
+    assert "| drawn, one |" in emoji.table(record)
 
 
 def test_pictures_are_read_back_as_the_nearest_emoji() -> None:

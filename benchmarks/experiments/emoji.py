@@ -189,22 +189,6 @@ def measure(folder: Path) -> dict[str, Any]:
     }
 
 
-def sentence(record: dict[str, Any]) -> str:
-    """What README.md says below the picture."""
-    (language, drawn), *_ = (
-        (name.removeprefix("drawn, "), row)
-        for name, row in record["scores"].items()
-        if name.startswith("drawn")
-    )
-    data = record["data"]
-    return (
-        f"Emoji that training never saw, drawn from their names ({language}): {drawn['top1']:.0%} "
-        f"of {data['held_out']} held-out combinations are read back as themselves among all "
-        f"{data['images']:,} emoji, {drawn['base']:.0%} as the right figure, "
-        f"{drawn['skin_tone']:.0%} with the right skin tone."
-    )
-
-
 def table(record: dict[str, Any]) -> str:
     """How the held-out emoji are read back."""
     titles = {

@@ -149,8 +149,9 @@ def test_training_learns_what_the_caption_says(tmp_path):
     assert last["held_out_text_loss"] > 2.0  # text has weight 0: not learned
     # With another caption, at least the first code of an image is a surprise.
     assert last["held_out_caption_gap"] > 0.2
+    # Before training the gap is an accident of the weights, of either sign.
     untrained = Trainer(settings, tmp_path / "untrained", data, dataset(32, 1), progress=False)
-    assert abs(untrained.evaluate()["caption_gap"]) < 0.1
+    assert 3 * abs(untrained.evaluate()["caption_gap"]) < last["held_out_caption_gap"]
 
 
 def test_the_caption_gap_takes_the_caption_of_another_image():
