@@ -36,7 +36,7 @@ from cogview.train import Trainer
 NUM_TRAIN_SCENES = 9000
 NUM_TEST_SCENES = 128  # of four digits each; the GPT draws all of them
 NUM_SHOWN = 16
-JITTER = 0  # digits in the middle of their quarters: shifted ones take several times the training
+JITTER = 0  # digits in the middle of their quarters: shifted ones take longer to learn
 MARKER = ".demonstration"
 RESULTS = ("metrics.json", "samples.png", "reconstructions.png", "curves.png")
 
